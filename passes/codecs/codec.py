@@ -1,0 +1,249 @@
+"""The codec protocol: how one weight is described, stored, restored and wired into a graph.
+
+A codec never sees a graph. It gets a `WeightSite` (what the weight is and who uses it), its values
+as one canonical matrix, and a `Builder` that makes nodes. The canonical matrix is
+``(rows, length)``: `length` is the axis a fused product sums over, a row is one output channel
+(or one embedding vector).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+__all__ = [
+    "DOMAIN",
+    "Array",
+    "Attribute",
+    "Builder",
+    "Codec",
+    "Kind",
+    "Mode",
+    "Params",
+    "Payload",
+    "TensorLayout",
+    "Use",
+    "WeightSite",
+]
+
+DOMAIN = "com.onnxcomp"
+
+Array = npt.NDArray[Any]
+Attribute = int | float | str | Sequence[int]
+V = TypeVar("V")
+
+# What a use of a weight needs from its codec.
+#   matmul  y (..., rows) = x (..., length) @ weight.T
+#   gather  y (..., length) = weight[indices]
+#   dense   the whole weight, for any other consumer
+Need = Literal["matmul", "gather", "dense"]
+
+# How a use is served. `fused` computes on the codes; `folded` is expanded to a dense constant when
+# the session is created; `decode` is expanded by a kernel at every run.
+Mode = Literal["fused", "folded", "decode"]
+
+# What `Codec.emit` is asked to produce.
+Kind = Literal["matmul", "gather", "weight", "decode"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Use:
+    """One place where a weight enters a node.
+
+    Attributes:
+        node: Name of the consuming node (unique in the model after canonicalisation).
+        op_type: Operator of that node, with its domain in front when it is not the default one.
+        input_index: Position of the weight among the node's inputs.
+        need: What the node needs: a product, a row look-up, or the dense tensor.
+        path: Names of the Transpose, Reshape, ... nodes between the initializer and the node.
+    """
+
+    node: str
+    op_type: str
+    input_index: int
+    need: Need
+    path: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightSite:
+    """One weight tensor with all its uses.
+
+    Attributes:
+        name: Name of the initializer; unique in the model.
+        shape: Shape of the stored tensor.
+        dtype: Element type of the stored tensor in ONNX words: "float32", "float16", "bfloat16".
+        uses: All uses, in graph order.
+        scope: Where the initializer lives: "" for the main graph, else the path of the subgraph.
+        rows: Rows of the canonical matrix.
+        length: Columns of the canonical matrix; ``rows * length`` is the number of elements.
+        transposed: True when the stored 2-D tensor is ``(length, rows)``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[Use, ...]
+    scope: str
+    rows: int
+    length: int
+    transposed: bool
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.rows * self.length
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of the stored tensor."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensor."""
+        return self.size * self.itemsize
+
+    @property
+    def fusable(self) -> bool:
+        """Whether at least one use is a product or a row look-up."""
+        return any(use.need != "dense" for use in self.uses)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """Shape and dtype of one stored tensor, known before any encoding."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Params:
+    """Base of the parameter schemas of codecs: a frozen dataclass of ints, floats and strings."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Parameters by name, in declaration order."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Payload:
+    """What is stored instead of a weight. Every number needed for decoding is in it.
+
+    Attributes:
+        tensors: Tensors that belong to this weight alone.
+        shared: Tensors that many weights with equal parameters have in common, by a key that
+            determines their content; stored once per model.
+        attributes: Node attributes.
+    """
+
+    tensors: Mapping[str, Array]
+    shared: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    attributes: Mapping[str, Attribute] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight's own tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class Builder(Protocol[V]):
+    """Makes initializers and nodes at the place of one use. `V` is the graph's value type."""
+
+    @property
+    def opset(self) -> int:
+        """Version of the default domain in the model."""
+        ...
+
+    def tensor(self, key: str) -> V:
+        """The initializer that holds ``payload.tensors[key]`` or ``payload.shared[key]``."""
+        ...
+
+    def constant(self, key: str, array: Array) -> V:
+        """A small initializer, stored once per model for each `key`."""
+        ...
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[V],
+        attributes: Mapping[str, Attribute] | None = None,
+        *,
+        domain: str = "",
+    ) -> V:
+        """Add a node with one output before the use and return the output."""
+        ...
+
+
+class Codec(Protocol):
+    """A way to store one weight. Stateless and deterministic."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    params_type: ClassVar[type[Params]]
+
+    def refuse(self, site: WeightSite) -> str | None:
+        """Why this codec cannot store the site at all; None when it can."""
+        ...
+
+    def check(self, params: Params) -> None:
+        """Raise `UsageError` when the parameters are out of range."""
+        ...
+
+    def candidates(self, site: WeightSite) -> Sequence[Params]:
+        """The settings a planner may choose from, from most to fewest bytes."""
+        ...
+
+    def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
+        """The tensors `encode` will store for this site, exactly."""
+        ...
+
+    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
+        """The shared tensors the payload will refer to."""
+        ...
+
+    def size(self, site: WeightSite, params: Params) -> int:
+        """Bytes of the site's own tensors, exactly."""
+        ...
+
+    def predict(self, site: WeightSite, params: Params) -> float:
+        """Expected relative Frobenius error of the decoded weight, without looking at it."""
+        ...
+
+    def encode(self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1) -> Payload:
+        """Encode the canonical matrix ``(rows, length)`` (float32, finite)."""
+        ...
+
+    def decode(self, site: WeightSite, payload: Payload) -> Array:
+        """Decode to the canonical matrix ``(rows, length)`` in float32. This is the definition."""
+        ...
+
+    def kinds(self, site: WeightSite) -> frozenset[Kind]:
+        """What `emit` can produce for this site."""
+        ...
+
+    def emit(
+        self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
+    ) -> V:
+        """Wire the payload into the graph.
+
+        Kind ``matmul``: `x` ``(..., length)`` of the site's dtype gives ``(..., rows)`` of the same
+        dtype. ``gather``: `x` holds indices of any shape, the result is ``(..., length)`` in the
+        site's dtype. ``weight`` and ``decode``: the canonical matrix in the site's dtype.
+        """
+        ...
+
+    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
+        """Portable bodies of the operators that `emit` uses, valid in models of this opset."""
+        ...
