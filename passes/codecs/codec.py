@@ -221,7 +221,9 @@ class Codec(Protocol):
         """Expected relative Frobenius error of the decoded weight, without looking at it."""
         ...
 
-    def encode(self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1) -> Payload:
+    def encode(
+        self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
+    ) -> Payload:
         """Encode the canonical matrix ``(rows, length)`` (float32, finite)."""
         ...
 

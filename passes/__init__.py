@@ -1,0 +1,1 @@
+"""The compiler: passes over ONNX models and the codecs that store their weights."""

@@ -1,0 +1,1 @@
+"""Codecs: ways to store one weight. `CODECS` is the registry."""
