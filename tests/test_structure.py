@@ -1,0 +1,127 @@
+"""The rules of the source tree: which way imports point, and how long things may be."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("passes", "ops", "runtime", "cli", "models")
+SOURCES = sorted(
+    path for folder in (*FOLDERS, "src/onnxcomp") for path in (ROOT / folder).rglob("*.py")
+)
+NATIVE = sorted(path for end in ("*.cc", "*.h", "*.cu") for path in (ROOT / "ops").rglob(end))
+
+# What each folder may import of the package besides itself and onnxcomp.errors.
+ALLOWED = {
+    "cli": {"passes", "runtime", "ops", "models"},
+    "passes": {"runtime", "ops"},
+    "runtime": {"ops"},
+    "ops": set(),
+    "models": {"passes", "runtime", "ops"},
+}
+# Imported by the command line although it lives in models/: framework-free by the test below.
+FRAMEWORK_FREE = "onnxcomp.models.character_kinds"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)} imports relatively"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    start = first.end_lineno if documented else function.body[0].lineno - 1
+    return (function.end_lineno or 0) - (start or 0)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    folder = path.relative_to(ROOT).parts[0]
+    if folder not in ALLOWED:
+        return
+    for name in imports(path):
+        match = re.match(r"onnxcomp\.(\w+)", name)
+        if match and match[1] in FOLDERS and match[1] != folder:
+            assert match[1] in ALLOWED[folder], f"{folder} imports {name}"
+        if folder == "cli" and name.startswith("onnxcomp.models."):
+            assert name.startswith(FRAMEWORK_FREE), f"cli imports {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_only_models_import_torch(path: Path) -> None:
+    inside = path.is_relative_to(ROOT / "models")
+    assert inside or not any(name.split(".")[0] == "torch" for name in imports(path))
+
+
+def test_codecs_never_import_the_graph() -> None:
+    for path in (ROOT / "passes" / "codecs").rglob("*.py"):
+        assert "onnxcomp.passes.graph" not in set(imports(path)), name_of(path)
+
+
+def test_one_file_imports_graphsurgeon() -> None:
+    users = [
+        path for path in SOURCES if any("onnx_graphsurgeon" in name for name in imports(path))
+    ]
+    assert users == [ROOT / "passes" / "graphsurgeon.py"]
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *NATIVE], ids=name_of)
+def test_files_stay_under_500_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_functions_stay_under_80_lines_and_are_annotated(path: Path) -> None:
+    for function in functions(path):
+        assert body_lines(function) <= 80, f"{function.name} in {name_of(path)}"
+        assert function.returns is not None, f"{function.name} in {name_of(path)}"
+
+
+def test_the_median_function_is_short() -> None:
+    sizes = [body_lines(function) for path in SOURCES for function in functions(path)]
+    assert median(sizes) <= 10
+    assert sorted(sizes)[len(sizes) * 9 // 10] <= 40
+
+
+def test_no_file_has_a_name_that_says_nothing() -> None:
+    vague = {"utils", "util", "helpers", "helper", "manager", "misc", "common", "data", "info"}
+    assert not [name_of(path) for path in SOURCES if path.stem in vague]
+
+
+def test_the_package_and_its_command_line_import_nothing_heavy() -> None:
+    """Start-up time is a promise: neither ONNX, nor ONNX Runtime, nor torch for `--help`."""
+    program = (
+        "import sys, onnxcomp, onnxcomp.cli, onnxcomp.models.character_kinds\n"
+        "print(*sorted({'onnx', 'onnxruntime', 'onnx_ir', 'torch', 'scipy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+def test_links_in_the_source_package_point_to_the_folders() -> None:
+    for folder in FOLDERS:
+        link = ROOT / "src" / "onnxcomp" / folder
+        assert link.is_symlink()
+        assert link.resolve() == (ROOT / folder).resolve()
