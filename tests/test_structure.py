@@ -81,9 +81,7 @@ def test_codecs_never_import_the_graph() -> None:
 
 
 def test_one_file_imports_graphsurgeon() -> None:
-    users = [
-        path for path in SOURCES if any("onnx_graphsurgeon" in name for name in imports(path))
-    ]
+    users = [path for path in SOURCES if any("onnx_graphsurgeon" in name for name in imports(path))]
     assert users == [ROOT / "passes" / "graphsurgeon.py"]
 
 
@@ -116,7 +114,9 @@ def test_the_package_and_its_command_line_import_nothing_heavy() -> None:
         "import sys, onnxcomp, onnxcomp.cli, onnxcomp.models.character_kinds\n"
         "print(*sorted({'onnx', 'onnxruntime', 'onnx_ir', 'torch', 'scipy'} & set(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert run.stdout.split() == []
 
 

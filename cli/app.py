@@ -1,0 +1,139 @@
+"""The command group: lazy commands, suggestions, exit codes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from onnxcomp.errors import CompressionError
+
+__all__ = ["COMMANDS", "App", "main"]
+
+# Name -> the line in `onnxcomp --help`. The command itself is `onnxcomp.cli.<name>:command`.
+COMMANDS = {
+    "optimize": "Write a smaller model with the same inputs and outputs.",
+    "plan": "Show what optimize would do, with exact bytes, without doing it.",
+    "inspect": "Show what is in a model: weights, uses, bytes, reasons.",
+    "verify": "Compare a compressed model with its original.",
+    "bench": "Measure load time, latency and memory.",
+    "expand": "Turn a compressed model back into plain dense ONNX.",
+    "ops": "Find the operator library for ONNX Runtime.",
+    "codecs": "List the ways to store a weight, with their parameters.",
+    "demo": "Compress, verify and measure a small real model that ships with onnxcomp.",
+}
+INTERRUPTED = 130
+
+
+class App(click.Group):
+    """A group whose commands are imported on first use and whose errors have exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"onnxcomp.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or suggest the one that was meant."""
+        if args[0] in COMMANDS or args[0].startswith("-"):
+            return super().resolve_command(ctx, args)
+        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        meant = f" Did you mean '{close[0]}'?" if close else ""
+        raise click.UsageError(f"No command '{args[0]}'.{meant}", ctx)
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> None:
+        """Run and exit with the code of the error tree."""
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(
+                words, prog_name or "onnxcomp", **extra | {"standalone_mode": False}
+            )
+        except BrokenPipeError:
+            # The reader of our output went away: nothing left to say, not even at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except BaseException as error:
+            code = report_error(error, words)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def report_error(error: BaseException, words: Sequence[str]) -> int:
+    """Print one error for people (stderr) and, with ``--json``, one for machines (stdout).
+
+    Returns:
+        The exit code.
+    """
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    code, message, hint = describe(error)
+    if "--debug" in words:
+        traceback.print_exception(error)
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(error.ctx.get_usage(), err=True)
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
+    if "--json" in words:
+        from onnxcomp.cli.terminal import json_text
+
+        kind = type(error).__name__
+        document = {"kind": kind, "message": message, "hint": hint, "exit_code": code}
+        click.echo(json_text({"error": document}))
+    return code
+
+
+def describe(error: BaseException) -> tuple[int, str, str]:
+    """Exit code, message and hint of any exception."""
+    if isinstance(error, CompressionError):
+        return error.exit_code, error.message, error.hint
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "onnxcomp"
+        return 2, error.format_message(), f"see {command} --help"
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return INTERRUPTED, "interrupted", ""
+    if isinstance(error, OSError) and error.filename is not None:
+        return 1, f"{error.filename}: {error.strerror}", ""
+    if isinstance(error, MemoryError):
+        return 1, "out of memory", "use fewer --jobs, or a machine with more memory"
+    first = (str(error).splitlines() or [""])[0]
+    return 1, f"{type(error).__name__}: {first}", "this is a bug; --debug shows where it happened"
+
+
+@click.group(
+    cls=App,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
+)
+@click.version_option(package_name="onnxcomp", message="onnxcomp %(version)s")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    r"""Make trained ONNX models small and keep them runnable everywhere.
+
+    \b
+    Start with:    onnxcomp demo
+    Then:          onnxcomp optimize model.onnx -o small.onnx
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
