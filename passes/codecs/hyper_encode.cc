@@ -1,0 +1,514 @@
+// Encoder and decoder of the hyperfunction format (ops/hyper/spec.md) for the compiler.
+//
+// One job is sixteen rows times one group. Every job stands alone, so the result does not depend
+// on the number of threads; every decision is made in integers or in float operations with one
+// fixed order, so it does not depend on the instruction set either. The numpy form of the same
+// algorithm is hyper_viterbi.py; the two give equal bytes.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define ONNXCOMP_EXPORT extern "C" __attribute__((visibility("default")))
+
+#define ONNXCOMP_EACH_TRELLIS(CASE)                                                          \
+  CASE(1, 6) CASE(2, 6) CASE(3, 6) CASE(4, 6)                                                \
+  CASE(1, 7) CASE(2, 7) CASE(3, 7) CASE(4, 7) CASE(5, 7)                                     \
+  CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8) CASE(5, 8) CASE(6, 8)                          \
+  CASE(1, 10) CASE(2, 10) CASE(3, 10) CASE(4, 10) CASE(5, 10) CASE(6, 10)                    \
+  CASE(1, 12) CASE(2, 12) CASE(3, 12) CASE(4, 12) CASE(5, 12) CASE(6, 12)
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kMaxGroup = 256;
+constexpr int kJobsAtOnce = 4;
+// Targets carry four bits after the point, in table units.
+constexpr int kFraction = 16;
+// Cost of a forbidden start: more than any difference that the first weights can make up.
+constexpr int32_t kFar = 1 << 29;
+
+enum Status : int32_t { kDone = 0, kInvalid = -1, kOutOfRange = -2, kNoMemory = -3 };
+
+// What one state adds to a path, in the forms the instruction sets want.
+struct StateCost {
+  int32_t pair;    // int16 (value << K, value^2), low half first
+  int32_t slope;   // value << K
+  int32_t square;  // value^2 << (K + 3)
+};
+
+// The working memory of one search; arrays are [.][kLanes].
+struct Trial {
+  int group;
+  int around;
+  const StateCost* states;
+  int32_t* entries;
+  int32_t* best;
+  uint8_t* history;
+  uint16_t* path;
+};
+
+using Search = void (*)(const int32_t* targets, const Trial& trial);
+
+struct Kernels {
+  void (*rotate)(float* x, int group);
+  void (*set_targets)(const float* x, const float* factor, int group, int32_t unit, int16_t* y,
+                      int32_t* targets);
+  Search (*find_search)(int bits, int state_bits);
+};
+
+// sign_t of the specification: x0 x1 + x2 x3 on both halves of the index.
+inline bool bent(int i) { return (((i & 1) & (i >> 1)) ^ ((i >> 2) & (i >> 3) & 1)) != 0; }
+inline bool sign_is_negative(int t) { return bent(t / 16) != bent(t % 16); }
+
+}  // namespace
+
+#define ONNXCOMP_ISA isa_baseline
+#include "hyper_viterbi.h"
+#undef ONNXCOMP_ISA
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#define ONNXCOMP_ISA isa_avx2
+#define ONNXCOMP_AVX2
+#include "hyper_viterbi.h"
+#undef ONNXCOMP_AVX2
+#undef ONNXCOMP_ISA
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#define ONNXCOMP_ISA isa_avx512
+#define ONNXCOMP_AVX512
+#include "hyper_viterbi.h"
+#undef ONNXCOMP_AVX512
+#undef ONNXCOMP_ISA
+#pragma GCC pop_options
+#endif
+
+namespace {
+
+// Instruction sets by number: 0 baseline, 1 AVX2, 2 AVX-512 with VNNI. -1 takes the best.
+const Kernels* kernels_of(int32_t isa) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (isa == -1) isa = avx512 ? 2 : avx2 ? 1 : 0;
+  if (isa == 2) return avx512 ? &isa_avx512::kernels : nullptr;
+  if (isa == 1) return avx2 ? &isa_avx2::kernels : nullptr;
+#else
+  if (isa == -1) isa = 0;
+#endif
+  return isa == 0 ? &isa_baseline::kernels : nullptr;
+}
+
+// Nearest float16, ties to even; values from 65520 on give infinity.
+uint16_t to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  bits &= 0x7FFFFFFF;
+  if (bits >= 0x7F800000) return sign | (bits > 0x7F800000 ? 0x7E00 : 0x7C00);
+  if (bits < 0x38800000) {  // below 2^-14: the float adder rounds to a multiple of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    const float rounded = magnitude + 0.5f;
+    std::memcpy(&bits, &rounded, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000));
+  }
+  const uint32_t rounded = bits + 0xFFF + ((bits >> 13) & 1);
+  const uint32_t half = (rounded - 0x38000000) >> 13;
+  return static_cast<uint16_t>(sign | std::min<uint32_t>(half, 0x7C00));
+}
+
+float from_half(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t magnitude = half & 0x7FFF;
+  float value;
+  if (magnitude < 0x400) {
+    value = static_cast<float>(magnitude) * 0x1p-24f;
+  } else {
+    const uint32_t bits = magnitude >= 0x7C00 ? 0x7F800000 | (magnitude & 0x3FF) << 13
+                                              : (magnitude << 13) + 0x38000000;
+    std::memcpy(&value, &bits, 4);
+  }
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Format {
+  int64_t rows;
+  int64_t length;
+  int bits;
+  int state_bits;
+  int group;
+
+  int64_t panels() const { return (rows + kLanes - 1) / kLanes; }
+  int64_t groups() const { return (length + group - 1) / group; }
+  int64_t jobs() const { return panels() * groups(); }
+  int64_t block_bytes() const { return group * bits / 8; }
+
+  bool valid() const {
+    const bool sizes = rows > 0 && length > 0 && bits >= 1 && bits <= 6;
+    const bool state = state_bits >= bits + 2 && state_bits >= 6 && state_bits <= 12 &&
+                       state_bits != 9 && state_bits != 11;
+    return sizes && state && (group == 32 || group == 64 || group == 128 || group == 256);
+  }
+};
+
+// Cache-line aligned array; empty when memory is short.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(size_t size)
+      : data_(static_cast<T*>(
+            std::aligned_alloc(64, (std::max<size_t>(size, 1) * sizeof(T) + 63) / 64 * 64))) {}
+  ~Aligned() { std::free(data_); }
+  Aligned(const Aligned&) = delete;
+  Aligned& operator=(const Aligned&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Give every job to `threads` workers; `make` builds one worker, which has ok() and run(job).
+template <class Worker, class Make>
+int32_t for_each_job(int64_t jobs, int threads, const Make& make) {
+  std::atomic<int64_t> next{0};
+  std::atomic<int32_t> status{kDone};
+  const auto work = [&] {
+    const std::unique_ptr<Worker> worker = make();
+    if (!worker || !worker->ok()) {
+      status = kNoMemory;
+      return;
+    }
+    for (int64_t first; (first = next.fetch_add(kJobsAtOnce)) < jobs;)
+      for (int64_t job = first; job < std::min(first + kJobsAtOnce, jobs); ++job)
+        if (!worker->run(job)) status = kOutOfRange;
+  };
+  std::vector<std::thread> others;
+  for (int64_t i = 1; i < std::min<int64_t>(threads, (jobs + kJobsAtOnce - 1) / kJobsAtOnce); ++i)
+    others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+  return status;
+}
+
+// What to encode and where to put it.
+struct EncodeTask {
+  Format format;
+  const float* weight;
+  int64_t row_stride;
+  int64_t column_stride;
+  double spread;
+  int rounds;
+  int around;
+  const int8_t* table;
+  const StateCost* states;
+  const Kernels* kernels;
+  Search search;
+  uint8_t* codes;
+  uint16_t* scales;
+};
+
+class Encoder {
+ public:
+  explicit Encoder(const EncodeTask& task)
+      : task_(task),
+        group_(task.format.group),
+        x_(group_ * kLanes),
+        targets_(2 * group_ * kLanes),
+        y_(group_ * kLanes),
+        path_(group_ * kLanes),
+        entries_(stems_or_branches() * kLanes),
+        best_(stems() * kLanes),
+        history_(stems() * kLanes * group_) {}
+
+  bool ok() const {
+    return x_.get() && targets_.get() && y_.get() && path_.get() && entries_.get() &&
+           best_.get() && history_.get();
+  }
+
+  // Returns false when a scale does not fit float16.
+  bool run(int64_t job) {
+    read(job);
+    bool fits = start_scales();
+    task_.kernels->rotate(x_.get(), group_);
+    std::fill(chosen_, chosen_ + kLanes, 0);
+    std::fill(least_, least_ + kLanes, 0.0);
+    for (int round = 0; round < task_.rounds; ++round) {
+      if (!encode_once()) fits = false;
+    }
+    write(job);
+    return fits;
+  }
+
+ private:
+  size_t stems() const { return size_t{1} << (task_.format.state_bits - task_.format.bits); }
+  size_t stems_or_branches() const { return std::max(stems(), size_t{1} << task_.format.bits); }
+
+  void read(int64_t job) {
+    const Format& format = task_.format;
+    const int64_t row = job / format.groups() * kLanes;
+    const int64_t column = job % format.groups() * group_;
+    const int64_t rows = std::min<int64_t>(kLanes, format.rows - row);
+    const int64_t columns = std::min<int64_t>(group_, format.length - column);
+    float* x = x_.get();
+    std::fill(x, x + group_ * kLanes, 0.0f);
+    const float* corner = task_.weight + row * task_.row_stride + column * task_.column_stride;
+    for (int64_t lane = 0; lane < rows; ++lane)
+      for (int64_t t = 0; t < columns; ++t)
+        x[t * kLanes + lane] = corner[lane * task_.row_stride + t * task_.column_stride];
+  }
+
+  // Scales that bring the targets to the spread the table is made for.
+  bool start_scales() {
+    double energy[kLanes] = {};
+    const float* x = x_.get();
+    for (int t = 0; t < group_; ++t)
+      for (int lane = 0; lane < kLanes; ++lane)
+        energy[lane] += double(x[t * kLanes + lane]) * double(x[t * kLanes + lane]);
+    bool fits = true;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double scale = std::sqrt(energy[lane]) * 4096.0 / (group_ * task_.spread);
+      fits &= set_scale(lane, scale);
+    }
+    return fits;
+  }
+
+  bool set_scale(int lane, double scale) {
+    half_[lane] = to_half(static_cast<float>(scale));
+    const bool fits = half_[lane] < 0x7C00;
+    if (!fits) half_[lane] = 0;
+    scale_[lane] = double(from_half(half_[lane]));
+    const double factor = half_[lane] ? kFraction * 4096.0 / (group_ * scale_[lane]) : 0.0;
+    factor_[lane] = static_cast<float>(factor);
+    return fits;
+  }
+
+  // Search with the present scales, refit them, and keep what is better than before.
+  bool encode_once() {
+    const int32_t unit = 8 << task_.format.bits;
+    task_.kernels->set_targets(x_.get(), factor_, group_, unit, y_.get(), targets_.get());
+    const Trial trial = {group_,       task_.around, task_.states,   entries_.get(),
+                         best_.get(), history_.get(), path_.get()};
+    task_.search(targets_.get(), trial);
+    int32_t product[kLanes] = {}, square[kLanes] = {};
+    for (int t = 0; t < group_; ++t)
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int i = t * kLanes + lane;
+        const int32_t value = task_.table[path_.get()[i]];
+        product[lane] += value * y_.get()[i];
+        square[lane] += value * value;
+      }
+    bool fits = true;
+    for (int lane = 0; lane < kLanes; ++lane) fits &= refit(lane, product[lane], square[lane]);
+    return fits;
+  }
+
+  bool refit(int lane, int32_t product, int32_t square) {
+    if (half_[lane] == 0 || product <= 0) return true;  // zero is the better approximation
+    const double projection = scale_[lane] * (double(product) / kFraction);
+    const bool fits = set_scale(lane, projection / square);
+    const double error = scale_[lane] * (scale_[lane] * square - 2.0 * projection);
+    if (error < least_[lane]) {
+      least_[lane] = error;
+      chosen_[lane] = half_[lane];
+      keep(lane);
+    }
+    return fits;
+  }
+
+  void keep(int lane) {
+    const int top = task_.format.state_bits - task_.format.bits;
+    for (int t = 0; t < group_; ++t)
+      symbols_[t * kLanes + lane] =
+          static_cast<uint8_t>(path_.get()[t * kLanes + lane] >> top);
+  }
+
+  void write(int64_t job) {
+    const int bits = task_.format.bits;
+    uint8_t* codes = task_.codes + job * task_.format.block_bytes() * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      task_.scales[job * kLanes + lane] = chosen_[lane];
+      uint64_t queue = 0;
+      int waiting = 0, dword = 0;
+      for (int t = 0; t < group_; ++t) {
+        const uint64_t symbol = chosen_[lane] ? symbols_[t * kLanes + lane] : 0;
+        queue |= symbol << waiting;
+        waiting += bits;
+        if (waiting < 32) continue;
+        for (int i = 0; i < 4; ++i)
+          codes[(dword * kLanes + lane) * 4 + i] = static_cast<uint8_t>(queue >> (8 * i));
+        queue >>= 32;
+        waiting -= 32;
+        ++dword;
+      }
+    }
+  }
+
+  const EncodeTask& task_;
+  const int group_;
+  Aligned<float> x_;
+  Aligned<int32_t> targets_;
+  Aligned<int16_t> y_;
+  Aligned<uint16_t> path_;
+  Aligned<int32_t> entries_;
+  Aligned<int32_t> best_;
+  Aligned<uint8_t> history_;
+  uint8_t symbols_[kMaxGroup * kLanes];
+  uint16_t half_[kLanes];
+  double scale_[kLanes];
+  float factor_[kLanes];
+  uint16_t chosen_[kLanes];
+  double least_[kLanes];
+};
+
+std::vector<StateCost> state_costs(const int8_t* table, const Format& format) {
+  std::vector<StateCost> states(size_t{1} << format.state_bits);
+  for (size_t s = 0; s < states.size(); ++s) {
+    const int32_t value = table[s], slope = value * (1 << format.bits), square = value * value;
+    const uint32_t pair = uint32_t(slope & 0xFFFF) | uint32_t(square) << 16;
+    states[s] = {static_cast<int32_t>(pair), slope, square << (format.bits + 3)};
+  }
+  return states;
+}
+
+struct DecodeTask {
+  Format format;
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const int8_t* table;
+  float* weight;
+};
+
+class Decoder {
+ public:
+  explicit Decoder(const DecodeTask& task) : task_(task) {}
+  bool ok() const { return true; }
+
+  bool run(int64_t job) {
+    const Format& format = task_.format;
+    for (int lane = 0; lane < kLanes; ++lane) look_up(job, lane);
+    transform();
+    const int64_t row = job / format.groups() * kLanes;
+    const int64_t column = job % format.groups() * format.group;
+    const int64_t rows = std::min<int64_t>(kLanes, format.rows - row);
+    const int64_t columns = std::min<int64_t>(format.group, format.length - column);
+    for (int64_t lane = 0; lane < rows; ++lane) {
+      const float factor = from_half(task_.scales[job * kLanes + lane]) * 0x1p-12f;
+      float* target = task_.weight + (row + lane) * format.length + column;
+      for (int64_t t = 0; t < columns; ++t) {
+        const int value = values_[t * kLanes + lane];
+        target[t] = static_cast<float>(sign_is_negative(int(t)) ? -value : value) * factor;
+      }
+    }
+    return true;
+  }
+
+ private:
+  void look_up(int64_t job, int lane) {
+    const Format& format = task_.format;
+    const int size = int(format.block_bytes());
+    const uint8_t* codes = task_.codes + job * size * kLanes + lane * 4;
+    uint8_t string[kMaxGroup * 6 / 8 + 4];  // the last four bytes, then the block
+    for (int i = 0; i < size; ++i) string[4 + i] = codes[i / 4 * kLanes * 4 + i % 4];
+    std::memcpy(string, string + size, 4);
+    const uint32_t mask = (1u << format.state_bits) - 1;
+    for (int t = 0; t < format.group; ++t) {
+      const int first = 32 + (t + 1) * format.bits - format.state_bits;
+      const int octet = first / 8;
+      uint32_t window = string[octet] | uint32_t(string[octet + 1]) << 8;
+      if (octet + 2 < size + 4) window |= uint32_t(string[octet + 2]) << 16;
+      values_[t * kLanes + lane] = task_.table[(window >> (first % 8)) & mask];
+    }
+  }
+
+  void transform() {
+    const int group = task_.format.group;
+    for (int half = 1; half < group; half *= 2)
+      for (int start = 0; start < group; start += 2 * half)
+        for (int i = start * kLanes; i < (start + half) * kLanes; ++i) {
+          const int16_t a = values_[i], b = values_[i + half * kLanes];
+          values_[i] = static_cast<int16_t>(a + b);
+          values_[i + half * kLanes] = static_cast<int16_t>(a - b);
+        }
+  }
+
+  const DecodeTask& task_;
+  int16_t values_[kMaxGroup * kLanes];
+};
+
+}  // namespace
+
+// Version of this interface.
+ONNXCOMP_EXPORT int32_t onnxcomp_encoders_version() { return 1; }
+
+// Encode weight[row * row_stride + column * column_stride], strides in elements. `spread` is the
+// root mean square of the targets in table units that the start scale aims at; `around` is the
+// number of weights on both sides of the seam that decide its state (0: half a group).
+// Returns a Status; with kOutOfRange the blocks whose scale does not fit float16 are zero.
+ONNXCOMP_EXPORT int32_t onnxcomp_hyper_encode(
+    const float* weight, int64_t rows, int64_t length, int64_t row_stride, int64_t column_stride,
+    int32_t bits, int32_t state_bits, int32_t group, const int8_t* table, double spread,
+    int32_t rounds, int32_t around, int32_t threads, int32_t isa, uint8_t* codes,
+    uint16_t* scales) {
+  const Format format = {rows, length, bits, state_bits, group};
+  const Kernels* kernels = kernels_of(isa);
+  if (!format.valid() || !kernels || !(spread > 0) || rounds < 1 || around < 0 ||
+      around > group / 2)
+    return kInvalid;
+  try {
+    const std::vector<StateCost> states = state_costs(table, format);
+    const EncodeTask task = {format,
+                             weight,
+                             row_stride,
+                             column_stride,
+                             spread,
+                             rounds,
+                             around ? around : group / 2,
+                             table,
+                             states.data(),
+                             kernels,
+                             kernels->find_search(bits, state_bits),
+                             codes,
+                             scales};
+    return for_each_job<Encoder>(format.jobs(), threads,
+                                 [&] { return std::make_unique<Encoder>(task); });
+  } catch (const std::exception&) {
+    return kNoMemory;
+  }
+}
+
+// Decode to weight[row * length + column].
+ONNXCOMP_EXPORT int32_t onnxcomp_hyper_decode(const uint8_t* codes, const uint16_t* scales,
+                                              const int8_t* table, int64_t rows, int64_t length,
+                                              int32_t bits, int32_t state_bits, int32_t group,
+                                              int32_t threads, float* weight) {
+  const Format format = {rows, length, bits, state_bits, group};
+  if (!format.valid()) return kInvalid;
+  try {
+    const DecodeTask task = {format, codes, scales, table, weight};
+    return for_each_job<Decoder>(format.jobs(), threads,
+                                 [&] { return std::make_unique<Decoder>(task); });
+  } catch (const std::exception&) {
+    return kNoMemory;
+  }
+}

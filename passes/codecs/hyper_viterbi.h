@@ -1,0 +1,248 @@
+// Encoder of sixteen (row, group) blocks at a time; included once per instruction set by
+// hyper_encode.cc, which defines ONNXCOMP_ISA (a namespace) and one of ONNXCOMP_AVX512,
+// ONNXCOMP_AVX2 or neither. No include guard on purpose.
+//
+// Costs are exact integers, so every instruction set finds the same path. With y the target in
+// 1/16 of a table unit, the cost of state s is 2^(K+3) (q^2 - 2 (y/16) q), a multiple of 2^K: the
+// K low bits carry the index of the predecessor through every minimum for free.
+//
+// Names: state s has L bits; its K top bits are the symbol, its L - K low bits are the `stem`, the
+// part shared with the previous state. Each stem has 2^K predecessors, (stem << K) | j.
+
+namespace ONNXCOMP_ISA {
+
+#if defined(ONNXCOMP_AVX512)
+
+// The zero-masked forms spare GCC 12 a false warning; they compile to the plain instructions.
+struct Lanes {
+  __m512i v;
+};
+inline Lanes load(const int32_t* p) { return {_mm512_load_si512(p)}; }
+inline void store(int32_t* p, Lanes a) { _mm512_store_si512(p, a.v); }
+inline Lanes splat(int32_t a) { return {_mm512_set1_epi32(a)}; }
+inline Lanes min(Lanes a, Lanes b) { return {_mm512_maskz_min_epi32(0xFFFF, a.v, b.v)}; }
+inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Lanes sub(Lanes a, Lanes b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline Lanes bit_and(Lanes a, Lanes b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline void store_octets(uint8_t* p, Lanes a) {
+  _mm_store_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xFFFF, a.v));
+}
+inline Lanes advance(Lanes cost, Lanes target, const StateCost& state) {
+  return {_mm512_dpwssd_epi32(cost.v, target.v, _mm512_set1_epi32(state.pair))};
+}
+inline int32_t pack_target(int32_t y, int32_t unit) { return (-y & 0xFFFF) | (unit << 16); }
+
+#elif defined(ONNXCOMP_AVX2)
+
+struct Lanes {
+  __m256i a, b;
+};
+inline Lanes load(const int32_t* p) {
+  return {_mm256_load_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(p) + 1)};
+}
+inline void store(int32_t* p, Lanes x) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p) + 1, x.b);
+}
+inline Lanes splat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Lanes min(Lanes x, Lanes y) {
+  return {_mm256_min_epi32(x.a, y.a), _mm256_min_epi32(x.b, y.b)};
+}
+inline Lanes add(Lanes x, Lanes y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
+}
+inline Lanes sub(Lanes x, Lanes y) {
+  return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)};
+}
+inline Lanes bit_and(Lanes x, Lanes y) {
+  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
+}
+inline void store_octets(uint8_t* p, Lanes x) {
+  const __m256i octet = _mm256_set1_epi32(0xFF);
+  const __m256i words =
+      _mm256_packs_epi32(_mm256_and_si256(x.a, octet), _mm256_and_si256(x.b, octet));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xD8);
+  const __m128i octets = _mm_packus_epi16(_mm256_castsi256_si128(ordered),
+                                          _mm256_extracti128_si256(ordered, 1));
+  _mm_store_si128(reinterpret_cast<__m128i*>(p), octets);
+}
+inline Lanes advance(Lanes cost, Lanes target, const StateCost& state) {
+  const __m256i pair = _mm256_set1_epi32(state.pair);
+  return {_mm256_add_epi32(cost.a, _mm256_madd_epi16(target.a, pair)),
+          _mm256_add_epi32(cost.b, _mm256_madd_epi16(target.b, pair))};
+}
+inline int32_t pack_target(int32_t y, int32_t unit) { return (-y & 0xFFFF) | (unit << 16); }
+
+#else
+
+typedef int32_t Quad __attribute__((vector_size(16)));
+struct Lanes {
+  Quad v[4];
+};
+template <class Operation>
+inline Lanes each(Operation operation) {
+  return {{operation(0), operation(1), operation(2), operation(3)}};
+}
+inline Lanes load(const int32_t* p) {
+  const Quad* quads = reinterpret_cast<const Quad*>(p);
+  return each([&](int i) { return quads[i]; });
+}
+inline void store(int32_t* p, const Lanes& a) {
+  for (int i = 0; i < 4; ++i) reinterpret_cast<Quad*>(p)[i] = a.v[i];
+}
+inline Lanes splat(int32_t a) {
+  return each([&](int) { return Quad{a, a, a, a}; });
+}
+inline Lanes min(const Lanes& a, const Lanes& b) {
+  return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Lanes add(const Lanes& a, const Lanes& b) {
+  return each([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline Lanes sub(const Lanes& a, const Lanes& b) {
+  return each([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline Lanes bit_and(const Lanes& a, const Lanes& b) {
+  return each([&](int i) { return a.v[i] & b.v[i]; });
+}
+inline void store_octets(uint8_t* p, const Lanes& a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(a.v[i / 4][i % 4]);
+}
+inline Lanes advance(const Lanes& cost, const Lanes& target, const StateCost& state) {
+  return each([&](int i) { return cost.v[i] + state.square - target.v[i] * state.slope; });
+}
+inline int32_t pack_target(int32_t y, int32_t) { return y; }
+
+#endif
+
+template <int K, int L>
+struct Trellis {
+  static constexpr int kStems = 1 << (L - K);
+  static constexpr int32_t kBranches = 1 << K;
+  static constexpr int kReach = L - K > K ? L - K : K;
+  // Costs are held with the predecessor index in the low bits, one entry per (stem, index) pair
+  // that occurs; entry i belongs to stem i mod kStems and carries index i mod kBranches.
+  static constexpr int kEntries = 1 << kReach;
+  static constexpr int kRuns = L - K > K ? 1 << (L - 2 * K) : 1;
+  static constexpr int32_t kIndex = kBranches - 1;
+  // Without this, 256 steps of the largest costs could pass 2^31.
+  static constexpr bool kNormalise = K >= 5;
+
+  static void mark(const int32_t* best, int32_t* entries) {
+    const Lanes clean = splat(~kIndex);
+    const Lanes base = kNormalise ? bit_and(load(best), clean) : splat(0);
+    for (int32_t i = 0; i < kEntries; ++i) {
+      const Lanes cost = bit_and(load(best + (i & (kStems - 1)) * kLanes), clean);
+      store(entries + i * kLanes, add(sub(cost, base), splat(i & kIndex)));
+    }
+  }
+
+  // One weight: the best way into every stem. `best` gets cost and index, `history` the index.
+  static void step(const int32_t* target, const StateCost* states, const int32_t* entries,
+                   int32_t* best, uint8_t* history) {
+    const Lanes y = load(target);
+    for (int run = 0; run < kRuns; ++run) {
+      const int32_t* source = entries + run * kBranches * kLanes;
+      for (int stem = run; stem < kStems; stem += kRuns) {
+        const StateCost* state = states + stem * kBranches;
+        Lanes least = advance(load(source), y, state[0]);
+#pragma GCC unroll 16
+        for (int j = 1; j < kBranches; ++j)
+          least = min(least, advance(load(source + j * kLanes), y, state[j]));
+        store(best + stem * kLanes, least);
+        store_octets(history + stem * kLanes, least);
+      }
+    }
+  }
+
+  static void forward(const int32_t* targets, int first, int last, const Trial& trial,
+                      bool keep) {
+    for (int t = first; t < last; ++t) {
+      uint8_t* history = trial.history + (keep ? size_t(t - first) * kStems * kLanes : 0);
+      step(targets + t * kLanes, trial.states, trial.entries, trial.best, history);
+      mark(trial.best, trial.entries);
+    }
+  }
+
+  // Follow the path back from `stem` over `steps` weights; `states` may be null.
+  static void backward(int steps, const Trial& trial, int32_t* stem, uint16_t* states) {
+    for (int t = steps - 1; t >= 0; --t) {
+      const uint8_t* history = trial.history + size_t(t) * kStems * kLanes;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int32_t index = history[stem[lane] * kLanes + lane] & kIndex;
+        const int32_t state = (stem[lane] << K) | index;
+        if (states) states[t * kLanes + lane] = static_cast<uint16_t>(state);
+        stem[lane] = state & (kStems - 1);
+      }
+    }
+  }
+
+  static void cheapest(const int32_t* entries, int32_t* stem) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      int32_t least = entries[lane] & ~kIndex;
+      stem[lane] = 0;
+      for (int32_t i = 1; i < kStems; ++i) {
+        const int32_t cost = entries[i * kLanes + lane] & ~kIndex;
+        if (cost < least) least = cost, stem[lane] = i;
+      }
+    }
+  }
+
+  // Tail-biting path: the stem at the seam is taken from a pass over the weights around it, then
+  // start and end are fixed to it. `targets` holds the group twice, 2 g rows of 16 lanes.
+  static void search(const int32_t* targets, const Trial& trial) {
+    const int group = trial.group, around = trial.around;
+    alignas(64) int32_t stem[kLanes];
+    std::fill(trial.best, trial.best + kStems * kLanes, 0);
+    mark(trial.best, trial.entries);
+    forward(targets, group - around, group, trial, false);
+    forward(targets, group, group + around, trial, true);
+    cheapest(trial.entries, stem);
+    backward(around, trial, stem, nullptr);
+    std::fill(trial.best, trial.best + kStems * kLanes, kFar);
+    for (int lane = 0; lane < kLanes; ++lane) trial.best[stem[lane] * kLanes + lane] = 0;
+    mark(trial.best, trial.entries);
+    forward(targets, 0, group, trial, true);
+    backward(group, trial, stem, trial.path);
+  }
+};
+
+inline void rotate(float* x, int group) {
+  for (int t = 0; t < group; ++t)
+    if (sign_is_negative(t))
+      for (int lane = 0; lane < kLanes; ++lane) x[t * kLanes + lane] = -x[t * kLanes + lane];
+  for (int half = 1; half < group; half *= 2)
+    for (int start = 0; start < group; start += 2 * half)
+      for (int i = start * kLanes; i < (start + half) * kLanes; ++i) {
+        const float a = x[i], b = x[i + half * kLanes];
+        x[i] = a + b;
+        x[i + half * kLanes] = a - b;
+      }
+}
+
+// Targets in 1/16 of a table unit, twice in a row so that any window of the cycle is contiguous.
+inline void set_targets(const float* x, const float* factor, int group, int32_t unit,
+                        int16_t* y, int32_t* targets) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to nearest even
+  for (int t = 0; t < group; ++t)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int i = t * kLanes + lane;
+      const float value = std::min(std::max(x[i] * factor[lane], -32767.0f), 32767.0f);
+      y[i] = static_cast<int16_t>((value + kRound) - kRound);
+      targets[i] = targets[i + group * kLanes] = pack_target(y[i], unit);
+    }
+}
+
+// The search for one (K, L), or null when there is no such trellis.
+inline Search find_search(int bits, int state_bits) {
+#define ONNXCOMP_CASE(K, L) \
+  if (bits == K && state_bits == L) return Trellis<K, L>::search;
+  ONNXCOMP_EACH_TRELLIS(ONNXCOMP_CASE)
+#undef ONNXCOMP_CASE
+  return nullptr;
+}
+
+constexpr Kernels kernels = {rotate, set_targets, find_search};
+
+}  // namespace ONNXCOMP_ISA

@@ -1,0 +1,171 @@
+"""The compiler's native code, loaded through ctypes: encoder and decoder of the hyper codec.
+
+The library is optional. Without it the numpy forms give the same bytes, only slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.resources
+import os
+from pathlib import Path
+
+import numpy as np
+
+from onnxcomp.errors import CompressionError, ModelError, RuntimeMissingError
+from onnxcomp.passes.codecs.codec import Array
+from onnxcomp.passes.codecs.hyper_format import Geometry
+
+__all__ = ["ISAS", "available", "hyper_decode", "hyper_encode", "library_path"]
+
+_VERSION = 1
+_ENVIRONMENT = "ONNXCOMP_ENCODERS_LIBRARY"
+_FILE = "libonnxcomp_encoders.so"
+
+# Instruction sets of the encoder by number; "auto" takes the best one of the machine.
+ISAS = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+
+_INVALID, _OUT_OF_RANGE, _NO_MEMORY = -1, -2, -3
+
+
+def library_path() -> Path | None:
+    """Where the encoder library lies; None when it was not built.
+
+    Raises:
+        RuntimeMissingError: ONNXCOMP_ENCODERS_LIBRARY names a file that does not exist.
+    """
+    chosen = os.environ.get(_ENVIRONMENT)
+    if chosen:
+        if not Path(chosen).is_file():
+            raise RuntimeMissingError(
+                f"{_ENVIRONMENT}={chosen}: no such file",
+                hint=f"build the target onnxcomp_encoders, or unset {_ENVIRONMENT}",
+            )
+        return Path(chosen)
+    # Folders of packages installed from links are found through the package, not through __file__.
+    installed = Path(str(importlib.resources.files("onnxcomp.passes.codecs"))) / _FILE
+    return installed if installed.is_file() else None
+
+
+@functools.cache
+def _load(path: Path) -> ctypes.CDLL:
+    """Load and check the library at `path`."""
+    try:
+        library = ctypes.CDLL(str(path))
+        version = int(library.onnxcomp_encoders_version())
+    except (OSError, AttributeError) as error:
+        raise RuntimeMissingError(
+            f"cannot load the encoder library {path}: {error}", hint="build onnxcomp again"
+        ) from error
+    if version != _VERSION:
+        raise RuntimeMissingError(
+            f"encoder library {path} has interface {version}, this package needs {_VERSION}",
+            hint="build onnxcomp again",
+        )
+    i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+    library.onnxcomp_hyper_encode.argtypes = [
+        *[pointer, i64, i64, i64, i64],
+        *[i32, i32, i32, pointer, ctypes.c_double],
+        *[i32, i32, i32, i32, pointer, pointer],
+    ]
+    library.onnxcomp_hyper_decode.argtypes = [
+        *[pointer, pointer, pointer, i64, i64],
+        *[i32, i32, i32, i32, pointer],
+    ]
+    return library
+
+
+def available() -> bool:
+    """Whether the encoder library can be used."""
+    return library_path() is not None
+
+
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    if path is None:
+        raise RuntimeMissingError(f"{_FILE} is missing", hint="build onnxcomp with a C++ compiler")
+    return _load(path)
+
+
+def _check(status: int, what: str) -> None:
+    if status == _OUT_OF_RANGE:
+        raise ModelError(
+            "weight values are too large for float16 scales (about 8e3 times the group's rms)",
+            hint="keep this weight dense",
+        )
+    if status == _NO_MEMORY:
+        raise CompressionError(f"{what}: out of memory", hint="use fewer threads")
+    if status == _INVALID:
+        raise CompressionError(f"{what}: this machine or these parameters are not supported")
+
+
+def hyper_encode(
+    weight: Array,
+    geometry: Geometry,
+    table: Array,
+    spread: float,
+    *,
+    rounds: int = 2,
+    around: int = 0,
+    threads: int = 1,
+    isa: str = "auto",
+) -> tuple[Array, Array]:
+    """Encode ``(rows, length)`` with the native encoder; any strides are read in place.
+
+    Args:
+        weight: float32 ``(rows, length)``, finite.
+        geometry: Parameters and extent.
+        table: int8 ``(2**state_bits,)``.
+        spread: Root mean square of the targets, in table units, for the start scale.
+        rounds: Searches; each but the first starts from the refitted scale of the one before.
+        around: Weights on both sides of a group's seam that decide its state; 0 is half a group.
+        threads: Worker threads; the result does not depend on it.
+        isa: A key of `ISAS`; the result does not depend on it.
+
+    Returns:
+        codes uint8 ``(P, G, D, 16, 4)`` and scales float16 ``(P, G, 16, 1)``.
+
+    Raises:
+        ModelError: A group is too large for a float16 scale.
+        RuntimeMissingError: The library is not there.
+    """
+    weight = np.asarray(weight, np.float32)
+    if any(stride % 4 for stride in weight.strides):
+        weight = np.ascontiguousarray(weight)
+    table = np.ascontiguousarray(table, np.int8)
+    codes = np.empty(geometry.codes_shape, np.uint8)
+    scales = np.empty(geometry.scales_shape, np.float16)
+    row_stride, column_stride = (stride // 4 for stride in weight.strides)
+    status = _library().onnxcomp_hyper_encode(
+        *(weight.ctypes.data, geometry.rows, geometry.length, row_stride, column_stride),
+        *(geometry.bits, geometry.state_bits, geometry.group, table.ctypes.data, spread),
+        *(rounds, around, threads, ISAS[isa], codes.ctypes.data, scales.ctypes.data),
+    )
+    _check(status, "hyper encoder")
+    return codes, scales
+
+
+def hyper_decode(
+    codes: Array, scales: Array, table: Array, geometry: Geometry, *, threads: int = 1
+) -> Array:
+    """Decode with native code: float32 ``(rows, length)``, bit-equal to `hyper_format.decode`.
+
+    Raises:
+        RuntimeMissingError: The library is not there.
+    """
+    codes = np.ascontiguousarray(codes, np.uint8)
+    scales = np.ascontiguousarray(scales, np.float16)
+    table = np.ascontiguousarray(table, np.int8)
+    if codes.shape != geometry.codes_shape or scales.shape != geometry.scales_shape:
+        raise CompressionError(f"codes {codes.shape} and scales {scales.shape} do not fit")
+    if table.shape != (1 << geometry.state_bits,):
+        raise CompressionError(f"table {table.shape} does not fit {geometry.state_bits} state bits")
+    result = np.empty((geometry.rows, geometry.length), np.float32)
+    status = _library().onnxcomp_hyper_decode(
+        *(codes.ctypes.data, scales.ctypes.data, table.ctypes.data),
+        *(geometry.rows, geometry.length),
+        *(geometry.bits, geometry.state_bits, geometry.group, threads, result.ctypes.data),
+    )
+    _check(status, "hyper decoder")
+    return result
