@@ -1,0 +1,57 @@
+"""The operator library: where it is, and how to load it into a session."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxcomp.errors import RuntimeMissingError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["library_path", "register"]
+
+_VARIABLE = "ONNXCOMP_OPS_LIBRARY"
+_FILE = "libonnxcomp_ops.so"
+
+
+def library_path() -> Path:
+    """Path of the operator library.
+
+    The environment variable ``ONNXCOMP_OPS_LIBRARY`` wins over the copy inside the package.
+
+    Raises:
+        RuntimeMissingError: There is no file at that path.
+    """
+    override = os.environ.get(_VARIABLE)
+    if override:
+        path = Path(override)
+        hint = f"set {_VARIABLE} to an existing file, or unset it to use the installed library"
+    else:
+        path = Path(str(importlib.resources.files("onnxcomp.ops"))) / _FILE
+        hint = f"reinstall onnxcomp, or build the library and point {_VARIABLE} to it"
+    if not path.is_file():
+        raise RuntimeMissingError(f"operator library {path} does not exist", hint=hint)
+    return path
+
+
+def register(session_options: onnxruntime.SessionOptions) -> None:
+    """Make the operators of com.onnxcomp known to sessions created with these options.
+
+    Args:
+        session_options: Options of one or more sessions to come.
+
+    Raises:
+        RuntimeMissingError: The library is missing, or this ONNX Runtime cannot load it.
+    """
+    path = library_path()
+    try:
+        session_options.register_custom_ops_library(str(path))
+    except Exception as error:
+        raise RuntimeMissingError(
+            f"ONNX Runtime cannot load {path}: {error}",
+            hint="onnxcomp needs ONNX Runtime 1.18 or newer on the platform it was built for",
+        ) from error

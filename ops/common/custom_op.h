@@ -1,0 +1,109 @@
+// What every operator of the library has in common: a declaration, and a kernel behind the ABI.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "abi.h"
+#include "common/attributes.h"
+#include "common/error.h"
+
+namespace onnxcomp {
+
+// One node's kernel. `Compute` may run on several threads at once.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  virtual void Compute(OrtKernelContext* context) const = 0;
+};
+
+// What InferOutputShapeFn may ask, and its answer.
+class InferContext {
+ public:
+  InferContext(const Api& api, OrtShapeInferContext* context) : api_(api), context_(context) {}
+
+  // Dims of an input, -1 where unknown. An input of unknown rank looks like a scalar.
+  Dims InputDims(size_t index) const { return Input(index).dims(); }
+
+  // Element type of an input.
+  int InputType(size_t index) const {
+    int type = kUndefined;
+    Check(api_, api_.GetTensorElementType(Input(index).get(), &type));
+    return type;
+  }
+
+  // Names of the symbolic dims of an input, "" where there is none.
+  std::vector<std::string> InputSymbols(size_t index) const {
+    ShapeInfo info = Input(index);
+    std::vector<const char*> names(info.dims().size(), "");
+    if (!names.empty()) {
+      Check(api_, api_.GetSymbolicDimensions(info.get(), names.data(), names.size()));
+    }
+    std::vector<std::string> copies;
+    for (const char* name : names) copies.emplace_back(name == nullptr ? "" : name);
+    return copies;
+  }
+
+  // An attribute of integers; empty when absent.
+  Dims Ints(const char* name) const {
+    const OrtOpAttr* attribute = nullptr;
+    OrtStatus* status = api_.InferGetAttribute(context_, name, &attribute);
+    if (status != nullptr) {
+      api_.ReleaseStatus(status);
+      return {};
+    }
+    Dims values(8);
+    size_t bytes = 0;
+    const size_t room = values.size() * sizeof(int64_t);
+    status = api_.ReadOpAttr(attribute, kAttributeInts, values.data(), room, &bytes);
+    if (status != nullptr) {
+      api_.ReleaseStatus(status);
+      return {};
+    }
+    values.resize(bytes / sizeof(int64_t));
+    return values;
+  }
+
+  void SetOutput(int type, const Dims& dims, const std::vector<std::string>& symbols) const {
+    OrtTensorTypeAndShapeInfo* raw = nullptr;
+    Check(api_, api_.CreateTensorTypeAndShapeInfo(&raw));
+    ShapeInfo info(api_, raw);
+    Check(api_, api_.SetTensorElementType(raw, type));
+    Check(api_, api_.SetDimensions(raw, dims.data(), dims.size()));
+    std::vector<const char*> names;
+    for (const std::string& symbol : symbols) names.push_back(symbol.c_str());
+    names.resize(dims.size(), "");
+    if (!names.empty()) Check(api_, api_.SetSymbolicDimensions(raw, names.data(), names.size()));
+    Check(api_, api_.InferSetOutput(context_, 0, raw));
+  }
+
+ private:
+  ShapeInfo Input(size_t index) const {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    Check(api_, api_.InferGetInput(context_, index, &info));
+    return ShapeInfo(api_, info, /*owned=*/false);
+  }
+
+  Api api_;
+  OrtShapeInferContext* context_;
+};
+
+// One operator for one combination of element types, as the runtime sees it. The base comes first
+// so that a pointer to one is a pointer to the other.
+struct CustomOp : OrtCustomOp {
+  using Create = std::unique_ptr<Kernel> (*)(const NodeInfo& node, const CustomOp& op);
+  using Infer = void (*)(const InferContext& context, const CustomOp& op);
+
+  CustomOp(const Api& api, const char* name, std::vector<int> inputs, int output, Create create,
+           Infer infer);
+
+  Api api;
+  const char* name;
+  std::vector<int> inputs;
+  int output;
+  Create create;
+  Infer infer;
+};
+
+}  // namespace onnxcomp

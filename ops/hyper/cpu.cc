@@ -1,0 +1,405 @@
+// HyperMatMul, HyperGather and HyperDecode for the CPU provider; spec.md defines them.
+
+#include "hyper/kernel.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "common/float16.h"
+#include "common/parallel.h"
+
+namespace onnxcomp::hyper {
+namespace {
+
+// Weights decoded or multiplied by one task, roughly: some ten microseconds of work.
+constexpr int64_t kTaskWork = int64_t{1} << 18;
+// Rows of activations that are prepared at once, which bounds the scratch memory.
+constexpr int64_t kBatchBlock = 8 * kRowBlock;
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Half {
+  uint16_t bits;
+};
+struct Brain {
+  uint16_t bits;
+};
+
+inline float ToFloat(float value) { return value; }
+inline float ToFloat(Half value) { return HalfToFloat(value.bits); }
+inline float ToFloat(Brain value) { return BfloatToFloat(value.bits); }
+inline void Store(float value, float* out) { *out = value; }
+inline void Store(float value, Half* out) { out->bits = FloatToHalf(value); }
+inline void Store(float value, Brain* out) { out->bits = FloatToBfloat(value); }
+
+template <class T>
+constexpr int kTypeOf = kUndefined;
+template <>
+constexpr int kTypeOf<float> = kFloat;
+template <>
+constexpr int kTypeOf<Half> = kFloat16;
+template <>
+constexpr int kTypeOf<Brain> = kBfloat16;
+template <>
+constexpr int kTypeOf<int32_t> = kInt32;
+template <>
+constexpr int kTypeOf<int64_t> = kInt64;
+
+// Memory for one call, aligned to cache lines, not initialised.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(count == 0 ? nullptr
+                         : static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T),
+                                                          std::align_val_t{64}))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Rotates rows of x and lays them out as Activations, on all threads.
+template <class T>
+class Prepared {
+ public:
+  Prepared(const Isa& isa, const Format& format, const T* x, int64_t rows, bool int8)
+      : isa_(isa),
+        format_(format),
+        x_(x),
+        rows_(rows),
+        int8_(int8),
+        codes_(int8 ? rows * format.padded() : 0),
+        scales_(int8 ? rows * format.groups : 0),
+        biases_(int8 ? rows * format.groups : 0),
+        values_(int8 ? 0 : rows * format.padded()) {
+    for (int t = 0; t < format.group; ++t) {
+      positions_[t] = static_cast<int16_t>(int8 ? isa.position(format, t) : t);
+    }
+  }
+
+  int64_t tiles() const { return CeilDiv(rows_, isa_.tile); }
+
+  Activations view() const {
+    return {rows_,         format_.groups, format_.group,  isa_.tile,
+            codes_.get(), scales_.get(),  biases_.get(), values_.get()};
+  }
+
+  // Rotates the rows of one tile, `row` is scratch of one padded row.
+  void Run(int64_t tile, float* row) const {
+    const int64_t first = tile * isa_.tile;
+    const int count = static_cast<int>(std::min<int64_t>(isa_.tile, rows_ - first));
+    for (int i = 0; i < count; ++i) {
+      const T* source = x_ + (first + i) * format_.length;
+      for (int64_t t = 0; t < format_.length; ++t) row[t] = ToFloat(source[t]);
+      std::fill(row + format_.length, row + format_.padded(), 0.0f);
+      isa_.rotate(row, format_.groups, format_.group);
+      for (int64_t g = 0; g < format_.groups; ++g) {
+        const int64_t unit = first * format_.groups + g * count;
+        Place(row + g * format_.group, unit, i, count);
+      }
+    }
+  }
+
+ private:
+  void Place(const float* values, int64_t unit, int i, int count) const {
+    if (int8_) {
+      PlaceInt8(values, unit, i, count);
+      return;
+    }
+    float* out = values_.get() + unit * format_.group + i;
+    for (int t = 0; t < format_.group; ++t) out[t * count] = values[t];
+  }
+
+  void PlaceInt8(const float* values, int64_t unit, int i, int count) const {
+    int8_t codes[kMaxGroup];
+    scales_.get()[unit + i] = isa_.quantize(values, format_.group, codes);
+    int8_t* out = codes_.get() + unit * format_.group + i * 4;
+    int32_t sum = 0;
+    for (int t = 0; t < format_.group; ++t) {
+      const int position = positions_[t];
+      out[position / 4 * 4 * count + position % 4] = codes[t];
+      sum += codes[t];
+    }
+    biases_.get()[unit + i] = -128 * sum;
+  }
+
+  const Isa& isa_;
+  const Format& format_;
+  const T* x_;
+  int64_t rows_;
+  bool int8_;
+  Scratch<int8_t> codes_;
+  Scratch<float> scales_;
+  Scratch<int32_t> biases_;
+  Scratch<float> values_;
+  int16_t positions_[kMaxGroup];
+};
+
+// y (rows, out) = x W^T over a grid of tasks: pairs of panels times blocks of activation rows.
+template <class T>
+class Product {
+ public:
+  Product(const Isa& isa, const Weight& weight, const Activations& x, bool int8, T* y)
+      : weight_(weight), x_(x), call_(int8 ? isa.product_int8 : isa.product_exact), y_(y) {
+    const Format& format = weight.format;
+    row_blocks_ = CeilDiv(x.rows, kRowBlock);
+    const int64_t work = 2 * kLanes * format.padded() * std::min<int64_t>(x.rows, kRowBlock);
+    pairs_ = std::clamp<int64_t>(kTaskWork / std::max<int64_t>(work, 1), 1, 64);
+    panel_blocks_ = CeilDiv(format.panels, 2 * pairs_);
+  }
+
+  size_t tasks() const { return static_cast<size_t>(panel_blocks_ * row_blocks_); }
+
+  void operator()(size_t task) const {
+    const int64_t block = static_cast<int64_t>(task) % panel_blocks_;
+    const int64_t first = static_cast<int64_t>(task) / panel_blocks_ * kRowBlock;
+    const int64_t rows = std::min<int64_t>(kRowBlock, x_.rows - first);
+    const int64_t end = std::min((block + 1) * 2 * pairs_, weight_.format.panels);
+    for (int64_t panel = block * 2 * pairs_; panel < end; panel += 2) {
+      alignas(64) float out[kRowBlock * 2 * kLanes];
+      const int panels = static_cast<int>(std::min<int64_t>(2, end - panel));
+      call_(weight_, x_, panel, panels, first, rows, out);
+      Write(out, panel * kLanes, panels * kLanes, first, rows);
+    }
+  }
+
+ private:
+  void Write(const float* out, int64_t column, int64_t lanes, int64_t first, int64_t rows) const {
+    const int64_t width = std::min(lanes, weight_.format.rows - column);
+    for (int64_t m = 0; m < rows; ++m, out += 2 * kLanes) {
+      T* y = y_ + (first + m) * weight_.format.rows + column;
+      for (int64_t lane = 0; lane < width; ++lane) Store(out[lane], y + lane);
+    }
+  }
+
+  const Weight& weight_;
+  const Activations& x_;
+  decltype(Isa::product_int8) call_;
+  T* y_;
+  int64_t row_blocks_;
+  int64_t panel_blocks_;
+  int64_t pairs_;
+};
+
+template <class T>
+class MatMulKernel : public Kernel {
+ public:
+  explicit MatMulKernel(const NodeInfo& node)
+      : api_(node.api()), reader_(node, 1), isa_(SelectIsa()) {
+    const int64_t dtype = node.Int("dtype").value_or(kTypeOf<T>);
+    if (dtype != kTypeOf<T>) {
+      Fail("attribute 'dtype' is ", dtype, ", the element type of x is ", kTypeOf<T>);
+    }
+    const int64_t precision = node.Int("precision").value_or(0);
+    if (precision != 0 && precision != 1) {
+      Fail("attribute 'precision' is ", precision, ", must be 0 (exact) or 1 (int8)");
+    }
+    int8_ = precision == 1;
+  }
+
+  void Compute(OrtKernelContext* context) const override {
+    const OrtValue* x = InputOf(api_, context, 0);
+    Dims dims = DimsOf(api_, x);
+    if (dims.empty() || dims.back() != reader_.length()) {
+      Fail("x has shape ", Text(dims), ", its last dim must be ", reader_.length());
+    }
+    const Weight weight = reader_.Read(context);
+    dims.back() = reader_.rows();
+    T* y = OutputOf<T>(api_, context, dims);
+    dims.pop_back();
+    const int64_t rows = Count(dims);
+    const T* data = DataOf<T>(api_, x);
+    for (int64_t first = 0; first < rows; first += kBatchBlock) {
+      const int64_t count = std::min(kBatchBlock, rows - first);
+      Run(context, weight, data + first * reader_.length(), count, y + first * reader_.rows());
+    }
+  }
+
+ private:
+  void Run(OrtKernelContext* context, const Weight& weight, const T* x, int64_t rows, T* y) const {
+    const Format& format = weight.format;
+    const Prepared<T> prepared(isa_, format, x, rows, int8_);
+    const int64_t tiles = prepared.tiles();
+    const int64_t per_task = std::max<int64_t>(1, kTaskWork / (isa_.tile * format.padded() * 8));
+    const int64_t tasks = CeilDiv(tiles, per_task);
+    const Scratch<float> scratch(tasks * format.padded());
+    ParallelFor(api_, context, static_cast<size_t>(tasks), [&](size_t task) {
+      const int64_t begin = static_cast<int64_t>(task) * per_task;
+      for (int64_t tile = begin; tile < std::min(begin + per_task, tiles); ++tile) {
+        prepared.Run(tile, scratch.get() + static_cast<int64_t>(task) * format.padded());
+      }
+    });
+    const Activations view = prepared.view();
+    const Product<T> product(isa_, weight, view, int8_, y);
+    ParallelFor(api_, context, product.tasks(), product);
+  }
+
+  Api api_;
+  WeightReader reader_;
+  const Isa& isa_;
+  bool int8_ = false;
+};
+
+// Reads 'columns' of HyperGather, which the portable body needs and a kernel only checks.
+void CheckColumns(const NodeInfo& node, int64_t length) {
+  const auto columns = node.Ints("columns");
+  if (columns && *columns != Dims{length}) {
+    Fail("attribute 'columns' is ", Text(*columns), ", must be ", Text({length}));
+  }
+}
+
+template <class Index>
+class GatherKernel : public Kernel {
+ public:
+  explicit GatherKernel(const NodeInfo& node)
+      : api_(node.api()), reader_(node, 1), isa_(SelectIsa()) {
+    CheckColumns(node, reader_.length());
+  }
+
+  void Compute(OrtKernelContext* context) const override {
+    const OrtValue* indices = InputOf(api_, context, 0);
+    Dims dims = DimsOf(api_, indices);
+    const int64_t count = Count(dims);
+    const Index* data = DataOf<Index>(api_, indices);
+    for (int64_t i = 0; i < count; ++i) {
+      if (data[i] < -reader_.rows() || data[i] >= reader_.rows()) {
+        Fail("index ", data[i], " at position ", i, " is outside [", -reader_.rows(), ", ",
+             reader_.rows() - 1, "]");
+      }
+    }
+    const Weight weight = reader_.Read(context);
+    dims.push_back(reader_.length());
+    float* y = OutputOf<float>(api_, context, dims);
+    const int64_t per_task = std::max<int64_t>(1, kTaskWork / 8 / weight.format.padded());
+    const auto tasks = static_cast<size_t>(CeilDiv(count, per_task));
+    ParallelFor(api_, context, tasks, [&](size_t task) {
+      const int64_t begin = static_cast<int64_t>(task) * per_task;
+      for (int64_t i = begin; i < std::min(begin + per_task, count); ++i) {
+        const int64_t row = data[i] < 0 ? data[i] + reader_.rows() : data[i];
+        Row(weight, row, y + i * reader_.length());
+      }
+    });
+  }
+
+ private:
+  void Row(const Weight& weight, int64_t row, float* out) const {
+    const Format& format = weight.format;
+    for (int64_t g = 0; g < format.groups; ++g) {
+      const int64_t left = format.length - g * format.group;
+      const int width = static_cast<int>(std::min<int64_t>(format.group, left));
+      isa_.decode_row(weight, row, g, width, out + g * format.group);
+    }
+  }
+
+  Api api_;
+  WeightReader reader_;
+  const Isa& isa_;
+};
+
+class DecodeKernel : public Kernel {
+ public:
+  explicit DecodeKernel(const NodeInfo& node)
+      : api_(node.api()), reader_(node, 0), isa_(SelectIsa()) {}
+
+  void Compute(OrtKernelContext* context) const override {
+    const Weight weight = reader_.Read(context);
+    const Format& format = weight.format;
+    float* w = OutputOf<float>(api_, context, {format.rows, format.length});
+    const int64_t per_task = std::max<int64_t>(1, kTaskWork / 4 / (kLanes * format.group));
+    const int64_t blocks = format.panels * format.groups;
+    const auto tasks = static_cast<size_t>(CeilDiv(blocks, per_task));
+    ParallelFor(api_, context, tasks, [&](size_t task) {
+      const int64_t begin = static_cast<int64_t>(task) * per_task;
+      for (int64_t i = begin; i < std::min(begin + per_task, blocks); ++i) {
+        Block(weight, i / format.groups, i % format.groups, w);
+      }
+    });
+  }
+
+ private:
+  void Block(const Weight& weight, int64_t panel, int64_t group, float* w) const {
+    const Format& format = weight.format;
+    const int64_t row = panel * kLanes;
+    const int64_t column = group * format.group;
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, format.rows - row));
+    const int width = static_cast<int>(std::min<int64_t>(format.group, format.length - column));
+    float* out = w + row * format.length + column;
+    isa_.decode_panel(weight, panel, group, count, width, out, format.length);
+  }
+
+  Api api_;
+  WeightReader reader_;
+  const Isa& isa_;
+};
+
+template <class K>
+std::unique_ptr<Kernel> Make(const NodeInfo& node, const CustomOp&) {
+  return std::make_unique<K>(node);
+}
+
+bool Positive(const Dims& extent) {
+  return extent.size() == 2 && extent[0] > 0 && extent[1] > 0;
+}
+
+// The runtime asks one of the overloads for all of them: the type of y comes from x, not from `op`.
+void InferMatMul(const InferContext& context, const CustomOp&) {
+  Dims dims = context.InputDims(0);
+  const Dims extent = context.Ints("extent");
+  if (dims.empty() || !Positive(extent)) return;  // unknown, or left to the kernel to refuse
+  std::vector<std::string> symbols = context.InputSymbols(0);
+  dims.back() = extent[0];
+  symbols.back().clear();
+  context.SetOutput(context.InputType(0), dims, symbols);
+}
+
+void InferGather(const InferContext& context, const CustomOp& op) {
+  Dims dims = context.InputDims(0);
+  const Dims extent = context.Ints("extent");
+  if (dims.empty() || !Positive(extent)) return;  // a scalar cannot be told from an unknown rank
+  std::vector<std::string> symbols = context.InputSymbols(0);
+  dims.push_back(extent[1]);
+  symbols.emplace_back();
+  context.SetOutput(op.output, dims, symbols);
+}
+
+void InferDecode(const InferContext& context, const CustomOp& op) {
+  const Dims extent = context.Ints("extent");
+  if (Positive(extent)) context.SetOutput(op.output, extent, {});
+}
+
+// codes, scales, table, then what only the portable body reads.
+std::vector<int> WithWeight(std::vector<int> inputs) {
+  inputs.insert(inputs.end(), {kUint8, kFloat16, kInt8, kInt64, kInt64, kInt64, kFloat, kFloat,
+                               kFloat});
+  return inputs;
+}
+
+template <class T>
+void AddMatMul(const Api& api, std::deque<CustomOp>& ops) {
+  ops.emplace_back(api, "HyperMatMul", WithWeight({kTypeOf<T>}), kTypeOf<T>,
+                   Make<MatMulKernel<T>>, InferMatMul);
+}
+
+template <class Index>
+void AddGather(const Api& api, std::deque<CustomOp>& ops) {
+  ops.emplace_back(api, "HyperGather", WithWeight({kTypeOf<Index>}), kFloat,
+                   Make<GatherKernel<Index>>, InferGather);
+}
+
+}  // namespace
+
+void AddOps(const Api& api, std::deque<CustomOp>& ops) {
+  AddMatMul<float>(api, ops);
+  AddMatMul<Half>(api, ops);
+  AddMatMul<Brain>(api, ops);
+  AddGather<int32_t>(api, ops);
+  AddGather<int64_t>(api, ops);
+  ops.emplace_back(api, "HyperDecode", WithWeight({}), kFloat, Make<DecodeKernel>, InferDecode);
+}
+
+}  // namespace onnxcomp::hyper

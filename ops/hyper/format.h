@@ -1,0 +1,101 @@
+// The storage format of spec.md as plain structures, and what an instruction set has to provide.
+//
+// Included by translation units compiled for different instruction sets: only declarations and
+// trivial members here, nothing the linker could merge across them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace onnxcomp::hyper {
+
+constexpr int kLanes = 16;      // rows of a panel
+constexpr int kMaxGroup = 256;  // weights of a group
+constexpr int kMaxTile = 12;    // rows of activations that are interleaved, at most
+constexpr int kRowBlock = 96;   // rows of activations per task; a multiple of every tile
+
+// Sizes of one weight.
+struct Format {
+  int64_t rows;    // output channels
+  int64_t length;  // axis of the sum
+  int64_t panels;  // ceil(rows / 16)
+  int64_t groups;  // ceil(length / group)
+  int group;       // weights of a group
+  int bits;        // k, bits of a weight
+  int states;      // L, log2 of the table's length
+  int dwords;      // of one row of one group
+
+  int64_t padded() const { return groups * group; }
+};
+
+// One weight. The tensors belong to the runtime.
+struct Weight {
+  Format format;
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const int8_t* table;
+
+  // The dwords of 16 rows in one group, `format.dwords` times 64 bytes.
+  const uint8_t* block(int64_t panel, int64_t group) const {
+    return codes + (panel * format.groups + group) * format.dwords * (kLanes * 4);
+  }
+  const uint16_t* scale(int64_t panel, int64_t group) const {
+    return scales + (panel * format.groups + group) * kLanes;
+  }
+};
+
+// Rotated rows of activations, laid out for a product.
+//
+// Rows are interleaved in tiles: tile T holds n = min(tile, rows - T * tile) rows. In units of one
+// row's group g, element t of row i is stored at
+//   int8   ((T * tile * groups + group * n) * g) + (t' / 4 * n + i) * 4 + t' mod 4, t' the position
+//          that the instruction set gives to weight t
+//   float  ((T * tile * groups + group * n) * g) + t * n + i
+// and scale and bias of row i at T * tile * groups + group * n + i.
+struct Activations {
+  int64_t rows;
+  int64_t groups;
+  int group;
+  int tile;
+  const int8_t* codes;   // precision 1
+  const float* scales;   // precision 1
+  const int32_t* biases; // precision 1: -128 times the sum of the codes
+  const float* values;   // precision 0
+};
+
+// Work of one instruction set. All functions are re-entrant.
+struct Isa {
+  const char* name;
+  int tile;
+
+  // The position of weight t of a group in the order in which `product_int8` meets the weights.
+  int (*position)(const Format& format, int t);
+
+  // In place, per group of one padded row: x <- H (sign * x), in float32, strides 1, 2, 4, ...
+  void (*rotate)(float* row, int64_t groups, int group);
+
+  // Rounds one rotated group to int8: codes (group,), returns the scale; see spec.md.
+  float (*quantize)(const float* values, int group, int8_t* codes);
+
+  // out[i * 32 + lane] = sum over groups, for rows [first, first + rows) of the activations and the
+  // 16 * panels lanes from panel on; `panels` is 1 or 2, `first` a multiple of the tile.
+  void (*product_int8)(const Weight& weight, const Activations& x, int64_t panel, int panels,
+                       int64_t first, int64_t rows, float* out);
+  void (*product_exact)(const Weight& weight, const Activations& x, int64_t panel, int panels,
+                        int64_t first, int64_t rows, float* out);
+
+  // The rows of one panel in one group, decoded: out[lane * stride + t], lanes < count, t < width.
+  void (*decode_panel)(const Weight& weight, int64_t panel, int64_t group, int count, int width,
+                       float* out, int64_t stride);
+
+  // One row in one group, decoded: out[t], t < width.
+  void (*decode_row)(const Weight& weight, int64_t row, int64_t group, int width, float* out);
+};
+
+// The plain form, right on every machine.
+const Isa& PlainIsa();
+
+// The best form for this machine, or the one named by the environment variable ONNXCOMP_ISA.
+const Isa& SelectIsa();
+
+}  // namespace onnxcomp::hyper
