@@ -1,0 +1,189 @@
+"""Every model of a folder at one setting: size, agreement with the original, in both forms.
+
+    python benchmarks/bench_models.py FOLDER [--bits 4] [--only NAME ...]
+
+FOLDER holds models/*.onnx, lm/*.onnx and eval/. For each model: bytes, ratio, share of the weight
+bytes that is compressed, signal-to-noise ratio of the outputs against the original with the
+operator library and without, agreement of the top-1 class on real inputs where there are any, and
+whether inputs, outputs, opset and metadata are what they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from inputs import CLASSIFIERS, Batches
+from results import compile_model, print_table, write_results
+
+import onnxcomp
+
+Session = Any
+
+
+def visible(path: Path, session: Session) -> dict[str, Any]:
+    """What a user of the model sees besides its numbers."""
+    proto = onnx.load(path, load_external_data=False)
+    overridable = [(i.name, i.type, i.shape) for i in session.get_overridable_initializers()]
+    return {
+        "inputs": [(i.name, i.type, i.shape) for i in session.get_inputs()],
+        "outputs": [(o.name, o.type, o.shape) for o in session.get_outputs()],
+        "overridable": overridable,
+        "opsets": {o.domain: o.version for o in proto.opset_import if o.domain != "com.onnxcomp"},
+        "metadata": {entry.key: entry.value for entry in proto.metadata_props},
+        "doc": (proto.doc_string, proto.graph.doc_string, proto.producer_name, proto.domain),
+    }
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Names of what changed."""
+    changed = [
+        key for key in before if key not in ("metadata", "opsets") and before[key] != after[key]
+    ]
+    # A rewritten model may say more, but nothing else.
+    changed += [
+        key
+        for key in ("metadata", "opsets")
+        if any(after[key].get(name) != value for name, value in before[key].items())
+    ]
+    return changed
+
+
+def agreement(sessions: dict[str, Session], batches: Batches) -> dict[str, float]:
+    """Share of inputs with the same top-1 class as the dense model, and accuracies."""
+    same = dict.fromkeys(sessions, 0)
+    right = dict.fromkeys(sessions, 0)
+    count = labelled = 0
+    for feed, labels in batches:
+        classes = {
+            name: np.asarray(session.run(None, feed)[0]).squeeze().argmax(-1).reshape(-1)
+            for name, session in sessions.items()
+        }
+        count += classes["dense"].size
+        labelled += 0 if labels is None else len(labels)
+        for name, guess in classes.items():
+            same[name] += int((guess == classes["dense"]).sum())
+            right[name] += 0 if labels is None else int((guess == labels).sum())
+    numbers = {f"agree_{name}": same[name] / count for name in sessions if name != "dense"}
+    if labelled:
+        numbers |= {f"accuracy_{name}": right[name] / labelled for name in sessions}
+    return {"inputs": count, **numbers}
+
+
+def open_sessions(dense: Path, small: Path) -> dict[str, Session]:
+    """The original, the compressed model with the library, and the same file without it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return {
+        "dense": onnxruntime.InferenceSession(dense, options),
+        "library": onnxcomp.InferenceSession(small),
+        "portable": onnxruntime.InferenceSession(small, options),
+    }
+
+
+def worst_snr(outputs: dict[str, Any]) -> float | None:
+    """The lowest signal-to-noise ratio among the outputs, in dB; None where all are exact."""
+    numbers = [o["snr_db"] for o in outputs.values() if o["snr_db"] is not None]
+    return min(numbers, default=None)
+
+
+def measure(path: Path, data: Path, folder: Path, bits: int) -> dict[str, Any]:
+    """Everything about one model."""
+    small = folder / path.name
+    report = compile_model(path, small, "--bits", str(bits), "--no-cache")
+    row: dict[str, Any] = {"name": path.stem, "exit_code": report["exit_code"]}
+    if "error" in report:
+        return {**row, "error": report["error"]["message"]}
+    verify = report["verify"]
+    row |= {
+        "bytes_before": report["input"]["bytes"],
+        "bytes_after": report["output"]["bytes"],
+        "ratio": report["ratio"],
+        "coverage": report["coverage"],
+        "compressed": sum(site["reason"] == "" for site in report["sites"]),
+        "kept": sorted({site["reason"] for site in report["sites"] if site["reason"]}),
+        "snr_db": worst_snr(verify["outputs"]),
+        "snr_db_portable": worst_snr(verify["portable"]["outputs"]),
+        "seconds": sum(report["seconds"].values()),
+    }
+    if not small.exists():
+        return row
+    sessions = open_sessions(path, small)
+    before, after = (
+        visible(p, s) for p, s in ((path, sessions["dense"]), (small, sessions["library"]))
+    )
+    portable = visible(small, sessions["portable"])
+    row["changed"] = sorted({*differences(before, after), *differences(before, portable)})
+    inputs: Callable[[Path], Batches] | None = CLASSIFIERS.get(path.stem)
+    if inputs is not None:
+        row |= agreement(sessions, inputs(data))
+    return row
+
+
+def print_results(rows: list[dict[str, Any]]) -> None:
+    """Print one line for each model."""
+    columns = ("model", "exit", "KB before", "KB after", "ratio", "covered", "SNR dB", "portable")
+    table = []
+    for row in rows:
+        if "error" in row:
+            table.append((row["name"], row["exit_code"], row["error"], *[""] * 8))
+            continue
+        table.append(
+            (
+                row["name"],
+                row["exit_code"],
+                f"{row['bytes_before'] / 1000:.0f}",
+                f"{row['bytes_after'] / 1000:.0f}",
+                f"{row['ratio']:.2f}",
+                f"{100 * row['coverage']:.1f} %",
+                decibels(row["snr_db"]),
+                decibels(row["snr_db_portable"]),
+                percent(row.get("agree_library")),
+                percent(row.get("agree_portable")),
+                ", ".join(row.get("changed", ["not loaded"])) or "same",
+            )
+        )
+    print_table((*columns, "top-1 agree", "portable", "signature"), table)
+
+
+def decibels(value: float | None) -> str:
+    """A ratio for the table."""
+    return "exact" if value is None else f"{value:.1f}"
+
+
+def percent(value: float | None) -> str:
+    """A share for the table."""
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def main() -> None:
+    """Compile every model, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--only", nargs="+", help="parts of file names")
+    options = parser.parse_args()
+    data: Path = options.folder
+    paths = sorted([*data.glob("models/*.onnx"), *data.glob("lm/*.onnx")])
+    if options.only:
+        paths = [path for path in paths if any(part in path.name for part in options.only)]
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        for path in paths:
+            rows.append(measure(path, data, Path(name), options.bits))
+            print(f"{path.name}: exit {rows[-1]['exit_code']}", flush=True)
+    print_results(rows)
+    suffix = "" if not options.only else "_some"
+    print(
+        write_results(f"models_{options.bits}bit{suffix}", {"bits": options.bits, "models": rows})
+    )
+
+
+if __name__ == "__main__":
+    main()

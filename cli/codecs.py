@@ -1,0 +1,121 @@
+"""`onnxcomp codecs`: the ways to store a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcomp.cli.terminal import Terminal, percent_text, with_terminal
+
+if TYPE_CHECKING:
+    from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
+
+__all__ = ["command"]
+
+
+@click.command("codecs")
+@click.argument("name", required=False)
+@with_terminal
+def command(terminal: Terminal, name: str | None) -> None:
+    """List the ways to store a weight; with NAME, its parameters and what they cost.
+
+    Sizes and errors are those of a 1024 x 1024 float32 weight with normally distributed values.
+    """
+    from onnxcomp.errors import UsageError
+    from onnxcomp.passes.codecs import CODECS
+    from onnxcomp.passes.settings import suggest
+
+    if name is not None and name not in CODECS:
+        raise UsageError(f"no codec named '{name}'", hint=suggest(name, CODECS))
+    chosen = list(CODECS.values()) if name is None else [CODECS[name]]
+    entries = [describe(codec) for codec in chosen]
+    if name is None:
+        rows = [(entry["name"], entry["summary"]) for entry in entries]
+        terminal.table(("codec", "what it stores"), rows, left=2)
+        verdict = "onnxcomp codecs NAME shows parameters, sizes and errors."
+    else:
+        show(terminal, entries[0])
+        verdict = f"Use it with: onnxcomp optimize MODEL -o OUT --method {name}"
+    terminal.finish({"codecs": entries}, verdict)
+
+
+def show(terminal: Terminal, entry: dict[str, Any]) -> None:
+    """Print one codec's parameters and settings."""
+    terminal.say(f"{entry['name']}: {entry['summary']}")
+    rows = [(p["name"], p["type"], str(p["default"]), p["meaning"]) for p in entry["params"]]
+    if rows:
+        terminal.table(("parameter", "type", "default", "meaning"), rows, left=4)
+    terminal.table(
+        ("settings", "bits per weight", "ratio", "expected error"),
+        [
+            (
+                settings_text(setting["params"]),
+                f"{setting['bits_per_weight']:.3f}",
+                f"{32 / setting['bits_per_weight']:.2f}x",
+                percent_text(setting["expected_error"]),
+            )
+            for setting in entry["settings"]
+        ],
+    )
+
+
+def describe(codec: Codec) -> dict[str, Any]:
+    """Everything `codecs` prints about one codec."""
+    site = sample_site()
+    return {
+        "name": codec.name,
+        "summary": codec.summary,
+        "params": parameters(codec.params_type),
+        "settings": [
+            {
+                "params": params.to_json(),
+                "bits_per_weight": 8 * codec.size(site, params) / site.size,
+                "expected_error": codec.predict(site, params),
+            }
+            for params in codec.candidates(site)
+        ],
+    }
+
+
+def sample_site() -> WeightSite:
+    """A plain float32 weight of 1024 x 1024."""
+    from onnxcomp.passes.codecs.codec import Use, WeightSite
+
+    return WeightSite(
+        name="weight",
+        shape=(1024, 1024),
+        dtype="float32",
+        uses=(Use("node", "MatMul", 1, "matmul"),),
+        scope="",
+        rows=1024,
+        length=1024,
+        transposed=True,
+    )
+
+
+def parameters(params_type: type[Params]) -> list[dict[str, Any]]:
+    """Names, types, defaults and meanings, the last from the ``Attributes:`` of the docstring."""
+    defaults = params_type()
+    return [
+        {
+            "name": field.name,
+            "type": type(getattr(defaults, field.name)).__name__,
+            "default": getattr(defaults, field.name),
+            "meaning": attribute_text(params_type.__doc__ or "", field.name),
+        }
+        for field in dataclasses.fields(params_type)
+    ]
+
+
+def attribute_text(docstring: str, name: str) -> str:
+    """The text of one attribute in a Google-style docstring; empty where there is none."""
+    match = re.search(rf"^\s+{name}:\s*(.*(?:\n\s{{9,}}\S.*)*)", docstring, re.MULTILINE)
+    return " ".join(match[1].split()) if match else ""
+
+
+def settings_text(params: dict[str, Any]) -> str:
+    """Parameters on one line: ``bits=4 states=7``."""
+    return " ".join(f"{key}={value}" for key, value in params.items()) or "-"
