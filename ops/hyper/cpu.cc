@@ -374,7 +374,7 @@ void InferDecode(const InferContext& context, const CustomOp& op) {
 
 // codes, scales, table, then what only the portable body reads.
 std::vector<int> WithWeight(std::vector<int> inputs) {
-  inputs.insert(inputs.end(), {kUint8, kFloat16, kInt8, kInt64, kInt64, kInt64, kFloat, kFloat,
+  inputs.insert(inputs.end(), {kUint8, kFloat16, kInt8, kInt64, kInt64, kUint8, kFloat, kFloat,
                                kFloat});
   return inputs;
 }

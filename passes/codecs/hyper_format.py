@@ -45,6 +45,9 @@ NODE_INPUTS = ("codes", "scales", "table", "extent", "blocks", "taps", "window",
 # The bent function x0 x1 + x2 x3, as signs.
 _BENT = np.array([1, 1, 1, -1, 1, 1, 1, -1, 1, 1, 1, -1, -1, -1, -1, 1], np.float32)
 
+# End of a slice that keeps the whole axis; ONNX Runtime removes such a slice.
+_NO_END = 2**63 - 1
+
 # Weights decoded at a time: bounds the memory of `decode` beyond its result.
 _CHUNK = 1 << 19
 
@@ -224,14 +227,18 @@ def decode(codes: Array, scales: Array, table: Array, extent: tuple[int, int], g
 
 
 def _taps(bits: int, group: int) -> Array:
-    """Byte indices (g / 8, k + 2) of eight weights' windows: two bytes before, k of their own."""
-    steps = np.arange(group // 8)[:, None] * bits + np.arange(bits + 2)[None, :] - 2
-    return (steps % (group * bits // 8)).astype(np.int64)
+    """Row of `_window` that byte b of a block has for the weights 8 j .. 8 j + 7: uint8 (B, g/8).
+
+    Eight weights tap two bytes before their own k; all other bytes get the row of zeros.
+    """
+    size = group * bits // 8
+    steps = np.arange(size)[:, None] - np.arange(group // 8)[None, :] * bits + 2
+    return np.minimum(steps % size, bits + 2).astype(np.uint8)
 
 
 def _window(bits: int, state_bits: int) -> Array:
-    """Weights (k + 2, 8) that turn tapped bytes into states, up to a floor and a remainder."""
-    result = np.zeros((bits + 2, 8), np.float32)
+    """Weights (k + 3, 8) that turn tapped bytes into states, up to a floor and a remainder."""
+    result = np.zeros((bits + 3, 8), np.float32)
     for index in range(8):
         last = (index + 1) * bits
         first = last - state_bits
@@ -253,16 +260,25 @@ def _right() -> Array:
     return (hadamard(16) * _BENT * SCALE_UNIT)[None, :, None, :]
 
 
+def _ends(geometry: Geometry) -> tuple[int, int]:
+    """Where the padded matrix is cut. An axis without padding has no end, so nothing copies it."""
+    sizes = (geometry.rows, geometry.length)
+    padded = (geometry.panels * LANES, geometry.groups * geometry.group)
+    rows, length = (_NO_END if a == b else a for a, b in zip(sizes, padded, strict=True))
+    return rows, length
+
+
 def shared_keys(bits: int, state_bits: int, group: int, rows: int, length: int) -> dict[str, str]:
     """Key in ``payload.shared`` of every shared node input, by input name in the spec's order.
 
     Equal keys mean equal content, in any model.
     """
     geometry = Geometry(bits, state_bits, group, rows, length)
+    ends = "x".join("all" if end == _NO_END else str(end) for end in _ends(geometry))
     return {
         "table": f"hyper.table.k{bits}.L{state_bits}",
-        "extent": f"hyper.extent.{rows}x{length}",
-        "blocks": f"hyper.blocks.{geometry.groups}x{geometry.block_bytes}",
+        "extent": f"hyper.extent.{ends}",
+        "blocks": f"hyper.blocks.{geometry.groups}x{geometry.block_bytes}.g{group}",
         "taps": f"hyper.taps.k{bits}.g{group}",
         "window": f"hyper.window.k{bits}.L{state_bits}",
         "left": f"hyper.left.g{group}",
@@ -275,10 +291,11 @@ def shared_tensors(
 ) -> Mapping[str, Array]:
     """Shared tensors of a weight by the keys of `shared_keys`, in the spec's order."""
     geometry = Geometry(bits, state_bits, group, rows, length)
+    width = geometry.groups * group
     content = {
         "table": table(bits, state_bits),
-        "extent": np.array([rows, length], np.int64),
-        "blocks": np.array([-1, geometry.groups, geometry.block_bytes], np.int64),
+        "extent": np.array(_ends(geometry), np.int64),
+        "blocks": np.array([-1, geometry.groups, geometry.block_bytes, width], np.int64),
         "taps": _taps(bits, group),
         "window": _window(bits, state_bits),
         "left": _left(group),

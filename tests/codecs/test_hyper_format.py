@@ -104,9 +104,11 @@ def test_shared_tensors_decode_like_the_reference(bits: int, state_bits: int, gr
     tensors = list(hyper_format.shared_tensors(bits, state_bits, group, rows, length).values())
     values, extent, blocks, taps, window, left, right = tensors
     assert extent.tolist() == [rows, length]
-    octets = codes.transpose(0, 3, 1, 2, 4).reshape(blocks)
-    tapped = octets[..., taps].astype(np.float32)
-    found = np.mod(np.floor(tapped @ window), 1 << state_bits).astype(np.int64)
+    assert blocks[3] == 2 * group
+    octets = codes.transpose(0, 3, 1, 2, 4).reshape(blocks[:3])
+    matrix = window[taps].reshape(blocks[2], group)
+    found = octets.astype(np.float32) @ matrix
+    found = np.mod(np.floor(found), 1 << state_bits).astype(np.int64)
     h = values.astype(np.float32)[found].reshape(*octets.shape[:2], group // 16, 16)
     w = np.einsum("rgab,axcy,xbzy->rgcy", h, left, right, optimize=False)
     factor = scales.transpose(0, 2, 1, 3).reshape(*octets.shape[:2], 1).astype(np.float32)

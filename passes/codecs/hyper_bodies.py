@@ -1,0 +1,290 @@
+"""Portable form of the hyperfunction operators: function bodies and the nodes that call them.
+
+A body is written in the opset of the model it goes into, because an inlined body is checked
+against the model's opset and not against the one the function declares. Where ONNX Runtime has no
+kernel it inlines the body and folds it to a dense constant when the session is created. Folding
+keeps every intermediate result until the pass is over, so the bodies have few large intermediates:
+a byte becomes a float once, one product cuts all windows of a group, one undoes the rotation.
+
+Names follow ops/hyper/spec.md: P panels of 16 rows, G groups of g weights in B = g k / 8 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxcomp.passes.codecs.codec import (
+    DOMAIN,
+    Attribute,
+    Builder,
+    Kind,
+    Payload,
+    WeightSite,
+)
+from onnxcomp.passes.codecs.hyper_format import LANES, NODE_INPUTS, Geometry
+
+__all__ = ["MINIMUM_OPSET", "emit", "functions", "load_bytes", "peak_load_bytes"]
+
+V = TypeVar("V")
+
+MINIMUM_OPSET = 7
+
+_TENSOR_TYPES = {
+    "float32": int(TensorProto.FLOAT),
+    "float16": int(TensorProto.FLOAT16),
+    "bfloat16": int(TensorProto.BFLOAT16),
+}
+_FLOAT = int(TensorProto.FLOAT)
+
+# Up to seven bits of the stream lie above a window in its last byte; a table repeated 2^7 times
+# does not see them.
+_TABLE_REPEATS = 128
+
+# Folding one node holds copies of its input and output beyond what stays: 1.5 (ONNX Runtime 1.31)
+# to 3.6 (1.20, 1.23) times the dense weight, measured by benchmarks/bench_portable_load.py.
+_FOLDING_COPIES = 2.5
+
+_OPERATORS: dict[Kind, str] = {
+    "matmul": "HyperMatMul",
+    "gather": "HyperGather",
+    "weight": "HyperWeight",
+    "decode": "HyperDecode",
+}
+
+
+class _Body:
+    """Collects the nodes of one function; every method returns the name of a value."""
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+
+    def node(
+        self,
+        op_type: str,
+        *inputs: str,
+        domain: str = "",
+        refs: dict[str, tuple[str, onnx.AttributeProto.AttributeType]] | None = None,
+        **attributes: Attribute,
+    ) -> str:
+        """Add a node; `refs` maps attributes to (attribute of the function, its type)."""
+        output = f"v{len(self.nodes)}"
+        made = helper.make_node(op_type, list(inputs), [output], domain=domain, **attributes)
+        for name, (source, kind) in (refs or {}).items():
+            made.attribute.append(onnx.AttributeProto(name=name, type=kind, ref_attr_name=source))
+        self.nodes.append(made)
+        return output
+
+    def ints(self, *values: int) -> str:
+        """An int64 constant; before opset 9 a Constant holds floats only."""
+        if self.opset >= 9:
+            return self.node("Constant", value=numpy_helper.from_array(np.array(values, np.int64)))
+        floats = numpy_helper.from_array(np.array(values, np.float32))
+        return self.node("Cast", self.node("Constant", value=floats), to=int(TensorProto.INT64))
+
+    def cast(self, value: str, to: int) -> str:
+        """Convert to the element type `to`."""
+        return self.node("Cast", value, to=to)
+
+    def crop(self, value: str, axes: Sequence[int], ends: str, attribute: str) -> str:
+        """Cut `axes` at `ends`, a value that equals the function's attribute of that name."""
+        if self.opset >= 10:
+            starts = self.ints(*[0] * len(axes))
+            return self.node("Slice", value, starts, ends, self.ints(*axes))
+        refs = {"ends": (attribute, onnx.AttributeProto.INTS)}
+        return self.node("Slice", value, refs=refs, starts=[0] * len(axes), axes=list(axes))
+
+    def finish(
+        self, name: str, inputs: Sequence[str], attributes: Sequence[str], *, calls: bool = False
+    ) -> onnx.FunctionProto:
+        """The function, with the last node's output as its own."""
+        imports = [helper.make_opsetid("", self.opset)]
+        if calls:
+            imports.append(helper.make_opsetid(DOMAIN, 1))
+        output = self.nodes[-1].output[0]
+        return helper.make_function(
+            DOMAIN, name, list(inputs), [output], self.nodes, imports, list(attributes)
+        )
+
+
+def _windows(body: _Body) -> str:
+    """Matrix (B, g) whose product with the bytes of a group gives its states."""
+    rows = body.cast("taps", int(TensorProto.INT32))
+    return body.node("Flatten", body.node("Gather", "window", rows, axis=0), axis=1)
+
+
+def _rotation(body: _Body) -> str:
+    """Matrix (g, g) that undoes the rotation of a row vector: H diag(sign) 2^-12."""
+    return body.node("Flatten", body.node("Mul", "left", "right"), axis=2)
+
+
+def _look_up(body: _Body, states: str) -> str:
+    """Float values of float states; what is below or above the window falls away."""
+    values = body.node("Tile", body.cast("table", _FLOAT), body.ints(_TABLE_REPEATS))
+    return body.node("Gather", values, body.cast(states, int(TensorProto.INT32)), axis=0)
+
+
+def _rows(opset: int) -> onnx.FunctionProto:
+    """HyperRows: bytes (..., G, B) and scales (..., G, 1) -> float32 (..., G, g)."""
+    body = _Body(opset)
+    states = body.node("MatMul", body.cast("octets", _FLOAT), _windows(body))
+    values = body.node("MatMul", _look_up(body, states), _rotation(body))
+    body.node("Mul", values, body.cast("factors", _FLOAT))
+    return body.finish("HyperRows", ["octets", "factors", "table", *NODE_INPUTS[5:]], [])
+
+
+def _call_rows(body: _Body, octets: str, factors: str) -> str:
+    return body.node("HyperRows", octets, factors, "table", *NODE_INPUTS[5:], domain=DOMAIN)
+
+
+def _weight(opset: int) -> onnx.FunctionProto:
+    """HyperWeight: codes, scales, ... -> float32 (rows, length)."""
+    body = _Body(opset)
+    lanes = body.node("Transpose", "codes", perm=[0, 3, 1, 2, 4])
+    octets = body.node("Reshape", lanes, body.ints(0, 0, 0, -1))
+    factors = body.node("Transpose", "scales", perm=[0, 2, 1, 3])
+    padded = body.node("Flatten", _call_rows(body, octets, factors), axis=2)
+    body.crop(padded, (0, 1), "extent", "extent")
+    return body.finish("HyperWeight", NODE_INPUTS, ["extent", "group"], calls=True)
+
+
+def _decode(opset: int) -> onnx.FunctionProto:
+    """HyperDecode: the same as HyperWeight."""
+    body = _Body(opset)
+    refs = {
+        "extent": ("extent", onnx.AttributeProto.INTS),
+        "group": ("group", onnx.AttributeProto.INT),
+    }
+    body.node("HyperWeight", *NODE_INPUTS, domain=DOMAIN, refs=refs)
+    return body.finish("HyperDecode", NODE_INPUTS, ["extent", "group"], calls=True)
+
+
+def _matmul(opset: int) -> onnx.FunctionProto:
+    """HyperMatMul: x (..., length) -> (..., rows).
+
+    The weight is decoded transposed: moving bytes costs an eighth of moving floats.
+    """
+    body = _Body(opset)
+    columns = body.node("Transpose", "codes", perm=[1, 2, 4, 0, 3])
+    shape = body.node("Gather", "blocks", body.ints(1, 2, 0), axis=0)
+    octets = body.cast(body.node("Reshape", columns, shape), _FLOAT)
+    windows = body.node("Transpose", _windows(body), perm=[1, 0])
+    values = _look_up(body, body.node("MatMul", windows, octets))
+    rotation = body.node("Transpose", _rotation(body), perm=[1, 0])
+    factors = body.node("Transpose", "scales", perm=[1, 3, 0, 2])
+    factors = body.cast(body.node("Reshape", factors, body.ints(0, 0, -1)), _FLOAT)
+    scaled = body.node("Mul", body.node("MatMul", rotation, values), factors)
+    weight = body.crop(body.node("Flatten", scaled, axis=2), (1, 0), "extent", "extent")
+    product = body.node("MatMul", body.cast("x", _FLOAT), weight)
+    body.node("Cast", product, refs={"to": ("dtype", onnx.AttributeProto.INT)})
+    attributes = ["extent", "group", "dtype", "precision"]
+    return body.finish("HyperMatMul", ["x", *NODE_INPUTS], attributes)
+
+
+def _gather(opset: int) -> onnx.FunctionProto:
+    """HyperGather: indices -> float32 indices.shape + (length,).
+
+    Rows are cut to the weight's own before the look-up, so that -1 is the last row.
+    """
+    body = _Body(opset)
+    last = {"rows": body.ints(0), "columns": body.ints(1)}
+    ends = {name: body.node("Gather", "extent", at, axis=0) for name, at in last.items()}
+    lanes = body.node("Transpose", "codes", perm=[0, 3, 1, 2, 4])
+    shape = body.node("Gather", "blocks", body.ints(0, 1, 2), axis=0)
+    octets = body.crop(body.node("Reshape", lanes, shape), (0,), ends["rows"], "rows")
+    factors = body.node("Flatten", body.node("Transpose", "scales", perm=[0, 2, 1, 3]), axis=2)
+    factors = body.node("Reshape", factors, body.ints(0, 0, 1))
+    factors = body.crop(factors, (0,), ends["rows"], "rows")
+    rows = (body.node("Gather", part, "indices", axis=0) for part in (octets, factors))
+    decoded = _call_rows(body, *rows)
+    width = body.node("Gather", "blocks", body.ints(3), axis=0)
+    target = body.node("Concat", body.node("Shape", "indices"), width, axis=0)
+    body.crop(body.node("Reshape", decoded, target), (-1,), ends["columns"], "columns")
+    attributes = ["extent", "group", "rows", "columns"]
+    return body.finish("HyperGather", ["indices", *NODE_INPUTS], attributes, calls=True)
+
+
+def functions(opset: int) -> tuple[onnx.FunctionProto, ...]:
+    """Bodies of the hyperfunction operators for models of this opset.
+
+    Args:
+        opset: Version of the default domain in the model, at least `MINIMUM_OPSET`.
+
+    Returns:
+        HyperRows, HyperWeight, HyperDecode, HyperGather and HyperMatMul. A function comes after
+        those it calls: `onnx.reference` resolves calls in this order.
+    """
+    if opset < MINIMUM_OPSET:
+        raise ValueError(f"bodies need opset {MINIMUM_OPSET} or later, not {opset}")
+    return tuple(make(opset) for make in (_rows, _weight, _decode, _gather, _matmul))
+
+
+def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None) -> V:
+    """Wire a payload into the graph as one operator of spec.md section 4.
+
+    Args:
+        builder: Makes nodes and initializers.
+        site: The weight.
+        payload: Tensors `codes` and `scales`, the shared tensors, and the attribute `group`.
+        kind: Which operator.
+        x: Activations (`matmul`) or indices (`gather`); None for the others.
+
+    Returns:
+        The result in the site's dtype.
+    """
+    roles = {key.split(".")[1]: key for key in payload.shared} | {k: k for k in payload.tensors}
+    weight = [builder.tensor(roles[name]) for name in NODE_INPUTS]
+    attributes: dict[str, Attribute] = {
+        "extent": (site.rows, site.length),
+        "group": payload.attributes["group"],
+    }
+    if kind == "matmul":
+        attributes["dtype"] = _TENSOR_TYPES[site.dtype]
+        attributes["precision"] = payload.attributes.get("precision", 0)
+    elif kind == "gather":
+        attributes |= {"rows": (site.rows,), "columns": (site.length,)}
+    inputs = weight if x is None else [x, *weight]
+    result = builder.node(_OPERATORS[kind], inputs, attributes, domain=DOMAIN)
+    if kind == "matmul" or site.dtype == "float32":
+        return result
+    return builder.node("Cast", [result], {"to": _TENSOR_TYPES[site.dtype]})
+
+
+def load_bytes(geometry: Geometry, kind: Kind) -> int:
+    """Memory that folding one operator's body keeps until the session's folding pass is over.
+
+    The sum of the results of all its nodes that depend on constants alone, and the codes.
+
+    Args:
+        geometry: Sizes of the weight.
+        kind: Which operator; ``gather`` folds only what does not depend on the indices.
+    """
+    blocks = geometry.panels * geometry.groups * LANES
+    codes = blocks * geometry.block_bytes
+    dense = 4 * blocks * geometry.group
+    rows_cut = geometry.rows % LANES != 0
+    if kind == "gather":  # codes: Transpose, Reshape, Slice; scales: Transpose, Flatten, Reshape
+        return (3 + rows_cut) * codes + (4 + rows_cut) * 2 * blocks
+    cut = rows_cut or geometry.length % geometry.group != 0
+    # codes: Transpose, Reshape, Cast; scales: Transpose, Reshape, Cast
+    small = (3 + 4) * codes + (3 * 2 + 4) * blocks
+    # MatMul, Cast, Gather, MatMul, Mul, Flatten
+    return small + 6 * dense + cut * 4 * geometry.rows * geometry.length
+
+
+def peak_load_bytes(operators: Iterable[tuple[Geometry, Kind]]) -> int:
+    """Memory that a session without the library needs, at its peak, to fold these operators.
+
+    The results of all nodes stay until the folding pass is over; the node being folded needs more.
+    """
+    kept, extra = 0, 0.0
+    for geometry, kind in operators:
+        kept += load_bytes(geometry, kind)
+        size = geometry.nbytes if kind == "gather" else 4 * geometry.rows * geometry.length
+        extra = max(extra, _FOLDING_COPIES * size)
+    return kept + int(extra)
