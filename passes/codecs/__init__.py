@@ -1,1 +1,11 @@
 """Codecs: ways to store one weight. `CODECS` is the registry."""
+
+from __future__ import annotations
+
+from onnxcomp.passes.codecs.codec import Codec
+from onnxcomp.passes.codecs.dense import DenseCodec
+from onnxcomp.passes.codecs.hyper import HyperCodec
+
+__all__ = ["CODECS"]
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (DenseCodec(), HyperCodec())}

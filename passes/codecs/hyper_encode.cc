@@ -50,7 +50,6 @@ struct StateCost {
 // The working memory of one search; arrays are [.][kLanes].
 struct Trial {
   int group;
-  int around;
   const StateCost* states;
   int32_t* entries;
   int32_t* best;
@@ -58,7 +57,7 @@ struct Trial {
   uint16_t* path;
 };
 
-using Search = void (*)(const int32_t* targets, const Trial& trial);
+using Search = void (*)(const int32_t* targets, const Trial& trial, int start, bool open);
 
 struct Kernels {
   void (*rotate)(float* x, int group);
@@ -218,8 +217,7 @@ struct EncodeTask {
   int64_t row_stride;
   int64_t column_stride;
   double spread;
-  int rounds;
-  int around;
+  int passes;
   const int8_t* table;
   const StateCost* states;
   const Kernels* kernels;
@@ -253,9 +251,7 @@ class Encoder {
     task_.kernels->rotate(x_.get(), group_);
     std::fill(chosen_, chosen_ + kLanes, 0);
     std::fill(least_, least_ + kLanes, 0.0);
-    for (int round = 0; round < task_.rounds; ++round) {
-      if (!encode_once()) fits = false;
-    }
+    for (int pass = 0; pass < task_.passes; ++pass) fits &= search(pass);
     write(job);
     return fits;
   }
@@ -303,13 +299,14 @@ class Encoder {
     return fits;
   }
 
-  // Search with the present scales, refit them, and keep what is better than before.
-  bool encode_once() {
+  // Search with the present scales, refit them, and keep what is better than before. The first
+  // pass is open; the others close the cycle, in turn at its middle and at its end.
+  bool search(int pass) {
     const int32_t unit = 8 << task_.format.bits;
     task_.kernels->set_targets(x_.get(), factor_, group_, unit, y_.get(), targets_.get());
-    const Trial trial = {group_,       task_.around, task_.states,   entries_.get(),
+    const Trial trial = {group_,      task_.states,   entries_.get(),
                          best_.get(), history_.get(), path_.get()};
-    task_.search(targets_.get(), trial);
+    task_.search(targets_.get(), trial, pass % 2 * group_ / 2, pass == 0);
     int32_t product[kLanes] = {}, square[kLanes] = {};
     for (int t = 0; t < group_; ++t)
       for (int lane = 0; lane < kLanes; ++lane) {
@@ -319,16 +316,16 @@ class Encoder {
         square[lane] += value * value;
       }
     bool fits = true;
-    for (int lane = 0; lane < kLanes; ++lane) fits &= refit(lane, product[lane], square[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) fits &= refit(lane, product[lane], square[lane], pass > 0);
     return fits;
   }
 
-  bool refit(int lane, int32_t product, int32_t square) {
+  bool refit(int lane, int32_t product, int32_t square, bool closed) {
     if (half_[lane] == 0 || product <= 0) return true;  // zero is the better approximation
     const double projection = scale_[lane] * (double(product) / kFraction);
     const bool fits = set_scale(lane, projection / square);
     const double error = scale_[lane] * (scale_[lane] * square - 2.0 * projection);
-    if (error < least_[lane]) {
+    if (closed && error < least_[lane]) {
       least_[lane] = error;
       chosen_[lane] = half_[lane];
       keep(lane);
@@ -462,18 +459,17 @@ class Decoder {
 ONNXCOMP_EXPORT int32_t onnxcomp_encoders_version() { return 1; }
 
 // Encode weight[row * row_stride + column * column_stride], strides in elements. `spread` is the
-// root mean square of the targets in table units that the start scale aims at; `around` is the
-// number of weights on both sides of the seam that decide its state (0: half a group).
+// root mean square of the targets in table units that the start scale aims at; `passes` is the
+// number of searches, at least 2.
 // Returns a Status; with kOutOfRange the blocks whose scale does not fit float16 are zero.
 ONNXCOMP_EXPORT int32_t onnxcomp_hyper_encode(
     const float* weight, int64_t rows, int64_t length, int64_t row_stride, int64_t column_stride,
     int32_t bits, int32_t state_bits, int32_t group, const int8_t* table, double spread,
-    int32_t rounds, int32_t around, int32_t threads, int32_t isa, uint8_t* codes,
+    int32_t passes, int32_t threads, int32_t isa, uint8_t* codes,
     uint16_t* scales) {
   const Format format = {rows, length, bits, state_bits, group};
   const Kernels* kernels = kernels_of(isa);
-  if (!format.valid() || !kernels || !(spread > 0) || rounds < 1 || around < 0 ||
-      around > group / 2)
+  if (!format.valid() || !kernels || !(spread > 0) || passes < 2)
     return kInvalid;
   try {
     const std::vector<StateCost> states = state_costs(table, format);
@@ -482,8 +478,7 @@ ONNXCOMP_EXPORT int32_t onnxcomp_hyper_encode(
                              row_stride,
                              column_stride,
                              spread,
-                             rounds,
-                             around ? around : group / 2,
+                             passes,
                              table,
                              states.data(),
                              kernels,

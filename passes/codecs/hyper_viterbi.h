@@ -156,55 +156,50 @@ struct Trellis {
     }
   }
 
-  static void forward(const int32_t* targets, int first, int last, const Trial& trial,
-                      bool keep) {
-    for (int t = first; t < last; ++t) {
-      uint8_t* history = trial.history + (keep ? size_t(t - first) * kStems * kLanes : 0);
-      step(targets + t * kLanes, trial.states, trial.entries, trial.best, history);
-      mark(trial.best, trial.entries);
-    }
-  }
-
-  // Follow the path back from `stem` over `steps` weights; `states` may be null.
-  static void backward(int steps, const Trial& trial, int32_t* stem, uint16_t* states) {
-    for (int t = steps - 1; t >= 0; --t) {
-      const uint8_t* history = trial.history + size_t(t) * kStems * kLanes;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int32_t index = history[stem[lane] * kLanes + lane] & kIndex;
-        const int32_t state = (stem[lane] << K) | index;
-        if (states) states[t * kLanes + lane] = static_cast<uint16_t>(state);
-        stem[lane] = state & (kStems - 1);
-      }
-    }
-  }
-
-  static void cheapest(const int32_t* entries, int32_t* stem) {
+  static void cheapest(const int32_t* best, int32_t* stem) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      int32_t least = entries[lane] & ~kIndex;
+      int32_t least = best[lane] & ~kIndex;
       stem[lane] = 0;
       for (int32_t i = 1; i < kStems; ++i) {
-        const int32_t cost = entries[i * kLanes + lane] & ~kIndex;
+        const int32_t cost = best[i * kLanes + lane] & ~kIndex;
         if (cost < least) least = cost, stem[lane] = i;
       }
     }
   }
 
-  // Tail-biting path: the stem at the seam is taken from a pass over the weights around it, then
-  // start and end are fixed to it. `targets` holds the group twice, 2 g rows of 16 lanes.
-  static void search(const int32_t* targets, const Trial& trial) {
-    const int group = trial.group, around = trial.around;
+  // The best path over the cycle of targets that begins at weight `start` (`targets` holds the
+  // group twice). An open path begins and ends anywhere; any other one begins and ends with the
+  // stem that the path found before has there, so that it bites its own tail.
+  static void search(const int32_t* targets, const Trial& trial, int start, bool open) {
+    const int group = trial.group;
     alignas(64) int32_t stem[kLanes];
-    std::fill(trial.best, trial.best + kStems * kLanes, 0);
+    std::fill(trial.best, trial.best + kStems * kLanes, open ? 0 : kFar);
+    for (int lane = 0; lane < kLanes && !open; ++lane) {
+      stem[lane] = trial.path[(start + group - 1) % group * kLanes + lane] >> K;
+      trial.best[stem[lane] * kLanes + lane] = 0;
+    }
     mark(trial.best, trial.entries);
-    forward(targets, group - around, group, trial, false);
-    forward(targets, group, group + around, trial, true);
-    cheapest(trial.entries, stem);
-    backward(around, trial, stem, nullptr);
-    std::fill(trial.best, trial.best + kStems * kLanes, kFar);
-    for (int lane = 0; lane < kLanes; ++lane) trial.best[stem[lane] * kLanes + lane] = 0;
-    mark(trial.best, trial.entries);
-    forward(targets, 0, group, trial, true);
-    backward(group, trial, stem, trial.path);
+    for (int t = 0; t < group; ++t) {
+      uint8_t* history = trial.history + size_t(t) * kStems * kLanes;
+      step(targets + (start + t) * kLanes, trial.states, trial.entries, trial.best, history);
+      mark(trial.best, trial.entries);
+    }
+    if (open) cheapest(trial.best, stem);
+    trace(trial, start, stem);
+  }
+
+  // Follow the path back from the stems it ends with.
+  static void trace(const Trial& trial, int start, int32_t* stem) {
+    for (int t = trial.group - 1; t >= 0; --t) {
+      const uint8_t* history = trial.history + size_t(t) * kStems * kLanes;
+      uint16_t* path = trial.path + (start + t) % trial.group * kLanes;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int32_t index = history[stem[lane] * kLanes + lane] & kIndex;
+        const int32_t state = (stem[lane] << K) | index;
+        path[lane] = static_cast<uint16_t>(state);
+        stem[lane] = state & (kStems - 1);
+      }
+    }
   }
 };
 

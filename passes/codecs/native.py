@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp.errors import CompressionError, ModelError, RuntimeMissingError
+from onnxcomp.errors import CompressionError, RuntimeMissingError
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.codecs.hyper_format import Geometry
+from onnxcomp.passes.codecs.hyper_viterbi import PASSES, out_of_range
 
 __all__ = ["ISAS", "available", "hyper_decode", "hyper_encode", "library_path"]
 
@@ -63,16 +64,16 @@ def _load(path: Path) -> ctypes.CDLL:
             f"encoder library {path} has interface {version}, this package needs {_VERSION}",
             hint="build onnxcomp again",
         )
-    i32, i64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-    library.onnxcomp_hyper_encode.argtypes = [
-        *[pointer, i64, i64, i64, i64],
-        *[i32, i32, i32, pointer, ctypes.c_double],
-        *[i32, i32, i32, i32, pointer, pointer],
-    ]
-    library.onnxcomp_hyper_decode.argtypes = [
-        *[pointer, pointer, pointer, i64, i64],
-        *[i32, i32, i32, i32, pointer],
-    ]
+    i32, i64, f64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+    source = (pointer, i64, i64, i64, i64)
+    library.onnxcomp_hyper_encode.argtypes = (
+        *(*source, i32, i32, i32, pointer, f64),
+        *(i32, i32, i32, pointer, pointer),
+    )
+    library.onnxcomp_hyper_decode.argtypes = (
+        *(pointer, pointer, pointer, i64, i64),
+        *(i32, i32, i32, i32, pointer),
+    )
     return library
 
 
@@ -90,10 +91,7 @@ def _library() -> ctypes.CDLL:
 
 def _check(status: int, what: str) -> None:
     if status == _OUT_OF_RANGE:
-        raise ModelError(
-            "weight values are too large for float16 scales (about 8e3 times the group's rms)",
-            hint="keep this weight dense",
-        )
+        raise out_of_range()
     if status == _NO_MEMORY:
         raise CompressionError(f"{what}: out of memory", hint="use fewer threads")
     if status == _INVALID:
@@ -106,8 +104,7 @@ def hyper_encode(
     table: Array,
     spread: float,
     *,
-    rounds: int = 2,
-    around: int = 0,
+    passes: int = PASSES,
     threads: int = 1,
     isa: str = "auto",
 ) -> tuple[Array, Array]:
@@ -118,8 +115,7 @@ def hyper_encode(
         geometry: Parameters and extent.
         table: int8 ``(2**state_bits,)``.
         spread: Root mean square of the targets, in table units, for the start scale.
-        rounds: Searches; each but the first starts from the refitted scale of the one before.
-        around: Weights on both sides of a group's seam that decide its state; 0 is half a group.
+        passes: Searches, at least 2: an open one, then closed ones with refitted scales.
         threads: Worker threads; the result does not depend on it.
         isa: A key of `ISAS`; the result does not depend on it.
 
@@ -140,7 +136,7 @@ def hyper_encode(
     status = _library().onnxcomp_hyper_encode(
         *(weight.ctypes.data, geometry.rows, geometry.length, row_stride, column_stride),
         *(geometry.bits, geometry.state_bits, geometry.group, table.ctypes.data, spread),
-        *(rounds, around, threads, ISAS[isa], codes.ctypes.data, scales.ctypes.data),
+        *(passes, threads, ISAS[isa], codes.ctypes.data, scales.ctypes.data),
     )
     _check(status, "hyper encoder")
     return codes, scales

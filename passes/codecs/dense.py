@@ -1,0 +1,102 @@
+"""The dense codec: the weight as it is. The yardstick of the others and the planner's way out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.codec import (
+    Array,
+    Builder,
+    Kind,
+    Params,
+    Payload,
+    TensorLayout,
+    WeightSite,
+)
+
+__all__ = ["DenseCodec", "DenseParams"]
+
+V = TypeVar("V")
+
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DenseParams(Params):
+    """The dense codec has no settings."""
+
+
+class DenseCodec:
+    """The canonical matrix in the dtype of the site."""
+
+    name: ClassVar[str] = "dense"
+    summary: ClassVar[str] = "the weight as it is"
+    params_type: ClassVar[type[Params]] = DenseParams
+
+    def refuse(self, site: WeightSite) -> str | None:
+        """Only a dtype the codec does not know is refused."""
+        if site.dtype in _DTYPES:
+            return None
+        return f"dense stores float32, float16 and bfloat16, not {site.dtype}"
+
+    def check(self, params: Params) -> None:
+        """Raise `UsageError` when the parameters are not `DenseParams`."""
+        if not isinstance(params, DenseParams):
+            raise UsageError(f"{type(params).__name__} are not settings of the codec dense")
+
+    def candidates(self, site: WeightSite) -> Sequence[DenseParams]:
+        """One setting."""
+        return [DenseParams()]
+
+    def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
+        """One tensor, ``(rows, length)`` in the site's dtype."""
+        return {"weight": TensorLayout((site.rows, site.length), _DTYPES[site.dtype])}
+
+    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
+        """Nothing."""
+        return {}
+
+    def size(self, site: WeightSite, params: Params) -> int:
+        """Bytes of the dense tensor."""
+        return site.nbytes
+
+    def predict(self, site: WeightSite, params: Params) -> float:
+        """Zero: the weight came in the dtype it is stored in."""
+        return 0.0
+
+    def encode(
+        self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
+    ) -> Payload:
+        """Round ``(rows, length)`` to the site's dtype."""
+        return Payload({"weight": np.array(weight, _DTYPES[site.dtype], order="C")})
+
+    def decode(self, site: WeightSite, payload: Payload) -> Array:
+        """The weight in float32."""
+        return payload.tensors["weight"].astype(np.float32)
+
+    def kinds(self, site: WeightSite) -> frozenset[Kind]:
+        """The dense weight, for any consumer."""
+        return frozenset({"weight", "decode"})
+
+    def emit(
+        self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
+    ) -> V:
+        """W -> the initializer ``(rows, length)``."""
+        if kind not in ("weight", "decode"):
+            raise UsageError(f"the codec dense has no {kind}")
+        return builder.tensor("weight")
+
+    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
+        """None are needed."""
+        return ()

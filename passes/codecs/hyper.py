@@ -1,0 +1,231 @@
+"""The hyperfunction codec: one cyclic bit string and one scale per group of a weight's row.
+
+Format: ops/hyper/spec.md. A row's weights are the orbit of a shift map under the string, read on a
+winding through the normal distribution; the encoder is a tail-biting Viterbi search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeVar
+
+import numpy as np
+import onnx
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs import hyper_format, hyper_viterbi, native
+from onnxcomp.passes.codecs.codec import (
+    Array,
+    Attribute,
+    Builder,
+    Kind,
+    Params,
+    Payload,
+    TensorLayout,
+    WeightSite,
+)
+from onnxcomp.passes.codecs.hyper_format import Geometry
+from onnxcomp.passes.codecs.hyper_tables import NORMAL_SQNR, WINDINGS, spread, table
+
+__all__ = ["HyperCodec", "HyperParams"]
+
+V = TypeVar("V")
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HyperParams(Params):
+    """Settings of the hyperfunction codec.
+
+    Attributes:
+        bits: Bits per weight, 1..6.
+        state_bits: Bits of a state: 6, 7, 8, 10 or 12, at least ``bits + 2``. Seven decode fastest;
+            more are more accurate and slower to encode.
+        group: Largest group of weights with one scale: 32, 64, 128 or 256. A smaller one is taken
+            where padding would make it cheaper.
+    """
+
+    bits: int = 4
+    state_bits: int = 7
+    group: int = 128
+
+
+# What a planner may choose from; seven state bits suffice up to five bits per weight.
+_OFFERED = (
+    HyperParams(6, 8),
+    HyperParams(5),
+    HyperParams(4),
+    HyperParams(3),
+    HyperParams(2),
+    HyperParams(1),
+)
+
+
+def _typed(params: Params) -> HyperParams:
+    if not isinstance(params, HyperParams):
+        raise UsageError(f"{type(params).__name__} are not settings of the codec hyper")
+    return params
+
+
+def _views(site: WeightSite, params: HyperParams) -> list[Geometry]:
+    """Ways to cut a weight into groups; among equally small ones the first is preferred.
+
+    A weight that is only ever used dense may also be read flat, as rows of one group each: short
+    rows, such as those of depthwise convolutions, then need no padding.
+    """
+    groups = [g for g in sorted(hyper_format.GROUPS, reverse=True) if g <= params.group]
+    extents = [(g, site.rows, site.length) for g in groups]
+    if not site.fusable:
+        extents += [(g, site.size // g, g) for g in groups if site.size % g == 0]
+    return [Geometry(params.bits, params.state_bits, *extent) for extent in extents]
+
+
+def _geometry(site: WeightSite, params: HyperParams) -> Geometry:
+    """The smallest view of the weight."""
+    return min(_views(site, params), key=lambda view: view.nbytes)
+
+
+def _coded_geometry(payload: Payload, table: Array) -> Geometry:
+    """The geometry of a payload, from its tensors and attributes."""
+    attributes = payload.attributes
+    group, extent = attributes["group"], attributes["extent"]
+    assert isinstance(group, int) and isinstance(extent, Sequence) and not isinstance(extent, str)
+    rows, length = extent
+    bits = payload.tensors["codes"].shape[2] * 32 // group
+    return Geometry(bits, len(table).bit_length() - 1, group, rows, length)
+
+
+def _table_of(payload: Payload) -> Array:
+    return next(array for key, array in payload.shared.items() if key.startswith("hyper.table."))
+
+
+class HyperCodec:
+    """HyperMatMul, HyperGather, HyperDecode and HyperWeight of ops/hyper/spec.md."""
+
+    name: ClassVar[str] = "hyper"
+    summary: ClassVar[str] = "hyperfunction: 1 to 6 bits per weight, trellis-coded, no calibration"
+    params_type: ClassVar[type[Params]] = HyperParams
+
+    def refuse(self, site: WeightSite) -> str | None:
+        """Why no setting of this codec suits the site; None when one does."""
+        if site.dtype not in _DTYPES:
+            return f"hyper stores float32, float16 and bfloat16, not {site.dtype}"
+        if site.size == 0:
+            return "the weight is empty"
+        least = min(self.size(site, params) for params in _OFFERED)
+        if least >= site.nbytes:
+            shape = f"{site.rows} x {site.length}"
+            return f"{shape} needs {least} bytes padded to whole groups, {site.nbytes} dense"
+        return None
+
+    def check(self, params: Params) -> None:
+        """Raise `UsageError` when the parameters are out of range."""
+        hyper = _typed(params)
+        if not 1 <= hyper.bits <= 6:
+            raise UsageError(f"hyper: bits={hyper.bits}", hint="bits are 1 to 6 per weight")
+        if hyper.state_bits not in hyper_format.STATE_BITS:
+            sizes = ", ".join(map(str, hyper_format.STATE_BITS))
+            raise UsageError(
+                f"hyper: state_bits={hyper.state_bits}", hint=f"state_bits are one of {sizes}"
+            )
+        if (hyper.bits, hyper.state_bits) not in WINDINGS:
+            raise UsageError(
+                f"hyper: state_bits={hyper.state_bits} are too few for bits={hyper.bits}",
+                hint=f"bits={hyper.bits} need state_bits of {hyper.bits + 2} or more",
+            )
+        if hyper.group not in hyper_format.GROUPS:
+            sizes = ", ".join(map(str, hyper_format.GROUPS))
+            raise UsageError(f"hyper: group={hyper.group}", hint=f"groups are one of {sizes}")
+
+    def candidates(self, site: WeightSite) -> Sequence[HyperParams]:
+        """Settings smaller than the dense tensor, from most to fewest bytes."""
+        found = [
+            dataclasses.replace(params, group=_geometry(site, params).group) for params in _OFFERED
+        ]
+        return [params for params in found if self.size(site, params) < site.nbytes]
+
+    def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
+        """Codes and scales of spec.md section 1."""
+        geometry = _geometry(site, _typed(params))
+        return {
+            "codes": TensorLayout(geometry.codes_shape, np.dtype(np.uint8)),
+            "scales": TensorLayout(geometry.scales_shape, np.dtype(np.float16)),
+        }
+
+    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
+        """Table and constants of the portable body, spec.md section 4."""
+        g = _geometry(site, _typed(params))
+        return hyper_format.shared_tensors(g.bits, g.state_bits, g.group, g.rows, g.length)
+
+    def size(self, site: WeightSite, params: Params) -> int:
+        """Bytes of codes and scales, exactly."""
+        return _geometry(site, _typed(params)).nbytes
+
+    def predict(self, site: WeightSite, params: Params) -> float:
+        """Relative error measured on normal data; the rotation makes all weights alike."""
+        hyper = _typed(params)
+        return math.pow(10.0, -NORMAL_SQNR[hyper.bits, hyper.state_bits] / 20.0)
+
+    def encode(
+        self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
+    ) -> Payload:
+        """Encode ``(rows, length)`` float32; equal bytes with and without native code.
+
+        Raises:
+            ModelError: Values too large for float16 scales, or not finite.
+        """
+        geometry = _geometry(site, _typed(params))
+        trellis = (geometry.bits, geometry.state_bits)
+        values, reach = table(*trellis), spread(*trellis)
+        weight = np.asarray(weight, np.float32).reshape(geometry.rows, geometry.length)
+        if native.available():
+            codes, scales = native.hyper_encode(weight, geometry, values, reach, threads=threads)
+        else:
+            codes, scales = hyper_viterbi.encode(weight, geometry, values, reach)
+        attributes: dict[str, Attribute] = {
+            "group": geometry.group,
+            "extent": (geometry.rows, geometry.length),
+        }
+        return Payload({"codes": codes, "scales": scales}, self.shared(site, params), attributes)
+
+    def decode(self, site: WeightSite, payload: Payload) -> Array:
+        """Decode to ``(rows, length)`` float32; equal values with and without native code."""
+        values = _table_of(payload)
+        geometry = _coded_geometry(payload, values)
+        codes, scales = payload.tensors["codes"], payload.tensors["scales"]
+        if native.available():
+            weight = native.hyper_decode(codes, scales, values, geometry)
+        else:
+            extent = (geometry.rows, geometry.length)
+            weight = hyper_format.decode(codes, scales, values, extent, geometry.group)
+        return weight.reshape(site.rows, site.length)
+
+    def kinds(self, site: WeightSite) -> frozenset[Kind]:
+        """Products and look-ups where the site has such uses; the dense weight always."""
+        kinds: set[Kind] = {"weight", "decode"}
+        kinds.update(use.need for use in site.uses if use.need != "dense")
+        return frozenset(kinds)
+
+    def emit(
+        self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
+    ) -> V:
+        """W -> Hyper...(codes, scales, ...), then Reshape where the weight is coded flat."""
+        from onnxcomp.passes.codecs import hyper_bodies
+
+        geometry = _coded_geometry(payload, _table_of(payload))
+        coded = dataclasses.replace(site, rows=geometry.rows, length=geometry.length)
+        result = hyper_bodies.emit(builder, coded, payload, kind, x)
+        if (coded.rows, coded.length) == (site.rows, site.length):
+            return result
+        extent = np.array([site.rows, site.length], np.int64)
+        shape = builder.constant(f"hyper.shape.{site.rows}x{site.length}", extent)
+        return builder.node("Reshape", [result, shape])
+
+    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
+        """Portable bodies, valid in models of this opset."""
+        from onnxcomp.passes.codecs import hyper_bodies
+
+        return hyper_bodies.functions(opset)
