@@ -1,0 +1,205 @@
+// Decoding with AVX-512 VBMI: 16 rows times 8 weights at a time.
+//
+// 64 bytes of codes are one dword of 16 rows. Interleaving it with the dword before gives every
+// row a qword in which all windows that end in the dword lie whole; `vpmultishiftqb` cuts eight
+// windows out of each qword, and byte permutations look them up. 32 weights of a row are k dwords
+// and four units of eight weights, whatever k is.
+//
+// Internal linkage throughout; only for translation units compiled with AVX-512 flags.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "hyper/format.h"
+
+namespace onnxcomp::hyper {
+namespace {
+
+constexpr int kStep = 32;          // weights of a row that are decoded together
+constexpr int kLine = kLanes * 4;  // bytes of one dword of 16 rows
+
+// The windows of one unit of eight weights: where each starts, in the interleaved qwords.
+struct Cut {
+  int pair;         // dword that is the upper half of the first qword
+  uint64_t low;     // bit offsets of the windows, one byte each
+  int next;         // dword that is the upper half of the second qword, -1 if it is not needed
+  uint64_t high;    // offsets in the second qword
+  uint8_t chosen;   // windows taken from the second qword
+};
+
+// Windows of `width` bits that end `back` bits before the end of each weight's symbol.
+constexpr Cut CutOf(int bits, int unit, int width, int back) {
+  int end[8] = {};
+  int start[8] = {};
+  for (int w = 0; w < 8; ++w) {
+    end[w] = bits * (8 * unit + w + 1);
+    start[w] = end[w] - back - width;
+  }
+  const int last = (end[7] - 1) / 32;
+  Cut cut{last, 0, -1, 0, 0};
+  if (start[0] < 32 * (last - 1)) cut = Cut{(end[0] - 1) / 32, 0, last, 0, 0};
+  for (int w = 0; w < 8; ++w) {
+    const uint64_t shift = 8 * static_cast<uint64_t>(w);
+    if (start[w] < 32 * (last - 1)) {
+      cut.low |= static_cast<uint64_t>(start[w] - 32 * (cut.pair - 1)) << shift;
+    } else if (cut.next < 0) {
+      cut.low |= static_cast<uint64_t>(start[w] - 32 * (last - 1)) << shift;
+    } else {
+      cut.high |= static_cast<uint64_t>(start[w] - 32 * (last - 1)) << shift;
+      cut.chosen = static_cast<uint8_t>(cut.chosen | (1 << w));
+    }
+  }
+  return cut;
+}
+
+inline __m512i Offsets(uint64_t eight) { return _mm512_set1_epi64(static_cast<int64_t>(eight)); }
+
+// Eight windows of every qword; `pairs[d]` has dword d as its upper half.
+template <int K, int U, int Width, int Back>
+inline __m512i CutWindows(const __m512i* pairs) {
+  constexpr Cut kCut = CutOf(K, U, Width, Back);
+  const __m512i windows = _mm512_multishift_epi64_epi8(Offsets(kCut.low), pairs[kCut.pair]);
+  if constexpr (kCut.next < 0) {
+    return windows;
+  } else {
+    const __mmask64 chosen = 0x0101010101010101ull * kCut.chosen;
+    return _mm512_mask_multishift_epi64_epi8(windows, chosen, Offsets(kCut.high),
+                                             pairs[kCut.next]);
+  }
+}
+
+// Look-up of 2^L entries of one byte. `Bias` is xored into the entries: 0x80 makes them unsigned.
+template <int L>
+class Lookup {
+ public:
+  static constexpr int kParts = (1 << L) / 64;
+
+  Lookup(const int8_t* table, uint8_t bias) {
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(bias));
+    for (int i = 0; i < kParts; ++i) {
+      parts_[i] = _mm512_xor_si512(_mm512_loadu_si512(table + 64 * i), flip);
+    }
+  }
+
+  // The entries of eight windows per qword; cut<Width, Back> yields windows of the unit.
+  template <int K, int U>
+  __m512i Unit(const __m512i* pairs) const {
+    if constexpr (L <= 8) {
+      return Find(CutWindows<K, U, L, 0>(pairs), CutWindows<K, U, L, 0>(pairs));
+    } else {
+      return Find(CutWindows<K, U, 8, L - 8>(pairs), CutWindows<K, U, 8, 0>(pairs));
+    }
+  }
+
+  // `low` holds the states' low bits, `high` their top bits from bit 7 down; both ignore the rest.
+  __m512i Find(__m512i low, __m512i high) const {
+    if constexpr (L == 6) {
+      return _mm512_permutexvar_epi8(low, parts_[0]);
+    } else if constexpr (L == 7) {
+      return _mm512_permutex2var_epi8(parts_[0], low, parts_[1]);
+    } else {
+      __mmask64 masks[L - 7];
+      for (int i = 0; i < L - 7; ++i) {
+        masks[i] = _mm512_movepi8_mask(high);
+        high = _mm512_add_epi8(high, high);
+      }
+      return Select<0, 0, kParts>(low, masks);
+    }
+  }
+
+ private:
+  template <int Depth, int Begin, int Count>
+  __m512i Select(__m512i low, const __mmask64* masks) const {
+    if constexpr (Count == 2) {
+      return _mm512_permutex2var_epi8(parts_[Begin], low, parts_[Begin + 1]);
+    } else {
+      const __m512i a = Select<Depth + 1, Begin, Count / 2>(low, masks);
+      const __m512i b = Select<Depth + 1, Begin + Count / 2, Count / 2>(low, masks);
+      return _mm512_mask_blend_epi8(masks[Depth], a, b);
+    }
+  }
+
+  __m512i parts_[kParts];
+};
+
+// Sixteen rows times eight weights: `lo` has rows 0 1 4 5 8 9 12 13, `hi` the others, a qword each.
+struct Unit {
+  __m512i lo;
+  __m512i hi;
+};
+
+// Interleaves k dwords of 16 rows with the dwords before them.
+template <int K>
+inline void LoadPairs(const uint8_t* codes, __m512i& before, __m512i* lo, __m512i* hi) {
+#pragma GCC unroll 8
+  for (int d = 0; d < K; ++d) {
+    const __m512i now = _mm512_loadu_si512(codes + d * kLine);
+    lo[d] = _mm512_unpacklo_epi32(before, now);
+    hi[d] = _mm512_unpackhi_epi32(before, now);
+    before = now;
+  }
+}
+
+// Decodes 32 weights of 16 rows; `before` is the dword before `codes` and becomes the last one.
+template <int K, int L>
+inline void DecodeStep(const Lookup<L>& lookup, const uint8_t* codes, __m512i& before, Unit* out) {
+  __m512i lo[K];
+  __m512i hi[K];
+  LoadPairs<K>(codes, before, lo, hi);
+  out[0] = {lookup.template Unit<K, 0>(lo), lookup.template Unit<K, 0>(hi)};
+  out[1] = {lookup.template Unit<K, 1>(lo), lookup.template Unit<K, 1>(hi)};
+  out[2] = {lookup.template Unit<K, 2>(lo), lookup.template Unit<K, 2>(hi)};
+  out[3] = {lookup.template Unit<K, 3>(lo), lookup.template Unit<K, 3>(hi)};
+}
+
+// Weights 0..3 of a unit, rows in order, a dword each.
+inline __m512i FirstHalf(const Unit& unit) {
+  return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(unit.lo),
+                                               _mm512_castsi512_ps(unit.hi), 0x88));
+}
+
+// Weights 4..7 of a unit.
+inline __m512i SecondHalf(const Unit& unit) {
+  return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(unit.lo),
+                                               _mm512_castsi512_ps(unit.hi), 0xdd));
+}
+
+// The dword before a group's first one is its last one: windows are cyclic.
+inline __m512i LastDword(const uint8_t* block, int dwords) {
+  return _mm512_loadu_si512(block + (dwords - 1) * kLine);
+}
+
+// Scales of 16 rows times 2^-12, exact.
+inline __m512 LoadScales(const uint16_t* scales) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales));
+  return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(0x1p-12f));
+}
+
+// Calls F<K, L>::Run(args...) for the bits and states of a format.
+template <template <int, int> class F, int L, class... Args>
+inline void DispatchBits(int bits, Args&&... args) {
+  switch (bits) {
+    case 1: return F<1, L>::Run(args...);
+    case 2: return F<2, L>::Run(args...);
+    case 3: return F<3, L>::Run(args...);
+    case 4: return F<4, L>::Run(args...);
+    case 5: return F<L >= 7 ? 5 : 4, L>::Run(args...);  // L >= k + 2
+    default: return F<L >= 8 ? 6 : 4, L>::Run(args...);
+  }
+}
+
+template <template <int, int> class F, class... Args>
+inline void Dispatch(const Format& format, Args&&... args) {
+  switch (format.states) {
+    case 6: return DispatchBits<F, 6>(format.bits, args...);
+    case 7: return DispatchBits<F, 7>(format.bits, args...);
+    case 8: return DispatchBits<F, 8>(format.bits, args...);
+    case 10: return DispatchBits<F, 10>(format.bits, args...);
+    default: return DispatchBits<F, 12>(format.bits, args...);
+  }
+}
+
+}  // namespace
+}  // namespace onnxcomp::hyper

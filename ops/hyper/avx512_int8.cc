@@ -1,0 +1,220 @@
+// Products with int8 activations, AVX-512 VNNI.
+//
+// Few rows of activations: decode and multiply in registers while the codes stream in. More rows:
+// decode one group of two panels into the first-level cache, then multiply tiles of 12 rows by it.
+
+#include "hyper/avx512.h"
+#include "hyper/avx512_decode.h"
+#include "hyper/plain.h"
+
+namespace onnxcomp::hyper {
+namespace {
+
+constexpr int kStreamRows = 4;  // up to here the streaming form is the faster one
+constexpr int kTile = 12;       // 12 rows times 2 panels: 24 accumulators
+constexpr int kAhead = 24;      // prefetch distance in lines of 64 bytes
+
+// The builtin makes gcc 12 copy accumulators through the stack; as assembly they stay put.
+inline void Dot(__m512i& acc, __m512i weights, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
+}
+
+inline void DotBroadcast(__m512i& acc, __m512i weights, const int8_t* x) {
+  typedef int32_t Dword __attribute__((aligned(1), may_alias));
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(acc)
+      : "v"(weights), "m"(*reinterpret_cast<const Dword*>(x)));
+}
+
+// y + float(sums) * (scale of the weights * scale of the activations), each step rounded.
+inline __m512 Accumulate(__m512 y, __m512i sums, __m512 weights, float x) {
+  const __m512 scale = _mm512_mul_ps(weights, _mm512_set1_ps(x));
+  return _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale));
+}
+
+inline void Prefetch(const uint8_t* codes, int lines) {
+#pragma GCC unroll 8
+  for (int i = 0; i < lines; ++i) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + (kAhead + i) * kLine), _MM_HINT_T0);
+  }
+}
+
+// Sums over one group for one row of activations: eight of them meet eight weights as a qword.
+template <int K, int L>
+inline __m512i SumOne(const Lookup<L>& lookup, const uint8_t* codes, int group, const int8_t* x) {
+  __m512i before = LastDword(codes, group * K / 32);
+  __m512i lo[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  __m512i hi[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int t = 0; t < group; t += kStep, codes += K * kLine, x += kStep) {
+    Unit units[4];
+    Prefetch(codes, K);
+    DecodeStep<K, L>(lookup, codes, before, units);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      int64_t eight;
+      std::memcpy(&eight, x + 8 * u, sizeof eight);
+      const __m512i values = _mm512_set1_epi64(eight);
+      Dot(lo[u % 2], units[u].lo, values);
+      Dot(hi[u % 2], units[u].hi, values);
+    }
+  }
+  const Unit sums{_mm512_add_epi32(lo[0], lo[1]), _mm512_add_epi32(hi[0], hi[1])};
+  return _mm512_add_epi32(FirstHalf(sums), SecondHalf(sums));
+}
+
+// Sums over one group for M interleaved rows of activations.
+template <int K, int L, int M>
+inline void SumFew(const Lookup<L>& lookup, const uint8_t* codes, int group, const int8_t* x,
+                   __m512i* sums) {
+  __m512i before = LastDword(codes, group * K / 32);
+  for (int t = 0; t < group; t += kStep, codes += K * kLine) {
+    Unit units[4];
+    Prefetch(codes, K);
+    DecodeStep<K, L>(lookup, codes, before, units);
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u, x += 8 * M) {
+      const __m512i first = FirstHalf(units[u]);
+      const __m512i second = SecondHalf(units[u]);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) DotBroadcast(sums[i], first, x + 4 * i);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) DotBroadcast(sums[i], second, x + 4 * (M + i));
+    }
+  }
+}
+
+template <int K, int L, int M>
+inline void StreamPanel(const Lookup<L>& lookup, const Weight& weight, const Activations& x,
+                        int64_t panel, Tile tile, float* out) {
+  const Format& format = weight.format;
+  __m512 y[M];
+  for (int i = 0; i < M; ++i) y[i] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < format.groups; ++g) {
+    const int64_t unit = tile.base + g * M;
+    const int8_t* codes = x.codes + unit * format.group;
+    __m512i sums[M];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) sums[i] = _mm512_set1_epi32(x.biases[unit + i]);
+    if constexpr (M == 1) {
+      const __m512i sum = SumOne<K, L>(lookup, weight.block(panel, g), format.group, codes);
+      sums[0] = _mm512_add_epi32(sums[0], sum);
+    } else {
+      SumFew<K, L, M>(lookup, weight.block(panel, g), format.group, codes, sums);
+    }
+    const uint16_t* stored = weight.scale(panel, g);
+    _mm_prefetch(reinterpret_cast<const char*>(stored + 16 * kLanes), _MM_HINT_T0);
+    const __m512 scales = LoadScales(stored);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) y[i] = Accumulate(y[i], sums[i], scales, x.scales[unit + i]);
+  }
+  for (int i = 0; i < M; ++i) _mm512_storeu_ps(out + i * 2 * kLanes, y[i]);
+}
+
+template <int K, int L>
+struct Stream {
+  static void Run(const Weight& weight, const Activations& x, int64_t panel, int panels, Tile tile,
+                  float* out) {
+    const Lookup<L> lookup(weight.table, 0x80);
+    for (int p = 0; p < panels; ++p, out += kLanes) {
+      switch (tile.rows) {
+        case 1: StreamPanel<K, L, 1>(lookup, weight, x, panel + p, tile, out); break;
+        case 2: StreamPanel<K, L, 2>(lookup, weight, x, panel + p, tile, out); break;
+        case 3: StreamPanel<K, L, 3>(lookup, weight, x, panel + p, tile, out); break;
+        default: StreamPanel<K, L, 4>(lookup, weight, x, panel + p, tile, out); break;
+      }
+    }
+  }
+};
+
+// Decodes groups of one panel for the tiles: w[(t / 4 * 2 + p) * 64], a dword of 16 rows each.
+template <int K, int L>
+struct DecodeTile {
+  static void Run(const Weight& weight, int64_t panel, int panels, int64_t g, uint8_t* w) {
+    const Lookup<L> lookup(weight.table, 0x80);
+    for (int p = 0; p < panels; ++p) {
+      const uint8_t* codes = weight.block(panel + p, g);
+      __m512i before = LastDword(codes, weight.format.dwords);
+      uint8_t* out = w + p * kLine;
+      for (int t = 0; t < weight.format.group; t += kStep, codes += K * kLine) {
+        Unit units[4];
+        Prefetch(codes, K);
+        DecodeStep<K, L>(lookup, codes, before, units);
+        for (int u = 0; u < 4; ++u, out += 4 * kLine) {
+          _mm512_store_si512(out, FirstHalf(units[u]));
+          _mm512_store_si512(out + 2 * kLine, SecondHalf(units[u]));
+        }
+      }
+    }
+  }
+};
+
+// One tile of M rows times NP panels over one decoded group.
+template <int M, int NP>
+void Multiply(const uint8_t* w, int group, const int8_t* x, const int32_t* biases,
+              const float* x_scales, const __m512* scales, float* out) {
+  __m512i sums[M][NP];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int p = 0; p < NP; ++p) sums[i][p] = _mm512_set1_epi32(biases[i]);
+  }
+  for (int t = 0; t < group; t += 4, w += 2 * kLine, x += 4 * M) {
+    const __m512i w0 = _mm512_load_si512(w);
+    const __m512i w1 = _mm512_load_si512(w + kLine);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      DotBroadcast(sums[i][0], w0, x + 4 * i);
+      if constexpr (NP == 2) DotBroadcast(sums[i][1], w1, x + 4 * i);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+    for (int p = 0; p < NP; ++p) {
+      float* y = out + i * 2 * kLanes + p * kLanes;
+      _mm512_storeu_ps(y, Accumulate(_mm512_loadu_ps(y), sums[i][p], scales[p], x_scales[i]));
+    }
+  }
+}
+
+using MultiplyFn = void (*)(const uint8_t*, int, const int8_t*, const int32_t*, const float*,
+                            const __m512*, float*);
+
+template <int NP>
+MultiplyFn MultiplyOf(int rows) {
+  static constexpr MultiplyFn kByRows[kTile] = {
+      Multiply<1, NP>, Multiply<2, NP>, Multiply<3, NP>,  Multiply<4, NP>,
+      Multiply<5, NP>, Multiply<6, NP>, Multiply<7, NP>,  Multiply<8, NP>,
+      Multiply<9, NP>, Multiply<10, NP>, Multiply<11, NP>, Multiply<12, NP>};
+  return kByRows[rows - 1];
+}
+
+void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels, int64_t first,
+           int64_t rows, float* out) {
+  const Format& format = weight.format;
+  alignas(64) uint8_t w[kMaxGroup * 2 * kLanes];
+  std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
+  for (int64_t g = 0; g < format.groups; ++g) {
+    Dispatch<DecodeTile>(format, weight, panel, panels, g, w);
+    __m512 scales[2];
+    for (int p = 0; p < panels; ++p) scales[p] = LoadScales(weight.scale(panel + p, g));
+    for (int64_t m = 0; m < rows; m += kTile) {
+      const Tile tile = TileAt(x, first + m);
+      const int64_t unit = tile.base + g * tile.rows;
+      const MultiplyFn multiply =
+          panels == 2 ? MultiplyOf<2>(tile.rows) : MultiplyOf<1>(tile.rows);
+      multiply(w, format.group, x.codes + unit * format.group, x.biases + unit, x.scales + unit,
+               scales, out + m * 2 * kLanes);
+    }
+  }
+}
+
+}  // namespace
+
+void ProductInt8Avx512(const Weight& weight, const Activations& x, int64_t panel, int panels,
+                       int64_t first, int64_t rows, float* out) {
+  if (rows > kStreamRows) return Tiles(weight, x, panel, panels, first, rows, out);
+  Dispatch<Stream>(weight.format, weight, x, panel, panels, TileAt(x, first), out);
+}
+
+}  // namespace onnxcomp::hyper
