@@ -213,6 +213,10 @@ class Codec(Protocol):
         """The shared tensors the payload will refer to."""
         ...
 
+    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
+        """The attributes of the payload, exactly."""
+        ...
+
     def size(self, site: WeightSite, params: Params) -> int:
         """Bytes of the site's own tensors, exactly."""
         ...

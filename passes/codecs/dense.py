@@ -13,6 +13,7 @@ import onnx
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.codec import (
     Array,
+    Attribute,
     Builder,
     Kind,
     Params,
@@ -65,6 +66,10 @@ class DenseCodec:
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
         """Nothing."""
+        return {}
+
+    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
+        """None."""
         return {}
 
     def size(self, site: WeightSite, params: Params) -> int:

@@ -53,15 +53,16 @@ class HyperParams(Params):
     group: int = 128
 
 
-# What a planner may choose from; seven state bits suffice up to five bits per weight.
-_OFFERED = (
-    HyperParams(6, 8),
-    HyperParams(5),
-    HyperParams(4),
-    HyperParams(3),
-    HyperParams(2),
-    HyperParams(1),
+# What a planner may choose from; seven state bits suffice up to five bits per weight. Groups other
+# than 128 are the small change with which a plan meets a size.
+_OFFERED = tuple(
+    HyperParams(bits, 8 if bits == 6 else 7, group)
+    for bits in (6, 5, 4, 3, 2, 1)
+    for group in (128, 32, 64, 256)
 )
+
+# What a group other than 128 adds to the signal to noise ratio, dB; measured on normal data.
+_GROUP_SQNR = {32: 0.3, 64: 0.15, 128: 0.0, 256: -0.1}
 
 
 def _typed(params: Params) -> HyperParams:
@@ -142,10 +143,12 @@ class HyperCodec:
 
     def candidates(self, site: WeightSite) -> Sequence[HyperParams]:
         """Settings smaller than the dense tensor, from most to fewest bytes."""
-        found = [
-            dataclasses.replace(params, group=_geometry(site, params).group) for params in _OFFERED
-        ]
-        return [params for params in found if self.size(site, params) < site.nbytes]
+        found = {
+            dataclasses.replace(params, group=_geometry(site, params).group): None
+            for params in _OFFERED
+        }
+        smaller = [params for params in found if self.size(site, params) < site.nbytes]
+        return sorted(smaller, key=lambda params: -self.size(site, params))
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """Codes and scales of spec.md section 1."""
@@ -160,6 +163,11 @@ class HyperCodec:
         g = _geometry(site, _typed(params))
         return hyper_format.shared_tensors(g.bits, g.state_bits, g.group, g.rows, g.length)
 
+    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
+        """The group and the extent that is coded, which is another than the site's when flat."""
+        geometry = _geometry(site, _typed(params))
+        return {"group": geometry.group, "extent": (geometry.rows, geometry.length)}
+
     def size(self, site: WeightSite, params: Params) -> int:
         """Bytes of codes and scales, exactly."""
         return _geometry(site, _typed(params)).nbytes
@@ -167,7 +175,8 @@ class HyperCodec:
     def predict(self, site: WeightSite, params: Params) -> float:
         """Relative error measured on normal data; the rotation makes all weights alike."""
         hyper = _typed(params)
-        return math.pow(10.0, -NORMAL_SQNR[hyper.bits, hyper.state_bits] / 20.0)
+        decibels = NORMAL_SQNR[hyper.bits, hyper.state_bits] + _GROUP_SQNR[hyper.group]
+        return math.pow(10.0, -decibels / 20.0)
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
