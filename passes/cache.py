@@ -1,0 +1,109 @@
+"""Payloads of earlier runs, by content: an interrupted or repeated run encodes nothing twice.
+
+One file for each weight, named by a hash of everything the payload follows from. Files are written
+beside their place and renamed, so a killed run leaves only whole ones; a file whose checksum or
+layout is wrong is encoded again and replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from onnxcomp.passes.codecs.codec import Array, Attribute, Codec, Params, Payload, WeightSite
+
+__all__ = ["PayloadCache"]
+
+# Changes whenever an encoder gives other bytes for the same weight and parameters.
+FORMAT = 1
+
+_ATTRIBUTES = "__attributes__"
+
+# Bytes of the checksum in front of a file.
+_DIGEST = hashlib.sha256().digest_size
+
+
+class PayloadCache:
+    """A folder of payloads.
+
+    Args:
+        folder: Made when it does not exist.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def key(self, site: WeightSite, weight: Array, codec: Codec, params: Params) -> str:
+        """Name of the payload: a hash of weight, codec, parameters and format version.
+
+        Args:
+            site: Where the weight lives; its name does not matter, its element type does.
+            weight: Canonical matrix, float32 ``(rows, length)``.
+            codec: The codec.
+            params: Its settings.
+        """
+        facts = [FORMAT, codec.name, params.to_json(), list(weight.shape), site.dtype]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(weight).data)
+        return digest.hexdigest()
+
+    def path(self, key: str) -> Path:
+        """The file of a payload."""
+        return self.folder / f"{key}.payload"
+
+    def get(self, key: str, site: WeightSite, codec: Codec, params: Params) -> Payload | None:
+        """The payload, or None when there is none that is whole and fits the codec's layout."""
+        tensors = self._read(key)
+        if tensors is None:
+            return None
+        attributes = json.loads(tensors.pop(_ATTRIBUTES).tobytes())
+        if not _fits(tensors, codec, site, params):
+            return None
+        return Payload(tensors, codec.shared(site, params), attributes)
+
+    def _read(self, key: str) -> dict[str, Array] | None:
+        try:
+            stored = self.path(key).read_bytes()
+        except OSError:
+            return None
+        if hashlib.sha256(stored[_DIGEST:]).digest() != stored[:_DIGEST]:
+            return None
+        with np.load(io.BytesIO(stored[_DIGEST:]), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def put(self, key: str, payload: Payload) -> None:
+        """Store a payload under its key, replacing what is there."""
+        text = json.dumps(_plain(payload.attributes)).encode()
+        body = io.BytesIO()
+        arrays = {**payload.tensors, _ATTRIBUTES: np.frombuffer(text, np.uint8)}
+        np.savez(body, allow_pickle=False, **arrays)
+        part = self.folder / f"{key}.{os.getpid()}.part"
+        try:
+            with part.open("wb") as file:
+                file.write(hashlib.sha256(body.getbuffer()).digest())
+                file.write(body.getbuffer())
+            part.replace(self.path(key))
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _plain(attributes: Mapping[str, Attribute]) -> dict[str, object]:
+    return {
+        key: value if isinstance(value, int | float | str) else [int(item) for item in value]
+        for key, value in attributes.items()
+    }
+
+
+def _fits(tensors: Mapping[str, Array], codec: Codec, site: WeightSite, params: Params) -> bool:
+    layout = codec.layout(site, params)
+    return tensors.keys() == layout.keys() and all(
+        tensors[name].shape == want.shape and tensors[name].dtype == want.dtype
+        for name, want in layout.items()
+    )

@@ -1,0 +1,231 @@
+"""Encoding the weights of a plan, one at a time.
+
+Threads work inside one weight, never on two of them: memory is bounded by the largest weight, and
+the bytes do not depend on the number of threads. Payloads of large models are written to an
+unnamed temporary file and mapped back, so that memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.cache import PayloadCache
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.codec import Array, Codec, Payload, WeightSite
+from onnxcomp.passes.plan import Choice, Plan
+from onnxcomp.passes.rewrite import Placement
+from onnxcomp.passes.sites import read_weight
+
+__all__ = ["Encoded", "Progress", "encode", "not_finite", "precision_attributes", "weight_error"]
+
+# Planned payload bytes above which payloads go to a temporary file.
+SPILL_BYTES = 1 << 25
+
+# Elements compared at a time when an error is measured.
+_BLOCK = 1 << 18
+
+# A weight whose measured error is this many times the codec's expectation is not one the codec is
+# made for (values beyond the range of its scales, say): it stays dense.
+_UNUSUAL = 2.0
+
+_ALIGNMENT = 64
+
+
+def precision_attributes(precision: str) -> dict[str, int]:
+    """What is added to the attributes of every payload: nothing for "exact" arithmetic."""
+    return {"precision": 1} if precision == "int8" else {}
+
+
+class Progress(Protocol):
+    """Told about the work before each weight and after the last one."""
+
+    def __call__(self, done: int, total: int, site: str) -> None:
+        """Report dense bytes encoded so far, all of them, and the weight that is next."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of one weight.
+
+    Attributes:
+        site: The weight.
+        choice: What the plan says about it.
+        placement: What to wire into the graph; None when the weight stays as it is.
+        error: Measured relative Frobenius error of the decoded weight; 0 when it stays.
+        reason: Why it stays; empty when it does not.
+    """
+
+    site: WeightSite
+    choice: Choice
+    placement: Placement | None
+    error: float
+    reason: str = ""
+
+
+def not_finite(weight: Array) -> str:
+    """Why a weight cannot be encoded for its values; empty when all are finite."""
+    if weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
+        return "holds infinities or NaN"
+    return ""
+
+
+def weight_error(weight: Array, decoded: Array) -> float:
+    """Relative Frobenius error ``|decoded - weight| / |weight|`` in float64.
+
+    Args:
+        weight: Float32 ``(rows, length)``.
+        decoded: The same shape.
+
+    Returns:
+        The error; 0 for two zero matrices, infinity when only `weight` is zero.
+    """
+    noise = power = 0.0
+    rows = max(1, _BLOCK // max(1, weight.shape[-1]))
+    for start in range(0, len(weight), rows):
+        exact = weight[start : start + rows].astype(np.float64)
+        power += float(np.square(exact).sum())
+        exact -= decoded[start : start + rows]
+        noise += float(np.square(exact).sum())
+    if power == 0.0:
+        return 0.0 if noise == 0.0 else float("inf")
+    return float(np.sqrt(noise / power))
+
+
+class _Spill:
+    """An unnamed temporary file that takes arrays and maps them back, all at once at the end."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives on in maps
+        self._arrays: list[tuple[int, tuple[int, ...], np.dtype[np.generic]]] = []
+        self._end = 0
+
+    def store(self, array: Array) -> int:
+        """Append an array and return its number."""
+        self._end += -self._end % _ALIGNMENT
+        self._file.seek(self._end)
+        self._file.write(np.ascontiguousarray(array).data)
+        self._arrays.append((self._end, array.shape, array.dtype))
+        self._end += array.nbytes
+        return len(self._arrays) - 1
+
+    def arrays(self) -> list[Array]:
+        """All arrays, read-only, in one map; the file goes away with them."""
+        self._file.flush()
+        if self._end == 0:
+            return [np.empty(shape, dtype) for _, shape, dtype in self._arrays]
+        mapped = np.memmap(self._file, np.uint8, mode="r", shape=(self._end,))
+        self._file.close()
+        return [_view(mapped, offset, shape, dtype) for offset, shape, dtype in self._arrays]
+
+
+def _view(mapped: Array, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return np.asarray(mapped[offset : offset + count]).view(dtype).reshape(shape)
+
+
+def _payload(
+    site: WeightSite, weight: Array, choice: Choice, cache: PayloadCache | None, jobs: int
+) -> Payload:
+    codec: Codec = CODECS[choice.codec]
+    if cache is None:
+        return codec.encode(site, weight, choice.params, threads=jobs)
+    key = cache.key(site, weight, codec, choice.params)
+    payload = cache.get(key, site, codec, choice.params)
+    if payload is None:
+        payload = codec.encode(site, weight, choice.params, threads=jobs)
+        cache.put(key, payload)
+    return payload
+
+
+def _encode_site(
+    model: ir.Model, site: WeightSite, choice: Choice, cache: PayloadCache | None, jobs: int
+) -> tuple[Payload | None, float, str]:
+    """Payload, measured error and, where the weight stays as it is, the reason."""
+    weight = read_weight(model, site)
+    reason = not_finite(weight)
+    if reason:
+        return None, 0.0, reason
+    try:
+        payload = _payload(site, weight, choice, cache, jobs)
+    except ModelError as error:
+        return None, 0.0, error.message
+    codec: Codec = CODECS[choice.codec]
+    measured = weight_error(weight, codec.decode(site, payload))
+    usual = codec.predict(site, choice.params)
+    if not measured <= _UNUSUAL * usual:
+        return None, 0.0, f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"
+    return payload, measured, ""
+
+
+def encode(
+    model: ir.Model,
+    sites: Sequence[WeightSite],
+    plan: Plan,
+    *,
+    jobs: int = 1,
+    cache: PayloadCache | None = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+) -> list[Encoded]:
+    """Encode every site the plan does not keep; the result is in the order of `sites`.
+
+    Args:
+        model: The model, canonicalised; it is only read.
+        sites: Its sites.
+        plan: A settled plan with one choice for each site.
+        jobs: Threads of the encoders.
+        cache: Payloads of earlier runs.
+        progress: Told about each weight.
+        folder: Where the temporary file lives; None for the system's place.
+    """
+    work = [site for site in sites if not plan[site.name].kept]
+    total = sum(site.nbytes for site in work)
+    large = sum(plan[site.name].bytes or 0 for site in work) > SPILL_BYTES
+    spill = _Spill(folder) if large else None
+    done = 0
+    stored: dict[str, tuple[Payload | None, float, str]] = {}
+    numbers: dict[str, Mapping[str, int]] = {}
+    for site in work:
+        if progress is not None:
+            progress(done, total, site.name)
+        payload, error, reason = _encode_site(model, site, plan[site.name], cache, jobs)
+        if spill is not None and payload is not None:
+            numbers[site.name] = {key: spill.store(t) for key, t in payload.tensors.items()}
+            payload = dataclasses.replace(payload, tensors={})
+        stored[site.name] = payload, error, reason
+        done += site.nbytes
+    if progress is not None:
+        progress(done, total, "")
+    arrays = spill.arrays() if spill is not None else []
+    extra = precision_attributes(plan.settings.precision)
+    return [_encoded(site, plan[site.name], stored, numbers, arrays, extra) for site in sites]
+
+
+def _encoded(
+    site: WeightSite,
+    choice: Choice,
+    stored: Mapping[str, tuple[Payload | None, float, str]],
+    numbers: Mapping[str, Mapping[str, int]],
+    arrays: Sequence[Array],
+    extra: Mapping[str, int],
+) -> Encoded:
+    if site.name not in stored:
+        return Encoded(site, choice, None, 0.0, choice.reason)
+    payload, error, reason = stored[site.name]
+    if payload is None:
+        return Encoded(site, choice, None, 0.0, reason)
+    if site.name in numbers:
+        tensors = {key: arrays[number] for key, number in numbers[site.name].items()}
+        payload = dataclasses.replace(payload, tensors=tensors)
+    payload = dataclasses.replace(payload, attributes={**payload.attributes, **extra})
+    placement = Placement(site, CODECS[choice.codec], payload, choice.mode)
+    return Encoded(site, choice, placement, error)

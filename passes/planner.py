@@ -1,0 +1,160 @@
+"""From a model and settings to a plan: find the weights, ask the codecs, meet the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.allocate import Menu, fit, keep, menu, uniform
+from onnxcomp.passes.canonicalize import canonicalize
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.codec import WeightSite
+from onnxcomp.passes.encode import not_finite
+from onnxcomp.passes.plan import Budget, Candidate, Choice, Plan, SkippedWeight, Source
+from onnxcomp.passes.settings import Rule, Settings, match_rule, method_names
+from onnxcomp.passes.sites import find_sites, read_weight
+from onnxcomp.passes.sizing import planned_size
+from onnxcomp.passes.source import Loaded
+
+__all__ = ["DEFAULT_BITS", "Prepared", "make_plan", "prepare", "settle"]
+
+# Bits per weight where neither bits nor a target is asked for.
+DEFAULT_BITS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """A canonical model and its weights.
+
+    Attributes:
+        model: The model, canonicalised in place.
+        path: Its file; None for a model that was given in memory.
+        source: Name, bytes and hash of the input.
+        sites: Weights a codec may be asked about.
+        skipped: Other tensors, with reasons.
+        notes: What canonicalisation changed.
+    """
+
+    model: ir.Model
+    path: Path | None
+    source: Source
+    sites: tuple[WeightSite, ...]
+    skipped: tuple[SkippedWeight, ...]
+    notes: tuple[str, ...]
+
+
+def prepare(loaded: Loaded, settings: Settings) -> Prepared:
+    """Canonicalise a model in place and find its weights."""
+    model = loaded.model
+    change = canonicalize(model)
+    found = find_sites(
+        model, min_size=settings.min_size, include=settings.include, exclude=settings.exclude
+    )
+    skipped = tuple(
+        SkippedWeight(t.name, t.shape, t.dtype, t.nbytes, t.uses, t.reason) for t in found.skipped
+    )
+    return Prepared(model, loaded.path, loaded.source, found.sites, skipped, tuple(change.notes))
+
+
+def _rule(site: WeightSite, settings: Settings) -> Rule:
+    return match_rule(settings.rules, [site.name, *(use.node for use in site.uses)])
+
+
+def _menu(prepared: Prepared, site: WeightSite, settings: Settings) -> Menu:
+    reason = not_finite(read_weight(prepared.model, site))
+    if reason:
+        return Menu(site, (keep(site, reason),))
+    return menu(site, method_names(settings.method, CODECS), _rule(site, settings))
+
+
+def _measure(prepared: Prepared, settings: Settings, name: str, choices: Sequence[Choice]) -> int:
+    return planned_size(
+        prepared.model,
+        prepared.sites,
+        choices,
+        precision=settings.precision,
+        external_data=settings.external_data,
+        name=name,
+    )
+
+
+def _choice(candidate: Candidate, settings: Settings) -> Choice:
+    return Choice.of(candidate, _rule(candidate.site, settings).mode or settings.mode)
+
+
+def _equal(menus: Sequence[Menu], bits: int, settings: Settings) -> list[Candidate]:
+    """One candidate for each menu at `bits` bits per weight, or at those of its rule."""
+    wanted = [_rule(menu.site, settings).params.get("bits", bits) for menu in menus]
+    picks = [uniform(menu, int(b)) for menu, b in zip(menus, wanted, strict=True)]
+    open_menus = [index for index, menu in enumerate(menus) if not menu.options[0].reason]
+    if open_menus and all(picks[index].reason for index in open_menus):
+        offered = sorted({getattr(c.params, "bits", 0) for menu in menus for c in menu.options})
+        raise UsageError(
+            f"no codec offers {bits} bits per weight",
+            hint=f"choose from {', '.join(str(b) for b in offered if b)}",
+        )
+    return picks
+
+
+def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx") -> Plan:
+    """Decide for every site.
+
+    Args:
+        prepared: The model and its weights.
+        settings: What is asked for.
+        name: File name of the output; external data refers to it.
+
+    Returns:
+        A plan with the exact bytes of the output. When no plan meets the target, it is the
+        smallest there is, and `Plan.met` is false.
+
+    Raises:
+        UsageError: A method, a rule or the number of bits does not exist.
+    """
+    budget = Budget.of(settings, prepared.source.bytes, DEFAULT_BITS)
+    menus = [_menu(prepared, site, settings) for site in prepared.sites]
+
+    def size_of(candidates: Sequence[Candidate]) -> int:
+        choices = [_choice(candidate, settings) for candidate in candidates]
+        return _measure(prepared, settings, name, choices)
+
+    if budget.bytes is not None:
+        picks, total = fit(menus, budget.bytes, size_of)
+    else:
+        picks = _equal(menus, budget.bits or DEFAULT_BITS, settings)
+        total = size_of(picks)
+        picks, total = _worth_it(picks, total, size_of)
+    choices = {pick.site.name: _choice(pick, settings) for pick in picks}
+    return Plan(prepared.source, settings, budget, choices, prepared.skipped, total)
+
+
+def _worth_it(
+    picks: list[Candidate], total: int, size_of: Callable[[Sequence[Candidate]], int]
+) -> tuple[list[Candidate], int]:
+    """The picks, or nothing at all when what comes with them outweighs what they save."""
+    if all(pick.reason or pick.codec == "dense" for pick in picks):
+        return picks, total
+    reason = "what compressed weights bring with them would outweigh what they save"
+    untouched = [keep(pick.site, pick.reason or reason) for pick in picks]
+    least = size_of(untouched)
+    return (picks, total) if total < least else (untouched, least)
+
+
+def settle(plan: Plan, prepared: Prepared, *, name: str = "out.onnx") -> Plan:
+    """The plan with bytes and errors as they are for this model.
+
+    Raises:
+        UsageError: The plan does not fit the model.
+    """
+    settled = plan.settle(prepared.sites)
+    choices = list(settled)
+    return dataclasses.replace(
+        settled,
+        source=prepared.source,
+        skipped=prepared.skipped,
+        bytes=_measure(prepared, plan.settings, name, choices),
+    )

@@ -1,0 +1,201 @@
+"""What a run did, with its numbers: the JSON object of `optimize` and the rows of its table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from onnxcomp.errors import UsageError
+
+__all__ = [
+    "InputFile",
+    "OutputFile",
+    "Report",
+    "SiteReport",
+    "coverage",
+    "peak_rss",
+    "versions",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InputFile:
+    """The model that was read.
+
+    Attributes:
+        path: Its path; None for a model in memory.
+        bytes: Bytes of the file and its external data.
+        sha256: Hash of the .onnx file; None for a model in memory.
+    """
+
+    path: str | None
+    bytes: int
+    sha256: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OutputFile:
+    """The model that was written.
+
+    Attributes:
+        path: Its path.
+        bytes: Bytes of all its files; of a dry run: as planned.
+        sha256: Hash of the .onnx file; None for a dry run.
+        files: Paths of all its files; empty for a dry run.
+    """
+
+    path: str | None
+    bytes: int
+    sha256: str | None
+    files: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SiteReport:
+    """What became of one weight tensor.
+
+    Attributes:
+        name: Name of the tensor.
+        shape: Its shape.
+        dtype: Its element type.
+        uses: Operators that use it.
+        method: Codec that stores it; "dense" when it is stored as it was.
+        params: Settings of the codec.
+        mode: How its uses are served; empty when it stays as it was.
+        bytes_before: Bytes of the dense tensor.
+        bytes_after: Bytes of what is stored for it.
+        weight_error: Measured relative Frobenius error; None when nothing was encoded.
+        output_error: Relative error of the uses' outputs; None where it was not measured.
+        reason: Why it stays as it was; empty when it does not.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[str, ...]
+    method: str
+    params: Mapping[str, Any]
+    mode: str
+    bytes_before: int
+    bytes_after: int
+    weight_error: float | None = None
+    output_error: float | None = None
+    reason: str = ""
+
+    @property
+    def compressed(self) -> bool:
+        """Whether something smaller stands for the tensor."""
+        return self.method != "dense"
+
+
+def coverage(sites: Iterable[SiteReport], min_size: int) -> float:
+    """Bytes of compressed weight tensors over bytes of all of `min_size` or more; 1 without any."""
+    large = [site for site in sites if site.bytes_before >= min_size]
+    total = sum(site.bytes_before for site in large)
+    return sum(site.bytes_before for site in large if site.compressed) / total if total else 1.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Report:
+    """Everything one run of `optimize` did.
+
+    Attributes:
+        input: The model that was read.
+        output: The model that was written.
+        ratio: Bytes of the input over bytes of the output.
+        coverage: Share of the weight bytes that is compressed.
+        sites: One entry for each weight tensor, in the order of the model.
+        verify: Result of the fidelity gate; None when it did not run.
+        seconds: Wall-clock seconds by stage.
+        peak_rss_bytes: Largest resident size of the process so far.
+        versions: Versions of this package and of what it stands on.
+        config: Settings in effect.
+        target: Bytes asked for and whether they were met; None when none were.
+    """
+
+    input: InputFile
+    output: OutputFile
+    ratio: float
+    coverage: float
+    sites: tuple[SiteReport, ...]
+    verify: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    peak_rss_bytes: int
+    versions: Mapping[str, str]
+    config: Mapping[str, Any]
+    target: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values; ``docs/result.schema.json`` describes them."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Report:
+        """Inverse of `to_json`.
+
+        Raises:
+            UsageError: Something is missing or unknown.
+        """
+        try:
+            return cls(**{**values, **_typed(values)})
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"this is not the result of optimize: {error}") from error
+
+    def dumps(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write `dumps` to a file."""
+        Path(path).write_text(self.dumps(), encoding="utf-8")
+
+
+def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
+    output = values["output"]
+    return {
+        "input": InputFile(**values["input"]),
+        "output": OutputFile(**{**output, "files": tuple(output["files"])}),
+        "sites": tuple(
+            SiteReport(**{**site, "shape": tuple(site["shape"]), "uses": tuple(site["uses"])})
+            for site in values["sites"]
+        ),
+    }
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes.
+
+    The kernel's high-water mark of the running program where there is one: the number of
+    getrusage also counts the program that started this one.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on; packages that are not installed are left out."""
+    from importlib import metadata
+
+    from onnxcomp import __version__
+
+    found = {"onnxcomp": __version__, "python": platform.python_version()}
+    for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

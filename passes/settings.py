@@ -1,0 +1,266 @@
+"""What a user asks of the compiler: sizes, rules for single weights, and checked settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.codec import Mode, Params
+
+__all__ = [
+    "ExternalData",
+    "ModeChoice",
+    "Rule",
+    "Settings",
+    "match_rule",
+    "method_names",
+    "parse_rule",
+    "parse_size",
+    "suggest",
+    "typed_params",
+]
+
+ExternalData = Literal["auto", "always", "never"]
+ModeChoice = Mode | Literal["auto"]
+ParamValue = int | float | str
+
+MODES: tuple[ModeChoice, ...] = ("auto", "fused", "folded", "decode")
+EXTERNAL_DATA: tuple[ExternalData, ...] = ("auto", "always", "never")
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def suggest(wrong: str, known: Iterable[str]) -> str:
+    """Hint that names the closest known spelling, or all of them when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(wrong, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"known: {shown}" if names else "there is none"
+
+
+def parse_size(value: float | str) -> int:
+    """Bytes of a size such as ``"120MB"``, ``"1.5 GiB"`` or ``4096``.
+
+    KB, MB and GB are powers of 1000, so that a target is met whichever way it was meant; KiB, MiB
+    and GiB are powers of 1024.
+
+    Raises:
+        UsageError: The text is not a size.
+    """
+    if isinstance(value, int | float):
+        return int(value)
+    match = _SIZE.fullmatch(value)
+    unit = _UNITS.get(match.group(2).lower()) if match else None
+    if match is None or unit is None:
+        raise UsageError(f"{value!r} is not a size", hint="write for example 120MB, 16KiB or 4096")
+    return int(float(match.group(1)) * unit)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+    """Settings for the weights whose name, or the name of a node that uses them, matches.
+
+    Attributes:
+        pattern: Regular expression, searched for anywhere in the name.
+        methods: Codecs to choose from; empty: those of the run.
+        mode: How uses are served; None: as for the run.
+        params: Codec parameters held fixed.
+    """
+
+    pattern: str
+    methods: tuple[str, ...] = ()
+    mode: ModeChoice | None = None
+    params: Mapping[str, ParamValue] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [f"method={'+'.join(self.methods)}"] if self.methods else []
+        parts += [f"mode={self.mode}"] if self.mode else []
+        parts += [f"{key}={value}" for key, value in self.params.items()]
+        return f"{self.pattern}:{','.join(parts)}"
+
+
+def _value(text: str) -> ParamValue:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_rule(text: str) -> Rule:
+    """Read ``'RE:method=hyper,bits=5'``. Tensor names may hold colons: the last one separates.
+
+    Raises:
+        UsageError: No settings, a setting without a value, or an invalid expression.
+    """
+    pattern, colon, tail = text.rpartition(":")
+    settings = [item.partition("=") for item in tail.split(",") if item.strip()]
+    if not colon or not settings or any(not sign for _, sign, _ in settings):
+        raise UsageError(
+            f"{text!r} is not a rule", hint="write for example 'encoder.*:method=hyper,bits=5'"
+        )
+    _check_pattern(pattern)
+    values = {key.strip(): value.strip() for key, _, value in settings}
+    methods = tuple(part for part in values.pop("method", "").split("+") if part)
+    mode = values.pop("mode", None)
+    if mode is not None:
+        _one_of("mode", mode, MODES)
+    params = {key: _value(value) for key, value in values.items()}
+    return Rule(pattern, methods, cast("ModeChoice | None", mode), params)
+
+
+def match_rule(rules: Sequence[Rule], names: Sequence[str]) -> Rule:
+    """The first rule that matches one of the names; an empty rule where none does."""
+    for rule in rules:
+        if any(re.search(rule.pattern, name) for name in names):
+            return rule
+    return Rule("")
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            f"{pattern!r} is not a regular expression: {error}",
+            hint="write a dot as \\. and a bracket as \\[",
+        ) from error
+
+
+def _one_of(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(f"{what} {value!r} is unknown", hint=suggest(value, known))
+
+
+def method_names(method: str | Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Codec names asked for; "auto" stands for every codec that makes weights smaller.
+
+    Raises:
+        UsageError: A name is unknown.
+    """
+    names = list(known)
+    asked = [method] if isinstance(method, str) else list(method)
+    result: list[str] = []
+    for name in (part for item in asked for part in item.split("+")):
+        if name == "auto":
+            result += [other for other in names if other != "dense"]
+            continue
+        _one_of("method", name, [*names, "auto"])
+        result.append(name)
+    if not result:
+        raise UsageError("no method is given", hint=suggest("", [*names, "auto"]))
+    return tuple(dict.fromkeys(result))
+
+
+def typed_params(params_type: type[Params], values: Mapping[str, Any], codec: str) -> Params:
+    """Codec parameters from names and plain values.
+
+    Raises:
+        UsageError: A name is unknown, or a value has the wrong type.
+    """
+    default = params_type()
+    fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    for name, value in values.items():
+        if name not in fields:
+            raise UsageError(
+                f"codec {codec!r} has no parameter {name!r}", hint=suggest(name, fields)
+            )
+        wanted = type(fields[name])
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise UsageError(
+                f"{codec} parameter {name} is {value!r}",
+                hint=f"it must be of type {wanted.__name__}, for example {fields[name]!r}",
+            )
+    return dataclasses.replace(default, **values)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that decides which bytes are written, checked.
+
+    Attributes:
+        method: Codec names to choose from.
+        bits: Bits per weight for all sites alike; None when a target is given.
+        ratio: Input bytes over output bytes to reach.
+        target_size: Output bytes to reach.
+        min_size: Smallest weight tensor to touch, in bytes.
+        mode: How uses are served.
+        include: Regular expressions; when there are any, only matching weights are touched.
+        exclude: Regular expressions of weights left alone.
+        rules: Settings for single weights; the first match wins.
+        external_data: Where large tensors are stored.
+        freeze_inputs: Whether initializers that are also graph inputs become constants.
+        precision: Arithmetic of fused products: "exact" or "int8".
+        seed: Seed of every random choice.
+    """
+
+    method: tuple[str, ...] = ("auto",)
+    bits: int | None = None
+    ratio: float | None = None
+    target_size: int | None = None
+    min_size: int = 16384
+    mode: ModeChoice = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    external_data: ExternalData = "auto"
+    freeze_inputs: bool = False
+    precision: str = "exact"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        targets = [name for name in ("bits", "ratio", "target_size") if getattr(self, name)]
+        if len(targets) > 1:
+            raise UsageError(
+                f"{' and '.join(targets)} were given together", hint="choose one of them"
+            )
+        for name in ("bits", "ratio", "target_size"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{name} is {value}", hint="it must be positive")
+        if self.min_size < 0:
+            raise UsageError(f"min_size is {self.min_size}", hint="it must not be negative")
+        _one_of("mode", self.mode, MODES)
+        _one_of("external_data", self.external_data, EXTERNAL_DATA)
+        _one_of("precision", self.precision, ("exact", "int8"))
+        for pattern in (*self.include, *self.exclude):
+            _check_pattern(pattern)
+
+    def to_json(self) -> dict[str, Any]:
+        """Settings by name; what is unset is left out, so that files stay readable."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["rules"] = [str(rule) for rule in self.rules]
+        plain = {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
+        return {key: value for key, value in plain.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+        """Inverse of `to_json`.
+
+        Raises:
+            UsageError: A name is unknown or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                raise UsageError(f"setting {name!r} is unknown", hint=suggest(name, known))
+        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        plain["rules"] = tuple(parse_rule(text) for text in values.get("rules", ()))
+        return cls(**plain)

@@ -1,0 +1,63 @@
+"""Exact bytes of an output before anything is encoded.
+
+The model is rewritten with payloads that have the right shapes and types but no memory behind them,
+and its serialised size is taken: names, nodes, functions, alignment and all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.codec import Codec, Payload, WeightSite
+from onnxcomp.passes.encode import precision_attributes
+from onnxcomp.passes.graph import copy_model, output_size
+from onnxcomp.passes.plan import Choice
+from onnxcomp.passes.rewrite import Placement, rewrite
+from onnxcomp.passes.settings import ExternalData
+
+__all__ = ["planned_size", "virtual_payload"]
+
+
+def virtual_payload(site: WeightSite, choice: Choice, precision: str = "exact") -> Payload:
+    """A payload with the layout of the choice; its own tensors read as zeros and take no memory."""
+    codec: Codec = CODECS[choice.codec]
+    layout = codec.layout(site, choice.params)
+    return Payload(
+        {name: np.broadcast_to(np.zeros((), t.dtype), t.shape) for name, t in layout.items()},
+        codec.shared(site, choice.params),
+        {**codec.attributes(site, choice.params), **precision_attributes(precision)},
+    )
+
+
+def planned_size(
+    model: ir.Model,
+    sites: Iterable[WeightSite],
+    choices: Sequence[Choice],
+    *,
+    precision: str = "exact",
+    external_data: ExternalData = "auto",
+    name: str = "out.onnx",
+) -> int:
+    """Bytes of all files of the output if these choices are applied to a copy of the model.
+
+    Args:
+        model: The model, canonicalised; it is not changed.
+        sites: Its sites.
+        choices: One for each site, in the same order.
+        precision: Arithmetic of fused products.
+        external_data: Where large tensors are stored.
+        name: File name of the output; external data refers to it.
+    """
+    copy = copy_model(model)
+    placements = [
+        Placement(site, CODECS[choice.codec], virtual_payload(site, choice, precision), choice.mode)
+        for site, choice in zip(sites, choices, strict=True)
+        if not choice.kept
+    ]
+    if placements:
+        rewrite(copy, placements)
+    return output_size(copy, external_data=external_data, name=name)

@@ -1,0 +1,116 @@
+"""Where a model comes from and where the result goes: facts of files, and a place to work in."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes import marks
+from onnxcomp.passes.graph import load, output_size
+from onnxcomp.passes.plan import Source
+
+__all__ = [
+    "Loaded",
+    "file_hash",
+    "publish",
+    "read",
+    "refuse_overwriting",
+    "rejected_path",
+    "workspace",
+]
+
+_CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory with the facts of its origin.
+
+    Attributes:
+        model: The model; it belongs to the run, which may change it.
+        path: Its file; None for a model that was given in memory.
+        files: Real paths of the files its tensors are read from.
+        source: Name, bytes and hash.
+    """
+
+    model: ir.Model
+    path: Path | None
+    files: frozenset[str]
+    source: Source
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, read in pieces, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read(source: Any) -> Loaded:
+    """Load a model from anything `graph.load` accepts; what was given is not changed.
+
+    Raises:
+        ModelError: It is not a model that can be compiled.
+        UsageError: It is not a model at all.
+    """
+    model = load(source)
+    files: frozenset[str] = frozenset(model.graph.meta.get(marks.SOURCE, ()))
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        size = sum(os.path.getsize(file) for file in files)
+        return Loaded(model, path, files, Source(path.name, size, file_hash(path)))
+    return Loaded(model, None, files, Source("", output_size(model), None))
+
+
+def refuse_overwriting(files: frozenset[str], output: Path) -> None:
+    """Refuse an output whose files are among those of the input, by whatever name.
+
+    Raises:
+        UsageError: They are, or the folder of the output does not exist.
+    """
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder {str(output.parent)!r} does not exist", hint="make it first")
+    if output.is_dir():
+        raise UsageError(f"the output {str(output)!r} is a folder", hint="name a file in it")
+    for path in (output, output.with_name(f"{output.name}.data")):
+        if os.path.realpath(path) in files:
+            raise UsageError(
+                f"the output {str(path)!r} is the input", hint="choose another name with -o"
+            )
+
+
+@contextlib.contextmanager
+def workspace(output: Path) -> Iterator[Path]:
+    """A folder beside the output, on the same file system, gone when the block is left."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
+    """Move finished files to their place, the .onnx file last, and return their new paths.
+
+    The model file refers to its data and not the other way round: whoever finds it finds all of it.
+    """
+    for file in reversed(files):
+        file.replace(folder / file.name)
+    return tuple(folder / file.name for file in files)
+
+
+def rejected_path(output: Path) -> Path:
+    """Where a model that failed verification is kept: ``small.onnx`` -> ``small.rejected.onnx``."""
+    return output.with_name(f"{output.stem}.rejected{output.suffix or '.onnx'}")
