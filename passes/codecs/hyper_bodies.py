@@ -12,7 +12,7 @@ Names follow ops/hyper/spec.md: P panels of 16 rows, G groups of g weights in B 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -70,7 +70,7 @@ class _Body:
         *inputs: str,
         domain: str = "",
         refs: dict[str, tuple[str, onnx.AttributeProto.AttributeType]] | None = None,
-        **attributes: Attribute,
+        **attributes: Any,
     ) -> str:
         """Add a node; `refs` maps attributes to (attribute of the function, its type)."""
         output = f"v{len(self.nodes)}"

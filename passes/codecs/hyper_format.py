@@ -233,7 +233,7 @@ def _taps(bits: int, group: int) -> Array:
     """
     size = group * bits // 8
     steps = np.arange(size)[:, None] - np.arange(group // 8)[None, :] * bits + 2
-    return np.minimum(steps % size, bits + 2).astype(np.uint8)
+    return np.asarray(np.minimum(steps % size, bits + 2), np.uint8)
 
 
 def _window(bits: int, state_bits: int) -> Array:
