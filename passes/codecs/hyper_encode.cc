@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -51,8 +52,7 @@ struct StateCost {
 struct Trial {
   int group;
   const StateCost* states;
-  int32_t* entries;
-  int32_t* best;
+  int32_t* costs;  // two times all stems
   uint8_t* history;
   uint16_t* path;
 };
@@ -63,6 +63,8 @@ struct Kernels {
   void (*rotate)(float* x, int group);
   void (*set_targets)(const float* x, const float* factor, int group, int32_t unit, int16_t* y,
                       int32_t* targets);
+  void (*correlate)(const uint16_t* path, const int8_t* table, const int16_t* y, int group,
+                    int32_t* product, int32_t* square);
   Search (*find_search)(int bits, int state_bits);
 };
 
@@ -235,13 +237,13 @@ class Encoder {
         targets_(2 * group_ * kLanes),
         y_(group_ * kLanes),
         path_(group_ * kLanes),
-        entries_(stems_or_branches() * kLanes),
-        best_(stems() * kLanes),
+        kept_(group_ * kLanes),
+        costs_(2 * stems() * kLanes),
         history_(stems() * kLanes * group_) {}
 
   bool ok() const {
-    return x_.get() && targets_.get() && y_.get() && path_.get() && entries_.get() &&
-           best_.get() && history_.get();
+    return x_.get() && targets_.get() && y_.get() && path_.get() && kept_.get() && costs_.get() &&
+           history_.get();
   }
 
   // Returns false when a scale does not fit float16.
@@ -250,6 +252,7 @@ class Encoder {
     bool fits = start_scales();
     task_.kernels->rotate(x_.get(), group_);
     std::fill(chosen_, chosen_ + kLanes, 0);
+    std::fill(kept_.get(), kept_.get() + group_ * kLanes, 0);
     std::fill(least_, least_ + kLanes, 0.0);
     for (int pass = 0; pass < task_.passes; ++pass) fits &= search(pass);
     write(job);
@@ -258,7 +261,6 @@ class Encoder {
 
  private:
   size_t stems() const { return size_t{1} << (task_.format.state_bits - task_.format.bits); }
-  size_t stems_or_branches() const { return std::max(stems(), size_t{1} << task_.format.bits); }
 
   void read(int64_t job) {
     const Format& format = task_.format;
@@ -269,9 +271,16 @@ class Encoder {
     float* x = x_.get();
     std::fill(x, x + group_ * kLanes, 0.0f);
     const float* corner = task_.weight + row * task_.row_stride + column * task_.column_stride;
-    for (int64_t lane = 0; lane < rows; ++lane)
+    // The nearer neighbours in memory go first.
+    if (std::abs(task_.row_stride) < std::abs(task_.column_stride)) {
       for (int64_t t = 0; t < columns; ++t)
-        x[t * kLanes + lane] = corner[lane * task_.row_stride + t * task_.column_stride];
+        for (int64_t lane = 0; lane < rows; ++lane)
+          x[t * kLanes + lane] = corner[lane * task_.row_stride + t * task_.column_stride];
+    } else {
+      for (int64_t lane = 0; lane < rows; ++lane)
+        for (int64_t t = 0; t < columns; ++t)
+          x[t * kLanes + lane] = corner[lane * task_.row_stride + t * task_.column_stride];
+    }
   }
 
   // Scales that bring the targets to the spread the table is made for.
@@ -304,61 +313,69 @@ class Encoder {
   bool search(int pass) {
     const int32_t unit = 8 << task_.format.bits;
     task_.kernels->set_targets(x_.get(), factor_, group_, unit, y_.get(), targets_.get());
-    const Trial trial = {group_,      task_.states,   entries_.get(),
-                         best_.get(), history_.get(), path_.get()};
+    const Trial trial = {group_, task_.states, costs_.get(), history_.get(), path_.get()};
     task_.search(targets_.get(), trial, pass % 2 * group_ / 2, pass == 0);
     int32_t product[kLanes] = {}, square[kLanes] = {};
-    for (int t = 0; t < group_; ++t)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int i = t * kLanes + lane;
-        const int32_t value = task_.table[path_.get()[i]];
-        product[lane] += value * y_.get()[i];
-        square[lane] += value * value;
-      }
+    task_.kernels->correlate(path_.get(), task_.table, y_.get(), group_, product, square);
     bool fits = true;
     for (int lane = 0; lane < kLanes; ++lane) fits &= refit(lane, product[lane], square[lane], pass > 0);
+    if (pass > 0) keep();
     return fits;
   }
 
   bool refit(int lane, int32_t product, int32_t square, bool closed) {
+    better_[lane] = 0;
     if (half_[lane] == 0 || product <= 0) return true;  // zero is the better approximation
     const double projection = scale_[lane] * (double(product) / kFraction);
     const bool fits = set_scale(lane, projection / square);
     const double error = scale_[lane] * (scale_[lane] * square - 2.0 * projection);
     if (closed && error < least_[lane]) {
+      better_[lane] = 0xFFFF;
       least_[lane] = error;
       chosen_[lane] = half_[lane];
-      keep(lane);
     }
     return fits;
   }
 
-  void keep(int lane) {
-    const int top = task_.format.state_bits - task_.format.bits;
+  // Take over the path in the lanes where it is better than what was kept before.
+  void keep() {
+    uint16_t* kept = kept_.get();
+    const uint16_t* path = path_.get();
     for (int t = 0; t < group_; ++t)
-      symbols_[t * kLanes + lane] =
-          static_cast<uint8_t>(path_.get()[t * kLanes + lane] >> top);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int i = t * kLanes + lane;
+        kept[i] = static_cast<uint16_t>((path[i] & better_[lane]) | (kept[i] & ~better_[lane]));
+      }
   }
 
   void write(int64_t job) {
-    const int bits = task_.format.bits;
+    const int bits = task_.format.bits, stem_bits = task_.format.state_bits - bits;
     uint8_t* codes = task_.codes + job * task_.format.block_bytes() * kLanes;
+    uint32_t used[kLanes], dword[kLanes] = {};
     for (int lane = 0; lane < kLanes; ++lane) {
       task_.scales[job * kLanes + lane] = chosen_[lane];
-      uint64_t queue = 0;
-      int waiting = 0, dword = 0;
-      for (int t = 0; t < group_; ++t) {
-        const uint64_t symbol = chosen_[lane] ? symbols_[t * kLanes + lane] : 0;
-        queue |= symbol << waiting;
-        waiting += bits;
-        if (waiting < 32) continue;
-        for (int i = 0; i < 4; ++i)
-          codes[(dword * kLanes + lane) * 4 + i] = static_cast<uint8_t>(queue >> (8 * i));
-        queue >>= 32;
-        waiting -= 32;
-        ++dword;
-      }
+      used[lane] = chosen_[lane] ? (1u << bits) - 1 : 0;
     }
+    int filled = 0;
+    for (int t = 0; t < group_; ++t) {
+      uint32_t symbol[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) {
+        symbol[lane] = (kept_.get()[t * kLanes + lane] >> stem_bits) & used[lane];
+        dword[lane] |= symbol[lane] << filled;
+      }
+      filled += bits;
+      if (filled < 32) continue;
+      filled -= 32;
+      put(codes, dword);
+      codes += 4 * kLanes;
+      for (int lane = 0; lane < kLanes; ++lane) dword[lane] = symbol[lane] >> (bits - filled);
+    }
+  }
+
+  static void put(uint8_t* codes, const uint32_t* dword) {
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int i = 0; i < 4; ++i)
+        codes[lane * 4 + i] = static_cast<uint8_t>(dword[lane] >> (8 * i));
   }
 
   const EncodeTask& task_;
@@ -367,14 +384,14 @@ class Encoder {
   Aligned<int32_t> targets_;
   Aligned<int16_t> y_;
   Aligned<uint16_t> path_;
-  Aligned<int32_t> entries_;
-  Aligned<int32_t> best_;
+  Aligned<uint16_t> kept_;
+  Aligned<int32_t> costs_;
   Aligned<uint8_t> history_;
-  uint8_t symbols_[kMaxGroup * kLanes];
   uint16_t half_[kLanes];
   double scale_[kLanes];
   float factor_[kLanes];
   uint16_t chosen_[kLanes];
+  uint16_t better_[kLanes];
   double least_[kLanes];
 };
 

@@ -120,48 +120,51 @@ template <int K, int L>
 struct Trellis {
   static constexpr int kStems = 1 << (L - K);
   static constexpr int32_t kBranches = 1 << K;
-  static constexpr int kReach = L - K > K ? L - K : K;
-  // Costs are held with the predecessor index in the low bits, one entry per (stem, index) pair
-  // that occurs; entry i belongs to stem i mod kStems and carries index i mod kBranches.
-  static constexpr int kEntries = 1 << kReach;
-  static constexpr int kRuns = L - K > K ? 1 << (L - 2 * K) : 1;
   static constexpr int32_t kIndex = kBranches - 1;
+  // Stems that are `kRuns` apart share their predecessors.
+  static constexpr int kRuns = L - K > K ? 1 << (L - 2 * K) : 1;
+  // Predecessors held in registers at a time.
+  static constexpr int kHeld = kBranches < 16 ? kBranches : 16;
   // Without this, 256 steps of the largest costs could pass 2^31.
   static constexpr bool kNormalise = K >= 5;
 
-  static void mark(const int32_t* best, int32_t* entries) {
+  // Costs of `kHeld` predecessors from `first` on, each with its index in the low bits.
+  static void hold(const int32_t* costs, int run, int first, Lanes* held) {
     const Lanes clean = splat(~kIndex);
-    const Lanes base = kNormalise ? bit_and(load(best), clean) : splat(0);
-    for (int32_t i = 0; i < kEntries; ++i) {
-      const Lanes cost = bit_and(load(best + (i & (kStems - 1)) * kLanes), clean);
-      store(entries + i * kLanes, add(sub(cost, base), splat(i & kIndex)));
-    }
-  }
-
-  // One weight: the best way into every stem. `best` gets cost and index, `history` the index.
-  static void step(const int32_t* target, const StateCost* states, const int32_t* entries,
-                   int32_t* best, uint8_t* history) {
-    const Lanes y = load(target);
-    for (int run = 0; run < kRuns; ++run) {
-      const int32_t* source = entries + run * kBranches * kLanes;
-      for (int stem = run; stem < kStems; stem += kRuns) {
-        const StateCost* state = states + stem * kBranches;
-        Lanes least = advance(load(source), y, state[0]);
 #pragma GCC unroll 16
-        for (int j = 1; j < kBranches; ++j)
-          least = min(least, advance(load(source + j * kLanes), y, state[j]));
-        store(best + stem * kLanes, least);
-        store_octets(history + stem * kLanes, least);
-      }
+    for (int i = 0; i < kHeld; ++i) {
+      const int stem = (run * kBranches + first + i) & (kStems - 1);
+      held[i] = bit_and(load(costs + stem * kLanes), clean);
+      if (kNormalise) held[i] = sub(held[i], bit_and(load(costs), clean));
+      held[i] = add(held[i], splat(first + i));
     }
   }
 
-  static void cheapest(const int32_t* best, int32_t* stem) {
+  // One weight: from the costs of all stems to the next ones, the best index in their low bits.
+  static void step(const int32_t* target, const StateCost* states, const int32_t* costs,
+                   int32_t* next) {
+    const Lanes y = load(target);
+    for (int run = 0; run < kRuns; ++run)
+      for (int first = 0; first < kBranches; first += kHeld) {
+        Lanes held[kHeld];
+        hold(costs, run, first, held);
+        for (int stem = run; stem < kStems; stem += kRuns) {
+          const StateCost* state = states + stem * kBranches + first;
+          Lanes least = advance(held[0], y, state[0]);
+#pragma GCC unroll 16
+          for (int i = 1; i < kHeld; ++i) least = min(least, advance(held[i], y, state[i]));
+          if (first > 0) least = min(least, load(next + stem * kLanes));
+          store(next + stem * kLanes, least);
+        }
+      }
+  }
+
+  static void cheapest(const int32_t* costs, int32_t* stem) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      int32_t least = best[lane] & ~kIndex;
+      int32_t least = costs[lane] & ~kIndex;
       stem[lane] = 0;
       for (int32_t i = 1; i < kStems; ++i) {
-        const int32_t cost = best[i * kLanes + lane] & ~kIndex;
+        const int32_t cost = costs[i * kLanes + lane] & ~kIndex;
         if (cost < least) least = cost, stem[lane] = i;
       }
     }
@@ -173,18 +176,19 @@ struct Trellis {
   static void search(const int32_t* targets, const Trial& trial, int start, bool open) {
     const int group = trial.group;
     alignas(64) int32_t stem[kLanes];
-    std::fill(trial.best, trial.best + kStems * kLanes, open ? 0 : kFar);
+    int32_t *costs = trial.costs, *next = costs + kStems * kLanes;
+    std::fill(costs, next, open ? 0 : kFar);
     for (int lane = 0; lane < kLanes && !open; ++lane) {
       stem[lane] = trial.path[(start + group - 1) % group * kLanes + lane] >> K;
-      trial.best[stem[lane] * kLanes + lane] = 0;
+      costs[stem[lane] * kLanes + lane] = 0;
     }
-    mark(trial.best, trial.entries);
     for (int t = 0; t < group; ++t) {
+      step(targets + (start + t) * kLanes, trial.states, costs, next);
+      std::swap(costs, next);
       uint8_t* history = trial.history + size_t(t) * kStems * kLanes;
-      step(targets + (start + t) * kLanes, trial.states, trial.entries, trial.best, history);
-      mark(trial.best, trial.entries);
+      for (int i = 0; i < kStems * kLanes; i += kLanes) store_octets(history + i, load(costs + i));
     }
-    if (open) cheapest(trial.best, stem);
+    if (open) cheapest(costs, stem);
     trace(trial, start, stem);
   }
 
@@ -229,6 +233,19 @@ inline void set_targets(const float* x, const float* factor, int group, int32_t 
     }
 }
 
+// Sums over a path of value * target and value^2, per lane.
+inline void correlate(const uint16_t* path, const int8_t* table, const int16_t* y, int group,
+                      int32_t* product, int32_t* square) {
+  for (int t = 0; t < group; ++t) {
+    int16_t value[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) value[lane] = table[path[t * kLanes + lane]];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      product[lane] += int32_t{value[lane]} * y[t * kLanes + lane];
+      square[lane] += int32_t{value[lane]} * value[lane];
+    }
+  }
+}
+
 // The search for one (K, L), or null when there is no such trellis.
 inline Search find_search(int bits, int state_bits) {
 #define ONNXCOMP_CASE(K, L) \
@@ -238,6 +255,6 @@ inline Search find_search(int bits, int state_bits) {
   return nullptr;
 }
 
-constexpr Kernels kernels = {rotate, set_targets, find_search};
+constexpr Kernels kernels = {rotate, set_targets, correlate, find_search};
 
 }  // namespace ONNXCOMP_ISA
