@@ -1,0 +1,232 @@
+"""Error metrics, and the tolerances of the fidelity gate with their derivation.
+
+All sums are in float64. A metric compares a `value` with its `reference`; both are flattened, and
+several pairs can be added up, so that a metric covers all samples of an evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "MINIMUM_AGREEMENT",
+    "Comparison",
+    "Metrics",
+    "fidelity_tolerance",
+    "metrics",
+]
+
+Array = npt.NDArray[Any]
+
+# Elements converted to float64 at a time.
+_CHUNK = 1 << 20
+
+# Half the distance between neighbouring numbers at 1: the relative error of one rounding.
+UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+# How much a network magnifies a relative error between a product and an output of the model.
+# Measured on the real models of the test suite: below 20.
+_GAIN = 64.0
+
+# Relative error of a product of activations rounded to int8 by groups of 128 (measured: 0.005 to
+# 0.008 for Gaussian activations), and the factor allowed for the network behind it.
+_INT8_ERROR, _INT8_GAIN = 8e-3, 4.0
+
+# Share of equal elements asked of integer, boolean and text outputs. A difference of rounding may
+# turn a comparison or an arg-max over once in a while.
+MINIMUM_AGREEMENT = 0.99
+
+_CLASSES = re.compile(r"logit|prob|softmax|label|class|score", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Metrics:
+    """How far a value is from its reference.
+
+    Attributes:
+        rel_l2: ``|value - reference| / |reference|``; 0 where both are zero, infinite where only
+            the reference is, or where the two are not comparable element by element.
+        max_abs: Largest absolute difference.
+        cosine: Cosine of the angle between both; 1 where both are zero, 0 where one is.
+        snr_db: ``-20 log10(rel_l2)`` in dB; None where there is no error.
+        agreement: Share of equal elements, of outputs that are not floating point; else None.
+        label_agreement: Share of equal arg-max over the last axis, of outputs that look like
+            scores of classes; else None.
+        problem: Why the two are not comparable, in words; else empty.
+    """
+
+    rel_l2: float
+    max_abs: float
+    cosine: float
+    snr_db: float | None
+    agreement: float | None = None
+    label_agreement: float | None = None
+    problem: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The metrics by name; infinite numbers become None, optional ones are left out."""
+        numbers = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in (
+                ("rel_l2", self.rel_l2),
+                ("max_abs", self.max_abs),
+                ("cosine", self.cosine),
+                ("snr_db", self.snr_db),
+            )
+        }
+        extra = {
+            "agreement": self.agreement,
+            "label_agreement": self.label_agreement,
+            "problem": self.problem or None,
+        }
+        return {**numbers, **{name: value for name, value in extra.items() if value is not None}}
+
+
+class Comparison:
+    """Adds up the differences of pairs of arrays.
+
+    Args:
+        name: Name of the output; tells whether it looks like scores of classes.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        self._classes = bool(_CLASSES.search(name))
+        self._elements = self._equal = self._discrete = 0
+        self._labels = self._same_labels = 0
+        self._reference = self._value = self._difference = self._product = 0.0
+        self._largest = 0.0
+        self._problem = ""
+
+    def add(self, reference: Array, value: Array) -> None:
+        """Add one pair of arrays."""
+        reference, value = np.asarray(reference), np.asarray(value)
+        if reference.shape != value.shape:
+            self._note(f"shape {value.shape} instead of {reference.shape}")
+            return
+        if reference.dtype != value.dtype:
+            self._note(f"type {value.dtype} instead of {reference.dtype}")
+            return
+        self._elements += reference.size
+        if not _is_float(reference):
+            self._discrete += reference.size
+            self._equal += int(np.count_nonzero(reference == value))
+        if reference.dtype.kind in "OSUT":
+            reference, value = np.ones(reference.shape), (reference == value).astype(np.float64)
+        for start in range(0, reference.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            self._sum(reference.reshape(-1)[part], value.reshape(-1)[part])
+        self._add_labels(reference, value)
+
+    def _sum(self, reference: Array, value: Array) -> None:
+        a, b = reference.astype(np.float64), value.astype(np.float64)
+        finite = np.isfinite(a) & np.isfinite(b)
+        if not finite.all():
+            same = (a == b) | (np.isnan(a) & np.isnan(b))
+            wrong = int(np.count_nonzero(~finite & ~same))
+            if wrong:
+                self._note(f"{wrong} values are NaN or infinite in one of the two only")
+            a, b = a[finite], b[finite]
+        difference = b - a
+        self._reference += float(a @ a)
+        self._value += float(b @ b)
+        self._product += float(a @ b)
+        self._difference += float(difference @ difference)
+        self._largest = max(self._largest, float(np.abs(difference).max(initial=0.0)))
+
+    def _add_labels(self, reference: Array, value: Array) -> None:
+        scores = _scores(reference) if _is_float(reference) and reference.size else None
+        if scores is None or not (self._classes or _sums_to_one(scores)):
+            return
+        guess = value.reshape(scores.shape).argmax(axis=-1)
+        self._labels += guess.size
+        self._same_labels += int(np.count_nonzero(guess == scores.argmax(axis=-1)))
+
+    def _note(self, problem: str) -> None:
+        self._problem = self._problem or problem
+
+    def result(self) -> Metrics:
+        """Metrics over all pairs so far."""
+        rel_l2 = _ratio(self._difference, self._reference)
+        return Metrics(
+            rel_l2=math.inf if self._problem else rel_l2,
+            max_abs=math.inf if self._problem else self._largest,
+            cosine=_cosine(self._product, self._reference, self._value),
+            snr_db=None if self._problem or rel_l2 == 0 else -20 * math.log10(rel_l2),
+            agreement=self._equal / self._discrete if self._discrete else None,
+            label_agreement=self._same_labels / self._labels if self._labels else None,
+            problem=self._problem,
+        )
+
+
+def _is_float(array: Array) -> bool:
+    """Whether the type is floating point, the types of ml_dtypes included."""
+    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
+
+
+def _scores(array: Array) -> Array | None:
+    """The array as ``(..., classes)``, trailing axes of one element dropped; None if it is not."""
+    shape = array.shape
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return array.reshape(shape) if len(shape) in (2, 3) and shape[-1] > 1 else None
+
+
+def _sums_to_one(scores: Array) -> bool:
+    wide = scores.astype(np.float64)
+    return bool((wide >= 0).all() and np.allclose(wide.sum(axis=-1), 1.0, atol=1e-2))
+
+
+def _ratio(difference: float, reference: float) -> float:
+    if difference == 0:
+        return 0.0
+    return math.sqrt(difference / reference) if reference > 0 else math.inf
+
+
+def _cosine(product: float, reference: float, value: float) -> float:
+    if reference == 0 or value == 0:
+        return 1.0 if reference == value else 0.0
+    return max(-1.0, min(1.0, product / math.sqrt(reference) / math.sqrt(value)))
+
+
+def metrics(reference: Array, value: Array, name: str = "") -> Metrics:
+    """Compare two arrays of any type.
+
+    Args:
+        reference: What should have come out.
+        value: What came out.
+        name: Name of the output.
+    """
+    comparison = Comparison(name)
+    comparison.add(reference, value)
+    return comparison.result()
+
+
+def fidelity_tolerance(
+    operators: int, terms: int, dtype: str = "float32", *, int8: bool = False
+) -> float:
+    """Largest relative L2 difference of outputs that two correct forms of a model may have.
+
+    Both forms multiply with the same decoded weights, exactly; they differ in the order in which
+    float32 sums are taken. A sum of n products rounds n times, with errors that add up like a
+    random walk: ``d = sqrt(n) * 2^-24`` relative to the norm of the result. Where a result is
+    rounded to a narrower type of unit roundoff u, a share ``d / u`` of the results falls on the
+    other side of a rounding boundary and moves by u: the root mean square is ``sqrt(d * u)``.
+    Errors of m operators add up like ``sqrt(m)``, and the network between magnifies them.
+
+    Args:
+        operators: Operators that compute on codes, m.
+        terms: Longest sum among them, n.
+        dtype: Type of their results.
+        int8: Whether one form rounds activations to int8.
+    """
+    step = math.sqrt(max(terms, 1)) * UNIT_ROUNDOFF["float32"]
+    if UNIT_ROUNDOFF[dtype] > UNIT_ROUNDOFF["float32"]:
+        step = math.sqrt(step * UNIT_ROUNDOFF[dtype])
+    depth = math.sqrt(max(operators, 1))
+    return max(_GAIN * depth * step, _INT8_GAIN * depth * _INT8_ERROR if int8 else 0.0)
