@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from onnxcomp import __version__
 from onnxcomp.errors import CompressionError
 
 __all__ = ["COMMANDS", "App", "main"]
@@ -121,19 +122,24 @@ def describe(error: BaseException) -> tuple[int, str, str]:
     return 1, f"{type(error).__name__}: {first}", "this is a bug; --debug shows where it happened"
 
 
+# A lone backspace keeps click from joining the lines of a paragraph.
+HELP = """Make trained ONNX models small and keep them runnable everywhere.
+
+\b
+Start with:  onnxcomp demo
+Then:        onnxcomp optimize model.onnx -o small.onnx
+"""
+
+
 @click.group(
     cls=App,
+    help=HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     invoke_without_command=True,
 )
-@click.version_option(package_name="onnxcomp", message="onnxcomp %(version)s")
+@click.version_option(__version__, message="onnxcomp %(version)s")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    r"""Make trained ONNX models small and keep them runnable everywhere.
-
-    \b
-    Start with:    onnxcomp demo
-    Then:          onnxcomp optimize model.onnx -o small.onnx
-    """
+    """Print the help when no command is given."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -1,0 +1,32 @@
+"""`onnxcomp expand`: back to dense ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxcomp.cli.options import EXTERNAL_DATA, FILE, OUTPUT
+from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
+
+__all__ = ["command"]
+
+
+@click.command("expand")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=OUTPUT, required=True, help="The dense model.")
+@EXTERNAL_DATA
+@with_terminal
+def command(terminal: Terminal, model: Path, output: Path, external_data: Any) -> None:
+    """Turn a compressed model back into plain dense ONNX.
+
+    The weights are the decoded ones: the result computes what the compressed model computes, and
+    needs neither the operator library nor model-local functions.
+    """
+    import onnxcomp
+
+    saved = onnxcomp.expand(model, output, external_data=external_data)
+    files = [str(path) for path in saved.files]
+    document = {"output": {"path": files[0], "bytes": saved.bytes, "files": files}}
+    terminal.finish(document, f"{output}: {bytes_text(saved.bytes)}, plain ONNX")

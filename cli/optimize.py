@@ -1,0 +1,102 @@
+"""`onnxcomp optimize`: write a smaller model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcomp.cli.options import FILE, OUTPUT, input_options, plan_options
+from onnxcomp.cli.progress import progress
+from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
+
+if TYPE_CHECKING:
+    from onnxcomp.passes.pipeline import Result
+    from onnxcomp.passes.report import Report
+
+__all__ = ["command"]
+
+
+@click.command("optimize")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=OUTPUT, help="The new model.")
+@plan_options
+@click.option("--plan", type=FILE, help="Carry out this plan; its settings are used.")
+@click.option("--jobs", type=click.IntRange(1), help="Threads; all processors by default.")
+@click.option("--cache", type=click.Path(file_okay=False), help="Keep encoded weights here.")
+@click.option(
+    "--verify/--no-verify", default=True, help="Run the result and compare it; on by default."
+)
+@click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
+@input_options
+@click.option("--dry-run", is_flag=True, help="Only plan.")
+@click.option("--force", is_flag=True, help="Write the result even when verification fails.")
+@with_terminal
+def command(
+    terminal: Terminal,
+    model: Path,
+    output: Path | None,
+    data: tuple[str, ...],
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    **settings: Any,
+) -> None:
+    """Write a smaller model with the same inputs and outputs.
+
+    The result is run with and without the operator library and compared with the original; the
+    loss is reported. Without --bits, --ratio or --target-size every weight gets 4 bits.
+    """
+    import onnxcomp
+
+    with progress(terminal, "encoding") as show:
+        try:
+            result = onnxcomp.optimize(
+                model, output, data=data or None, shapes=dict(shapes), progress=show, **settings
+            )
+            failure = None
+        except (onnxcomp.TargetMissedError, onnxcomp.RejectedError) as error:
+            result, failure = error.result, error
+    show_result(terminal, result)
+    terminal.finish(result.report.to_json(), verdict(result))
+    if failure is not None:
+        click.echo(f"error: {failure.message}\nhint: {failure.hint}", err=True)
+        raise click.exceptions.Exit(failure.exit_code)
+
+
+def show_result(terminal: Terminal, result: Result) -> None:
+    """Print what became of each weight and how close the outputs are."""
+    from onnxcomp.cli.tables import show_sites
+    from onnxcomp.cli.verify import show_verification
+
+    errors = {c.site: c.error for c in result.plan if c.error is not None}
+    show_sites(terminal, result.report.sites, errors)
+    if result.verify is not None:
+        show_verification(terminal, result.verify.to_json())
+    report = result.report
+    if terminal.verbose:
+        stages = ", ".join(f"{name} {spent:.2f} s" for name, spent in report.seconds.items())
+        terminal.say(f"{stages}; peak memory {bytes_text(report.peak_rss_bytes)}")
+
+
+def verdict(result: Result) -> str:
+    """One line: bytes before and after, coverage, and what was checked."""
+    report = result.report
+    parts = [
+        f"{bytes_text(report.input.bytes)} -> {bytes_text(report.output.bytes)}"
+        f" ({report.ratio:.2f}x)",
+        f"{100 * report.coverage:.1f} % of weight bytes compressed",
+        *target_text(report),
+        "dry run: nothing written" if result.path is None else f"{result.path}",
+    ]
+    if result.path is not None:
+        passed = result.verify.passed if result.verify is not None else None
+        parts.append({None: "not verified", True: "verified", False: "FAILED verification"}[passed])
+    return ", ".join(parts)
+
+
+def target_text(report: Report) -> list[str]:
+    """Whether the target was met; nothing where there was none."""
+    if report.target is None:
+        return []
+    wanted = bytes_text(report.target["bytes"])
+    return [f"target {wanted} {'met' if report.target['met'] else 'MISSED'}"]

@@ -1,0 +1,84 @@
+"""`onnxcomp verify`: compare a compressed model with its original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxcomp.cli.options import FILE, input_options
+from onnxcomp.cli.terminal import Terminal, with_terminal
+
+__all__ = ["command", "show_verification"]
+
+
+@click.command("verify")
+@click.argument("reference", type=FILE)
+@click.argument("compressed", type=FILE)
+@input_options
+@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Inputs made.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
+@click.option(
+    "--tolerance", type=float, help="Largest accepted relative difference of an output."
+)
+@with_terminal
+def command(
+    terminal: Terminal,
+    reference: Path,
+    compressed: Path,
+    data: tuple[str, ...],
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    tolerance: float | None,
+    **settings: Any,
+) -> None:
+    """Run REFERENCE and COMPRESSED on the same inputs and compare their outputs.
+
+    COMPRESSED runs twice: with the operator library, and without it as any ONNX Runtime would run
+    it. Both must load, run, agree with each other, and give finite numbers; otherwise, or when an
+    output differs more than --tolerance, the exit code is 4. The loss is reported, not judged,
+    unless --tolerance asks for it.
+    """
+    import onnxcomp
+
+    if tolerance is not None:
+        settings["tolerance"] = tolerance
+    result = onnxcomp.verify(
+        reference, compressed, data=data or None, shapes=dict(shapes), **settings
+    )
+    document = result.to_json()
+    show_verification(terminal, document)
+    terminal.finish(document, "passed" if result.passed else "FAILED")
+    if not result.passed:
+        raise click.exceptions.Exit(onnxcomp.errors.VerifyError.exit_code)
+
+
+def show_verification(terminal: Terminal, document: Mapping[str, Any]) -> None:
+    """Print the differences of every output, with the library and without."""
+    forms = (("library", document), ("portable", document["portable"]))
+    rows = [row for form, part in forms for row in _rows(form, part.get("outputs", {}))]
+    columns = ("form", "output", "relative L2", "SNR", "cosine", "max abs")
+    if rows:
+        terminal.table(columns, rows, left=2)
+
+
+def _rows(form: str, outputs: Mapping[str, Mapping[str, float | None]]) -> Iterable[tuple[str, ...]]:
+    for name, metrics in outputs.items():
+        yield (
+            form,
+            name,
+            _number(metrics["rel_l2"], ".3g"),
+            snr_text(metrics["snr_db"]),
+            _number(metrics["cosine"], ".6f"),
+            _number(metrics["max_abs"], ".3g"),
+        )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def snr_text(value: float | None) -> str:
+    """Decibels; equal outputs have no noise to speak of."""
+    return "exact" if value is None or value == float("inf") else f"{value:.1f} dB"
