@@ -149,7 +149,7 @@ def uniform(menu: Menu, bits: int) -> Candidate:
     """
     options = [c for c in menu.options if getattr(c.params, "bits", bits) == bits]
     if not options:
-        return keep(menu.site, f"no codec offers {bits} bits per weight for it")
+        return keep(menu.site, f"with {bits} bits per weight it would not be smaller")
     first = [c for c in options if c.codec == options[0].codec]
     return min(first, key=lambda c: (_worse(c, first), c.bytes, _distance(c)))
 

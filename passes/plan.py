@@ -12,7 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
@@ -253,9 +253,10 @@ def _params(codec: str, values: Mapping[str, Any]) -> Params:
 
 
 def _mode(value: str) -> ModeChoice:
-    if value not in MODES:
-        raise UsageError(f"mode {value!r} is unknown", hint=suggest(value, MODES))
-    return cast("ModeChoice", value)
+    for mode in MODES:
+        if mode == value:
+            return mode
+    raise UsageError(f"mode {value!r} is unknown", hint=suggest(value, MODES))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -287,7 +288,10 @@ class SkippedWeight:
     def from_json(cls, values: Mapping[str, Any]) -> SkippedWeight:
         """Inverse of `to_json`."""
         _known(values, frozenset(cls.__slots__), "a skipped tensor of the plan")
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()})
+        plain: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+        }
+        return cls(**plain)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -436,9 +440,12 @@ class Plan:
                 f"the plan is not JSON: {error.msg} in line {error.lineno}",
                 hint="correct the line, or make the plan again",
             ) from error
-        if not isinstance(values, dict):
-            raise UsageError("the plan is not a JSON object", hint="make the plan again")
-        return cls.from_json(values)
+        try:
+            return cls.from_json(values)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"the plan is not as this release writes it: {error}", hint="make the plan again"
+            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write `dumps` to a file."""

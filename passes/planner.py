@@ -12,11 +12,10 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.allocate import Menu, fit, keep, menu, uniform
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import WeightSite
-from onnxcomp.passes.encode import not_finite
+from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.plan import Budget, Candidate, Choice, Plan, SkippedWeight, Source
 from onnxcomp.passes.settings import Rule, Settings, match_rule, method_names
-from onnxcomp.passes.sites import find_sites, read_weight
+from onnxcomp.passes.sites import find_sites
 from onnxcomp.passes.sizing import planned_size
 from onnxcomp.passes.source import Loaded
 
@@ -52,7 +51,11 @@ def prepare(loaded: Loaded, settings: Settings) -> Prepared:
     model = loaded.model
     change = canonicalize(model)
     found = find_sites(
-        model, min_size=settings.min_size, include=settings.include, exclude=settings.exclude
+        model,
+        min_size=settings.min_size,
+        include=settings.include,
+        exclude=settings.exclude,
+        freeze_inputs=settings.freeze_inputs,
     )
     skipped = tuple(
         SkippedWeight(t.name, t.shape, t.dtype, t.nbytes, t.uses, t.reason) for t in found.skipped
@@ -62,13 +65,6 @@ def prepare(loaded: Loaded, settings: Settings) -> Prepared:
 
 def _rule(site: WeightSite, settings: Settings) -> Rule:
     return match_rule(settings.rules, [site.name, *(use.node for use in site.uses)])
-
-
-def _menu(prepared: Prepared, site: WeightSite, settings: Settings) -> Menu:
-    reason = not_finite(read_weight(prepared.model, site))
-    if reason:
-        return Menu(site, (keep(site, reason),))
-    return menu(site, method_names(settings.method, CODECS), _rule(site, settings))
 
 
 def _measure(prepared: Prepared, settings: Settings, name: str, choices: Sequence[Choice]) -> int:
@@ -89,15 +85,20 @@ def _choice(candidate: Candidate, settings: Settings) -> Choice:
 def _equal(menus: Sequence[Menu], bits: int, settings: Settings) -> list[Candidate]:
     """One candidate for each menu at `bits` bits per weight, or at those of its rule."""
     wanted = [_rule(menu.site, settings).params.get("bits", bits) for menu in menus]
-    picks = [uniform(menu, int(b)) for menu, b in zip(menus, wanted, strict=True)]
-    open_menus = [index for index, menu in enumerate(menus) if not menu.options[0].reason]
-    if open_menus and all(picks[index].reason for index in open_menus):
-        offered = sorted({getattr(c.params, "bits", 0) for menu in menus for c in menu.options})
+    return [uniform(menu, int(b)) for menu, b in zip(menus, wanted, strict=True)]
+
+
+def _check_bits(bits: int, methods: Sequence[str]) -> None:
+    """Refuse bits per weight that no method offers, not even for a large weight."""
+    use = Use("", "MatMul", 1, "matmul")
+    sample = WeightSite("", (1024, 1024), "float32", (use,), "", 1024, 1024, False)
+    offers = [CODECS[name].candidates(sample) for name in methods]
+    offered = {getattr(params, "bits", bits) for offer in offers for params in offer}
+    if bits not in offered:
         raise UsageError(
-            f"no codec offers {bits} bits per weight",
-            hint=f"choose from {', '.join(str(b) for b in offered if b)}",
+            f"no method offers {bits} bits per weight",
+            hint=f"choose from {', '.join(str(b) for b in sorted(offered))}",
         )
-    return picks
 
 
 def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx") -> Plan:
@@ -116,7 +117,8 @@ def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx")
         UsageError: A method, a rule or the number of bits does not exist.
     """
     budget = Budget.of(settings, prepared.source.bytes, DEFAULT_BITS)
-    menus = [_menu(prepared, site, settings) for site in prepared.sites]
+    methods = method_names(settings.method, CODECS)
+    menus = [menu(site, methods, _rule(site, settings)) for site in prepared.sites]
 
     def size_of(candidates: Sequence[Candidate]) -> int:
         choices = [_choice(candidate, settings) for candidate in candidates]
@@ -125,7 +127,9 @@ def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx")
     if budget.bytes is not None:
         picks, total = fit(menus, budget.bytes, size_of)
     else:
-        picks = _equal(menus, budget.bits or DEFAULT_BITS, settings)
+        bits = budget.bits or DEFAULT_BITS
+        _check_bits(bits, methods)
+        picks = _equal(menus, bits, settings)
         total = size_of(picks)
         picks, total = _worth_it(picks, total, size_of)
     choices = {pick.site.name: _choice(pick, settings) for pick in picks}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import resource
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -94,9 +93,14 @@ class SiteReport:
         return self.method != "dense"
 
 
+# Element types of indices, sizes, masks and texts: tensors of these are no weights.
+_NO_WEIGHTS = frozenset({"int32", "int64", "uint32", "uint64", "bool", "string"})
+
+
 def coverage(sites: Iterable[SiteReport], min_size: int) -> float:
     """Bytes of compressed weight tensors over bytes of all of `min_size` or more; 1 without any."""
-    large = [site for site in sites if site.bytes_before >= min_size]
+    weights = [site for site in sites if site.dtype not in _NO_WEIGHTS]
+    large = [site for site in weights if site.bytes_before >= min_size]
     total = sum(site.bytes_before for site in large)
     return sum(site.bytes_before for site in large if site.compressed) / total if total else 1.0
 
@@ -182,6 +186,8 @@ def peak_rss() -> int:
     for line in status.splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -226,7 +226,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        targets = [name for name in ("bits", "ratio", "target_size") if getattr(self, name)]
+        targets = [n for n in ("bits", "ratio", "target_size") if getattr(self, n) is not None]
         if len(targets) > 1:
             raise UsageError(
                 f"{' and '.join(targets)} were given together", hint="choose one of them"
@@ -261,6 +261,8 @@ class Settings:
         for name in values:
             if name not in known:
                 raise UsageError(f"setting {name!r} is unknown", hint=suggest(name, known))
-        plain = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        plain: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+        }
         plain["rules"] = tuple(parse_rule(text) for text in values.get("rules", ()))
         return cls(**plain)
