@@ -1,0 +1,1 @@
+"""Run models in ONNX Runtime: sessions, inputs, evaluation and timing."""

@@ -1,0 +1,129 @@
+"""Run a model on inputs and return what comes out, as plain arrays by output name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxcomp.errors import ModelError
+from onnxcomp.runtime.session import InferenceSession
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["Feed", "Outputs", "iterate_model", "run_model", "run_session"]
+
+Array = npt.NDArray[Any]
+Feed = Mapping[str, Array]
+Outputs = dict[str, Array]
+
+PathLike = str | os.PathLike[str]
+
+
+def run_session(session: onnxruntime.InferenceSession, feed: Feed) -> Outputs:
+    """Run a session once.
+
+    Args:
+        session: The session.
+        feed: Arrays by input name; types of ml_dtypes (bfloat16) included.
+
+    Returns:
+        Arrays by output name. An output that is no tensor becomes one array for each of its parts:
+        ``name[0]`` for the items of a sequence, ``name.key`` for the values of a map (in a
+        sequence of maps: one array over the sequence for each key).
+
+    Raises:
+        ModelError: ONNX Runtime refuses the input or fails.
+    """
+    names = [output.name for output in session.get_outputs()]
+    try:
+        values = _run(session, names, feed)
+    except Exception as error:  # the classes differ between versions and share no base
+        raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
+    result: Outputs = {}
+    for name, value in zip(names, values, strict=True):
+        result.update(_arrays(name, value))
+    return result
+
+
+def _run(session: onnxruntime.InferenceSession, names: Sequence[str], feed: Feed) -> list[Any]:
+    """Run with arrays; with ONNX Runtime's own values where numpy has no such type."""
+    kinds = [value.type for value in (*session.get_inputs(), *session.get_outputs())]
+    if not any("bfloat16" in kind for kind in kinds):
+        return list(session.run(names, dict(feed)))
+    given = {name: _runtime_value(np.asarray(array)) for name, array in feed.items()}
+    return [_array(value) for value in session.run_with_ort_values(names, given)]
+
+
+def _runtime_value(array: Array) -> Any:
+    import onnx
+    from onnxruntime import OrtValue
+
+    if array.dtype.name != "bfloat16":
+        return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    return OrtValue.ortvalue_from_numpy_with_onnx_type(
+        np.ascontiguousarray(array).view(np.uint16), onnx.TensorProto.BFLOAT16
+    )
+
+
+def _array(value: Any) -> Any:
+    """A runtime value as an array; bfloat16 through its bytes."""
+    if "bfloat16" not in value.data_type():
+        return value.numpy()
+    import ctypes
+
+    import ml_dtypes
+
+    shape = tuple(value.shape())
+    size = int(np.prod(shape, dtype=np.int64))
+    if size == 0:
+        return np.empty(shape, ml_dtypes.bfloat16)
+    pointer = ctypes.cast(value.data_ptr(), ctypes.POINTER(ctypes.c_uint16))
+    return np.ctypeslib.as_array(pointer, (size,)).view(ml_dtypes.bfloat16).reshape(shape).copy()
+
+
+def _arrays(name: str, value: Any) -> Iterator[tuple[str, Array]]:
+    """The tensors of an output."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _arrays(f"{name}.{key}", item)
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for key in value[0]:
+            column = [item[key] for item in value if key in item]
+            yield f"{name}.{key}", np.asarray(column)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _arrays(f"{name}[{index}]", item)
+    elif value is not None:  # None: an optional output without a value
+        yield name, np.asarray(value)
+
+
+def iterate_model(
+    model: PathLike, feeds: Iterable[Feed], *, library: bool = True, threads: int | None = None
+) -> Iterator[Outputs]:
+    """Run a model on one input after the other; the session lives as long as the iteration.
+
+    Args:
+        model: The model.
+        feeds: Its inputs.
+        library: Whether the operator library is used where the model needs it.
+        threads: Threads of one operator.
+
+    Raises:
+        RuntimeMissingError: ONNX Runtime or the library is missing.
+        ModelError: ONNX Runtime cannot load or run the model.
+    """
+    session = InferenceSession(model, library=library, threads=threads)
+    for feed in feeds:
+        yield run_session(session, feed)
+
+
+def run_model(
+    model: PathLike, feeds: Iterable[Feed], *, library: bool = True, threads: int | None = None
+) -> list[Outputs]:
+    """`iterate_model` as a list."""
+    return list(iterate_model(model, feeds, library=library, threads=threads))

@@ -1,0 +1,154 @@
+"""Read inputs of a model from the user's files.
+
+An .npz holds arrays by input name; a folder holds .npz files, taken in the order of their names;
+``name=file.npy`` gives one input. An array with as many axes as its input is one sample. An array
+with one axis more holds one sample for each entry of its first axis. Samples of several arrays go
+together one by one; an array of a single sample goes with all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxcomp.errors import UsageError
+from onnxcomp.runtime.signature import InputSpec, expected, fits, read_signature
+
+__all__ = ["Data", "load_inputs"]
+
+Array = npt.NDArray[Any]
+Feed = dict[str, Array]
+PathLike = str | os.PathLike[str]
+
+# Files as `--data` names them, or arrays: one sample or many.
+Data = PathLike | Mapping[str, Array] | Sequence[PathLike | Mapping[str, Array]]
+
+
+def load_inputs(data: Data, model: PathLike) -> list[Feed]:
+    """Inputs from files or arrays, checked against the model.
+
+    Args:
+        data: An .npz, a folder of them, ``name=file.npy``, arrays by input name, or several of
+            these. All ``name=file.npy`` together make one set of arrays.
+        model: The model that will run them.
+
+    Raises:
+        UsageError: A file cannot be read, or a name, shape or type does not fit the model.
+        ModelError: The model cannot be read.
+    """
+    specs = read_signature(model)
+    feeds: list[Feed] = []
+    for source, arrays in _sources(data):
+        feeds += _samples(source, arrays, specs)
+    if not feeds:
+        raise UsageError(f"there are no inputs in {data!r}", hint=expected(specs))
+    return feeds
+
+
+def _sources(data: Data) -> Iterator[tuple[str, Mapping[str, Array]]]:
+    """Sets of arrays, each with the words to name it in errors."""
+    items: list[Any] = [data] if isinstance(data, (str, os.PathLike, Mapping)) else list(data)
+    named: dict[str, Array] = {}
+    for item in items:
+        if isinstance(item, Mapping):
+            yield "the given arrays", item
+            continue
+        name, mark, file = os.fspath(item).partition("=")
+        if mark and not Path(item).exists():
+            if name in named:
+                raise UsageError(f"input {name!r} is given twice")
+            named[name] = _array(Path(file))
+        else:
+            for path in _files(Path(item)):
+                yield str(path), _read(path)
+    if named:
+        yield "the given files", named
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(path.glob("*.npz"))
+        if not found:
+            raise UsageError(f"{path} holds no .npz files")
+        return found
+    if path.suffix == ".npy":
+        raise UsageError(f"{path} does not say which input it is for", hint=f"write NAME={path}")
+    return [path]
+
+
+def _array(path: Path) -> Array:
+    loaded = _read(path)
+    if not isinstance(loaded, np.ndarray):
+        raise UsageError(f"{path} holds several arrays", hint="NAME=FILE takes an .npy file")
+    return loaded
+
+
+def _read(path: Path) -> Any:
+    """An array (.npy) or a dictionary of arrays (.npz)."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            return dict(loaded)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(
+            f"cannot read {path}: {error}", hint="arrays are .npy or .npz files without objects"
+        ) from error
+
+
+def _samples(
+    source: str, arrays: Mapping[str, Array], specs: Sequence[InputSpec]
+) -> Iterator[Feed]:
+    """The samples of one set of arrays."""
+    wanted = {spec.name for spec in specs}
+    unknown, missing = sorted(set(arrays) - wanted), sorted(wanted - set(arrays))
+    if unknown:
+        raise UsageError(f"{source}: the model has no input {unknown[0]!r}", hint=expected(specs))
+    if missing:
+        raise UsageError(f"{source}: input {missing[0]!r} is missing", hint=expected(specs))
+    stacks = {spec.name: _stack(source, np.asarray(arrays[spec.name]), spec) for spec in specs}
+    counts = {name: len(stack) for name, stack in stacks.items() if len(stack) != 1}
+    if len(set(counts.values())) > 1:
+        raise UsageError(f"{source}: inputs have different numbers of samples: {counts}")
+    for index in range(next(iter(counts.values()), 1)):
+        yield {name: stack[index % len(stack)] for name, stack in stacks.items()}
+
+
+def _stack(source: str, array: Array, spec: InputSpec) -> Sequence[Array]:
+    """The samples of one array, of the input's type."""
+    if fits(spec, array.shape):
+        samples: Sequence[Array] = [array]
+    elif array.ndim and fits(spec, array.shape[1:]):
+        samples = list(array)
+    else:
+        raise UsageError(
+            f"{source}: input {spec.name!r} is {spec.text}, not of shape {list(array.shape)}",
+            hint="one axis more in front holds several samples",
+        )
+    return [_converted(source, np.asarray(sample), spec) for sample in samples]
+
+
+def _converted(source: str, array: Array, spec: InputSpec) -> Array:
+    """The array in the input's type, if that changes no more than a rounding."""
+    if array.dtype == spec.dtype:
+        return np.ascontiguousarray(array)
+    if spec.dtype.kind == "O" and array.dtype.kind in "US":
+        return array.astype(object)
+    integers = array.dtype.kind in "iu" and spec.dtype.kind in "iu"
+    if integers:
+        with_limits = np.iinfo(spec.dtype)
+        fitting = array.size == 0 or (
+            int(array.min()) >= with_limits.min and int(array.max()) <= with_limits.max
+        )
+    # Types of ml_dtypes (bfloat16) have the kind V.
+    floats = array.dtype.kind == "f" and spec.dtype.kind in "fV"
+    if floats or (integers and fitting):
+        return np.ascontiguousarray(array.astype(spec.dtype))
+    raise UsageError(f"{source}: input {spec.name!r} is {spec.text}, not {array.dtype.name}")

@@ -1,0 +1,73 @@
+"""What a model file says about itself without its weights: its graphs and custom operators."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxcomp.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["DOMAIN", "custom_operators", "nested_nodes", "read_structure"]
+
+DOMAIN = "com.onnxcomp"
+
+PathLike = str | os.PathLike[str]
+
+
+def read_structure(model: PathLike) -> onnx.ModelProto:
+    """The model as a message, external data left on disk.
+
+    Raises:
+        ModelError: The file is missing or is no ONNX model.
+    """
+    import onnx
+
+    try:
+        proto = onnx.load(os.fspath(model), load_external_data=False)
+    except Exception as error:  # of the file system or of protobuf, whose classes have no types
+        raise ModelError(f"cannot read {os.fspath(model)}: {error}") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise ModelError(f"{os.fspath(model)} is no ONNX model: it has no graph")
+    return proto
+
+
+def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes and those of their subgraphs, outer ones first."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from nested_nodes(attribute.g.node)
+            for graph in attribute.graphs:
+                yield from nested_nodes(graph.node)
+
+
+def custom_operators(model: PathLike) -> dict[str, int]:
+    """How often the model calls each operator of com.onnxcomp, by name.
+
+    Calls inside the operators' own bodies do not count. Files without the domain's name in them
+    are not parsed at all.
+    """
+    if not _mentions(Path(model), DOMAIN.encode()):
+        return {}
+    proto = read_structure(model)
+    bodies = [function.node for function in proto.functions if function.domain != DOMAIN]
+    counts: dict[str, int] = {}
+    for nodes in (proto.graph.node, *bodies):
+        for node in nested_nodes(nodes):
+            if node.domain == DOMAIN:
+                counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+def _mentions(path: Path, text: bytes) -> bool:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return view.find(text) >= 0
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise ModelError(f"cannot read {path}: {error}") from error
