@@ -20,6 +20,9 @@ from onnxcomp.passes.codecs.hyper_tables import WINDINGS, Winding, quantiles, wi
 
 GROUP = 128
 
+# Table units per standard deviation over the targets' root mean square, near its best value.
+REACH = {1: 0.92, 2: 1.06, 3: 1.12, 4: 1.2, 5: 1.32, 6: 1.4}
+
 
 def sqnr(winding: Winding, bits: int, state_bits: int, weight: Array) -> float:
     """Signal to quantisation noise of the codec on `weight`, in dB."""
@@ -45,15 +48,14 @@ def search(bits: int, state_bits: int, budget: int) -> tuple[Winding, float]:
     weights = max(16 * 1024, min(1 << 18, budget >> state_bits))
     quantum = full_range(state_bits)
     first = gaussian(1, weights)
-    start = [Winding(a, quantum, quantum / 1.1) for a in range(3, 1 << (state_bits - 1), 2)]
+    start = [Winding(a, quantum, quantum / REACH[bits]) for a in range(3, 1 << (state_bits - 1), 2)]
     start.sort(key=lambda w: sqnr(w, bits, state_bits, first), reverse=True)
     second = gaussian(2, 4 * weights)
-    grid = itertools.product(
-        start[:6], (1.0, 1.1, 1.25, 1.45, 1.7, 2.0), (0.9, 1.0, 1.1, 1.2, 1.35)
-    )
+    wider = (1.0, 1.1, 1.25, 1.45, 1.7, 2.0)
+    reach = [REACH[bits] * factor for factor in (0.85, 0.92, 1.0, 1.08, 1.16, 1.25)]
     tried = [
-        Winding(w.multiplier, round(quantum * wider, 2), round(quantum * wider / reach, 2))
-        for w, wider, reach in grid
+        Winding(w.multiplier, round(quantum * wide, 2), round(quantum * wide / far, 2))
+        for w, wide, far in itertools.product(start[:6], wider, reach)
     ]
     best = max(tried, key=lambda w: sqnr(w, bits, state_bits, second))
     return best, sqnr(best, bits, state_bits, gaussian(3, 8 * weights))

@@ -27,7 +27,13 @@ from onnxcomp.passes.codecs.codec import (
     WeightSite,
 )
 from onnxcomp.passes.codecs.hyper_format import Geometry
-from onnxcomp.passes.codecs.hyper_tables import NORMAL_SQNR, WINDINGS, spread, table
+from onnxcomp.passes.codecs.hyper_tables import (
+    GROUP_GAIN,
+    NORMAL_SQNR,
+    WINDINGS,
+    spread,
+    table,
+)
 
 __all__ = ["HyperCodec", "HyperParams"]
 
@@ -60,9 +66,6 @@ _OFFERED = tuple(
     for bits in (6, 5, 4, 3, 2, 1)
     for group in (128, 32, 64, 256)
 )
-
-# What a group other than 128 adds to the signal to noise ratio, dB; measured on normal data.
-_GROUP_SQNR = {32: 0.3, 64: 0.15, 128: 0.0, 256: -0.1}
 
 
 def _typed(params: Params) -> HyperParams:
@@ -174,9 +177,13 @@ class HyperCodec:
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """Relative error measured on normal data; the rotation makes all weights alike."""
-        hyper = _typed(params)
-        decibels = NORMAL_SQNR[hyper.bits, hyper.state_bits] + _GROUP_SQNR[hyper.group]
-        return math.pow(10.0, -decibels / 20.0)
+        geometry = _geometry(site, _typed(params))
+        decibels = NORMAL_SQNR[geometry.bits, geometry.state_bits]
+        decibels += GROUP_GAIN[geometry.bits, geometry.group]
+        # Noise is even within a group; what falls on the padding is cut off.
+        last = geometry.length % geometry.group
+        kept = 1.0 - last * (1.0 - last / geometry.group) / geometry.length
+        return math.sqrt(kept) * math.pow(10.0, -decibels / 20.0)
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
@@ -194,11 +201,8 @@ class HyperCodec:
             codes, scales = native.hyper_encode(weight, geometry, values, reach, threads=threads)
         else:
             codes, scales = hyper_viterbi.encode(weight, geometry, values, reach)
-        attributes: dict[str, Attribute] = {
-            "group": geometry.group,
-            "extent": (geometry.rows, geometry.length),
-        }
-        return Payload({"codes": codes, "scales": scales}, self.shared(site, params), attributes)
+        shared, attributes = self.shared(site, params), self.attributes(site, params)
+        return Payload({"codes": codes, "scales": scales}, shared, attributes)
 
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """Decode to ``(rows, length)`` float32; equal values with and without native code."""

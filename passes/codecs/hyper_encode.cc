@@ -13,10 +13,13 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
+// The x86 forms rely on GCC's target pragma; elsewhere the baseline form serves.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ONNXCOMP_X86
 #include <immintrin.h>
 #endif
 
@@ -78,7 +81,7 @@ inline bool sign_is_negative(int t) { return bent(t / 16) != bent(t % 16); }
 #include "hyper_viterbi.h"
 #undef ONNXCOMP_ISA
 
-#if defined(__x86_64__)
+#ifdef ONNXCOMP_X86
 #pragma GCC push_options
 #pragma GCC target("avx2")
 #define ONNXCOMP_ISA isa_avx2
@@ -102,7 +105,7 @@ namespace {
 
 // Instruction sets by number: 0 baseline, 1 AVX2, 2 AVX-512 with VNNI. -1 takes the best.
 const Kernels* kernels_of(int32_t isa) {
-#if defined(__x86_64__)
+#ifdef ONNXCOMP_X86
   const bool avx2 = __builtin_cpu_supports("avx2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -189,13 +192,14 @@ class Aligned {
   T* data_;
 };
 
-// Give every job to `threads` workers; `make` builds one worker, which has ok() and run(job).
-template <class Worker, class Make>
-int32_t for_each_job(int64_t jobs, int threads, const Make& make) {
+// Give every job to one of `threads` workers, each made from the task: Worker(task), ok(),
+// run(job). Nothing in a worker throws.
+template <class Worker, class Task>
+int32_t for_each_job(int64_t jobs, int threads, const Task& task) {
   std::atomic<int64_t> next{0};
   std::atomic<int32_t> status{kDone};
   const auto work = [&] {
-    const std::unique_ptr<Worker> worker = make();
+    const std::unique_ptr<Worker> worker(new (std::nothrow) Worker(task));
     if (!worker || !worker->ok()) {
       status = kNoMemory;
       return;
@@ -204,9 +208,14 @@ int32_t for_each_job(int64_t jobs, int threads, const Make& make) {
       for (int64_t job = first; job < std::min(first + kJobsAtOnce, jobs); ++job)
         if (!worker->run(job)) status = kOutOfRange;
   };
+  const int64_t wanted = std::min<int64_t>(threads, (jobs + kJobsAtOnce - 1) / kJobsAtOnce);
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < std::min<int64_t>(threads, (jobs + kJobsAtOnce - 1) / kJobsAtOnce); ++i)
-    others.emplace_back(work);
+  others.reserve(static_cast<size_t>(std::max<int64_t>(wanted, 1)));
+  try {
+    for (int64_t i = 1; i < wanted; ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that run do all the jobs.
+  }
   work();
   for (std::thread& other : others) other.join();
   return status;
@@ -502,8 +511,7 @@ ONNXCOMP_EXPORT int32_t onnxcomp_hyper_encode(
                              kernels->find_search(bits, state_bits),
                              codes,
                              scales};
-    return for_each_job<Encoder>(format.jobs(), threads,
-                                 [&] { return std::make_unique<Encoder>(task); });
+    return for_each_job<Encoder>(format.jobs(), threads, task);
   } catch (const std::exception&) {
     return kNoMemory;
   }
@@ -518,8 +526,7 @@ ONNXCOMP_EXPORT int32_t onnxcomp_hyper_decode(const uint8_t* codes, const uint16
   if (!format.valid()) return kInvalid;
   try {
     const DecodeTask task = {format, codes, scales, table, weight};
-    return for_each_job<Decoder>(format.jobs(), threads,
-                                 [&] { return std::make_unique<Decoder>(task); });
+    return for_each_job<Decoder>(format.jobs(), threads, task);
   } catch (const std::exception&) {
     return kNoMemory;
   }

@@ -195,7 +195,8 @@ def _decode_panels(codes: Array, scales: Array, table: Array, group: int) -> Arr
     panels, groups = codes.shape[:2]
     values = table.astype(np.float32)[states(codes, state_bits, group)]
     # Integers below 2^15: exact in float32 whatever the order of summation.
-    values = (values.reshape(-1, group) @ hadamard(group)) * signs(group)
+    # Adding zero turns the product -1 * 0 into the integer zero of the specification.
+    values = (values.reshape(-1, group) @ hadamard(group)) * signs(group) + np.float32(0)
     factor = scales.reshape(panels, groups, LANES).transpose(0, 2, 1).astype(np.float32)
     values = values.reshape(panels * LANES, groups, group)
     values *= factor.reshape(panels * LANES, groups, 1) * SCALE_UNIT
