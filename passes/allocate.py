@@ -216,25 +216,42 @@ def _walk(menus: Sequence[Menu], room: int) -> tuple[list[int], int]:
     return picks, room
 
 
-def _fill(menus: Sequence[Menu], picks: list[int], room: int) -> list[int]:
+def _step(menu: Menu, pick: int, room: int) -> tuple[float, int] | None:
+    """The step up from one option that saves most per byte in `room` bytes: slope and option."""
+    start = menu.options[pick].bytes
+    fitting = [
+        (_slope(menu, pick, higher), -higher)
+        for higher in range(pick + 1, len(menu.options))
+        if menu.options[higher].bytes - start <= room
+    ]
+    if not fitting:
+        return None
+    slope, higher = max(fitting)
+    return slope, -higher
+
+
+def _fill(menus: Sequence[Menu], picks: Sequence[int], room: int) -> list[int]:
     """Take the single step that saves most per byte while one fits into `room` bytes."""
     picks = list(picks)
-    while True:
-        best = max(
-            (
-                (_slope(menu, pick, higher), -site, higher)
-                for site, (menu, pick) in enumerate(zip(menus, picks, strict=True))
-                for higher in range(pick + 1, len(menu.options))
-                if menu.options[higher].bytes - menu.options[pick].bytes <= room
-            ),
-            default=None,
-        )
-        if best is None:
-            return picks
-        _, site, higher = best
-        menu = menus[-site]
-        room -= menu.options[higher].bytes - menu.options[picks[-site]].bytes
-        picks[-site] = higher
+    heap: list[tuple[float, int, int]] = []
+
+    def offer(site: int) -> None:
+        step = _step(menus[site], picks[site], room)
+        if step is not None:
+            heapq.heappush(heap, (-step[0], site, step[1]))
+
+    for site in range(len(menus)):
+        offer(site)
+    while heap:
+        _, site, higher = heapq.heappop(heap)
+        options = menus[site].options
+        added = options[higher].bytes - options[picks[site]].bytes
+        # Room only shrinks: a step that no longer fits is replaced by the best that does.
+        if added <= room:
+            room -= added
+            picks[site] = higher
+        offer(site)
+    return picks
 
 
 def _total(menus: Sequence[Menu], picks: Sequence[int]) -> int:

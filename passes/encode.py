@@ -227,5 +227,5 @@ def _encoded(
         tensors = {key: arrays[number] for key, number in numbers[site.name].items()}
         payload = dataclasses.replace(payload, tensors=tensors)
     payload = dataclasses.replace(payload, attributes={**payload.attributes, **extra})
-    placement = Placement(site, CODECS[choice.codec], payload, choice.mode)
+    placement = Placement(site, CODECS[choice.codec], payload, choice.mode, choice.params)
     return Encoded(site, choice, placement, error)

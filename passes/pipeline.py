@@ -21,6 +21,7 @@ from onnxcomp.passes.encode import Progress
 from onnxcomp.passes.graph import Saved, load, save
 from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.planner import Prepared, make_plan, prepare, settle
+from onnxcomp.passes.produce import planned_sites, report, write
 from onnxcomp.passes.report import OutputFile, Report
 from onnxcomp.passes.settings import (
     ExternalData,
@@ -38,7 +39,6 @@ from onnxcomp.passes.source import (
     rejected_path,
     workspace,
 )
-from onnxcomp.passes.produce import planned_sites, report, write
 
 if TYPE_CHECKING:
     from onnxcomp.passes.inspect import Inspection
@@ -206,6 +206,7 @@ def optimize(
     precision: str = "exact",
     external_data: ExternalData = "auto",
     freeze_inputs: bool = False,
+    portable: bool = True,
     seed: int = 0,
     jobs: int | None = None,
     cache: PathLike | None = None,
@@ -238,6 +239,7 @@ def optimize(
         precision: Arithmetic of fused products: "exact" or "int8".
         external_data: Whether large tensors go to ``<output>.data``: "auto" from 64 MiB on.
         freeze_inputs: Whether initializers that are also inputs become constants.
+        portable: Whether the model carries bodies that run without the operator library.
         seed: Seed of every random choice.
         jobs: Threads; None for all processors. The bytes do not depend on it.
         cache: Folder of payloads of earlier runs.
@@ -261,7 +263,7 @@ def optimize(
     settings = given.settings if given is not None else _settings(
         method, target_size, min_size, include, exclude, set_,
         bits=bits, ratio=ratio, mode=mode, precision=precision,
-        external_data=external_data, freeze_inputs=freeze_inputs, seed=seed,
+        external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
     )  # fmt: skip
     run = _Run(_jobs(jobs), cache, verify, data, shapes, tolerance, force, progress)
     if dry_run:
@@ -411,6 +413,7 @@ def plan(
     precision: str = "exact",
     external_data: ExternalData = "auto",
     freeze_inputs: bool = False,
+    portable: bool = True,
     seed: int = 0,
 ) -> Plan:
     """What `optimize` would do with these settings, with exact bytes, without doing it.
@@ -424,7 +427,7 @@ def plan(
     settings = _settings(
         method, target_size, min_size, include, exclude, set_,
         bits=bits, ratio=ratio, mode=mode, precision=precision,
-        external_data=external_data, freeze_inputs=freeze_inputs, seed=seed,
+        external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
     )  # fmt: skip
     return _planned(model, None, settings, None, _Run(jobs=1))[1]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -447,12 +448,12 @@ class Plan:
                 f"the plan is not as this release writes it: {error}", hint="make the plan again"
             ) from error
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write `dumps` to a file."""
         Path(path).write_text(self.dumps(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a file written by `save`.
 
         Raises:

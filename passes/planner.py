@@ -68,14 +68,7 @@ def _rule(site: WeightSite, settings: Settings) -> Rule:
 
 
 def _measure(prepared: Prepared, settings: Settings, name: str, choices: Sequence[Choice]) -> int:
-    return planned_size(
-        prepared.model,
-        prepared.sites,
-        choices,
-        precision=settings.precision,
-        external_data=settings.external_data,
-        name=name,
-    )
+    return planned_size(prepared.model, prepared.sites, choices, settings, name=name)
 
 
 def _choice(candidate: Candidate, settings: Settings) -> Choice:

@@ -22,12 +22,17 @@ from onnxcomp.passes.report import (
     peak_rss,
     versions,
 )
-from onnxcomp.passes.rewrite import rewrite
+from onnxcomp.passes.rewrite import Placement, rewrite
 
 # Gives a block that times one stage, by the stage's name.
 Stage = Callable[[str], contextlib.AbstractContextManager[None]]
 
 __all__ = ["Stage", "Written", "planned_sites", "report", "write"]
+
+
+def _untimed(name: str) -> contextlib.AbstractContextManager[None]:
+    del name
+    return contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ def write(
     jobs: int = 1,
     cache: PayloadCache | None = None,
     progress: Progress | None = None,
-    stage: Stage = contextlib.nullcontext,
+    stage: Stage = _untimed,
 ) -> Written:
     """Encode the weights, rewrite the model in place and save it.
 
@@ -72,7 +77,7 @@ def write(
     with stage("write"):
         placements = [item.placement for item in encoded if item.placement is not None]
         if placements:
-            rewrite(model, placements)
+            rewrite(model, placements, portable=plan.settings.portable)
         saved = save(model, path, external_data=plan.settings.external_data)
     return Written(saved, (*(_site(item) for item in encoded), *_skipped(plan)))
 
@@ -84,10 +89,21 @@ def _site(item: Encoded) -> SiteReport:
         return _planned(kept)
     return dataclasses.replace(
         _planned(choice),
-        mode=_mode(item.placement),
+        mode=_served(item.placement),
         bytes_after=item.placement.payload.nbytes,
         weight_error=item.error,
     )
+
+
+def _served(placement: Placement) -> str:
+    """How the weight's products and look-ups are served; empty for a weight stored as it was."""
+    if placement.codec.name == "dense":
+        return ""
+    if placement.mode == "decode":
+        return "decode"
+    kinds = placement.codec.kinds(placement.site)
+    fusable = any(use.need in kinds for use in placement.site.uses)
+    return "fused" if fusable and placement.mode != "folded" else "folded"
 
 
 def _planned(choice: Choice) -> SiteReport:

@@ -208,6 +208,7 @@ class Settings:
         external_data: Where large tensors are stored.
         freeze_inputs: Whether initializers that are also graph inputs become constants.
         precision: Arithmetic of fused products: "exact" or "int8".
+        portable: Whether the model carries bodies that run without the operator library.
         seed: Seed of every random choice.
     """
 
@@ -223,6 +224,7 @@ class Settings:
     external_data: ExternalData = "auto"
     freeze_inputs: bool = False
     precision: str = "exact"
+    portable: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

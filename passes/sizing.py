@@ -17,7 +17,7 @@ from onnxcomp.passes.encode import precision_attributes
 from onnxcomp.passes.graph import copy_model, output_size
 from onnxcomp.passes.plan import Choice
 from onnxcomp.passes.rewrite import Placement, rewrite
-from onnxcomp.passes.settings import ExternalData
+from onnxcomp.passes.settings import Settings
 
 __all__ = ["planned_size", "virtual_payload"]
 
@@ -37,9 +37,8 @@ def planned_size(
     model: ir.Model,
     sites: Iterable[WeightSite],
     choices: Sequence[Choice],
+    settings: Settings,
     *,
-    precision: str = "exact",
-    external_data: ExternalData = "auto",
     name: str = "out.onnx",
 ) -> int:
     """Bytes of all files of the output if these choices are applied to a copy of the model.
@@ -48,16 +47,20 @@ def planned_size(
         model: The model, canonicalised; it is not changed.
         sites: Its sites.
         choices: One for each site, in the same order.
-        precision: Arithmetic of fused products.
-        external_data: Where large tensors are stored.
+        settings: Arithmetic, portable bodies and external data of the output.
         name: File name of the output; external data refers to it.
     """
     copy = copy_model(model)
     placements = [
-        Placement(site, CODECS[choice.codec], virtual_payload(site, choice, precision), choice.mode)
+        _placement(site, choice, settings.precision)
         for site, choice in zip(sites, choices, strict=True)
         if not choice.kept
     ]
     if placements:
-        rewrite(copy, placements)
-    return output_size(copy, external_data=external_data, name=name)
+        rewrite(copy, placements, portable=settings.portable)
+    return output_size(copy, external_data=settings.external_data, name=name)
+
+
+def _placement(site: WeightSite, choice: Choice, precision: str) -> Placement:
+    payload = virtual_payload(site, choice, precision)
+    return Placement(site, CODECS[choice.codec], payload, choice.mode, choice.params)

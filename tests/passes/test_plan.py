@@ -97,7 +97,7 @@ def test_an_impossible_change_is_refused_with_a_hint(
 
 
 def test_an_unknown_site_is_refused_with_the_closest_name(plan: Plan) -> None:
-    with pytest.raises(UsageError, match="no site 'a.weigth'") as caught:
+    with pytest.raises(UsageError, match=r"no site 'a\.weigth'") as caught:
         plan["a.weigth"]
     assert "'a.weight'" in caught.value.hint
     with pytest.raises(UsageError, match="cannot be given"):
@@ -119,7 +119,7 @@ def test_a_weight_without_a_line_stays_as_it_is(plan: Plan) -> None:
 
 def test_a_codec_that_refuses_its_site_is_an_error(plan: Plan) -> None:
     integers = dataclasses.replace(site("a.weight"), dtype="int8")
-    with pytest.raises(UsageError, match="cannot store 'a.weight'"):
+    with pytest.raises(UsageError, match=r"cannot store 'a\.weight'"):
         plan.settle([integers, site("b.weight"), site("c")])
 
 
