@@ -1,6 +1,7 @@
 // What every operator of the library has in common: a declaration, and a kernel behind the ABI.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -65,7 +66,14 @@ class InferContext {
     return values;
   }
 
-  void SetOutput(int type, const Dims& dims, const std::vector<std::string>& symbols) const {
+  // Every unknown dim needs a name: ONNX Runtime takes a nameless -1 for a value and then finds
+  // Reshape targets with two of them. Names made here are never given twice, so none claims that
+  // two dims are equal.
+  void SetOutput(int type, const Dims& dims, std::vector<std::string> symbols) const {
+    symbols.resize(dims.size());
+    for (size_t i = 0; i < dims.size(); ++i) {
+      if (dims[i] < 0 && symbols[i].empty()) symbols[i] = FreshSymbol();
+    }
     OrtTensorTypeAndShapeInfo* raw = nullptr;
     Check(api_, api_.CreateTensorTypeAndShapeInfo(&raw));
     ShapeInfo info(api_, raw);
@@ -73,12 +81,16 @@ class InferContext {
     Check(api_, api_.SetDimensions(raw, dims.data(), dims.size()));
     std::vector<const char*> names;
     for (const std::string& symbol : symbols) names.push_back(symbol.c_str());
-    names.resize(dims.size(), "");
     if (!names.empty()) Check(api_, api_.SetSymbolicDimensions(raw, names.data(), names.size()));
     Check(api_, api_.InferSetOutput(context_, 0, raw));
   }
 
  private:
+  static std::string FreshSymbol() {
+    static std::atomic<uint64_t> count{0};
+    return "onnxcomp_unknown_" + std::to_string(count++);
+  }
+
   ShapeInfo Input(size_t index) const {
     OrtTensorTypeAndShapeInfo* info = nullptr;
     Check(api_, api_.InferGetInput(context_, index, &info));
