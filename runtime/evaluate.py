@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from onnxcomp.runtime.session import InferenceSession
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Feed", "Outputs", "iterate_model", "run_model", "run_session"]
+__all__ = ["Feed", "Outputs", "iterate_model", "run_model", "run_session", "runner"]
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
@@ -40,23 +40,32 @@ def run_session(session: onnxruntime.InferenceSession, feed: Feed) -> Outputs:
         ModelError: ONNX Runtime refuses the input or fails.
     """
     names = [output.name for output in session.get_outputs()]
-    try:
-        values = _run(session, names, feed)
-    except Exception as error:  # the classes differ between versions and share no base
-        raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
     result: Outputs = {}
-    for name, value in zip(names, values, strict=True):
+    for name, value in zip(names, runner(session)(feed), strict=True):
         result.update(_arrays(name, value))
     return result
 
 
-def _run(session: onnxruntime.InferenceSession, names: Sequence[str], feed: Feed) -> list[Any]:
-    """Run with arrays; with ONNX Runtime's own values where numpy has no such type."""
+def runner(session: onnxruntime.InferenceSession) -> Callable[[Feed], list[Any]]:
+    """A function that runs a session on arrays and returns its outputs as they come.
+
+    Models with inputs or outputs of a type that numpy does not have go through ONNX Runtime's own
+    values. The function raises `ModelError` where ONNX Runtime refuses the input or fails.
+    """
+    names = [output.name for output in session.get_outputs()]
     kinds = [value.type for value in (*session.get_inputs(), *session.get_outputs())]
-    if not any("bfloat16" in kind for kind in kinds):
-        return list(session.run(names, dict(feed)))
-    given = {name: _runtime_value(np.asarray(array)) for name, array in feed.items()}
-    return [_array(value) for value in session.run_with_ort_values(names, given)]
+    foreign = any("bfloat16" in kind for kind in kinds)
+
+    def run(feed: Feed) -> list[Any]:
+        try:
+            if not foreign:
+                return list(session.run(names, feed))
+            given = {name: _runtime_value(np.asarray(array)) for name, array in feed.items()}
+            return [_array(value) for value in session.run_with_ort_values(names, given)]
+        except Exception as error:  # the classes differ between versions and share no base
+            raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
+
+    return run
 
 
 def _runtime_value(array: Array) -> Any:

@@ -15,7 +15,14 @@ from onnxcomp.runtime.structure import DOMAIN, custom_operators
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["InferenceSession", "get_library_path", "import_runtime", "needs_library", "register"]
+__all__ = [
+    "InferenceSession",
+    "get_library_path",
+    "import_runtime",
+    "needs_library",
+    "open_session",
+    "register",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -73,15 +80,32 @@ def InferenceSession(  # noqa: N802 - named after the class it makes
         RuntimeMissingError: ONNX Runtime or the needed operator library is missing.
         ModelError: The file is missing, or ONNX Runtime cannot load it.
     """
+    return open_session(
+        path,
+        library=library and needs_library(path),
+        threads=threads,
+        providers=providers,
+        session_options=session_options,
+    )
+
+
+def open_session(
+    path: PathLike,
+    *,
+    library: bool,
+    threads: int | None = None,
+    providers: Sequence[Any] | None = None,
+    session_options: onnxruntime.SessionOptions | None = None,
+) -> onnxruntime.InferenceSession:
+    """`InferenceSession` for callers who know whether the model needs the library."""
     runtime = import_runtime()
-    needed = library and needs_library(path)
     options = session_options
     if options is None:
         options = runtime.SessionOptions()
         options.log_severity_level = _FATAL_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    if needed:
+    if library:
         register(options)
     try:
         session = runtime.InferenceSession(

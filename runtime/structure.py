@@ -13,7 +13,7 @@ from onnxcomp.errors import ModelError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["DOMAIN", "custom_operators", "nested_nodes", "read_structure"]
+__all__ = ["DOMAIN", "custom_operators", "model_bytes", "nested_nodes", "read_structure"]
 
 DOMAIN = "com.onnxcomp"
 
@@ -71,3 +71,35 @@ def _mentions(path: Path, text: bytes) -> bool:
             return view.find(text) >= 0
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise ModelError(f"cannot read {path}: {error}") from error
+
+
+def model_bytes(model: PathLike) -> int:
+    """Bytes of the .onnx file and its external data.
+
+    Raises:
+        ModelError: A file is missing.
+    """
+    path = Path(model)
+    locations = {""} | set(_locations(read_structure(path)))
+    try:
+        return sum((path.parent / name if name else path).stat().st_size for name in locations)
+    except OSError as error:
+        raise ModelError(f"external data of {path} is missing: {error}") from error
+
+
+def _locations(model: onnx.ModelProto) -> Iterator[str]:
+    """Files that hold external data, relative to the model."""
+    pending = [model.graph]
+    nodes = [*nested_nodes(model.graph.node)]
+    nodes += [node for function in model.functions for node in nested_nodes(function.node)]
+    tensors: list[onnx.TensorProto] = []
+    for node in nodes:
+        for attribute in node.attribute:
+            pending += [attribute.g, *attribute.graphs]
+            tensors += [attribute.t, *attribute.tensors]
+    for graph in pending:
+        tensors += graph.initializer
+        for sparse in graph.sparse_initializer:
+            tensors += [sparse.values, sparse.indices]
+    for tensor in tensors:
+        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
