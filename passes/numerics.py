@@ -30,9 +30,9 @@ _CHUNK = 1 << 20
 # Half the distance between neighbouring numbers at 1: the relative error of one rounding.
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
-# How much a network magnifies a relative error between a product and an output of the model.
-# Measured on the real models of the test suite: below 20.
-_GAIN = 64.0
+# How much a network magnifies the relative error of a product until it reaches an output. Measured
+# on thirteen real models with products on codes: 0.05 to 0.5. Recurrences may be worse.
+_GAIN = 16.0
 
 # Relative error of a product of activations rounded to int8 by groups of 128 (measured: 0.005 to
 # 0.008 for Gaussian activations), and the factor allowed for the network behind it.
