@@ -11,13 +11,18 @@ import click
 from onnxcomp.cli.options import FILE, input_options
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
-__all__ = ["command", "show_bench"]
+__all__ = ["command", "milliseconds_text", "show_bench"]
 
 
 @click.command("bench")
 @click.argument("models", type=FILE, nargs=-1, required=True)
 @input_options
-@click.option("--threads", type=click.IntRange(1), help="Threads of a session.")
+@click.option("--threads", type=click.IntRange(1), help="Threads of one operator.")
+@click.option(
+    "--portable", is_flag=True, help="Measure compressed models without the library, too."
+)
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="Time for each model.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
 @with_terminal
 def command(
     terminal: Terminal,
@@ -26,12 +31,48 @@ def command(
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     **settings: Any,
 ) -> None:
-    """Measure one or more models on the same inputs, taking turns, each in a process of its own."""
+    """Measure models on the same inputs, each in a process of its own, taking turns.
+
+    Times on a machine that does other things are only comparable within one run.
+    """
     from onnxcomp.runtime.bench import bench
 
     document = bench(models, data=data or None, shapes=dict(shapes), **settings)
     show_bench(terminal, document["models"])
+    terminal.finish(document, bench_verdict(document["models"]))
 
 
 def show_bench(terminal: Terminal, models: Sequence[Mapping[str, Any]]) -> None:
-    """Print one line for each model, relative to the first."""
+    """Print one line for each model and form."""
+    columns = ("model", "form", "file", "load", "median", "p10", "p90", "memory")
+    rows = [
+        (
+            str(model["path"]),
+            model["form"],
+            bytes_text(model["file_bytes"]),
+            *(
+                milliseconds_text(model[key])
+                for key in ("load_ms", "median_ms", "p10_ms", "p90_ms")
+            ),
+            bytes_text(model["rss_bytes"]),
+        )
+        for model in models
+    ]
+    terminal.table(columns, rows, left=2)
+
+
+def bench_verdict(models: Sequence[Mapping[str, Any]]) -> str:
+    """How fast the others are, relative to the first model."""
+    first = models[0]
+    if len(models) == 1:
+        return f"{milliseconds_text(first['median_ms'])} a run"
+    parts = [
+        f"{model['path']} ({model['form']}) {first['median_ms'] / model['median_ms']:.2f}x"
+        for model in models[1:]
+    ]
+    return f"speed relative to {first['path']}: {', '.join(parts)}"
+
+
+def milliseconds_text(value: float) -> str:
+    """A time for people."""
+    return f"{value:.1f} ms" if value >= 100 else f"{value:.3g} ms"

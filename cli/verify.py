@@ -18,11 +18,11 @@ __all__ = ["command", "show_verification"]
 @click.argument("reference", type=FILE)
 @click.argument("compressed", type=FILE)
 @input_options
-@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Inputs made.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
 @click.option(
-    "--tolerance", type=float, help="Largest accepted relative difference of an output."
+    "--samples", type=click.IntRange(1), default=4, show_default=True, help="Inputs made."
 )
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
+@click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
 @with_terminal
 def command(
     terminal: Terminal,
@@ -49,9 +49,20 @@ def command(
     )
     document = result.to_json()
     show_verification(terminal, document)
-    terminal.finish(document, "passed" if result.passed else "FAILED")
+    terminal.finish(document, verdict(document))
     if not result.passed:
         raise click.exceptions.Exit(onnxcomp.errors.VerifyError.exit_code)
+
+
+def verdict(document: Mapping[str, Any]) -> str:
+    """One line: whether it passed, and how close the worst output is to the original."""
+    if not document["passed"]:
+        return "FAILED"
+    differences = [metrics["rel_l2"] for metrics in document["outputs"].values()]
+    known = [value for value in differences if value is not None]
+    worst = f", relative difference to the original at most {max(known):.3g}" if known else ""
+    samples = document["samples"]
+    return f"passed on {samples} {'input' if samples == 1 else 'inputs'}{worst}"
 
 
 def show_verification(terminal: Terminal, document: Mapping[str, Any]) -> None:
@@ -61,9 +72,13 @@ def show_verification(terminal: Terminal, document: Mapping[str, Any]) -> None:
     columns = ("form", "output", "relative L2", "SNR", "cosine", "max abs")
     if rows:
         terminal.table(columns, rows, left=2)
+    for failure in document["failures"]:
+        terminal.say(f"FAILED: {failure}")
 
 
-def _rows(form: str, outputs: Mapping[str, Mapping[str, float | None]]) -> Iterable[tuple[str, ...]]:
+def _rows(
+    form: str, outputs: Mapping[str, Mapping[str, float | None]]
+) -> Iterable[tuple[str, ...]]:
     for name, metrics in outputs.items():
         yield (
             form,

@@ -56,6 +56,9 @@ class HeldOut:
     pairs: npt.NDArray[np.int64]
     categories: npt.NDArray[np.int64]
 
+    def __len__(self) -> int:
+        return len(self.categories)
+
 
 def encode_names(names: Sequence[str]) -> npt.NDArray[np.int64]:
     """Encode names as pair numbers ``(n, LENGTH)``: first letter's code * 39 + second letter's."""
