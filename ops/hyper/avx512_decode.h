@@ -19,6 +19,8 @@ namespace {
 
 constexpr int kStep = 32;          // weights of a row that are decoded together
 constexpr int kLine = kLanes * 4;  // bytes of one dword of 16 rows
+// Prefetch distance in lines: more than a page, so that address translation is under way in time.
+constexpr int kAhead = 96;
 
 // The windows of one unit of eight weights: where each starts, in the interleaved qwords.
 struct Cut {
@@ -139,6 +141,16 @@ inline void LoadPairs(const uint8_t* codes, __m512i& before, __m512i* lo, __m512
     lo[d] = _mm512_unpacklo_epi32(before, now);
     hi[d] = _mm512_unpackhi_epi32(before, now);
     before = now;
+  }
+}
+
+// Asks for K lines far ahead. Into the second level: it has more outstanding misses than the first,
+// whose own prefetcher does the rest (measured: 1.2 to 1.3 times the bandwidth at 4 bits).
+template <int K>
+inline void Prefetch(const uint8_t* codes) {
+#pragma GCC unroll 8
+  for (int d = 0; d < K; ++d) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + (kAhead + d) * kLine), _MM_HINT_T1);
   }
 }
 

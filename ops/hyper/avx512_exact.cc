@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kStreamRows = 4;
 constexpr int kTile = 12;
-constexpr int kAhead = 24;
 
 // Byte J of every dword times 2^24, as float.
 template <int J>
@@ -43,11 +42,8 @@ inline void SumGroup(const Lookup<L>& lookup, const uint8_t* codes, int group, c
                      __m512* sums) {
   __m512i before = LastDword(codes, group * K / 32);
   for (int t = 0; t < group; t += kStep, codes += K * kLine) {
-#pragma GCC unroll 8
-    for (int d = 0; d < K; ++d) {
-      _mm_prefetch(reinterpret_cast<const char*>(codes + (kAhead + d) * kLine), _MM_HINT_T0);
-    }
     Unit units[4];
+    Prefetch<K>(codes);
     DecodeStep<K, L>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u, x += 8 * M) {
@@ -117,6 +113,7 @@ struct DecodeTile {
       float* out = w + p * kLanes;
       for (int t = 0; t < weight.format.group; t += kStep, codes += K * kLine) {
         Unit units[4];
+        Prefetch<K>(codes);
         DecodeStep<K, L>(lookup, codes, before, units);
         for (int u = 0; u < 4; ++u, out += 16 * kLanes) {
           StoreFour(FirstHalf(units[u]), out);

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kStreamRows = 4;  // up to here the streaming form is the faster one
 constexpr int kTile = 12;       // 12 rows times 2 panels: 24 accumulators
-constexpr int kAhead = 24;      // prefetch distance in lines of 64 bytes
 
 // The builtin makes gcc 12 copy accumulators through the stack; as assembly they stay put.
 inline void Dot(__m512i& acc, __m512i weights, __m512i x) {
@@ -26,17 +25,16 @@ inline void DotBroadcast(__m512i& acc, __m512i weights, const int8_t* x) {
       : "v"(weights), "m"(*reinterpret_cast<const Dword*>(x)));
 }
 
+inline __m512i Broadcast(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
 // y + float(sums) * (scale of the weights * scale of the activations), each step rounded.
 inline __m512 Accumulate(__m512 y, __m512i sums, __m512 weights, float x) {
   const __m512 scale = _mm512_mul_ps(weights, _mm512_set1_ps(x));
   return _mm512_add_ps(y, _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale));
-}
-
-inline void Prefetch(const uint8_t* codes, int lines) {
-#pragma GCC unroll 8
-  for (int i = 0; i < lines; ++i) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes + (kAhead + i) * kLine), _MM_HINT_T0);
-  }
 }
 
 // Sums over one group for one row of activations: eight of them meet eight weights as a qword.
@@ -47,7 +45,7 @@ inline __m512i SumOne(const Lookup<L>& lookup, const uint8_t* codes, int group, 
   __m512i hi[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int t = 0; t < group; t += kStep, codes += K * kLine, x += kStep) {
     Unit units[4];
-    Prefetch(codes, K);
+    Prefetch<K>(codes);
     DecodeStep<K, L>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
@@ -69,7 +67,7 @@ inline void SumFew(const Lookup<L>& lookup, const uint8_t* codes, int group, con
   __m512i before = LastDword(codes, group * K / 32);
   for (int t = 0; t < group; t += kStep, codes += K * kLine) {
     Unit units[4];
-    Prefetch(codes, K);
+    Prefetch<K>(codes);
     DecodeStep<K, L>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u, x += 8 * M) {
@@ -137,7 +135,7 @@ struct DecodeTile {
       uint8_t* out = w + p * kLine;
       for (int t = 0; t < weight.format.group; t += kStep, codes += K * kLine) {
         Unit units[4];
-        Prefetch(codes, K);
+        Prefetch<K>(codes);
         DecodeStep<K, L>(lookup, codes, before, units);
         for (int u = 0; u < 4; ++u, out += 4 * kLine) {
           _mm512_store_si512(out, FirstHalf(units[u]));
@@ -163,8 +161,9 @@ void Multiply(const uint8_t* w, int group, const int8_t* x, const int32_t* biase
     const __m512i w1 = _mm512_load_si512(w + kLine);
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
-      DotBroadcast(sums[i][0], w0, x + 4 * i);
-      if constexpr (NP == 2) DotBroadcast(sums[i][1], w1, x + 4 * i);
+      const __m512i four = Broadcast(x + 4 * i);
+      Dot(sums[i][0], w0, four);
+      if constexpr (NP == 2) Dot(sums[i][1], w1, four);
     }
   }
 #pragma GCC unroll 12

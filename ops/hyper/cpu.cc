@@ -78,7 +78,8 @@ class Prepared {
         biases_(int8 ? rows * format.groups : 0),
         values_(int8 ? 0 : rows * format.padded()) {
     for (int t = 0; t < format.group; ++t) {
-      positions_[t] = static_cast<int16_t>(int8 ? isa.position(format, t) : t);
+      positions_[t] = static_cast<int16_t>(isa.position(format, t));
+      permuted_ = permuted_ || positions_[t] != t;
     }
   }
 
@@ -118,13 +119,15 @@ class Prepared {
   void PlaceInt8(const float* values, int64_t unit, int i, int count) const {
     int8_t codes[kMaxGroup];
     scales_.get()[unit + i] = isa_.quantize(values, format_.group, codes);
-    int8_t* out = codes_.get() + unit * format_.group + i * 4;
     int32_t sum = 0;
-    for (int t = 0; t < format_.group; ++t) {
-      const int position = positions_[t];
-      out[position / 4 * 4 * count + position % 4] = codes[t];
-      sum += codes[t];
+    for (int t = 0; t < format_.group; ++t) sum += codes[t];
+    int8_t moved[kMaxGroup];
+    if (permuted_) {
+      for (int t = 0; t < format_.group; ++t) moved[positions_[t]] = codes[t];
     }
+    const int8_t* source = permuted_ ? moved : codes;
+    int8_t* out = codes_.get() + unit * format_.group + i * 4;
+    for (int t = 0; t < format_.group; t += 4) std::memcpy(out + t * count, source + t, 4);
     biases_.get()[unit + i] = -128 * sum;
   }
 
@@ -137,6 +140,7 @@ class Prepared {
   Scratch<float> scales_;
   Scratch<int32_t> biases_;
   Scratch<float> values_;
+  bool permuted_ = false;
   int16_t positions_[kMaxGroup];
 };
 

@@ -12,7 +12,7 @@ namespace onnxcomp::hyper {
 constexpr int kLanes = 16;      // rows of a panel
 constexpr int kMaxGroup = 256;  // weights of a group
 constexpr int kMaxTile = 12;    // rows of activations that are interleaved, at most
-constexpr int kRowBlock = 96;   // rows of activations per task; a multiple of every tile
+constexpr int kRowBlock = 144;  // rows of activations per task; a multiple of every tile
 
 // Sizes of one weight.
 struct Format {
