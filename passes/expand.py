@@ -1,0 +1,266 @@
+"""Turn a compressed model back into plain dense ONNX.
+
+``HyperMatMul(x, codes, ...) -> MatMul(x, W)``, ``HyperGather(i, codes, ...) -> Gather(W, i)``, and
+what ``HyperWeight`` or ``HyperDecode`` restored becomes ``W`` itself; likewise for other codecs.
+``W`` has the name, shape and type of the tensor that was compressed and is decoded when it is
+written. Our functions, domain import and metadata go. Visits the main graph and all subgraphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.building import attribute
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.codec import DOMAIN, Array, Attribute, Payload, WeightSite
+from onnxcomp.passes.graph import Change
+from onnxcomp.passes.record import KEY, WEIGHT_KEY, Record, own_name, read_record, shared_name
+from onnxcomp.passes.scopes import (
+    Names,
+    add_initializer,
+    initializers,
+    remove_dead,
+    remove_initializer,
+    replace_value,
+    scopes,
+)
+
+__all__ = ["decode_site", "expand"]
+
+_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+def expand(model: ir.Model) -> Change:
+    """Replace every compressed weight by a dense one, in place.
+
+    Returns:
+        The number of weights that became dense, with a note for each.
+
+    Raises:
+        ModelError: The record of what was compressed is missing or does not fit the model.
+    """
+    records = read_record(model)
+    own_nodes = [node for node in _nodes(model) if node.domain == DOMAIN]
+    if own_nodes and not records:
+        raise ModelError(
+            f"the model has {DOMAIN} operators, but its metadata entry {KEY!r} is gone",
+            hint="expand the file that onnxcomp wrote, before other tools changed it",
+        )
+    work = _Expander(model, records)
+    for node in list(_nodes(model)):
+        if node.metadata_props.get(WEIGHT_KEY) in records:
+            work.restore(node)
+    for node in own_nodes:
+        if node.graph is not None:
+            work.replace(node)
+    work.clean()
+    notes = tuple(f"{name}: {records[name].recipe.codec} became dense" for name in work.weights)
+    return Change(len(notes), notes)
+
+
+def decode_site(model: ir.Model, record: Record) -> Array:
+    """The decoded weight of a compressed model in canonical form, ``(rows, length)`` float32.
+
+    Raises:
+        ModelError: A tensor of the weight is missing, or its codec is unknown.
+    """
+    return _decode(record, initializers(model))
+
+
+def _decode(record: Record, values: Mapping[str, ir.Value]) -> Array:
+    codec = CODECS.get(record.recipe.codec)
+    if codec is None:
+        raise ModelError(
+            f"weight {record.site.name!r} was stored by an unknown codec: {record.recipe.codec}",
+            hint="update onnxcomp",
+        )
+    own = {key: own_name(record.site.name, key) for key in record.recipe.tensors}
+    shared = {key: shared_name(key) for key in record.recipe.shared}
+    payload = Payload(_arrays(own, values), _arrays(shared, values), record.recipe.attributes)
+    return codec.decode(record.site, payload)
+
+
+def _arrays(names: Mapping[str, str], values: Mapping[str, ir.Value]) -> dict[str, Array]:
+    arrays = {}
+    for key, name in names.items():
+        value = values.get(name)
+        if value is None or value.const_value is None:
+            raise ModelError(f"the compressed model lacks its tensor {name!r}")
+        arrays[key] = np.asarray(value.const_value.numpy())
+    return arrays
+
+
+def _dense(record: Record, values: Mapping[str, ir.Value]) -> ir.LazyTensor:
+    """The stored tensor; decoded at each access, so that one at a time is in memory."""
+    site = record.site
+    dtype = _DTYPES[site.dtype]
+
+    def decoded() -> ir.TensorProtocol:
+        matrix = _decode(record, values)
+        stored = (matrix.T if site.transposed else matrix).astype(dtype.numpy(), copy=False)
+        return ir.Tensor(np.ascontiguousarray(stored).reshape(site.shape), dtype=dtype)
+
+    return ir.LazyTensor(decoded, dtype, ir.Shape(site.shape), cache=False, name=site.name)
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    return (node for scope in scopes(model) for node in scope.graph)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A form of a weight that a standard operator needs; forms are made once per model."""
+
+    site: str
+    shape: tuple[int, ...]
+    transposed: bool
+    dtype: ir.DataType
+
+
+class _Expander:
+    """The state of one expansion.
+
+    Attributes:
+        weights: The dense weights made so far, by name.
+    """
+
+    def __init__(self, model: ir.Model, records: Mapping[str, Record]) -> None:
+        self._model = model
+        self._records = records
+        self._names = Names(model)
+        self._values = initializers(model)
+        self._owners = {
+            own_name(name, key): record
+            for name, record in records.items()
+            for key in record.recipe.tensors
+        }
+        self.weights: dict[str, ir.Value] = {}
+        self._matrices: dict[_Matrix, ir.Value] = {}
+
+    def weight(self, name: str) -> ir.Value:
+        """The dense initializer of a site."""
+        if name not in self.weights:
+            tensor = _dense(self._records[name], self._values)
+            value = ir.Value(
+                name=self._names.value(name),
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape(self._records[name].site.shape),
+                const_value=tensor,
+            )
+            add_initializer(self._model, value)
+            self.weights[name] = value
+        return self.weights[name]
+
+    def restore(self, node: ir.Node) -> None:
+        """A whole weight was decoded here: read the dense one instead."""
+        weight = self.weight(node.metadata_props[WEIGHT_KEY])
+        node.outputs[0].replace_all_uses_with(weight)
+        self._remove(node)
+
+    def _remove(self, node: ir.Node) -> None:
+        """Remove a node whose output nobody reads, and what was computed for it alone."""
+        producers = [value.producer() for value in node.inputs if value is not None]
+        if remove_dead([node]):
+            for producer in producers:
+                if producer is not None and KEY in producer.metadata_props:
+                    self._remove(producer)
+
+    def replace(self, node: ir.Node) -> None:
+        """Put the standard operator in the place of one of ours."""
+        record = next(
+            (self._owners[v.name] for v in node.inputs if v and v.name in self._owners), None
+        )
+        if record is None:
+            raise ModelError(f"node {node.name!r} reads no weight the record knows")
+        result = self._standard(node, record.site)
+        name = node.name
+        replace_value(node.outputs[0], result)
+        self._remove(node)
+        producer = result.producer()
+        assert producer is not None
+        producer.name = name
+
+    def _standard(self, node: ir.Node, site: WeightSite) -> ir.Value:
+        rows, length = site.rows, site.length
+        if node.op_type.endswith("MatMul"):
+            default = _DTYPES[site.dtype].value
+            dtype = ir.DataType(node.attributes.get_int("dtype", default))
+            weight = self._matrix(_Matrix(site.name, (length, rows), True, dtype))
+            return self._before(node, "MatMul", [node.inputs[0], weight])
+        weight = self._matrix(_Matrix(site.name, (rows, length), False, ir.DataType.FLOAT))
+        if node.op_type.endswith("Gather"):
+            return self._before(node, "Gather", [weight, node.inputs[0]])
+        extent = tuple(node.attributes.get_ints("extent", (rows, length)))
+        return self._before(node, "Reshape", [weight, self._dims(extent)])
+
+    def _matrix(self, wanted: _Matrix) -> ir.Value:
+        """The weight as ``(rows, length)``, or as ``(length, rows)`` when transposed, in a type."""
+        if wanted not in self._matrices:
+            site = self._records[wanted.site].site
+            value = self.weight(wanted.site)
+            flat = (site.length, site.rows) if site.transposed else (site.rows, site.length)
+            if flat != site.shape:
+                value = self._at_start("Reshape", [value, self._dims(flat)])
+            if wanted.transposed != site.transposed:
+                value = self._at_start("Transpose", [value], {"perm": [1, 0]})
+            if wanted.dtype != _DTYPES[site.dtype]:
+                value = self._at_start("Cast", [value], {"to": wanted.dtype.value})
+            self._matrices[wanted] = value
+        return self._matrices[wanted]
+
+    @functools.cache  # noqa: B019 - an expander lives for one call
+    def _dims(self, shape: tuple[int, ...]) -> ir.Value:
+        tensor = ir.Tensor(np.array(shape, np.int64))
+        name = self._names.value(f"shape.{'x'.join(map(str, shape))}")
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        add_initializer(self._model, value)
+        return value
+
+    def _before(self, node: ir.Node, op_type: str, inputs: list[ir.Value | None]) -> ir.Value:
+        made = ir.Node("", op_type, inputs, name=self._names.node(f"{node.name}/{op_type}"))
+        made.outputs[0].name = self._names.value(made.name or op_type)
+        assert node.graph is not None
+        node.graph.insert_before(node, made)
+        return made.outputs[0]
+
+    def _at_start(
+        self,
+        op_type: str,
+        inputs: list[ir.Value],
+        attributes: Mapping[str, Attribute] | None = None,
+    ) -> ir.Value:
+        """A node at the start of the main graph, where every graph sees its output."""
+        attrs = [attribute(key, value) for key, value in (attributes or {}).items()]
+        name = self._names.node(f"{inputs[0].name}/{op_type}")
+        made = ir.Node("", op_type, inputs, attrs, name=name)
+        made.outputs[0].name = self._names.value(name)
+        graph, producer = self._model.graph, inputs[0].producer()
+        if producer is None:
+            graph.insert_before(graph[0], made)
+        else:
+            graph.insert_after(producer, made)
+        return made.outputs[0]
+
+    def clean(self) -> None:
+        """Remove payloads, functions, import and metadata."""
+        for name, value in self._values.items():
+            ours = name in self._owners or name.startswith(shared_name(""))
+            if ours and not value.uses() and not value.is_graph_output():
+                remove_initializer(value)
+        for node in _nodes(self._model):
+            node.metadata_props.pop(KEY, None)
+            node.metadata_props.pop(WEIGHT_KEY, None)
+        for identifier in [key for key in self._model.functions if key[0] == DOMAIN]:
+            del self._model.functions[identifier]
+        self._model.graph.opset_imports.pop(DOMAIN, None)
+        self._model.metadata_props.pop(KEY, None)
