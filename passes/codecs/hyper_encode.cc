@@ -451,15 +451,16 @@ class Decoder {
     const Format& format = task_.format;
     const int size = int(format.block_bytes());
     const uint8_t* codes = task_.codes + job * size * kLanes + lane * 4;
-    uint8_t string[kMaxGroup * 6 / 8 + 4];  // the last four bytes, then the block
+    uint8_t string[kMaxGroup * 6 / 8 + 6];  // the last four bytes, the block, two of zeros
     for (int i = 0; i < size; ++i) string[4 + i] = codes[i / 4 * kLanes * 4 + i % 4];
     std::memcpy(string, string + size, 4);
+    string[size + 4] = string[size + 5] = 0;
     const uint32_t mask = (1u << format.state_bits) - 1;
     for (int t = 0; t < format.group; ++t) {
       const int first = 32 + (t + 1) * format.bits - format.state_bits;
       const int octet = first / 8;
-      uint32_t window = string[octet] | uint32_t(string[octet + 1]) << 8;
-      if (octet + 2 < size + 4) window |= uint32_t(string[octet + 2]) << 16;
+      const uint32_t window =
+          string[octet] | uint32_t(string[octet + 1]) << 8 | uint32_t(string[octet + 2]) << 16;
       values_[t * kLanes + lane] = task_.table[(window >> (first % 8)) & mask];
     }
   }
