@@ -19,7 +19,13 @@ import onnx_ir as ir
 
 from onnxcomp.errors import CompressionError, ModelError, UsageError
 from onnxcomp.passes import marks
-from onnxcomp.passes.skeleton import fill_nodes, fill_rest, model_shell, tensor_header
+from onnxcomp.passes.skeleton import (
+    fill_nodes,
+    fill_rest,
+    model_shell,
+    tensor_header,
+    tensor_proto,
+)
 from onnxcomp.passes.tensors import SparseTensor
 from onnxcomp.passes.wire import varint
 
@@ -117,12 +123,7 @@ class _Image:
     def _nested(self, tensor: ir.TensorProtocol, name: str | None) -> onnx.TensorProto:
         if self.data is not None and self._is_external(tensor):
             return self.data.place(tensor, name)
-        proto = tensor_header(tensor, name)
-        if isinstance(tensor, ir.StringTensor):
-            proto.string_data.extend(tensor.string_data())
-        else:
-            proto.raw_data = tensor.tobytes()
-        return proto
+        return tensor_proto(tensor, name)
 
     def _initializer(self, tensor: ir.TensorProtocol, name: str) -> Iterator[Piece]:
         if self._is_external(tensor) or isinstance(tensor, ir.StringTensor):

@@ -14,7 +14,15 @@ import onnx_ir as ir
 from onnxcomp.passes import marks
 from onnxcomp.passes.tensors import SparseTensor, shape_of
 
-__all__ = ["TensorWriter", "fill_nodes", "fill_rest", "model_shell", "tensor_header"]
+__all__ = [
+    "TensorWriter",
+    "fill_nodes",
+    "fill_rest",
+    "model_proto",
+    "model_shell",
+    "tensor_header",
+    "tensor_proto",
+]
 
 # Gives the message of one tensor, under a name that may differ from the tensor's own.
 TensorWriter = Callable[[ir.TensorProtocol, str | None], onnx.TensorProto]
@@ -28,6 +36,26 @@ def tensor_header(tensor: ir.TensorProtocol, name: str | None) -> onnx.TensorPro
     if tensor.doc_string:
         proto.doc_string = tensor.doc_string
     _add_pairs(proto.metadata_props, tensor.metadata_props)
+    return proto
+
+
+def tensor_proto(tensor: ir.TensorProtocol, name: str | None) -> onnx.TensorProto:
+    """The message of a tensor with its bytes in it."""
+    proto = tensor_header(tensor, name)
+    if isinstance(tensor, ir.StringTensor):
+        proto.string_data.extend(tensor.string_data())
+    else:
+        proto.raw_data = tensor.tobytes()
+    return proto
+
+
+def model_proto(model: ir.Model, write: TensorWriter = tensor_proto) -> onnx.ModelProto:
+    """The whole model as one message, in memory; `save` is the way to a file."""
+    proto = model_shell(model)
+    moved = list(proto.graph.value_info)
+    proto.ClearField("graph")
+    _fill_graph(proto.graph, model.graph, write)
+    proto.graph.value_info.extend(moved)
     return proto
 
 
