@@ -97,35 +97,11 @@ void ProductExact(const Weight& weight, const Activations& x, int64_t panel, int
   }
 }
 
-void DecodeGroup(const Weight& weight, const uint8_t* lane, uint16_t scale, int width, float* out) {
-  int16_t q[kMaxGroup];
-  DecodeLane(weight.format, lane, weight.table, q, 1);
-  TransformInt16(q, weight.format.group);
-  const float factor = ScaleOf(scale);
-  for (int t = 0; t < width; ++t) out[t] = static_cast<float>(SignOf(t) * q[t]) * factor;
-}
-
-void DecodePanel(const Weight& weight, int64_t panel, int64_t group, int count, int width,
-                 float* out, int64_t stride) {
-  const uint8_t* block = weight.block(panel, group);
-  const uint16_t* scales = weight.scale(panel, group);
-  for (int lane = 0; lane < count; ++lane) {
-    DecodeGroup(weight, block + lane * 4, scales[lane], width, out + lane * stride);
-  }
-}
-
-void DecodeRow(const Weight& weight, int64_t row, int64_t group, int width, float* out) {
-  const int64_t panel = row / kLanes;
-  const int lane = static_cast<int>(row % kLanes);
-  DecodeGroup(weight, weight.block(panel, group) + lane * 4, weight.scale(panel, group)[lane],
-              width, out);
-}
-
 }  // namespace
 
 const Isa& PlainIsa() {
   static const Isa isa{"plain",     1,           IdentityPosition, Rotate,    QuantizeGroup,
-                       ProductInt8, ProductExact, DecodePanel,     DecodeRow};
+                       ProductInt8, ProductExact, DecodePanelRows, DecodeOneRow};
   return isa;
 }
 

@@ -3,7 +3,6 @@
 // Internal linkage throughout: each translation unit gets its own copy, compiled with its own flags.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -20,24 +19,55 @@ inline uint32_t DwordOf(const uint8_t* lane, int d) {
   return dword;
 }
 
-// q[t * stride] = table[s_t] for the group's weights of one row.
+// q[t * stride] = table[s_t] for 32 weights of one row; `before` is the dword before `lane`.
+template <int K, int L, class T>
+inline uint32_t DecodeStepLane(const uint8_t* lane, uint32_t before, const int8_t* table, T* q,
+                               int stride) {
+  constexpr uint32_t kMask = (1u << L) - 1;
+  uint64_t pairs[K];
+  for (int d = 0; d < K; ++d) {
+    const uint32_t now = DwordOf(lane, d);
+    pairs[d] = before | static_cast<uint64_t>(now) << 32;
+    before = now;
+  }
+#pragma GCC unroll 32
+  for (int t = 0; t < 32; ++t) {
+    // A window starts at most 12 bits before it ends: never before the dword before its last.
+    const int last = ((t + 1) * K - 1) / 32;
+    const int shift = (t + 1) * K - L - 32 * (last - 1);
+    q[t * stride] = table[static_cast<uint32_t>(pairs[last] >> shift) & kMask];
+  }
+  return before;
+}
+
+template <int K, int L, class T>
+void DecodeLaneOf(int group, const uint8_t* lane, const int8_t* table, T* q, int stride) {
+  uint32_t before = DwordOf(lane, group * K / 32 - 1);
+  for (int t = 0; t < group; t += 32, lane += K * kLanes * 4) {
+    before = DecodeStepLane<K, L>(lane, before, table, q + t * stride, stride);
+  }
+}
+
+// q[t * stride] = table[s_t] for all weights of one row's group.
 template <class T>
 inline void DecodeLane(const Format& format, const uint8_t* lane, const int8_t* table, T* q,
                        int stride) {
-  const uint32_t mask = (1u << format.states) - 1;
-  // Bits 0 .. 31 of `window` are the dword before, bits 32 .. 63 the current one; a window ends at
-  // most 12 bits after it starts and therefore never needs more.
-  uint64_t window = static_cast<uint64_t>(DwordOf(lane, format.dwords - 1)) << 32;
-  int loaded = 0;
-  int end = format.bits;
-  for (int t = 0; t < format.group; ++t, end += format.bits) {
-    while (loaded * 32 < end) {
-      window = (window >> 32) | (static_cast<uint64_t>(DwordOf(lane, loaded)) << 32);
-      ++loaded;
-    }
-    const int shift = end - format.states - (loaded - 2) * 32;
-    q[t * stride] = table[static_cast<uint32_t>(window >> shift) & mask];
-  }
+  using Fn = void (*)(int, const uint8_t*, const int8_t*, T*, int);
+  // By bits and states; null where L >= k + 2 does not hold, which never gets here.
+  static constexpr Fn kByFormat[6][5] = {
+      {DecodeLaneOf<1, 6, T>, DecodeLaneOf<1, 7, T>, DecodeLaneOf<1, 8, T>,
+       DecodeLaneOf<1, 10, T>, DecodeLaneOf<1, 12, T>},
+      {DecodeLaneOf<2, 6, T>, DecodeLaneOf<2, 7, T>, DecodeLaneOf<2, 8, T>,
+       DecodeLaneOf<2, 10, T>, DecodeLaneOf<2, 12, T>},
+      {DecodeLaneOf<3, 6, T>, DecodeLaneOf<3, 7, T>, DecodeLaneOf<3, 8, T>,
+       DecodeLaneOf<3, 10, T>, DecodeLaneOf<3, 12, T>},
+      {DecodeLaneOf<4, 6, T>, DecodeLaneOf<4, 7, T>, DecodeLaneOf<4, 8, T>,
+       DecodeLaneOf<4, 10, T>, DecodeLaneOf<4, 12, T>},
+      {nullptr, DecodeLaneOf<5, 7, T>, DecodeLaneOf<5, 8, T>, DecodeLaneOf<5, 10, T>,
+       DecodeLaneOf<5, 12, T>},
+      {nullptr, nullptr, DecodeLaneOf<6, 8, T>, DecodeLaneOf<6, 10, T>, DecodeLaneOf<6, 12, T>}};
+  const int states = format.states <= 8 ? format.states - 6 : format.states / 2 - 2;
+  kByFormat[format.bits - 1][states](format.group, lane, table, q, stride);
 }
 
 // H q in place, exact in integers.
@@ -63,6 +93,33 @@ inline int SignOf(int t) {
 
 inline float ScaleOf(uint16_t half) { return HalfToFloat(half) * 0x1p-12f; }
 
+// One row in one group to float32.
+inline void DecodeGroup(const Weight& weight, const uint8_t* lane, uint16_t scale, int width, float* out) {
+  int16_t q[kMaxGroup];
+  DecodeLane(weight.format, lane, weight.table, q, 1);
+  TransformInt16(q, weight.format.group);
+  const float factor = ScaleOf(scale);
+  for (int t = 0; t < width; ++t) out[t] = static_cast<float>(SignOf(t) * q[t]) * factor;
+}
+
+// Isa::decode_panel.
+inline void DecodePanelRows(const Weight& weight, int64_t panel, int64_t group, int count, int width,
+                            float* out, int64_t stride) {
+  const uint8_t* block = weight.block(panel, group);
+  const uint16_t* scales = weight.scale(panel, group);
+  for (int lane = 0; lane < count; ++lane) {
+    DecodeGroup(weight, block + lane * 4, scales[lane], width, out + lane * stride);
+  }
+}
+
+// Isa::decode_row.
+inline void DecodeOneRow(const Weight& weight, int64_t row, int64_t group, int width, float* out) {
+  const int64_t panel = row / kLanes;
+  const int lane = static_cast<int>(row % kLanes);
+  DecodeGroup(weight, weight.block(panel, group) + lane * 4, weight.scale(panel, group)[lane],
+              width, out);
+}
+
 inline int IdentityPosition(const Format&, int t) { return t; }
 
 // spec.md section 4: amax / 127 is the scale, codes are rounded to nearest even.
@@ -70,7 +127,7 @@ inline float QuantizeGroup(const float* values, int group, int8_t* codes) {
   float amax = 0.0f;
   bool finite = true;
   for (int t = 0; t < group; ++t) {
-    const float magnitude = std::fabs(values[t]);
+    const float magnitude = __builtin_fabsf(values[t]);
     finite = finite && magnitude <= 0x1.fffffep127f;
     amax = magnitude > amax ? magnitude : amax;
   }

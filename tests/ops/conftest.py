@@ -47,7 +47,7 @@ class Weight:
         )
         names = hyper_format.NODE_INPUTS[2:]
         tensors = dict(zip(names, shared.values(), strict=True))
-        return {**{"codes": self.codes, "scales": self.scales}, **tensors, "table": self.table}
+        return {"codes": self.codes, "scales": self.scales, **tensors, "table": self.table}
 
     def attributes(self, op: str) -> dict[str, Any]:
         result: dict[str, Any] = {"extent": [self.rows, self.length], "group": self.group}
@@ -57,10 +57,21 @@ class Weight:
 
 
 def random_weight(
-    rows: int, length: int, *, bits: int = 4, states: int = 7, group: int = 128, seed: int = 0
+    rows: int,
+    length: int,
+    *,
+    bits: int = 4,
+    states: int = 7,
+    group: int = 128,
+    seed: int = 0,
+    odd: bool = False,
 ) -> Weight:
+    """Random payload; `odd` makes the table odd as the encoder's tables are."""
     rng = np.random.default_rng([seed, rows, length, bits, states, group])
     geometry = hyper_format.Geometry(bits, states, group, rows, length)
+    table = rng.integers(-127, 128, 1 << states).astype(np.int8)
+    if odd:
+        table[table.size // 2 :] = -table[: table.size // 2][::-1]
     return Weight(
         rows,
         length,
@@ -69,7 +80,7 @@ def random_weight(
         group,
         rng.integers(0, 256, geometry.codes_shape, np.uint8),
         rng.normal(0.0, 0.5, geometry.scales_shape).astype(np.float16),
-        rng.integers(-127, 128, 1 << states).astype(np.int8),
+        table,
     )
 
 
@@ -149,6 +160,44 @@ def open_session(library: Path) -> Callable[..., Any]:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     return open_
+
+
+@pytest.fixture(scope="session")
+def isas(library: Path) -> list[str]:
+    """Names of the instruction sets that this machine can run, plain C++ first."""
+    import onnxruntime
+
+    names = []
+    model = make_model("HyperDecode", random_weight(1, 32, group=32), None).SerializeToString()
+    for name in ("plain", "avx2", "avx2vnni", "avx512"):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        register(options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ONNXCOMP_ISA", name)
+            try:
+                onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            except Exception as error:
+                assert "ONNXCOMP_ISA" in str(error)
+                continue
+        names.append(name)
+    return names
+
+
+@pytest.fixture
+def run_on_all(
+    open_session: Callable[..., Any], isas: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Runs a one-output model on every instruction set: (name, one result for each feed)."""
+
+    def run(model: onnx.ModelProto, feeds: Sequence[dict[str, Array]]) -> Any:
+        for name in isas:
+            monkeypatch.setenv("ONNXCOMP_ISA", name)
+            session = open_session(model)
+            yield name, [session.run(None, one)[0] for one in feeds]
+        monkeypatch.delenv("ONNXCOMP_ISA")
+
+    return run
 
 
 def rotate(x: Array, group: int) -> Array:

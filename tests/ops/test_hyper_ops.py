@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto
 
@@ -18,17 +19,21 @@ SETTINGS = [
     for group in (32, 64, 128, 256)
     if states >= bits + 2 and (group in (32, 256) or states in (7, 12) or bits == 4)
 ]
+Array = np.ndarray[Any, Any]
+Feeds = Sequence[dict[str, Array]]
+RunOnAll = Callable[[onnx.ModelProto, Feeds], Iterator[tuple[str, list[Array]]]]
 SHAPES = [(1, 1), (15, 100), (16, 128), (17, 129), (33, 300)]
 
 
 @pytest.mark.parametrize(("bits", "states", "group"), SETTINGS)
 def test_decode_equals_the_definition_bit_by_bit(
-    hyper: Any, open_session: Callable[..., Any], bits: int, states: int, group: int
+    hyper: Any, run_on_all: RunOnAll, bits: int, states: int, group: int
 ) -> None:
     for rows, length in ((33, group + 17), (5, 3 * group)):
         weight = hyper.random_weight(rows, length, bits=bits, states=states, group=group)
-        (decoded,) = open_session(hyper.make_model("HyperDecode", weight, None)).run(None, {})
-        np.testing.assert_array_equal(decoded, weight.dense())
+        want = weight.dense()
+        for _, (decoded,) in run_on_all(hyper.make_model("HyperDecode", weight, None), [{}]):
+            np.testing.assert_array_equal(decoded, want)
 
 
 @pytest.mark.parametrize(("rows", "length"), SHAPES)
@@ -53,34 +58,64 @@ def test_gather_takes_a_scalar_index(hyper: Any, open_session: Callable[..., Any
     np.testing.assert_array_equal(out, weight.dense()[-3])
 
 
+BATCHES = (1, 2, 3, 4, 7, 17, 30)
+
+
+@pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize(("bits", "states", "group"), SETTINGS)
 def test_int8_product_equals_its_formula_bit_by_bit(
-    hyper: Any, open_session: Callable[..., Any], bits: int, states: int, group: int
+    hyper: Any, run_on_all: RunOnAll, bits: int, states: int, group: int, odd: bool
 ) -> None:
-    weight = hyper.random_weight(35, 2 * group + 9, bits=bits, states=states, group=group)
+    weight = hyper.random_weight(35, group + 9, bits=bits, states=states, group=group, odd=odd)
     model = hyper.make_model(
         "HyperMatMul", weight, (F32, [None, None]), attributes={"precision": 1}
     )
-    session = open_session(model)
     rng = np.random.default_rng(bits + states + group)
-    for m in (1, 2, 3, 4, 7, 25, 110):
-        x = rng.normal(size=(m, weight.length)).astype(np.float32)
-        (y,) = session.run(None, {"x": x})
-        np.testing.assert_array_equal(y, hyper.product_int8(x, weight))
+    inputs = [rng.normal(size=(m, weight.length)).astype(np.float32) for m in BATCHES]
+    want = hyper.product_int8(np.concatenate(inputs), weight)
+    for _, results in run_on_all(model, [{"x": x} for x in inputs]):
+        np.testing.assert_array_equal(np.concatenate(results), want)
 
 
 @pytest.mark.parametrize(("bits", "states", "group"), SETTINGS)
 def test_exact_product_is_within_float32_rounding(
-    hyper: Any, open_session: Callable[..., Any], bits: int, states: int, group: int
+    hyper: Any, run_on_all: RunOnAll, bits: int, states: int, group: int
 ) -> None:
-    weight = hyper.random_weight(35, 2 * group + 9, bits=bits, states=states, group=group)
-    session = open_session(hyper.make_model("HyperMatMul", weight, (F32, [None, None])))
+    weight = hyper.random_weight(35, group + 9, bits=bits, states=states, group=group, odd=True)
+    model = hyper.make_model("HyperMatMul", weight, (F32, [None, None]))
     rng = np.random.default_rng(bits + states + group)
-    for m in (1, 2, 4, 7, 25, 110):
-        x = rng.normal(size=(m, weight.length)).astype(np.float32)
-        (y,) = session.run(None, {"x": x})
+    inputs = [rng.normal(size=(m, weight.length)).astype(np.float32) for m in BATCHES]
+    x = np.concatenate(inputs)
+    want = x.astype(np.float64) @ weight.dense().astype(np.float64).T
+    for _, results in run_on_all(model, [{"x": x} for x in inputs]):
+        assert np.all(np.abs(np.concatenate(results) - want) <= hyper.exact_bound(x, weight))
+
+
+@pytest.mark.parametrize("precision", [0, 1])
+def test_large_batches_and_wide_weights_are_cut_into_tasks_without_seams(
+    hyper: Any, run_on_all: RunOnAll, precision: int
+) -> None:
+    for rows, length, m in ((97, 200, 1300), (1200, 2100, 9)):
+        weight = hyper.random_weight(rows, length, odd=True)
+        model = hyper.make_model(
+            "HyperMatMul", weight, (F32, [None, None]), attributes={"precision": precision}
+        )
+        x = np.random.default_rng(m).normal(size=(m, length)).astype(np.float32)
         want = x.astype(np.float64) @ weight.dense().astype(np.float64).T
-        assert np.all(np.abs(y - want) <= hyper.exact_bound(x, weight))
+        if precision == 1:
+            want = hyper.product_int8(x, weight)
+        for _, (y,) in run_on_all(model, [{"x": x}]):
+            bound = 0.0 if precision == 1 else hyper.exact_bound(x, weight)
+            assert np.all(np.abs(y - want) <= bound)
+
+
+def test_an_unknown_instruction_set_is_refused_by_name(
+    hyper: Any, open_session: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONNXCOMP_ISA", "mmx")
+    model = hyper.make_model("HyperDecode", hyper.random_weight(1, 32, group=32), None)
+    with pytest.raises(Exception, match="ONNXCOMP_ISA is 'mmx', must be plain"):
+        open_session(model)
 
 
 @pytest.mark.parametrize(("rows", "length"), SHAPES)
@@ -106,7 +141,7 @@ def test_any_batch_shape_is_kept(
             assert np.all(np.abs(y.reshape(-1, rows) - want) <= bound)
 
 
-def _round_to(y: np.ndarray[Any, Any], kind: int) -> np.ndarray[Any, Any]:
+def _round_to(y: Array, kind: int) -> Array:
     """To the 16-bit type and back, to nearest even."""
     if kind == TensorProto.FLOAT16:
         with np.errstate(over="ignore"):
@@ -147,7 +182,7 @@ def test_half_input_and_output_need_no_casts(hyper: Any, open_session: Callable[
 
 @pytest.mark.parametrize("precision", [0, 1])
 def test_nan_activations_spoil_their_own_row_only(
-    hyper: Any, open_session: Callable[..., Any], precision: int
+    hyper: Any, run_on_all: RunOnAll, precision: int
 ) -> None:
     weight = hyper.random_weight(20, 200)
     model = hyper.make_model(
@@ -155,22 +190,20 @@ def test_nan_activations_spoil_their_own_row_only(
     )
     x = np.ones((3, 200), np.float32)
     x[1, 7], x[2] = np.nan, 0.0
-    (y,) = open_session(model).run(None, {"x": x})
-    assert np.isfinite(y[0]).all()
-    assert np.isnan(y[1]).all()
-    assert not y[2].any()
+    for _, (y,) in run_on_all(model, [{"x": x}]):
+        assert np.isfinite(y[0]).all()
+        assert np.isnan(y[1]).all()
+        assert not y[2].any()
 
 
-def test_scales_of_any_bits_give_what_numpy_gives(
-    hyper: Any, open_session: Callable[..., Any]
-) -> None:
+def test_scales_of_any_bits_give_what_numpy_gives(hyper: Any, run_on_all: RunOnAll) -> None:
     weight = hyper.random_weight(32, 256)
     special = np.array([0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF, 0xFBFF, 0x7C00], np.uint16)
     weight.scales.reshape(-1)[:8] = special.view(np.float16)
     with np.errstate(invalid="ignore"):
         want = weight.dense()
-    (decoded,) = open_session(hyper.make_model("HyperDecode", weight, None)).run(None, {})
-    np.testing.assert_array_equal(decoded, want)
+    for _, (decoded,) in run_on_all(hyper.make_model("HyperDecode", weight, None), [{}]):
+        np.testing.assert_array_equal(decoded, want)
 
 
 def test_symbolic_batch_dims_reach_the_graph_output(
