@@ -1,29 +1,19 @@
-// Encoder and decoder of the hyperfunction format (ops/hyper/spec.md) for the compiler.
+// Encoder of the hyperfunction format (ops/hyper/spec.md) for the compiler.
 //
 // One job is sixteen rows times one group. Every job stands alone, so the result does not depend
 // on the number of threads; every decision is made in integers or in float operations with one
 // fixed order, so it does not depend on the instruction set either. The numpy form of the same
 // algorithm is hyper_viterbi.py; the two give equal bytes.
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
-#include <system_error>
-#include <thread>
-#include <vector>
+
+#include "hyper_jobs.h"
 
 // The x86 forms rely on GCC's target pragma; elsewhere the baseline form serves.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ONNXCOMP_X86
 #include <immintrin.h>
 #endif
-
-#define ONNXCOMP_EXPORT extern "C" __attribute__((visibility("default")))
 
 #define ONNXCOMP_EACH_TRELLIS(CASE)                                                          \
   CASE(1, 6) CASE(2, 6) CASE(3, 6) CASE(4, 6)                                                \
@@ -34,15 +24,12 @@
 
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kMaxGroup = 256;
-constexpr int kJobsAtOnce = 4;
+using namespace hyper;
+
 // Targets carry four bits after the point, in table units.
 constexpr int kFraction = 16;
 // Cost of a forbidden start: more than any difference that the first weights can make up.
 constexpr int32_t kFar = 1 << 29;
-
-enum Status : int32_t { kDone = 0, kInvalid = -1, kOutOfRange = -2, kNoMemory = -3 };
 
 // What one state adds to a path, in the forms the instruction sets want.
 struct StateCost {
@@ -70,10 +57,6 @@ struct Kernels {
                     int32_t* product, int32_t* square);
   Search (*find_search)(int bits, int state_bits);
 };
-
-// sign_t of the specification: x0 x1 + x2 x3 on both halves of the index.
-inline bool bent(int i) { return (((i & 1) & (i >> 1)) ^ ((i >> 2) & (i >> 3) & 1)) != 0; }
-inline bool sign_is_negative(int t) { return bent(t / 16) != bent(t % 16); }
 
 }  // namespace
 
@@ -117,108 +100,6 @@ const Kernels* kernels_of(int32_t isa) {
   if (isa == -1) isa = 0;
 #endif
   return isa == 0 ? &isa_baseline::kernels : nullptr;
-}
-
-// Nearest float16, ties to even; values from 65520 on give infinity.
-uint16_t to_half(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
-  bits &= 0x7FFFFFFF;
-  if (bits >= 0x7F800000) return sign | (bits > 0x7F800000 ? 0x7E00 : 0x7C00);
-  if (bits < 0x38800000) {  // below 2^-14: the float adder rounds to a multiple of 2^-24
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    const float rounded = magnitude + 0.5f;
-    std::memcpy(&bits, &rounded, 4);
-    return static_cast<uint16_t>(sign | (bits - 0x3F000000));
-  }
-  const uint32_t rounded = bits + 0xFFF + ((bits >> 13) & 1);
-  const uint32_t half = (rounded - 0x38000000) >> 13;
-  return static_cast<uint16_t>(sign | std::min<uint32_t>(half, 0x7C00));
-}
-
-float from_half(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t magnitude = half & 0x7FFF;
-  float value;
-  if (magnitude < 0x400) {
-    value = static_cast<float>(magnitude) * 0x1p-24f;
-  } else {
-    const uint32_t bits = magnitude >= 0x7C00 ? 0x7F800000 | (magnitude & 0x3FF) << 13
-                                              : (magnitude << 13) + 0x38000000;
-    std::memcpy(&value, &bits, 4);
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bits |= sign;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-struct Format {
-  int64_t rows;
-  int64_t length;
-  int bits;
-  int state_bits;
-  int group;
-
-  int64_t panels() const { return (rows + kLanes - 1) / kLanes; }
-  int64_t groups() const { return (length + group - 1) / group; }
-  int64_t jobs() const { return panels() * groups(); }
-  int64_t block_bytes() const { return group * bits / 8; }
-
-  bool valid() const {
-    const bool sizes = rows > 0 && length > 0 && bits >= 1 && bits <= 6;
-    const bool state = state_bits >= bits + 2 && state_bits >= 6 && state_bits <= 12 &&
-                       state_bits != 9 && state_bits != 11;
-    return sizes && state && (group == 32 || group == 64 || group == 128 || group == 256);
-  }
-};
-
-// Cache-line aligned array; empty when memory is short.
-template <class T>
-class Aligned {
- public:
-  explicit Aligned(size_t size)
-      : data_(static_cast<T*>(
-            std::aligned_alloc(64, (std::max<size_t>(size, 1) * sizeof(T) + 63) / 64 * 64))) {}
-  ~Aligned() { std::free(data_); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
-
-// Give every job to one of `threads` workers, each made from the task: Worker(task), ok(),
-// run(job). Nothing in a worker throws.
-template <class Worker, class Task>
-int32_t for_each_job(int64_t jobs, int threads, const Task& task) {
-  std::atomic<int64_t> next{0};
-  std::atomic<int32_t> status{kDone};
-  const auto work = [&] {
-    const std::unique_ptr<Worker> worker(new (std::nothrow) Worker(task));
-    if (!worker || !worker->ok()) {
-      status = kNoMemory;
-      return;
-    }
-    for (int64_t first; (first = next.fetch_add(kJobsAtOnce)) < jobs;)
-      for (int64_t job = first; job < std::min(first + kJobsAtOnce, jobs); ++job)
-        if (!worker->run(job)) status = kOutOfRange;
-  };
-  const int64_t wanted = std::min<int64_t>(threads, (jobs + kJobsAtOnce - 1) / kJobsAtOnce);
-  std::vector<std::thread> others;
-  others.reserve(static_cast<size_t>(std::max<int64_t>(wanted, 1)));
-  try {
-    for (int64_t i = 1; i < wanted; ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that run do all the jobs.
-  }
-  work();
-  for (std::thread& other : others) other.join();
-  return status;
 }
 
 // What to encode and where to put it.
@@ -414,72 +295,6 @@ std::vector<StateCost> state_costs(const int8_t* table, const Format& format) {
   return states;
 }
 
-struct DecodeTask {
-  Format format;
-  const uint8_t* codes;
-  const uint16_t* scales;
-  const int8_t* table;
-  float* weight;
-};
-
-class Decoder {
- public:
-  explicit Decoder(const DecodeTask& task) : task_(task) {}
-  bool ok() const { return true; }
-
-  bool run(int64_t job) {
-    const Format& format = task_.format;
-    for (int lane = 0; lane < kLanes; ++lane) look_up(job, lane);
-    transform();
-    const int64_t row = job / format.groups() * kLanes;
-    const int64_t column = job % format.groups() * format.group;
-    const int64_t rows = std::min<int64_t>(kLanes, format.rows - row);
-    const int64_t columns = std::min<int64_t>(format.group, format.length - column);
-    for (int64_t lane = 0; lane < rows; ++lane) {
-      const float factor = from_half(task_.scales[job * kLanes + lane]) * 0x1p-12f;
-      float* target = task_.weight + (row + lane) * format.length + column;
-      for (int64_t t = 0; t < columns; ++t) {
-        const int value = values_[t * kLanes + lane];
-        target[t] = static_cast<float>(sign_is_negative(int(t)) ? -value : value) * factor;
-      }
-    }
-    return true;
-  }
-
- private:
-  void look_up(int64_t job, int lane) {
-    const Format& format = task_.format;
-    const int size = int(format.block_bytes());
-    const uint8_t* codes = task_.codes + job * size * kLanes + lane * 4;
-    uint8_t string[kMaxGroup * 6 / 8 + 6];  // the last four bytes, the block, two of zeros
-    for (int i = 0; i < size; ++i) string[4 + i] = codes[i / 4 * kLanes * 4 + i % 4];
-    std::memcpy(string, string + size, 4);
-    string[size + 4] = string[size + 5] = 0;
-    const uint32_t mask = (1u << format.state_bits) - 1;
-    for (int t = 0; t < format.group; ++t) {
-      const int first = 32 + (t + 1) * format.bits - format.state_bits;
-      const int octet = first / 8;
-      const uint32_t window =
-          string[octet] | uint32_t(string[octet + 1]) << 8 | uint32_t(string[octet + 2]) << 16;
-      values_[t * kLanes + lane] = task_.table[(window >> (first % 8)) & mask];
-    }
-  }
-
-  void transform() {
-    const int group = task_.format.group;
-    for (int half = 1; half < group; half *= 2)
-      for (int start = 0; start < group; start += 2 * half)
-        for (int i = start * kLanes; i < (start + half) * kLanes; ++i) {
-          const int16_t a = values_[i], b = values_[i + half * kLanes];
-          values_[i] = static_cast<int16_t>(a + b);
-          values_[i + half * kLanes] = static_cast<int16_t>(a - b);
-        }
-  }
-
-  const DecodeTask& task_;
-  int16_t values_[kMaxGroup * kLanes];
-};
-
 }  // namespace
 
 // Version of this interface.
@@ -513,21 +328,6 @@ ONNXCOMP_EXPORT int32_t onnxcomp_hyper_encode(
                              codes,
                              scales};
     return for_each_job<Encoder>(format.jobs(), threads, task);
-  } catch (const std::exception&) {
-    return kNoMemory;
-  }
-}
-
-// Decode to weight[row * length + column].
-ONNXCOMP_EXPORT int32_t onnxcomp_hyper_decode(const uint8_t* codes, const uint16_t* scales,
-                                              const int8_t* table, int64_t rows, int64_t length,
-                                              int32_t bits, int32_t state_bits, int32_t group,
-                                              int32_t threads, float* weight) {
-  const Format format = {rows, length, bits, state_bits, group};
-  if (!format.valid()) return kInvalid;
-  try {
-    const DecodeTask task = {format, codes, scales, table, weight};
-    return for_each_job<Decoder>(format.jobs(), threads, task);
   } catch (const std::exception&) {
     return kNoMemory;
   }
