@@ -257,14 +257,17 @@ def _add_functions(
     assert opset is not None
     codecs = {placement.codec.name: placement.codec for placement in placements}
     bodies = {body.name: body for codec in codecs.values() for body in codec.functions(opset)}
-    wanted = sorted(operators)
-    while wanted:
-        body = bodies.get(wanted.pop())
-        if body is None or (body.domain, body.name, "") in model.functions:
-            continue
-        function = ir.serde.deserialize_function(body)
-        model.functions[function.identifier()] = function
-        wanted += sorted({node.op_type for node in body.node if node.domain == DOMAIN})
+    wanted, pending = set[str](), set(operators)
+    while pending:
+        name = pending.pop()
+        if name in bodies and name not in wanted:
+            wanted.add(name)
+            pending |= {node.op_type for node in bodies[name].node if node.domain == DOMAIN}
+    # In the codec's order, callees first: onnx.reference needs a function before its callers.
+    for body in (body for name, body in bodies.items() if name in wanted):
+        if (body.domain, body.name, "") not in model.functions:
+            function = ir.serde.deserialize_function(body)
+            model.functions[function.identifier()] = function
     if model.functions:
         _raise_ir_version(model)
 
