@@ -28,6 +28,12 @@ __all__ = ["bench"]
 
 PathLike = str | os.PathLike[str]
 
+# Execution providers of ONNX Runtime, in its order of preference.
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+
 # Seconds that one model runs in one turn, and in all.
 _TURN, _TOTAL = 0.05, 2.0
 _LEAST_RUNS = 5
@@ -40,6 +46,7 @@ def bench(
     shapes: Mapping[str, Sequence[int]] | None = None,
     threads: int | None = None,
     portable: bool = False,
+    provider: str = "cpu",
     seed: int = 0,
     seconds: float = _TOTAL,
 ) -> dict[str, Any]:
@@ -51,6 +58,7 @@ def bench(
         shapes: Shapes of made-up inputs by name.
         threads: Threads of one operator; None for ONNX Runtime's choice.
         portable: Whether compressed models are measured without the operator library as well.
+        provider: Where models run: "cpu" or "cuda".
         seed: Of made-up inputs.
         seconds: How long each model runs, and at least five times.
 
@@ -67,13 +75,17 @@ def bench(
     """
     if not models:
         raise errors.UsageError("there is no model to measure")
+    if provider not in PROVIDERS:
+        raise errors.UsageError(
+            f"there is no provider {provider!r}", hint=f"choose one of {', '.join(PROVIDERS)}"
+        )
     feeds = _feeds(models[0], data, shapes, seed)
     forms = [(model, form) for model in models for form in _forms(model, portable)]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = [
             stack.enter_context(
-                _Worker(model, form, _stored(model, feeds, folder, number, seed), threads)
+                _Worker(model, form, _stored(model, feeds, folder, number, seed), threads, provider)
             )
             for number, (model, form) in enumerate(forms)
         ]
@@ -83,7 +95,7 @@ def bench(
         "models": results,
         "threads": threads,
         "shapes": {name: list(array.shape) for name, array in feeds[0].items()},
-        "provider": "cpu",
+        "provider": provider,
     }
 
 
@@ -144,7 +156,12 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
     """A process that has loaded one model and runs it when told to."""
 
     def __init__(
-        self, model: PathLike, form: str, inputs: Sequence[Path], threads: int | None
+        self,
+        model: PathLike,
+        form: str,
+        inputs: Sequence[Path],
+        threads: int | None,
+        provider: str,
     ) -> None:
         self._model, self._form = model, form
         self._times: list[float] = []
@@ -154,6 +171,7 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
             "inputs": [str(path) for path in inputs],
             "library": form == "library",
             "threads": threads,
+            "providers": PROVIDERS[provider],
         }
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxcomp.errors import CompressionError
+from onnxcomp.errors import CompressionError, RuntimeMissingError
 from onnxcomp.runtime.evaluate import Feed, runner
 from onnxcomp.runtime.session import import_runtime, open_session
 
@@ -39,7 +39,14 @@ def _serve(setting: dict[str, Any], answer: Any) -> None:
     import_runtime()
     start = time.perf_counter()
     session = open_session(setting["model"], library=setting["library"], threads=setting["threads"])
-    answer({"load_ms": (time.perf_counter() - start) * 1e3})
+    loaded = time.perf_counter() - start
+    wanted = setting["providers"][0]
+    if wanted not in session.get_providers():
+        raise RuntimeMissingError(
+            f"this ONNX Runtime cannot run models on {wanted}",
+            hint="install onnxcomp[gpu] instead of onnxcomp[cpu], and look at onnxcomp doctor",
+        )
+    answer({"load_ms": loaded * 1e3})
     feeds = itertools.cycle([_restored(path, session) for path in setting["inputs"]])
     run = runner(session)
     for line in sys.stdin:

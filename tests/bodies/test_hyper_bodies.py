@@ -322,6 +322,14 @@ def test_bodies_stay_small() -> None:
             assert len(inlined.graph.node) <= (45 if kind == "gather" else 33)
 
 
+def test_functions_come_after_those_they_call() -> None:
+    known: set[str] = set()
+    for body in hyper_bodies.functions(17):
+        assert {node.op_type for node in body.node if node.domain == DOMAIN} <= known
+        known.add(body.name)
+    assert known == {"HyperRows", "HyperWeight", "HyperDecode", "HyperGather", "HyperMatMul"}
+
+
 def test_bodies_before_opset_7_are_refused() -> None:
     with pytest.raises(ValueError, match="opset 7 or later, not 6"):
         hyper_bodies.functions(6)

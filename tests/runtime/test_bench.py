@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError
@@ -43,3 +44,14 @@ def test_failures_of_a_process_reach_the_caller(
         bench([twins[0]], data={"ids": np.full((1, 1), 99)}, seconds=0.01)
     with pytest.raises(UsageError, match="no model"):
         bench([])
+    with pytest.raises(UsageError, match="no provider 'tpu'") as caught:
+        bench([twins[0]], provider="tpu")
+    assert "cuda" in caught.value.hint
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="there is a GPU"
+)
+def test_a_missing_provider_is_not_replaced_in_silence(twins: tuple[Path, Path]) -> None:
+    with pytest.raises(RuntimeMissingError, match="CUDAExecutionProvider"):
+        bench([twins[0]], provider="cuda", seconds=0.01)
