@@ -44,7 +44,7 @@ def _serve(setting: dict[str, Any], answer: Any) -> None:
     if wanted not in session.get_providers():
         raise RuntimeMissingError(
             f"this ONNX Runtime cannot run models on {wanted}",
-            hint="install onnxcomp[gpu] instead of onnxcomp[cpu], and look at onnxcomp doctor",
+            hint="install onnxcomp[gpu] instead of onnxcomp[cpu]",
         )
     answer({"load_ms": loaded * 1e3})
     feeds = itertools.cycle([_restored(path, session) for path in setting["inputs"]])
