@@ -67,7 +67,13 @@ class Weights:
     def predicted(self) -> int:
         """Predicted peak."""
         geometry = hyper_format.Geometry(*self.sizes)
-        return hyper_bodies.peak_load_bytes([(geometry, self.kind)] * self.count)
+        return hyper_bodies.peak_load_bytes([(self.site, geometry, self.kind)] * self.count)
+
+    @property
+    def site(self) -> WeightSite:
+        """The weight as the codec protocol describes it."""
+        shape = (self.rows, self.length)
+        return WeightSite("w", shape, "float32", (), "", *shape, transposed=False)
 
 
 class Model:
@@ -110,8 +116,7 @@ class Model:
     def add(self, weights: Weights, rng: np.random.Generator, x: str) -> str:
         """Add one weight and its use; returns the result."""
         geometry = hyper_format.Geometry(*weights.sizes)
-        shape = (weights.rows, weights.length)
-        site = WeightSite("w", shape, "float32", (), "", *shape, transposed=False)
+        site = weights.site
         tensors = {
             "codes": rng.integers(0, 256, geometry.codes_shape, dtype=np.uint8),
             "scales": rng.uniform(0.001, 0.03, geometry.scales_shape).astype(np.float16),
