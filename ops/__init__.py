@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["library_path", "register"]
 
 _VARIABLE = "ONNXCOMP_OPS_LIBRARY"
+# Session configuration entry of options that have the library. ONNX Runtime ignores its name.
+_MARK = "onnxcomp.library_registered"
 _FILE = "libonnxcomp_ops.so"
 
 
@@ -41,6 +43,8 @@ def library_path() -> Path:
 def register(session_options: onnxruntime.SessionOptions) -> None:
     """Make the operators of com.onnxcomp known to sessions created with these options.
 
+    Options that know them already stay as they are: ONNX Runtime refuses a domain given twice.
+
     Args:
         session_options: Options of one or more sessions to come.
 
@@ -48,6 +52,8 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
         RuntimeMissingError: The library is missing, or this ONNX Runtime cannot load it.
     """
     path = library_path()
+    if _is_registered(session_options):
+        return
     try:
         session_options.register_custom_ops_library(str(path))
     except Exception as error:
@@ -55,3 +61,11 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
             f"ONNX Runtime cannot load {path}: {error}",
             hint="onnxcomp needs ONNX Runtime 1.18 or newer on the platform it was built for",
         ) from error
+    session_options.add_session_config_entry(_MARK, "1")
+
+
+def _is_registered(session_options: onnxruntime.SessionOptions) -> bool:
+    try:
+        return bool(session_options.get_session_config_entry(_MARK) == "1")
+    except RuntimeError:  # no such entry
+        return False

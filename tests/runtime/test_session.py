@@ -138,5 +138,8 @@ def test_register_and_the_path_are_public(library: Path, twins: tuple[Path, Path
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     register(options)
+    register(options)
+    for _ in range(2):
+        assert InferenceSession(twins[1], session_options=options).run(None, IDS)
     session = onnxruntime.InferenceSession(str(twins[1]), options)
     assert session.run(None, IDS)[0].shape == (1, 3, 40)
