@@ -127,18 +127,16 @@ class DataFiles:
 
     def _contained(self, folder: str, location: str, label: str) -> str:
         path = os.path.normpath(os.path.join(folder, location))
-        real = os.path.realpath(path)
-        allowed = [os.path.realpath(folder)]
-        if self._model is not None:
-            allowed.append(os.path.dirname(self._model))
-        relative = not (os.path.isabs(location) or PureWindowsPath(location).anchor)
-        written = bool(location) and "\0" not in location and relative and _within(path, folder)
-        if not written or not any(_within(real, root) for root in allowed):
-            raise ModelError(
-                f"tensor {label!r} points outside the model's folder: {location!r}",
-                hint="external data must lie beside the model; move it there and export again",
-            )
-        return real
+        absolute = os.path.isabs(location) or bool(PureWindowsPath(location).anchor)
+        if not absolute and "\0" not in location and _within(path, folder):
+            real = os.path.realpath(path)
+            roots = [os.path.realpath(folder), os.path.dirname(self._model or "")]
+            if any(_within(real, root) for root in roots if root):
+                return real
+        raise ModelError(
+            f"tensor {label!r} points outside the model's folder: {location!r}",
+            hint="external data must lie beside the model; move it there and export again",
+        )
 
 
 _TENSORS = (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS)
