@@ -96,7 +96,7 @@ def worst_snr(outputs: dict[str, Any]) -> float | None:
 def measure(path: Path, data: Path, folder: Path, bits: int) -> dict[str, Any]:
     """Everything about one model."""
     small = folder / path.name
-    report = compile_model(path, small, "--bits", str(bits), "--no-cache")
+    report = compile_model(path, small, "--bits", str(bits))
     row: dict[str, Any] = {"name": path.stem, "exit_code": report["exit_code"]}
     if "error" in report:
         return {**row, "error": report["error"]["message"]}
@@ -110,7 +110,7 @@ def measure(path: Path, data: Path, folder: Path, bits: int) -> dict[str, Any]:
         "kept": sorted({site["reason"] for site in report["sites"] if site["reason"]}),
         "snr_db": worst_snr(verify["outputs"]),
         "snr_db_portable": worst_snr(verify["portable"]["outputs"]),
-        "seconds": sum(report["seconds"].values()),
+        "seconds": report["seconds"]["total"],
     }
     if not small.exists():
         return row

@@ -85,7 +85,7 @@ def measure(dense: Path, small: Path) -> list[dict[str, Any]]:
     """Size, speed, memory and accuracy of the original and of both forms of the compressed one."""
     from onnxcomp.runtime.bench import bench
 
-    document = bench([dense, small], portable=True, shapes={"pairs": (16, 64)}, seconds=0.5)
+    document = bench([dense, small], portable=True, shapes={"pairs": (1, 64)}, seconds=0.5)
     rows: list[dict[str, Any]] = document["models"]
     for row in rows:
         row["accuracy"] = accuracy(row["path"], library=row["form"] != "portable")
@@ -109,7 +109,7 @@ def accuracy(path: str, *, library: bool) -> float:
 
 def show_forms(terminal: Terminal, forms: Sequence[Mapping[str, Any]]) -> None:
     """Print the table."""
-    columns = ("", "file", "ratio", "accuracy", "load", "16 names", "memory")
+    columns = ("", "file", "ratio", "accuracy", "load", "one name", "memory")
     before = forms[0]["file_bytes"]
     rows = [
         (

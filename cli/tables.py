@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.cli.terminal import Terminal, bytes_text
@@ -11,7 +11,7 @@ from onnxcomp.cli.terminal import Terminal, bytes_text
 if TYPE_CHECKING:
     from onnxcomp.passes.report import SiteReport
 
-__all__ = ["params_text", "shape_text", "show_sites", "uses_text"]
+__all__ = ["params_text", "shape_text", "show_reasons", "show_sites", "uses_text"]
 
 COLUMNS = (
     "tensor",
@@ -47,9 +47,20 @@ def show_sites(
     reasons: dict[str, list[int]] = collections.defaultdict(list)
     for site in kept:
         reasons[site.reason].append(site.bytes_before)
+    show_reasons(terminal, "as they are", reasons)
+
+
+def show_reasons(terminal: Terminal, what: str, reasons: Mapping[str, Sequence[int]]) -> None:
+    """Print one line for each reason, most bytes first.
+
+    Args:
+        terminal: Where to print.
+        what: What these tensors are.
+        reasons: Bytes of the tensors by reason.
+    """
     for reason, sizes in sorted(reasons.items(), key=lambda item: -sum(item[1])):
         noun = "tensor" if len(sizes) == 1 else "tensors"
-        terminal.say(f"as they are: {len(sizes)} {noun}, {bytes_text(sum(sizes))}: {reason}")
+        terminal.say(f"{what}: {len(sizes)} {noun}, {bytes_text(sum(sizes))}: {reason}")
 
 
 def _cells(site: SiteReport, predicted: float | None) -> tuple[str, ...]:

@@ -1,0 +1,152 @@
+"""`onnxcomp inspect`: what is in a model."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from onnxcomp.cli.options import FILE
+from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
+from onnxcomp.cli.values import SIZE
+
+if TYPE_CHECKING:
+    from onnxcomp.passes.inspect import Difference, Inspection, Interface
+
+__all__ = ["command"]
+
+# Operators shown without --verbose.
+_MOST_COMMON = 12
+
+
+@click.command("inspect")
+@click.argument("model", type=FILE)
+@click.option("--diff", "other", type=FILE, help="Say what is different in this other model.")
+@click.option(
+    "--min-size",
+    type=SIZE,
+    default="16KiB",
+    show_default=True,
+    help="Smallest tensor that counts as compressible.",
+)
+@with_terminal
+def command(terminal: Terminal, model: Path, other: Path | None, min_size: int) -> None:
+    """Show what is in a model: interface, operators, and every tensor with its uses and bytes.
+
+    For a compressed model also how each weight is stored. Tensors that cannot be compressed are
+    listed with the reason, with -v one by one.
+    """
+    from onnxcomp.passes.inspect import diff, inspect_model
+
+    found = inspect_model(model, min_size=min_size)
+    if other is None:
+        show_inspection(terminal, found)
+        terminal.finish(found.to_json(), verdict(found))
+        return
+    difference = diff(found, inspect_model(other, min_size=min_size))
+    show_difference(terminal, difference)
+    before, after = difference.bytes
+    ratio = f"{before / max(after, 1):.2f}x"
+    same = "differs" if difference.interface else "is the same"
+    text = f"{bytes_text(before)} -> {bytes_text(after)} ({ratio}); the interface {same}"
+    terminal.finish(difference.to_json(), text)
+
+
+def show_inspection(terminal: Terminal, found: Inspection) -> None:
+    """Print a model's interface, its operators and its tensors."""
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in found.opsets.items())
+    terminal.say(f"opsets: {opsets}; IR {found.ir_version}; written by {found.producer or '?'}")
+    terminal.say(f"inputs: {interface_text(found.inputs)}")
+    terminal.say(f"outputs: {interface_text(found.outputs)}")
+    terminal.say(f"operators: {operators_text(found.operators, all_of_them=terminal.verbose)}")
+    for note in found.notes:
+        terminal.say(f"note: {note}")
+    show_tensors(terminal, found)
+
+
+def interface_text(values: Iterable[Interface]) -> str:
+    """Inputs or outputs: ``ids int64 [batch, 128]``."""
+    parts = []
+    for value in values:
+        dims = "?" if value.shape is None else ", ".join(str(dim) for dim in value.shape)
+        parts.append(f"{value.name} {value.dtype or '?'} [{dims}]")
+    return "; ".join(parts) or "none"
+
+
+def operators_text(operators: Mapping[str, int], *, all_of_them: bool) -> str:
+    """Operators with their number, the most common first."""
+    shown = list(operators.items())[: None if all_of_them else _MOST_COMMON]
+    more = len(operators) - len(shown)
+    parts = [f"{name} {count}" for name, count in shown] + ([f"{more} others"] if more else [])
+    return ", ".join(parts) or "none"
+
+
+def show_tensors(terminal: Terminal, found: Inspection) -> None:
+    """Print weights, compressed or not, and what cannot be compressed."""
+    from onnxcomp.cli.tables import params_text, shape_text, show_reasons, uses_text
+
+    if found.compressed:
+        rows = [
+            (
+                weight.name,
+                f"{weight.dtype} {shape_text(weight.shape)}",
+                uses_text(weight.operators),
+                f"{weight.codec} {params_text(weight.params)}",
+                bytes_text(weight.bytes_before),
+                bytes_text(weight.bytes_after),
+            )
+            for weight in found.compressed
+        ]
+        columns = ("compressed", "was", "use", "stored as", "before", "after")
+        terminal.table(columns, rows, left=4)
+        terminal.say(f"shared by them: {bytes_text(found.shared_bytes)}")
+    if found.sites:
+        rows = [
+            (
+                site.name,
+                f"{site.dtype} {shape_text(site.shape)}",
+                uses_text(use.op_type for use in site.uses),
+                bytes_text(site.nbytes),
+            )
+            for site in found.sites
+        ]
+        terminal.table(("weight", "type", "use", "bytes"), rows, left=3)
+    if terminal.verbose and found.skipped:
+        rows = [(t.name, t.dtype, t.reason, bytes_text(t.nbytes)) for t in found.skipped]
+        terminal.table(("other tensor", "type", "reason", "bytes"), rows, left=3)
+        return
+    reasons = collections.defaultdict(list)
+    for tensor in found.skipped:
+        reasons[tensor.reason].append(tensor.nbytes)
+    show_reasons(terminal, "not compressible", reasons)
+
+
+def show_difference(terminal: Terminal, difference: Difference) -> None:
+    """Print what differs between two models."""
+    for line in difference.interface:
+        terminal.say(f"interface: {line}")
+    changes = [("opset", key or "ai.onnx", pair) for key, pair in difference.opsets.items()]
+    counts = [("operator", key, pair) for key, pair in difference.operators.items()]
+    stored = [("weight", key, pair) for key, pair in difference.weights.items()]
+    rows = [
+        (kind, name, *("-" if value is None else str(value) for value in pair))
+        for kind, name, pair in (*changes, *counts, *stored)
+    ]
+    if rows:
+        terminal.table(("what", "name", "first", "second"), rows, left=4)
+
+
+def verdict(found: Inspection) -> str:
+    """One line: how much there is, and how much of it can be compressed."""
+    text = (
+        f"{bytes_text(found.bytes)}, {len(found.sites)} weights of {bytes_text(found.site_bytes)}"
+    )
+    text += " can be compressed"
+    if found.compressed:
+        before = sum(weight.bytes_before for weight in found.compressed)
+        after = sum(weight.bytes_after for weight in found.compressed)
+        text += f"; {len(found.compressed)} are: {bytes_text(before)} -> {bytes_text(after)}"
+    return text
