@@ -135,7 +135,7 @@ inline __m512i CutRow(__m512i dwords) {
 template <int K, int L>
 struct DecodeRow {
   static void Run(const Weight& weight, const uint8_t* lane, int8_t* q) {
-    const Lookup<L> lookup(weight.table, 0);
+    const LookupOf<L, false> lookup(weight.table);
     const int count = weight.format.dwords;
     uint32_t dwords[kMaxGroup * 6 / 32 + 32] = {};
     dwords[0] = DwordOf(lane, count - 1);

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "hyper/format.h"
 
@@ -72,65 +73,132 @@ inline __m512i CutWindows(const __m512i* pairs) {
   }
 }
 
-// Look-up of 2^L entries of one byte. `Bias` is xored into the entries: 0x80 makes them unsigned.
-template <int L>
-class Lookup {
- public:
-  static constexpr int kParts = (1 << L) / 64;
-
-  Lookup(const int8_t* table, uint8_t bias) {
-    const __m512i flip = _mm512_set1_epi8(static_cast<char>(bias));
-    for (int i = 0; i < kParts; ++i) {
-      parts_[i] = _mm512_xor_si512(_mm512_loadu_si512(table + 64 * i), flip);
-    }
-  }
-
-  // The entries of eight windows per qword; cut<Width, Back> yields windows of the unit.
-  template <int K, int U>
-  __m512i Unit(const __m512i* pairs) const {
-    if constexpr (L <= 8) {
-      return Find(CutWindows<K, U, L, 0>(pairs), CutWindows<K, U, L, 0>(pairs));
-    } else {
-      return Find(CutWindows<K, U, 8, L - 8>(pairs), CutWindows<K, U, 8, 0>(pairs));
-    }
-  }
-
-  // `low` holds the states' low bits, `high` their top bits from bit 7 down; both ignore the rest.
-  __m512i Find(__m512i low, __m512i high) const {
-    if constexpr (L == 6) {
-      return _mm512_permutexvar_epi8(low, parts_[0]);
-    } else if constexpr (L == 7) {
-      return _mm512_permutex2var_epi8(parts_[0], low, parts_[1]);
-    } else {
-      __mmask64 masks[L - 7];
-      for (int i = 0; i < L - 7; ++i) {
-        masks[i] = _mm512_movepi8_mask(high);
-        high = _mm512_add_epi8(high, high);
-      }
-      return Select<0, 0, kParts>(low, masks);
-    }
-  }
-
- private:
-  template <int Depth, int Begin, int Count>
-  __m512i Select(__m512i low, const __mmask64* masks) const {
-    if constexpr (Count == 2) {
-      return _mm512_permutex2var_epi8(parts_[Begin], low, parts_[Begin + 1]);
-    } else {
-      const __m512i a = Select<Depth + 1, Begin, Count / 2>(low, masks);
-      const __m512i b = Select<Depth + 1, Begin + Count / 2, Count / 2>(low, masks);
-      return _mm512_mask_blend_epi8(masks[Depth], a, b);
-    }
-  }
-
-  __m512i parts_[kParts];
-};
-
 // Sixteen rows times eight weights: `lo` has rows 0 1 4 5 8 9 12 13, `hi` the others, a qword each.
 struct Unit {
   __m512i lo;
   __m512i hi;
 };
+
+// The table as the look-ups read it: entries xored with 0x80 when they are to be unsigned.
+struct Entries {
+  alignas(64) int8_t biased[1 << 12];
+  const int8_t* data;
+  bool odd;  // table[2^L - 1 - s] = -table[s]
+
+  Entries(const Weight& weight, bool bias) : data(weight.table), odd(true) {
+    const int size = 1 << weight.format.states;
+    if (weight.format.states > 8) {
+      for (int s = 0; s < size / 2; ++s) odd &= data[size - 1 - s] == -data[s];
+    }
+    if (!bias) return;
+    for (int i = 0; i < size; ++i) biased[i] = static_cast<int8_t>(data[i] ^ -128);
+    data = biased;
+  }
+};
+
+// Look-up of up to 256 entries, held in registers.
+template <int L, bool Odd>
+class Lookup {
+ public:
+  explicit Lookup(const int8_t* entries) {
+    for (int i = 0; i < kParts; ++i) parts_[i] = _mm512_loadu_si512(entries + 64 * i);
+  }
+
+  // The entries of eight windows per qword; permutations ignore the bits above their index.
+  __m512i Find(__m512i windows, __m512i) const {
+    if constexpr (L == 6) {
+      return _mm512_permutexvar_epi8(windows, parts_[0]);
+    } else if constexpr (L == 7) {
+      return _mm512_permutex2var_epi8(parts_[0], windows, parts_[1]);
+    } else {
+      const __m512i a = _mm512_permutex2var_epi8(parts_[0], windows, parts_[1]);
+      const __m512i b = _mm512_permutex2var_epi8(parts_[2], windows, parts_[3]);
+      return _mm512_mask_blend_epi8(_mm512_movepi8_mask(windows), a, b);
+    }
+  }
+
+  template <int K, int U>
+  Unit Decode(const __m512i* lo, const __m512i* hi) const {
+    const __m512i a = CutWindows<K, U, L, 0>(lo);
+    const __m512i b = CutWindows<K, U, L, 0>(hi);
+    return {Find(a, a), Find(b, b)};
+  }
+
+ private:
+  static constexpr int kParts = (1 << L) / 64;
+  __m512i parts_[kParts];
+};
+
+// Look-up of 1024 or 4096 entries, read from the first-level cache 128 at a time and chosen from by
+// a tree of blends. With an odd table only the first half is read.
+template <int L, bool Odd>
+class LargeLookup {
+ public:
+  explicit LargeLookup(const int8_t* entries) : entries_(entries) {}
+
+  // `low` holds the states' low bits, `high` their top bits from bit 7 down; both ignore the rest.
+  __m512i Find(__m512i low, __m512i high) const {
+    Index index = Prepare(low, high);
+    return Finish(index, Select<0, 0, kParts>(index));
+  }
+
+  template <int K, int U>
+  Unit Decode(const __m512i* lo, const __m512i* hi) const {
+    const Index a = Prepare(CutWindows<K, U, 8, L - 8>(lo), CutWindows<K, U, 8, 0>(lo));
+    const Index b = Prepare(CutWindows<K, U, 8, L - 8>(hi), CutWindows<K, U, 8, 0>(hi));
+    return {Finish(a, Select<0, 0, kParts>(a)), Finish(b, Select<0, 0, kParts>(b))};
+  }
+
+ private:
+  static constexpr int kParts = (1 << L) / (Odd ? 256 : 128);
+  static constexpr int kChoices = L - (Odd ? 8 : 7);
+
+  struct Index {
+    __m512i low;
+    __mmask64 upper;  // odd tables: the state was complemented, its entry is negated
+    __mmask64 choices[kChoices];
+  };
+
+  static Index Prepare(__m512i low, __m512i high) {
+    Index index{low, 0, {}};
+    if constexpr (Odd) {
+      const __m512i ones = _mm512_set1_epi8(-1);
+      index.upper = _mm512_movepi8_mask(high);
+      index.low = _mm512_mask_sub_epi8(low, index.upper, ones, low);
+      high = _mm512_mask_sub_epi8(high, index.upper, ones, high);
+      high = _mm512_add_epi8(high, high);
+    }
+    for (int i = 0; i < kChoices; ++i) {
+      index.choices[i] = _mm512_movepi8_mask(high);
+      high = _mm512_add_epi8(high, high);
+    }
+    return index;
+  }
+
+  static __m512i Finish(const Index& index, __m512i value) {
+    if constexpr (!Odd) return value;
+    // Also right for unsigned entries: 128 - q = 256 - (128 + q).
+    return _mm512_mask_sub_epi8(value, index.upper, _mm512_setzero_si512(), value);
+  }
+
+  template <int Depth, int Begin, int Count>
+  __m512i Select(const Index& index) const {
+    if constexpr (Count == 1) {
+      const int8_t* part = entries_ + 128 * Begin;
+      return _mm512_permutex2var_epi8(_mm512_loadu_si512(part), index.low,
+                                      _mm512_loadu_si512(part + 64));
+    } else {
+      const __m512i a = Select<Depth + 1, Begin, Count / 2>(index);
+      const __m512i b = Select<Depth + 1, Begin + Count / 2, Count / 2>(index);
+      return _mm512_mask_blend_epi8(index.choices[Depth], a, b);
+    }
+  }
+
+  const int8_t* entries_;
+};
+
+template <int L, bool Odd>
+using LookupOf = std::conditional_t<(L <= 8), Lookup<L, Odd>, LargeLookup<L, Odd>>;
 
 // Interleaves k dwords of 16 rows with the dwords before them.
 template <int K>
@@ -155,15 +223,15 @@ inline void Prefetch(const uint8_t* codes) {
 }
 
 // Decodes 32 weights of 16 rows; `before` is the dword before `codes` and becomes the last one.
-template <int K, int L>
-inline void DecodeStep(const Lookup<L>& lookup, const uint8_t* codes, __m512i& before, Unit* out) {
+template <int K, class Table>
+inline void DecodeStep(const Table& lookup, const uint8_t* codes, __m512i& before, Unit* out) {
   __m512i lo[K];
   __m512i hi[K];
   LoadPairs<K>(codes, before, lo, hi);
-  out[0] = {lookup.template Unit<K, 0>(lo), lookup.template Unit<K, 0>(hi)};
-  out[1] = {lookup.template Unit<K, 1>(lo), lookup.template Unit<K, 1>(hi)};
-  out[2] = {lookup.template Unit<K, 2>(lo), lookup.template Unit<K, 2>(hi)};
-  out[3] = {lookup.template Unit<K, 3>(lo), lookup.template Unit<K, 3>(hi)};
+  out[0] = lookup.template Decode<K, 0>(lo, hi);
+  out[1] = lookup.template Decode<K, 1>(lo, hi);
+  out[2] = lookup.template Decode<K, 2>(lo, hi);
+  out[3] = lookup.template Decode<K, 3>(lo, hi);
 }
 
 // Weights 0..3 of a unit, rows in order, a dword each.
@@ -189,7 +257,7 @@ inline __m512 LoadScales(const uint16_t* scales) {
   return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(0x1p-12f));
 }
 
-// Calls F<K, L>::Run(args...) for the bits and states of a format.
+// Calls F<K, L>::Run(args...) for the bits and states of a format; L >= k + 2.
 template <template <int, int> class F, int L, class... Args>
 inline void DispatchBits(int bits, Args&&... args) {
   switch (bits) {
@@ -197,19 +265,27 @@ inline void DispatchBits(int bits, Args&&... args) {
     case 2: return F<2, L>::Run(args...);
     case 3: return F<3, L>::Run(args...);
     case 4: return F<4, L>::Run(args...);
-    case 5: return F<L >= 7 ? 5 : 4, L>::Run(args...);  // L >= k + 2
+    case 5: return F<L >= 7 ? 5 : 4, L>::Run(args...);
     default: return F<L >= 8 ? 6 : 4, L>::Run(args...);
+  }
+}
+
+// The tables that fit registers.
+template <template <int, int> class F, class... Args>
+inline void DispatchSmall(const Format& format, Args&&... args) {
+  switch (format.states) {
+    case 6: return DispatchBits<F, 6>(format.bits, args...);
+    case 7: return DispatchBits<F, 7>(format.bits, args...);
+    default: return DispatchBits<F, 8>(format.bits, args...);
   }
 }
 
 template <template <int, int> class F, class... Args>
 inline void Dispatch(const Format& format, Args&&... args) {
   switch (format.states) {
-    case 6: return DispatchBits<F, 6>(format.bits, args...);
-    case 7: return DispatchBits<F, 7>(format.bits, args...);
-    case 8: return DispatchBits<F, 8>(format.bits, args...);
     case 10: return DispatchBits<F, 10>(format.bits, args...);
-    default: return DispatchBits<F, 12>(format.bits, args...);
+    case 12: return DispatchBits<F, 12>(format.bits, args...);
+    default: return DispatchSmall<F>(format, args...);
   }
 }
 

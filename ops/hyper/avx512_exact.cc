@@ -37,14 +37,14 @@ inline void FourWeights(__m512i bytes, const float* x, __m512* sums) {
   }
 }
 
-template <int K, int L, int M>
-inline void SumGroup(const Lookup<L>& lookup, const uint8_t* codes, int group, const float* x,
+template <int K, int M, class Table>
+inline void SumGroup(const Table& lookup, const uint8_t* codes, int group, const float* x,
                      __m512* sums) {
   __m512i before = LastDword(codes, group * K / 32);
   for (int t = 0; t < group; t += kStep, codes += K * kLine) {
     Unit units[4];
     Prefetch<K>(codes);
-    DecodeStep<K, L>(lookup, codes, before, units);
+    DecodeStep<K>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u, x += 8 * M) {
       FourWeights<M>(FirstHalf(units[u]), x, sums);
@@ -53,8 +53,8 @@ inline void SumGroup(const Lookup<L>& lookup, const uint8_t* codes, int group, c
   }
 }
 
-template <int K, int L, int M>
-inline void StreamPanel(const Lookup<L>& lookup, const Weight& weight, const Activations& x,
+template <int K, int M, class Table>
+inline void StreamPanel(const Table& lookup, const Weight& weight, const Activations& x,
                         int64_t panel, Tile tile, float* out) {
   const Format& format = weight.format;
   __m512 y[M];
@@ -64,7 +64,7 @@ inline void StreamPanel(const Lookup<L>& lookup, const Weight& weight, const Act
 #pragma GCC unroll 16
     for (int i = 0; i < M * 4; ++i) sums[i] = _mm512_setzero_ps();
     const float* values = x.values + (tile.base + g * M) * format.group;
-    SumGroup<K, L, M>(lookup, weight.block(panel, g), format.group, values, sums);
+    SumGroup<K, M>(lookup, weight.block(panel, g), format.group, values, sums);
     const uint16_t* stored = weight.scale(panel, g);
     _mm_prefetch(reinterpret_cast<const char*>(stored + 16 * kLanes), _MM_HINT_T0);
     const __m512 scales = _mm512_mul_ps(LoadScales(stored), _mm512_set1_ps(0x1p-24f));
@@ -83,13 +83,14 @@ template <int K, int L>
 struct Stream {
   static void Run(const Weight& weight, const Activations& x, int64_t panel, int panels, Tile tile,
                   float* out) {
-    const Lookup<L> lookup(weight.table, 0);
+    const Entries entries(weight, false);
+    const Lookup<L, false> lookup(entries.data);
     for (int p = 0; p < panels; ++p, out += kLanes) {
       switch (tile.rows) {
-        case 1: StreamPanel<K, L, 1>(lookup, weight, x, panel + p, tile, out); break;
-        case 2: StreamPanel<K, L, 2>(lookup, weight, x, panel + p, tile, out); break;
-        case 3: StreamPanel<K, L, 3>(lookup, weight, x, panel + p, tile, out); break;
-        default: StreamPanel<K, L, 4>(lookup, weight, x, panel + p, tile, out); break;
+        case 1: StreamPanel<K, 1>(lookup, weight, x, panel + p, tile, out); break;
+        case 2: StreamPanel<K, 2>(lookup, weight, x, panel + p, tile, out); break;
+        case 3: StreamPanel<K, 3>(lookup, weight, x, panel + p, tile, out); break;
+        default: StreamPanel<K, 4>(lookup, weight, x, panel + p, tile, out); break;
       }
     }
   }
@@ -105,20 +106,29 @@ inline void StoreFour(__m512i bytes, float* out) {
 // Decodes one group of up to two panels: w[(t * 2 + p) * 16 + lane], times 2^24.
 template <int K, int L>
 struct DecodeTile {
-  static void Run(const Weight& weight, int64_t panel, int panels, int64_t g, float* w) {
-    const Lookup<L> lookup(weight.table, 0);
-    for (int p = 0; p < panels; ++p) {
+  static void Run(const Weight& weight, const Entries& entries, int64_t panel, int panels,
+                  int64_t g, float* w) {
+    for (int p = 0; p < panels; ++p, w += kLanes) {
       const uint8_t* codes = weight.block(panel + p, g);
-      __m512i before = LastDword(codes, weight.format.dwords);
-      float* out = w + p * kLanes;
-      for (int t = 0; t < weight.format.group; t += kStep, codes += K * kLine) {
-        Unit units[4];
-        Prefetch<K>(codes);
-        DecodeStep<K, L>(lookup, codes, before, units);
-        for (int u = 0; u < 4; ++u, out += 16 * kLanes) {
-          StoreFour(FirstHalf(units[u]), out);
-          StoreFour(SecondHalf(units[u]), out + 8 * kLanes);
-        }
+      if (L > 8 && entries.odd) {
+        Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, w);
+      } else {
+        Panel(LookupOf<L, false>(entries.data), weight.format, codes, w);
+      }
+    }
+  }
+
+ private:
+  template <class Table>
+  static void Panel(const Table lookup, const Format& format, const uint8_t* codes, float* out) {
+    __m512i before = LastDword(codes, format.dwords);
+    for (int t = 0; t < format.group; t += kStep, codes += K * kLine) {
+      Unit units[4];
+      Prefetch<K>(codes);
+      DecodeStep<K>(lookup, codes, before, units);
+      for (int u = 0; u < 4; ++u, out += 16 * kLanes) {
+        StoreFour(FirstHalf(units[u]), out);
+        StoreFour(SecondHalf(units[u]), out + 8 * kLanes);
       }
     }
   }
@@ -167,10 +177,11 @@ MultiplyFn MultiplyOf(int rows) {
 void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels, int64_t first,
            int64_t rows, float* out) {
   const Format& format = weight.format;
+  const Entries entries(weight, false);
   alignas(64) float w[kMaxGroup * 2 * kLanes];
   std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   for (int64_t g = 0; g < format.groups; ++g) {
-    Dispatch<DecodeTile>(format, weight, panel, panels, g, w);
+    Dispatch<DecodeTile>(format, weight, entries, panel, panels, g, w);
     __m512 scales[2];
     for (int p = 0; p < panels; ++p) {
       scales[p] =
@@ -190,8 +201,10 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
 
 void ProductExactAvx512(const Weight& weight, const Activations& x, int64_t panel, int panels,
                         int64_t first, int64_t rows, float* out) {
-  if (rows > kStreamRows) return Tiles(weight, x, panel, panels, first, rows, out);
-  Dispatch<Stream>(weight.format, weight, x, panel, panels, TileAt(x, first), out);
+  if (rows > kStreamRows || weight.format.states > 8) {
+    return Tiles(weight, x, panel, panels, first, rows, out);
+  }
+  DispatchSmall<Stream>(weight.format, weight, x, panel, panels, TileAt(x, first), out);
 }
 
 }  // namespace onnxcomp::hyper

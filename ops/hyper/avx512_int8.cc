@@ -38,15 +38,15 @@ inline __m512 Accumulate(__m512 y, __m512i sums, __m512 weights, float x) {
 }
 
 // Sums over one group for one row of activations: eight of them meet eight weights as a qword.
-template <int K, int L>
-inline __m512i SumOne(const Lookup<L>& lookup, const uint8_t* codes, int group, const int8_t* x) {
+template <int K, class Table>
+inline __m512i SumOne(const Table& lookup, const uint8_t* codes, int group, const int8_t* x) {
   __m512i before = LastDword(codes, group * K / 32);
   __m512i lo[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   __m512i hi[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int t = 0; t < group; t += kStep, codes += K * kLine, x += kStep) {
     Unit units[4];
     Prefetch<K>(codes);
-    DecodeStep<K, L>(lookup, codes, before, units);
+    DecodeStep<K>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
       int64_t eight;
@@ -61,14 +61,14 @@ inline __m512i SumOne(const Lookup<L>& lookup, const uint8_t* codes, int group, 
 }
 
 // Sums over one group for M interleaved rows of activations.
-template <int K, int L, int M>
-inline void SumFew(const Lookup<L>& lookup, const uint8_t* codes, int group, const int8_t* x,
+template <int K, int M, class Table>
+inline void SumFew(const Table& lookup, const uint8_t* codes, int group, const int8_t* x,
                    __m512i* sums) {
   __m512i before = LastDword(codes, group * K / 32);
   for (int t = 0; t < group; t += kStep, codes += K * kLine) {
     Unit units[4];
     Prefetch<K>(codes);
-    DecodeStep<K, L>(lookup, codes, before, units);
+    DecodeStep<K>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u, x += 8 * M) {
       const __m512i first = FirstHalf(units[u]);
@@ -81,8 +81,8 @@ inline void SumFew(const Lookup<L>& lookup, const uint8_t* codes, int group, con
   }
 }
 
-template <int K, int L, int M>
-inline void StreamPanel(const Lookup<L>& lookup, const Weight& weight, const Activations& x,
+template <int K, int M, class Table>
+inline void StreamPanel(const Table& lookup, const Weight& weight, const Activations& x,
                         int64_t panel, Tile tile, float* out) {
   const Format& format = weight.format;
   __m512 y[M];
@@ -94,10 +94,10 @@ inline void StreamPanel(const Lookup<L>& lookup, const Weight& weight, const Act
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) sums[i] = _mm512_set1_epi32(x.biases[unit + i]);
     if constexpr (M == 1) {
-      const __m512i sum = SumOne<K, L>(lookup, weight.block(panel, g), format.group, codes);
+      const __m512i sum = SumOne<K>(lookup, weight.block(panel, g), format.group, codes);
       sums[0] = _mm512_add_epi32(sums[0], sum);
     } else {
-      SumFew<K, L, M>(lookup, weight.block(panel, g), format.group, codes, sums);
+      SumFew<K, M>(lookup, weight.block(panel, g), format.group, codes, sums);
     }
     const uint16_t* stored = weight.scale(panel, g);
     _mm_prefetch(reinterpret_cast<const char*>(stored + 16 * kLanes), _MM_HINT_T0);
@@ -112,13 +112,14 @@ template <int K, int L>
 struct Stream {
   static void Run(const Weight& weight, const Activations& x, int64_t panel, int panels, Tile tile,
                   float* out) {
-    const Lookup<L> lookup(weight.table, 0x80);
+    const Entries entries(weight, true);
+    const Lookup<L, false> lookup(entries.data);
     for (int p = 0; p < panels; ++p, out += kLanes) {
       switch (tile.rows) {
-        case 1: StreamPanel<K, L, 1>(lookup, weight, x, panel + p, tile, out); break;
-        case 2: StreamPanel<K, L, 2>(lookup, weight, x, panel + p, tile, out); break;
-        case 3: StreamPanel<K, L, 3>(lookup, weight, x, panel + p, tile, out); break;
-        default: StreamPanel<K, L, 4>(lookup, weight, x, panel + p, tile, out); break;
+        case 1: StreamPanel<K, 1>(lookup, weight, x, panel + p, tile, out); break;
+        case 2: StreamPanel<K, 2>(lookup, weight, x, panel + p, tile, out); break;
+        case 3: StreamPanel<K, 3>(lookup, weight, x, panel + p, tile, out); break;
+        default: StreamPanel<K, 4>(lookup, weight, x, panel + p, tile, out); break;
       }
     }
   }
@@ -127,20 +128,29 @@ struct Stream {
 // Decodes groups of one panel for the tiles: w[(t / 4 * 2 + p) * 64], a dword of 16 rows each.
 template <int K, int L>
 struct DecodeTile {
-  static void Run(const Weight& weight, int64_t panel, int panels, int64_t g, uint8_t* w) {
-    const Lookup<L> lookup(weight.table, 0x80);
-    for (int p = 0; p < panels; ++p) {
+  static void Run(const Weight& weight, const Entries& entries, int64_t panel, int panels,
+                  int64_t g, uint8_t* w) {
+    for (int p = 0; p < panels; ++p, w += kLine) {
       const uint8_t* codes = weight.block(panel + p, g);
-      __m512i before = LastDword(codes, weight.format.dwords);
-      uint8_t* out = w + p * kLine;
-      for (int t = 0; t < weight.format.group; t += kStep, codes += K * kLine) {
-        Unit units[4];
-        Prefetch<K>(codes);
-        DecodeStep<K, L>(lookup, codes, before, units);
-        for (int u = 0; u < 4; ++u, out += 4 * kLine) {
-          _mm512_store_si512(out, FirstHalf(units[u]));
-          _mm512_store_si512(out + 2 * kLine, SecondHalf(units[u]));
-        }
+      if (L > 8 && entries.odd) {
+        Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, w);
+      } else {
+        Panel(LookupOf<L, false>(entries.data), weight.format, codes, w);
+      }
+    }
+  }
+
+ private:
+  template <class Table>
+  static void Panel(const Table lookup, const Format& format, const uint8_t* codes, uint8_t* out) {
+    __m512i before = LastDword(codes, format.dwords);
+    for (int t = 0; t < format.group; t += kStep, codes += K * kLine) {
+      Unit units[4];
+      Prefetch<K>(codes);
+      DecodeStep<K>(lookup, codes, before, units);
+      for (int u = 0; u < 4; ++u, out += 4 * kLine) {
+        _mm512_store_si512(out, FirstHalf(units[u]));
+        _mm512_store_si512(out + 2 * kLine, SecondHalf(units[u]));
       }
     }
   }
@@ -191,10 +201,11 @@ MultiplyFn MultiplyOf(int rows) {
 void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels, int64_t first,
            int64_t rows, float* out) {
   const Format& format = weight.format;
+  const Entries entries(weight, true);
   alignas(64) uint8_t w[kMaxGroup * 2 * kLanes];
   std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   for (int64_t g = 0; g < format.groups; ++g) {
-    Dispatch<DecodeTile>(format, weight, panel, panels, g, w);
+    Dispatch<DecodeTile>(format, weight, entries, panel, panels, g, w);
     __m512 scales[2];
     for (int p = 0; p < panels; ++p) scales[p] = LoadScales(weight.scale(panel + p, g));
     for (int64_t m = 0; m < rows; m += kTile) {
@@ -212,8 +223,10 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
 
 void ProductInt8Avx512(const Weight& weight, const Activations& x, int64_t panel, int panels,
                        int64_t first, int64_t rows, float* out) {
-  if (rows > kStreamRows) return Tiles(weight, x, panel, panels, first, rows, out);
-  Dispatch<Stream>(weight.format, weight, x, panel, panels, TileAt(x, first), out);
+  if (rows > kStreamRows || weight.format.states > 8) {
+    return Tiles(weight, x, panel, panels, first, rows, out);
+  }
+  DispatchSmall<Stream>(weight.format, weight, x, panel, panels, TileAt(x, first), out);
 }
 
 }  // namespace onnxcomp::hyper
