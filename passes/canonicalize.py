@@ -174,25 +174,33 @@ def _merge_equal(model: ir.Model, names: Names) -> Iterator[str]:
             yield from _merge_group(model, names, group)
 
 
+def _equal_owner(value: ir.Value, owners: list[tuple[Scope, ir.Value]]) -> tuple[int, bool] | None:
+    """Position of the owner with the same content, and whether that is transposed."""
+    bits = _bits(value)
+    for position, (_, owner) in enumerate(owners):
+        other = _bits(owner)
+        if np.array_equal(bits, other):
+            return position, False
+        if bits.ndim == 2 and np.array_equal(bits, other.T):
+            return position, True
+    return None
+
+
 def _merge_group(
     model: ir.Model, names: Names, group: list[tuple[Scope, ir.Value]]
 ) -> Iterator[str]:
     owners: dict[bytes, list[tuple[Scope, ir.Value]]] = defaultdict(list)
     for scope, value in group:
         same = owners[_fingerprint(value)]
-        bits = _bits(value)
-        for position, (owner_scope, owner) in enumerate(same):
-            other = _bits(owner)
-            equal = np.array_equal(bits, other)
-            if not equal and not (bits.ndim == 2 and np.array_equal(bits, other.T)):
-                continue
-            if not owner_scope.encloses(scope) or not equal:
-                owner_scope = _hoist(model, names, owner_scope, owner)
-                same[position] = (owner_scope, owner)
-            yield _merge(model, names, value, owner, transposed=not equal)
-            break
-        else:
+        found = _equal_owner(value, same)
+        if found is None:
             same.append((scope, value))
+            continue
+        position, transposed = found
+        owner_scope, owner = same[position]
+        if transposed or not owner_scope.encloses(scope):
+            same[position] = (_hoist(model, names, owner_scope, owner), owner)
+        yield _merge(model, names, value, owner, transposed=transposed)
 
 
 def _hoist(model: ir.Model, names: Names, scope: Scope, value: ir.Value) -> Scope:

@@ -27,6 +27,7 @@ from onnxcomp.passes.scopes import (
     initializers,
     remove_dead,
     remove_initializer,
+    rename_initializer,
     replace_value,
     scopes,
 )
@@ -56,6 +57,8 @@ def expand(model: ir.Model) -> Change:
             f"the model has {DOMAIN} operators, but its metadata entry {KEY!r} is gone",
             hint="expand the file that onnxcomp wrote, before other tools changed it",
         )
+    if not records:
+        return Change(0)
     work = _Expander(model, records)
     for node in list(_nodes(model)):
         if node.metadata_props.get(WEIGHT_KEY) in records:
@@ -253,10 +256,12 @@ class _Expander:
 
     def clean(self) -> None:
         """Remove payloads, functions, import and metadata."""
+        prefix = shared_name("")
         for name, value in self._values.items():
-            ours = name in self._owners or name.startswith(shared_name(""))
-            if ours and not value.uses() and not value.is_graph_output():
+            if not value.uses() and (name in self._owners or name.startswith(prefix)):
                 remove_initializer(value)
+            elif name.startswith(prefix):
+                rename_initializer(value, self._names.value(name.removeprefix(prefix)))
         for node in _nodes(self._model):
             node.metadata_props.pop(KEY, None)
             node.metadata_props.pop(WEIGHT_KEY, None)

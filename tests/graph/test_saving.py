@@ -259,9 +259,10 @@ def test_functions_and_their_value_info_survive(tools):
 
 
 MEASURE = """
-import resource, sys
+import re, sys
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss: that counts the memory of the process that started this one.
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 from onnxcomp.passes.graph import load, save, output_size
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.sites import find_sites
@@ -275,12 +276,11 @@ print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 @pytest.mark.parametrize("mode", ["always", "never"])
 def test_memory_does_not_grow_with_the_model(tmp_path, mode):
-    tensors = [np.full((1024, 4096), i, np.float32) for i in range(2)]
-    initializers = [
-        ir.Value(name=f"w{i}", const_value=ir.Tensor(tensors[i % 2])) for i in range(12)
-    ]
+    tensors = [ir.Tensor(np.full((1024, 4096), i // 2, np.float32)) for i in range(12)]
+    initializers = [ir.Value(name=f"w{i}", const_value=t) for i, t in enumerate(tensors)]
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["N", 1024]))
     nodes = [ir.node("MatMul", [x, value]) for value in initializers]
     for i, node in enumerate(nodes):
@@ -295,5 +295,5 @@ def test_memory_does_not_grow_with_the_model(tmp_path, mode):
     assert saved.bytes > 192 << 20
     command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out.onnx")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    # One tensor has 16 MiB; comparing two of them takes both and a mask.
-    assert float(done.stdout) < 64, f"{done.stdout} MiB beyond the interpreter"
+    # One tensor has 16 MiB; comparing two of them takes both, a mask and some change.
+    assert float(done.stdout) < 56, f"{done.stdout} MiB beyond the interpreter"
