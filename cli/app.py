@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import importlib
+import logging
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -30,6 +36,49 @@ COMMANDS = {
     "demo": "Compress, verify and measure a small real model that ships with onnxcomp.",
 }
 INTERRUPTED = 130
+
+# Exit code of a command that a signal ended, less the number of the signal.
+SIGNAL_CODE = 128
+
+# Seconds after a signal in which further ones are ignored, so that cleaning up can end.
+_GRACE = 5.0
+
+
+class Interruption(BaseException):
+    """A signal that ends the command; files it has begun are removed on the way out.
+
+    Attributes:
+        number: Of the signal.
+        what: What happened, in a word.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+        self.what = "interrupted" if number == signal.SIGINT else "terminated"
+
+
+@contextlib.contextmanager
+def interruptions() -> Iterator[None]:
+    """Raise `Interruption` on SIGINT and SIGTERM while the block runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    last = -_GRACE
+
+    def interrupt(number: int, _: object) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _GRACE:
+            last = time.monotonic()
+            raise Interruption(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class App(click.Group):
@@ -66,17 +115,26 @@ class App(click.Group):
     ) -> None:
         """Run and exit with the code of the error tree."""
         words = list(sys.argv[1:] if args is None else args)
+        # What other libraries log is no output of ours; see --debug.
+        logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
         try:
-            code = super().main(
-                words, prog_name or "onnxcomp", **extra | {"standalone_mode": False}
-            )
+            with interruptions():
+                code = super().main(
+                    words, prog_name or "onnxcomp", **extra | {"standalone_mode": False}
+                )
+                sys.stdout.flush()
         except BrokenPipeError:
             # The reader of our output went away: nothing left to say, not even at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             code = 1
         except BaseException as error:
             code = report_error(error, words)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from failing once more when it flushes stdout at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report_error(error: BaseException, words: Sequence[str]) -> int:
@@ -92,16 +150,24 @@ def report_error(error: BaseException, words: Sequence[str]) -> int:
         traceback.print_exception(error)
     if isinstance(error, click.UsageError) and error.ctx is not None:
         click.echo(error.ctx.get_usage(), err=True)
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {one_line(hint)}", err=True)
     if "--json" in words:
         from onnxcomp.cli.terminal import json_text
 
         kind = type(error).__name__
         document = {"kind": kind, "message": message, "hint": hint, "exit_code": code}
-        click.echo(json_text({"error": document}))
+        with contextlib.suppress(OSError):
+            click.echo(json_text({"error": document}))
+            sys.stdout.flush()
     return code
+
+
+def one_line(text: str) -> str:
+    """Text of models and of other libraries on one line, without control characters."""
+    words = " ".join(text.split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in words)
 
 
 def describe(error: BaseException) -> tuple[int, str, str]:
@@ -112,10 +178,14 @@ def describe(error: BaseException) -> tuple[int, str, str]:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "onnxcomp"
         return 2, error.format_message(), f"see {command} --help"
+    if isinstance(error, Interruption):
+        return SIGNAL_CODE + error.number, error.what, ""
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return INTERRUPTED, "interrupted", ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return 2, f"cannot write: {error.strerror}", "make room, or write to another place"
     if isinstance(error, OSError) and error.filename is not None:
-        return 1, f"{error.filename}: {error.strerror}", ""
+        return 1, f"{error.filename}: {error.strerror}", "check that it exists and may be used"
     if isinstance(error, MemoryError):
         return 1, "out of memory", "use fewer --jobs, or a machine with more memory"
     first = (str(error).splitlines() or [""])[0]

@@ -58,7 +58,7 @@ def show_bench(terminal: Terminal, models: Sequence[Mapping[str, Any]]) -> None:
         )
         for model in models
     ]
-    terminal.table(columns, rows, left=2)
+    terminal.table(columns, rows, left=2, spare=("p10", "p90", "file", "load"))
 
 
 def bench_verdict(models: Sequence[Mapping[str, Any]]) -> str:

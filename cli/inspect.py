@@ -11,7 +11,7 @@ import click
 
 from onnxcomp.cli.options import FILE
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
-from onnxcomp.cli.values import SIZE
+from onnxcomp.cli.values import size
 
 if TYPE_CHECKING:
     from onnxcomp.passes.inspect import Difference, Inspection, Interface
@@ -27,7 +27,7 @@ _MOST_COMMON = 12
 @click.option("--diff", "other", type=FILE, help="Say what is different in this other model.")
 @click.option(
     "--min-size",
-    type=SIZE,
+    type=size,
     default="16KiB",
     show_default=True,
     help="Smallest tensor that counts as compressible.",
@@ -86,25 +86,25 @@ def operators_text(operators: Mapping[str, int], *, all_of_them: bool) -> str:
 
 def show_tensors(terminal: Terminal, found: Inspection) -> None:
     """Print weights, compressed or not, and what cannot be compressed."""
-    from onnxcomp.cli.tables import params_text, shape_text, show_reasons, uses_text
+    from onnxcomp.cli.tables import shape_text, show_reasons, stored_text, uses_text
 
     if found.compressed:
-        rows = [
+        stored = [
             (
                 weight.name,
                 f"{weight.dtype} {shape_text(weight.shape)}",
                 uses_text(weight.operators),
-                f"{weight.codec} {params_text(weight.params)}",
+                stored_text(weight.codec, weight.params),
                 bytes_text(weight.bytes_before),
                 bytes_text(weight.bytes_after),
             )
             for weight in found.compressed
         ]
         columns = ("compressed", "was", "use", "stored as", "before", "after")
-        terminal.table(columns, rows, left=4)
+        terminal.table(columns, stored, left=4, spare=("use", "was"))
         terminal.say(f"shared by them: {bytes_text(found.shared_bytes)}")
     if found.sites:
-        rows = [
+        dense = [
             (
                 site.name,
                 f"{site.dtype} {shape_text(site.shape)}",
@@ -113,10 +113,10 @@ def show_tensors(terminal: Terminal, found: Inspection) -> None:
             )
             for site in found.sites
         ]
-        terminal.table(("weight", "type", "use", "bytes"), rows, left=3)
+        terminal.table(("weight", "type", "use", "bytes"), dense, left=3)
     if terminal.verbose and found.skipped:
-        rows = [(t.name, t.dtype, t.reason, bytes_text(t.nbytes)) for t in found.skipped]
-        terminal.table(("other tensor", "type", "reason", "bytes"), rows, left=3)
+        others = [(t.name, t.dtype, t.reason, bytes_text(t.nbytes)) for t in found.skipped]
+        terminal.table(("other tensor", "type", "reason", "bytes"), others, left=3)
         return
     reasons = collections.defaultdict(list)
     for tensor in found.skipped:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from onnxcomp.cli.values import RATIO, RULE, SHAPE, SIZE
+from onnxcomp.cli.values import ratio, rule, shape, size
 
 __all__ = ["EXTERNAL_DATA", "FILE", "OUTPUT", "input_options", "plan_options"]
 
@@ -33,16 +33,16 @@ _PLAN_OPTIONS = (
     ),
     click.option("--bits", type=click.IntRange(1, 6), help="Bits per weight, the same for all; 4 "
                  "where no target is given."),
-    click.option("--ratio", type=RATIO, help="How many times smaller the file is to be: 8 or 8x."),
-    click.option("--target-size", type=SIZE, help="Largest size of the output: 120MB."),
+    click.option("--ratio", type=ratio, help="How many times smaller the file is to be: 8 or 8x."),
+    click.option("--target-size", type=size, help="Largest size of the output: 120MB."),
     click.option("--include", metavar="RE", multiple=True, help="Touch only weights that match."),
     click.option("--exclude", metavar="RE", multiple=True, help="Leave weights alone that match."),
     click.option(
-        "--set", "set_", type=RULE, multiple=True,
+        "--set", "set_", type=rule, multiple=True,
         help="Settings for weights that match: 'encoder.*:bits=3' or 'head:method=dense'.",
     ),
     click.option(
-        "--min-size", type=SIZE, default="16KiB", show_default=True,
+        "--min-size", type=size, default="16KiB", show_default=True,
         help="Leave smaller tensors alone.",
     ),
     click.option(
@@ -65,7 +65,7 @@ _INPUT_OPTIONS = (
         help="Inputs: an .npz file, a folder of them, or name=file.npy; else they are made up.",
     ),
     click.option(
-        "--shape", "shapes", type=SHAPE, multiple=True, help="Size of one input: ids:1,128."
+        "--shape", "shapes", type=shape, multiple=True, help="Size of one input: ids:1,128."
     ),
 )  # fmt: skip
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
 from onnxcomp.cli.terminal import Terminal, bytes_text
 
-__all__ = ["Progress", "progress"]
+if TYPE_CHECKING:
+    from onnxcomp.passes.encode import Progress
 
-# Bytes done, bytes in all, name of the tensor that is next.
-Progress = Callable[[int, int, str], None]
+__all__ = ["progress"]
 
 # Seconds between lines where nobody can watch a bar.
 _PAUSE = 5.0
@@ -35,12 +36,12 @@ def progress(terminal: Terminal, title: str) -> Iterator[Progress | None]:
 def _lines(title: str) -> Progress:
     last = time.monotonic()
 
-    def show(done: int, total: int, name: str) -> None:
+    def show(done: int, total: int, site: str) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _PAUSE and done < total:
             last = now
-            click.echo(f"{title}: {bytes_text(done)} of {bytes_text(total)}, {name}", err=True)
+            click.echo(f"{title}: {bytes_text(done)} of {bytes_text(total)}, {site}", err=True)
 
     return show
 
@@ -49,7 +50,7 @@ def _lines(title: str) -> Progress:
 def _bar(title: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import Progress as ProgressBar
 
     from onnxcomp.passes.report import peak_rss
 
@@ -60,11 +61,11 @@ def _bar(title: str) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[memory]}  {task.fields[tensor]}", table_column=None),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with ProgressBar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None, memory="", tensor="")
 
-        def show(done: int, total: int, name: str) -> None:
+        def show(done: int, total: int, site: str) -> None:
             memory = f"peak {bytes_text(peak_rss())}"
-            bar.update(task, completed=done, total=total, memory=memory, tensor=name)
+            bar.update(task, completed=done, total=total, memory=memory, tensor=site)
 
         yield show

@@ -11,20 +11,9 @@ from onnxcomp.cli.terminal import Terminal, bytes_text
 if TYPE_CHECKING:
     from onnxcomp.passes.report import SiteReport
 
-__all__ = ["params_text", "shape_text", "show_reasons", "show_sites", "uses_text"]
+__all__ = ["shape_text", "show_reasons", "show_sites", "stored_text", "uses_text"]
 
-COLUMNS = (
-    "tensor",
-    "shape",
-    "use",
-    "method",
-    "settings",
-    "mode",
-    "before",
-    "after",
-    "ratio",
-    "error",
-)
+COLUMNS = ("tensor", "shape", "use", "stored as", "mode", "before", "after", "ratio", "error")
 
 
 def show_sites(
@@ -37,13 +26,14 @@ def show_sites(
         sites: What became, or would become, of each weight.
         predicted: Expected errors by name, for weights whose error was not measured.
     """
-    rows, kept = [], []
+    rows: list[SiteReport] = []
+    kept: list[SiteReport] = []
     for site in sites:
         shown = terminal.verbose or not site.reason
         (rows if shown else kept).append(site)
     if rows:
         cells = [_cells(site, predicted.get(site.name)) for site in rows]
-        terminal.table(COLUMNS, cells, left=6)
+        terminal.table(COLUMNS, cells, left=5, spare=("ratio", "mode", "shape", "use"))
     reasons: dict[str, list[int]] = collections.defaultdict(list)
     for site in kept:
         reasons[site.reason].append(site.bytes_before)
@@ -71,8 +61,7 @@ def _cells(site: SiteReport, predicted: float | None) -> tuple[str, ...]:
         site.name,
         shape_text(site.shape),
         uses_text(site.uses),
-        "dense" if site.reason else site.method,
-        site.reason or params_text(site.params),
+        site.reason or stored_text(site.method, site.params),
         site.mode or "-",
         bytes_text(site.bytes_before),
         bytes_text(site.bytes_after),
@@ -93,6 +82,11 @@ def uses_text(uses: Iterable[str]) -> str:
     return ", ".join(parts) or "-"
 
 
-def params_text(params: Mapping[str, Any]) -> str:
-    """Parameters on one line: ``bits=4 group=128``."""
-    return " ".join(f"{key}={value}" for key, value in params.items()) or "-"
+def stored_text(codec: str, params: Mapping[str, Any]) -> str:
+    """Codec and parameters, the first one and those that are not the default: ``hyper bits=4``."""
+    from onnxcomp.passes.codecs import CODECS
+
+    usual = CODECS[codec].params_type().to_json() if codec in CODECS else {}
+    first = next(iter(params), None)
+    shown = [f"{k}={v}" for k, v in params.items() if k == first or usual.get(k) != v]
+    return " ".join([codec, *shown])

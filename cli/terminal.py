@@ -8,13 +8,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any, Concatenate, ParamSpec
+from typing import IO, Any, Literal
 
 import click
 
 __all__ = ["Terminal", "bytes_text", "json_text", "percent_text", "with_terminal"]
-
-P = ParamSpec("P")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,15 +48,22 @@ class Terminal:
         rows: Sequence[Sequence[str]],
         *,
         left: int = 1,
-        title: str = "",
+        spare: Sequence[str] = (),
     ) -> None:
-        """Print a table; the first `left` columns are left-aligned, the others right-aligned."""
+        """Print a table.
+
+        Args:
+            columns: Headings.
+            rows: Cells.
+            left: How many columns, from the first, are left-aligned; the others are right-aligned.
+            spare: Headings of columns that a narrow terminal does without, the least needed first.
+        """
         if self.quiet:
             return
         if self.stream.isatty():
-            print_rich(self.stream, columns, rows, left, title)
+            print_rich(self.stream, columns, rows, left, spare)
         else:
-            for line in plain_lines(columns, rows, left, title):
+            for line in plain_lines(columns, rows, left):
                 click.echo(line, file=self.stream)
 
     def finish(self, document: Mapping[str, Any], verdict: str) -> None:
@@ -84,13 +89,11 @@ def finite(value: Any) -> Any:
     return value
 
 
-def plain_lines(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], left: int, title: str
-) -> list[str]:
+def plain_lines(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
     """A table as aligned text, two spaces between columns."""
     cells = [tuple(columns), *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(columns))]
-    lines = [title] if title else []
+    widths = natural_widths(cells)
+    lines = []
     for row in cells:
         padded = [
             text.ljust(width) if column < left else text.rjust(width)
@@ -100,24 +103,47 @@ def plain_lines(
     return lines
 
 
+def natural_widths(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Width of each column when nothing is cut."""
+    return [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+
+
 def print_rich(
-    stream: IO[str], columns: Sequence[str], rows: Sequence[Sequence[str]], left: int, title: str
+    stream: IO[str],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: int,
+    spare: Sequence[str],
 ) -> None:
     """A table on a terminal."""
-    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
-    for index, column in enumerate(columns):
-        first = index == 0
-        table.add_column(
-            column, justify="left" if index < left else "right", overflow="fold" if first else None
-        )
+    console = Console(file=stream, highlight=False)
+    shown = fitting_columns([tuple(columns), *rows], spare, console.width)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for index in shown:
+        justify: Literal["left", "right"] = "left" if index < left else "right"
+        # Names may be long and fold; everything else stays on its line.
+        table.add_column(columns[index], justify=justify, overflow="fold", no_wrap=index > 0)
     for row in rows:
-        table.add_row(*(Text(text) for text in row))
-    Console(file=stream, highlight=False).print(table)
+        table.add_row(*(Text(row[index]) for index in shown))
+    console.print(table)
+
+
+def fitting_columns(
+    cells: Sequence[Sequence[str]], spare: Sequence[str], width: int, least: int = 16
+) -> list[int]:
+    """Columns to show in a width, the first one given `least` at least."""
+    widths = natural_widths(cells)
+    widths[0] = min(widths[0], least)
+    shown = list(range(len(widths)))
+    for heading in spare:
+        if sum(widths[index] + 2 for index in shown) - 2 <= width:
+            break
+        shown.remove(list(cells[0]).index(heading))
+    return shown
 
 
 def bytes_text(count: float) -> str:
@@ -138,7 +164,7 @@ def percent_text(share: float | None) -> str:
 
 
 def with_terminal(
-    function: Callable[Concatenate[Terminal, P], None],
+    function: Callable[..., None],
 ) -> Callable[..., None]:
     """Give a command the output options and a `Terminal` as its first argument."""
 

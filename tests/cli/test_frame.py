@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from onnxcomp import errors
 from onnxcomp.cli import app, main
-from onnxcomp.cli.terminal import Terminal, bytes_text, json_text, plain_lines
-from onnxcomp.cli.values import RATIO, SHAPE
+from onnxcomp.cli.terminal import Terminal, bytes_text, fitting_columns, json_text, plain_lines
+from onnxcomp.cli.values import ratio, shape
 
 ERRORS = (
     errors.CompressionError,
@@ -155,19 +155,19 @@ def test_module_form_is_the_same_program() -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("8", 8.0), ("8x", 8.0), ("7.5X", 7.5)])
 def test_ratios_are_read(text: str, value: float) -> None:
-    assert RATIO.convert(text, None, None) == value
+    assert ratio(text) == value
 
 
 @pytest.mark.parametrize("text", ["1", "0.5x", "x", "-3", "8:1"])
 def test_ratios_that_make_nothing_smaller_are_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="write 8 or 8x"):
-        RATIO.convert(text, None, None)
+        ratio(text)
 
 
 def test_shapes_are_read_and_names_may_hold_colons() -> None:
-    assert SHAPE.convert("serving:0:1,128", None, None) == ("serving:0", (1, 128))
+    assert shape("serving:0:1,128") == ("serving:0", (1, 128))
     with pytest.raises(click.BadParameter, match="input_ids:1,128"):
-        SHAPE.convert("1,128", None, None)
+        shape("1,128")
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,17 @@ def test_json_never_holds_what_strict_parsers_refuse() -> None:
 
 
 def test_plain_tables_align_columns() -> None:
-    assert plain_lines(("tensor", "bytes"), [("a", "1"), ("long", "100")], 1, "") == [
+    assert plain_lines(("tensor", "bytes"), [("a", "1"), ("long", "100")], 1) == [
         "tensor  bytes",
         "a           1",
         "long      100",
     ]
+
+
+def test_narrow_terminals_do_without_spare_columns() -> None:
+    cells = [("tensor", "shape", "after"), ("a.name.that.is.much.too.long", "128x128", "12.7 KB")]
+    assert fitting_columns(cells, ("shape",), 80) == [0, 1, 2]
+    assert fitting_columns(cells, ("shape",), 30) == [0, 2]
 
 
 def test_with_json_tables_and_verdict_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,134 @@
+"""The tables of the README, from ``benchmarks/results``.
+
+python benchmarks/readme_tables.py            prints them
+python benchmarks/readme_tables.py --write    puts them into README.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["put_into", "tables"]
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- tables: benchmarks/readme_tables.py -->\n"
+END = "<!-- end of tables -->"
+
+
+def read(name: str) -> dict[str, Any]:
+    """One result file."""
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]]) + "\n"
+
+
+def minilm() -> Iterator[str]:
+    """The sentence encoder."""
+    results = read("minilm")
+    dense, int4 = results["dense"], results["int4_block_128"]
+    rows = [
+        ("float32", f"{dense['bytes'] / 1e6:.1f} MB", "1.00", f"{dense['spearman']:.4f}", "0", ""),
+        (
+            "MatMulNBits int4, block 128, round to nearest",
+            f"{int4['bytes'] / 1e6:.1f} MB",
+            f"{dense['bytes'] / int4['bytes']:.2f}",
+            f"{int4['spearman']:.4f}",
+            f"{int4['one_minus_cosine']:.4f}",
+            "",
+        ),
+    ]
+    for run in results["runs"]:
+        library = run["forms"]["library"]
+        rows.append(
+            (
+                f"onnxcomp, {run['bits']} bits",
+                f"{run['bytes'] / 1e6:.1f} MB",
+                f"{run['ratio']:.2f}",
+                f"{library['spearman']:.4f}",
+                f"{library['one_minus_cosine']:.4f}",
+                f"{run['peak_rss_bytes'] / 1e9:.2f} GB",
+            )
+        )
+    yield (
+        "The sentence encoder all-MiniLM-L6-v2 on the STS-B development set (Spearman rank,\n"
+        "mean of 1 - cosine to the float32 embeddings; peak memory of the compiler):\n"
+        "`benchmarks/bench_minilm.py`.\n"
+    )
+    columns = ("weights", "file", "ratio", "Spearman", "1 - cosine", "compiler memory")
+    yield markdown(columns, rows)
+
+
+def demo() -> Iterator[str]:
+    """The model of the demo."""
+    runs = read("demo")["runs"]
+    original = runs[0]["accuracy"]["standard"]
+    rows = [("float32", f"{runs[0]['bytes_before'] / 1e3:.0f} KB", "1.00", share(original), "")]
+    rows += [
+        (
+            f"{run['bits']} bits",
+            f"{run['bytes_after'] / 1e3:.0f} KB",
+            f"{run['ratio']:.2f}",
+            share(run["accuracy"]["library"]),
+            share(run["accuracy"]["portable"]),
+        )
+        for run in runs
+    ]
+    yield "The model of the demo on characters it never saw: `benchmarks/bench_demo.py`.\n"
+    columns = ("weights", "file", "ratio", "accuracy, library", "accuracy, any runtime")
+    yield markdown(columns, rows)
+
+
+def models() -> Iterator[str]:
+    """Other trained models."""
+    rows = [
+        (
+            row["name"],
+            f"{row['bytes_before'] / 1e3:.0f} KB",
+            f"{row['ratio']:.2f}",
+            share(row["coverage"]),
+            "exact" if row["snr_db"] is None else f"{row['snr_db']:.1f} dB",
+            share(row.get("agree_library")),
+        )
+        for row in read("models_4bit")["models"]
+    ]
+    yield (
+        "Models of other projects at 4 bits: share of the weight bytes that is compressed, worst\n"
+        "signal-to-noise ratio of an output on made-up inputs, and agreement of the top class\n"
+        "with the original on real inputs where we have them: `benchmarks/bench_models.py`.\n"
+    )
+    yield markdown(("model", "float32 file", "ratio", "covered", "output", "same class"), rows)
+
+
+def share(value: float | None) -> str:
+    """A share in percent; empty where there is none."""
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def tables() -> str:
+    """All tables with the sentences before them."""
+    return "\n".join([*minilm(), *demo(), *models()])
+
+
+def put_into(text: str) -> str:
+    """A README with the tables in their place."""
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    return pattern.sub(lambda _: f"{BEGIN}\n{tables()}\n{END}", text)
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        readme = ROOT / "README.md"
+        readme.write_text(put_into(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(tables())
