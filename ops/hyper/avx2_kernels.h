@@ -8,6 +8,7 @@
 #pragma once
 
 #include "hyper/avx2_decode.h"
+#include "hyper/f16c.h"
 
 namespace onnxcomp::hyper {
 namespace {
@@ -220,8 +221,18 @@ float Quantize(const float* values, int group, int8_t* codes) {
 }
 
 const Isa& ThisIsa() {
-  static const Isa isa{kIsaName,    kTile,        CutPosition,     Rotate,      Quantize,
-                       ProductInt8, ProductExact, DecodePanelRows, DecodeOneRow};
+  static const Isa isa{
+      kIsaName,
+      kTile,
+      CutPosition,
+      Rotate,
+      FromHalfF16c,
+      ToHalfF16c,
+      Quantize,
+      ProductInt8,
+      ProductExact,
+      DecodePanelRows,
+      DecodeOneRow};
   return isa;
 }
 

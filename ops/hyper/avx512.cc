@@ -3,6 +3,7 @@
 #include "hyper/avx512.h"
 
 #include "hyper/avx512_decode.h"
+#include "hyper/f16c.h"
 #include "hyper/plain.h"
 
 namespace onnxcomp::hyper {
@@ -224,11 +225,18 @@ void DecodeRowAvx512(const Weight& weight, int64_t row, int64_t group, int width
 }
 
 const Isa& Avx512Isa() {
-  static const Isa isa{"avx512",          12,
-                       IdentityPosition,  Rotate,
-                       Quantize,          ProductInt8Avx512,
-                       ProductExactAvx512, DecodePanelAvx512,
-                       DecodeRowAvx512};
+  static const Isa isa{
+      "avx512",
+      12,
+      IdentityPosition,
+      Rotate,
+      FromHalfF16c,
+      ToHalfF16c,
+      Quantize,
+      ProductInt8Avx512,
+      ProductExactAvx512,
+      DecodePanelAvx512,
+      DecodeRowAvx512};
   return isa;
 }
 

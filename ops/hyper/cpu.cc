@@ -26,12 +26,25 @@ struct Brain {
   uint16_t bits;
 };
 
-inline float ToFloat(float value) { return value; }
-inline float ToFloat(Half value) { return HalfToFloat(value.bits); }
-inline float ToFloat(Brain value) { return BfloatToFloat(value.bits); }
-inline void Store(float value, float* out) { *out = value; }
-inline void Store(float value, Half* out) { out->bits = FloatToHalf(value); }
-inline void Store(float value, Brain* out) { out->bits = FloatToBfloat(value); }
+// Between the type of x and y and float32.
+inline void Load(const Isa&, const float* x, int64_t count, float* out) {
+  std::memcpy(out, x, static_cast<size_t>(count) * sizeof(float));
+}
+inline void Load(const Isa& isa, const Half* x, int64_t count, float* out) {
+  isa.from_half(&x->bits, count, out);
+}
+inline void Load(const Isa&, const Brain* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = BfloatToFloat(x[i].bits);
+}
+inline void Store(const Isa&, const float* values, int64_t count, float* y) {
+  std::memcpy(y, values, static_cast<size_t>(count) * sizeof(float));
+}
+inline void Store(const Isa& isa, const float* values, int64_t count, Half* y) {
+  isa.to_half(values, count, &y->bits);
+}
+inline void Store(const Isa&, const float* values, int64_t count, Brain* y) {
+  for (int64_t i = 0; i < count; ++i) y[i].bits = FloatToBfloat(values[i]);
+}
 
 template <class T>
 constexpr int kTypeOf = kUndefined;
@@ -96,7 +109,7 @@ class Prepared {
     const int count = static_cast<int>(std::min<int64_t>(isa_.tile, rows_ - first));
     for (int i = 0; i < count; ++i) {
       const T* source = x_ + (first + i) * format_.length;
-      for (int64_t t = 0; t < format_.length; ++t) row[t] = ToFloat(source[t]);
+      Load(isa_, source, format_.length, row);
       std::fill(row + format_.length, row + format_.padded(), 0.0f);
       isa_.rotate(row, format_.groups, format_.group);
       for (int64_t g = 0; g < format_.groups; ++g) {
@@ -149,7 +162,7 @@ template <class T>
 class Product {
  public:
   Product(const Isa& isa, const Weight& weight, const Activations& x, bool int8, T* y)
-      : weight_(weight), x_(x), call_(int8 ? isa.product_int8 : isa.product_exact), y_(y) {
+      : isa_(isa), weight_(weight), x_(x), call_(int8 ? isa.product_int8 : isa.product_exact), y_(y) {
     const Format& format = weight.format;
     row_blocks_ = CeilDiv(x.rows, kRowBlock);
     const int64_t work = 2 * kLanes * format.padded() * std::min<int64_t>(x.rows, kRowBlock);
@@ -177,10 +190,11 @@ class Product {
     const int64_t width = std::min(lanes, weight_.format.rows - column);
     for (int64_t m = 0; m < rows; ++m, out += 2 * kLanes) {
       T* y = y_ + (first + m) * weight_.format.rows + column;
-      for (int64_t lane = 0; lane < width; ++lane) Store(out[lane], y + lane);
+      Store(isa_, out, width, y);
     }
   }
 
+  const Isa& isa_;
   const Weight& weight_;
   const Activations& x_;
   decltype(Isa::product_int8) call_;

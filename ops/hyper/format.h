@@ -74,6 +74,10 @@ struct Isa {
   // In place, per group of one padded row: x <- H (sign * x), in float32, strides 1, 2, 4, ...
   void (*rotate)(float* row, int64_t groups, int group);
 
+  // Between float16 bits and float32, to nearest even.
+  void (*from_half)(const uint16_t* halves, int64_t count, float* out);
+  void (*to_half)(const float* values, int64_t count, uint16_t* out);
+
   // Rounds one rotated group to int8: codes (group,), returns the scale; see spec.md.
   float (*quantize)(const float* values, int group, int8_t* codes);
 

@@ -100,8 +100,18 @@ void ProductExact(const Weight& weight, const Activations& x, int64_t panel, int
 }  // namespace
 
 const Isa& PlainIsa() {
-  static const Isa isa{"plain",     1,           IdentityPosition, Rotate,    QuantizeGroup,
-                       ProductInt8, ProductExact, DecodePanelRows, DecodeOneRow};
+  static const Isa isa{
+      "plain",
+      1,
+      IdentityPosition,
+      Rotate,
+      FromHalf,
+      ToHalf,
+      QuantizeGroup,
+      ProductInt8,
+      ProductExact,
+      DecodePanelRows,
+      DecodeOneRow};
   return isa;
 }
 

@@ -122,6 +122,15 @@ inline void DecodeOneRow(const Weight& weight, int64_t row, int64_t group, int w
 
 inline int IdentityPosition(const Format&, int t) { return t; }
 
+// Isa::from_half and Isa::to_half, also for what is left over by vectors.
+inline void FromHalf(const uint16_t* halves, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = HalfToFloat(halves[i]);
+}
+
+inline void ToHalf(const float* values, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = FloatToHalf(values[i]);
+}
+
 // spec.md section 4: amax / 127 is the scale, codes are rounded to nearest even.
 inline float QuantizeGroup(const float* values, int group, int8_t* codes) {
   float amax = 0.0f;

@@ -153,19 +153,19 @@ def _round_to(y: Array, kind: int) -> Array:
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
 def test_half_activations_are_rounded_once_to_nearest_even(
-    hyper: Any, open_session: Callable[..., Any], kind: int
+    hyper: Any, run_on_all: RunOnAll, kind: int
 ) -> None:
     weight = hyper.random_weight(33, 300)
     model = hyper.make_model(
         "HyperMatMul", weight, (F32, [None, None]), attributes={"precision": 1}, cast=kind
     )
-    session = open_session(model)
     rng = np.random.default_rng(3)
     # Down to subnormal halves, up to overflow: powers of two times what both types represent.
-    for scale in (2.0**-24, 2.0**-12, 1.0, 2.0**12):
-        x = _round_to((rng.normal(size=(6, 300)) * scale).astype(np.float32), kind)
-        (y,) = session.run(None, {"x": x})
-        np.testing.assert_array_equal(y, _round_to(hyper.product_int8(x, weight), kind))
+    x = rng.normal(size=(24, 300)) * np.repeat([2.0**-24, 2.0**-12, 1.0, 2.0**12], 6)[:, None]
+    x = _round_to(x.astype(np.float32), kind)
+    want = _round_to(hyper.product_int8(x, weight), kind)
+    for _, (y,) in run_on_all(model, [{"x": x}]):
+        np.testing.assert_array_equal(y, want)
 
 
 def test_half_input_and_output_need_no_casts(hyper: Any, open_session: Callable[..., Any]) -> None:
