@@ -7,18 +7,24 @@ layout is wrong is encoded again and replaced.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.codec import Array, Attribute, Codec, Params, Payload, WeightSite
 
 __all__ = ["PayloadCache"]
+
+log = logging.getLogger(__name__)
 
 # Changes whenever an encoder gives other bytes for the same weight and parameters.
 FORMAT = 1
@@ -38,7 +44,13 @@ class PayloadCache:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"the cache {str(self.folder)!r} cannot be made: {error.strerror}",
+                hint="name another folder with --cache, or do without",
+            ) from error
 
     def key(self, site: WeightSite, weight: Array, codec: Codec, params: Params) -> str:
         """Name of the payload: a hash of weight, codec, parameters and format version.
@@ -84,14 +96,17 @@ class PayloadCache:
         body = io.BytesIO()
         arrays = {**payload.tensors, _ATTRIBUTES: np.frombuffer(text, np.uint8)}
         np.savez(body, allow_pickle=False, **arrays)
-        part = self.folder / f"{key}.{os.getpid()}.part"
+        part = self.folder / f"{key}.{os.getpid()}.{threading.get_ident()}.part"
         try:
             with part.open("wb") as file:
                 file.write(hashlib.sha256(body.getbuffer()).digest())
                 file.write(body.getbuffer())
             part.replace(self.path(key))
+        except OSError as error:  # a full disk, say: the run itself does not need the file
+            log.warning("the cache cannot be written: %s", error)
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def _plain(attributes: Mapping[str, Attribute]) -> dict[str, object]:

@@ -68,6 +68,7 @@ class DataFiles:
         """The tensor itself, or a mapped one in place of an external one."""
         if isinstance(tensor, MappedTensor):
             self._size(tensor.path, label)
+        _check_kind(tensor, label)
         if isinstance(tensor, ir.TensorProtoTensor):
             _check_inline(tensor, label)
         if not isinstance(tensor, ir.ExternalTensor):
@@ -139,6 +140,20 @@ class DataFiles:
         )
 
 
+_DAMAGED = "the file is damaged; export the model again"
+
+# Fields of TensorProto that hold values one by one, and entries for each element; all other types
+# are in int32_data, those below a byte packed.
+_VALUES = {
+    "FLOAT": ("float_data", 1),
+    "COMPLEX64": ("float_data", 2),
+    "DOUBLE": ("double_data", 1),
+    "COMPLEX128": ("double_data", 2),
+    "INT64": ("int64_data", 1),
+    "UINT32": ("uint64_data", 1),
+    "UINT64": ("uint64_data", 1),
+}
+
 _TENSORS = (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS)
 
 
@@ -156,14 +171,33 @@ def _misfit(tensor: ir.TensorProtocol, label: str, length: int) -> ModelError:
     kind = f"{dtype_name(tensor.dtype)} {list(shape_of(tensor))}"
     return ModelError(
         f"tensor {label!r} is {kind} and needs {tensor.nbytes} bytes, but {length} are stored",
-        hint="the file is damaged; export the model again",
+        hint=_DAMAGED,
     )
 
 
+def _check_kind(tensor: ir.TensorProtocol, label: str) -> None:
+    """Refuse tensors without an element type or with a negative dimension."""
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise ModelError(f"tensor {label!r} has no element type", hint=_DAMAGED)
+    if any(dim < 0 for dim in shape_of(tensor)):
+        raise ModelError(
+            f"tensor {label!r} has a negative dimension: {list(shape_of(tensor))}", hint=_DAMAGED
+        )
+
+
 def _check_inline(tensor: ir.TensorProtoTensor, label: str) -> None:
-    try:
-        needed = tensor.nbytes
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"tensor {label!r} has an unknown type or shape: {error}") from error
-    if tensor.raw.HasField("raw_data") and len(tensor.raw.raw_data) != needed:
-        raise _misfit(tensor, label, len(tensor.raw.raw_data))
+    """Refuse tensors that hold more or fewer elements than their shape has."""
+    raw, bits = tensor.raw, tensor.dtype.bitwidth
+    if raw.HasField("raw_data"):
+        if len(raw.raw_data) != tensor.nbytes:
+            raise _misfit(tensor, label, len(raw.raw_data))
+        return
+    field, width = _VALUES.get(tensor.dtype.name, ("int32_data", 1))
+    wanted = width * (tensor.size if bits >= 8 else -(-tensor.size * bits // 8))
+    entries = len(getattr(raw, field))
+    if entries != wanted:
+        raise ModelError(
+            f"tensor {label!r} is {dtype_name(tensor.dtype)} {list(shape_of(tensor))} and needs "
+            f"{wanted} values, but {entries} are stored",
+            hint=_DAMAGED,
+        )

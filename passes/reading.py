@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes import marks
 from onnxcomp.passes.external_data import DataFiles
-from onnxcomp.passes.scopes import scopes
+from onnxcomp.passes.scopes import scopes, subgraphs
 from onnxcomp.passes.tensors import SparseTensor
 from onnxcomp.passes.wire import WireError, without_tensors
 
@@ -64,7 +64,13 @@ def load(source: Source) -> ir.Model:
 
 def copy_model(model: ir.Model) -> ir.Model:
     """A copy that shares tensors, but no graph, node or value, with the original."""
-    copy = model.clone()
+    try:
+        copy = model.clone()
+    except RuntimeError as error:  # of nodes before their producers
+        raise ModelError(
+            f"the model cannot be copied: {_root_cause(error)}",
+            hint="sort it first: model.graph.sort()",
+        ) from error
     files = DataFiles(None)
     files.adopt(copy)
     _remember(copy, files)
@@ -100,23 +106,28 @@ def _skeleton_of(path: Path) -> bytes:
 
 
 def _from_proto(proto: onnx.ModelProto, files: DataFiles) -> ir.Model:
-    if not proto.HasField("graph") or not proto.ir_version:
-        raise ModelError("not an ONNX model: it has no graph", hint="export the model again")
+    if not proto.HasField("graph") or proto.ir_version < 1:
+        what = "IR version" if proto.HasField("graph") else "graph"
+        raise ModelError(f"not an ONNX model: it has no {what}", hint="export the model again")
     readable, odd = _representable(proto)
     try:
         model = ir.serde.deserialize_model(readable)
     except (ir.serde.SerdeError, ValueError) as error:
-        raise ModelError(f"the model is invalid: {_root_cause(error)}") from error
+        raise ModelError(
+            f"the model is invalid: {_root_cause(error)}",
+            hint="the file is damaged; export the model again",
+        ) from error
     _annotate(model, proto, odd)
     files.adopt(model)
     _check_values(model)
+    _order_nodes(model)
     _remember(model, files)
     return model
 
 
 def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
     return " ".join(str(error).split())[:300]
 
 
@@ -237,7 +248,44 @@ def _check_values(model: ir.Model) -> None:
                     )
         for value in graph.outputs:
             if not _defined(value):
-                raise ModelError(f"output {value.name!r} is not produced by the graph")
+                raise ModelError(
+                    f"output {value.name!r} is not produced by the graph",
+                    hint="export the model again; ONNX Runtime would refuse it too",
+                )
+
+
+def _order_nodes(model: ir.Model) -> None:
+    """Put nodes behind those they read from, as ONNX asks for; ordered models stay as they are."""
+    if all(_is_ordered(body, set()) for body in _bodies(model)):
+        return
+    try:
+        for body in _bodies(model):
+            body.sort()
+    except ValueError as error:
+        raise ModelError(
+            "the graph has a cycle: a node needs its own result",
+            hint="export the model again; ONNX Runtime would refuse it too",
+        ) from error
+
+
+def _bodies(model: ir.Model) -> Iterator[ir.Graph]:
+    yield model.graph
+    for function in model.functions.values():
+        yield function.graph
+
+
+def _is_ordered(graph: ir.Graph, made: set[ir.Node]) -> bool:
+    """Whether every node comes after its producers; `made` takes the nodes met so far."""
+    for node in graph:
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None and producer not in made:
+                return False
+        for _, inner in subgraphs(node):
+            if not _is_ordered(inner, made):
+                return False
+        made.add(node)
+    return True
 
 
 def _defined(value: ir.Value) -> bool:

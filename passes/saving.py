@@ -7,6 +7,7 @@ of `PAGE` where it is large, so that a runtime can map it and compute on it in p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -19,6 +20,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import CompressionError, ModelError, UsageError
 from onnxcomp.passes import marks
+from onnxcomp.passes.interruptions import uninterrupted
 from onnxcomp.passes.skeleton import (
     fill_nodes,
     fill_rest,
@@ -36,6 +38,7 @@ ExternalData = Literal["auto", "always", "never"]
 THRESHOLD = 64 << 20
 EXTERNAL_BYTES = 1024
 PAGE = 4096
+_PREFIX = 40  # characters of a name in that of its temporary file, which must stay valid
 _LINE = 64  # alignment of small external tensors: one cache line
 _PAGE_BYTES = 64 << 10  # tensors of this size start on a page of their own
 _LARGEST = (1 << 31) - 1  # bytes of the largest message protobuf reads
@@ -275,19 +278,23 @@ class _Staging:
 
     def open(self, target: Path) -> BinaryIO:
         """Open the temporary file of a target, with the permissions the umask gives."""
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        temporary = target.with_name(f".{target.name[:_PREFIX]}.{secrets.token_hex(4)}.part")
+        # Listed before it exists: an interruption in between leaves nothing behind.
         self._files.append((temporary, target))
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         return os.fdopen(descriptor, "w+b")
 
     def commit(self) -> None:
         """Give every file its final name."""
-        while self._files:
-            temporary, target = self._files[0]
-            os.replace(temporary, target)
-            del self._files[0]
+        with uninterrupted():
+            while self._files:
+                temporary, target = self._files[0]
+                os.replace(temporary, target)
+                del self._files[0]
 
     def discard(self) -> None:
         """Remove what was not committed."""
-        for temporary, _ in self._files:
-            temporary.unlink(missing_ok=True)
+        with uninterrupted():
+            for temporary, _ in self._files:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()

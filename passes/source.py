@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from onnxcomp.errors import UsageError
+from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes import marks
 from onnxcomp.passes.graph import load, output_size
+from onnxcomp.passes.interruptions import uninterrupted
 from onnxcomp.passes.plan import Source
 
 __all__ = [
@@ -30,6 +32,21 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 20
+
+# Characters of an output's name in that of its workspace, which must stay a valid name.
+_PREFIX = 40
+
+# Errors that say that an output cannot be written where it was asked for.
+_UNWRITABLE = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,6 +83,8 @@ def read(source: Any) -> Loaded:
         UsageError: It is not a model at all.
     """
     model = load(source)
+    if not model.graph.outputs:
+        raise ModelError("the graph has no outputs", hint="export the model again")
     files: frozenset[str] = frozenset(model.graph.meta.get(marks.SOURCE, ()))
     if isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -94,21 +113,46 @@ def refuse_overwriting(files: frozenset[str], output: Path) -> None:
 @contextlib.contextmanager
 def workspace(output: Path) -> Iterator[Path]:
     """A folder beside the output, on the same file system, gone when the block is left."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    folder = output.with_name(f".{output.name[:_PREFIX]}.{secrets.token_hex(4)}")
     try:
+        folder.mkdir(mode=0o700)
         yield folder
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise UsageError(
+            f"cannot write {output}: {error.strerror}",
+            hint="choose a place with enough room that you may write to",
+        ) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with uninterrupted():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
     """Move finished files to their place, the .onnx file last, and return their new paths.
 
     The model file refers to its data and not the other way round: whoever finds it finds all of it.
+    Neither a signal nor another run with the same output comes between the two.
     """
-    for file in reversed(files):
-        file.replace(folder / file.name)
+    with uninterrupted(), _alone_in(folder):
+        for file in reversed(files):
+            file.replace(folder / file.name)
     return tuple(folder / file.name for file in files)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs from publishing into a folder; without effect where folders have no locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def rejected_path(output: Path) -> Path:
