@@ -20,6 +20,15 @@ from onnxcomp.passes.saving import PAGE, THRESHOLD
 MODES = ("auto", "always", "never")
 
 
+def holding(*values):
+    """A model that holds initializers and returns them."""
+    for value in values:
+        value.type = ir.TensorType(value.const_value.dtype)
+        value.shape = ir.Shape(list(value.const_value.shape))
+    graph = ir.Graph([], values, nodes=[], initializers=values, opset_imports={"": 17}, name="g")
+    return ir.Model(graph, ir_version=8)
+
+
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -79,9 +88,7 @@ def test_large_models_get_a_data_file_by_themselves(tmp_path, monkeypatch):
 
     def model(elements):
         values = np.broadcast_to(np.float32(0), (elements,))
-        value = ir.Value(name="w", const_value=ir.Tensor(values))
-        graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 17})
-        return ir.Model(graph, ir_version=8)
+        return holding(ir.Value(name="w", const_value=ir.Tensor(values)))
 
     assert len(save(model(1 << 18), tmp_path / "large.onnx").files) == 2
     assert len(save(model((1 << 18) - 1), tmp_path / "small.onnx").files) == 1
@@ -89,11 +96,9 @@ def test_large_models_get_a_data_file_by_themselves(tmp_path, monkeypatch):
 
 def test_sizes_beyond_two_gigabytes_need_no_memory(tmp_path):
     values = np.broadcast_to(np.float16(0), (3 << 10, 1 << 20))
-    value = ir.Value(name="w", const_value=ir.Tensor(values))
-    graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 17})
-    model = ir.Model(graph, ir_version=8)
+    model = holding(ir.Value(name="w", const_value=ir.Tensor(values)))
     inside = output_size(model) - values.nbytes
-    assert 0 < inside < 200
+    assert 0 < inside < 300
     for attempt in (
         lambda: output_size(model, external_data="never"),
         lambda: save(model, tmp_path / "out.onnx", external_data="never"),
@@ -207,9 +212,8 @@ def test_every_element_type_survives(tmp_path, dtype, mode):
     value = ir.Value(name="w", const_value=tensor)
     text = ir.Value(name="s", const_value=ir.StringTensor([b"a", b"\xff"], shape=ir.Shape([2])))
     empty = ir.Value(name="e", const_value=ir.Tensor(np.zeros((0, 4), np.float32)))
-    graph = ir.Graph([], [], nodes=[], initializers=[value, text, empty], opset_imports={"": 17})
     path = tmp_path / "out.onnx"
-    saved = save(ir.Model(graph, ir_version=8), path, external_data=mode)
+    saved = save(holding(value, text, empty), path, external_data=mode)
     assert saved.bytes == sum(file.stat().st_size for file in saved.files)
     loaded = load(path).graph.initializers
     assert loaded["w"].const_value.dtype == dtype
@@ -221,9 +225,7 @@ def test_every_element_type_survives(tmp_path, dtype, mode):
 
 def test_bfloat16_values_are_read_as_such(tmp_path):
     values = np.arange(2048).astype(ml_dtypes.bfloat16).reshape(32, 64)
-    value = ir.Value(name="w", const_value=ir.Tensor(values))
-    graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 17})
-    save(ir.Model(graph, ir_version=8), tmp_path / "out.onnx")
+    save(holding(ir.Value(name="w", const_value=ir.Tensor(values))), tmp_path / "out.onnx")
     found = load(tmp_path / "out.onnx").graph.initializers["w"].const_value.numpy()
     assert found.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(found.astype(np.float32), values.astype(np.float32))
