@@ -23,8 +23,7 @@ void Rotate(float* row, int64_t groups, int group) {
 }
 
 // Weights of one panel's group, weight-major: q[t * 16 + lane].
-template <class T>
-void DecodeBlock(const Weight& weight, int64_t panel, int64_t group, T* q) {
+void DecodeBlock(const Weight& weight, int64_t panel, int64_t group, float* q) {
   const uint8_t* block = weight.block(panel, group);
   for (int lane = 0; lane < kLanes; ++lane) {
     DecodeLane(weight.format, block + lane * 4, weight.table, q + lane, kLanes);
@@ -36,62 +35,54 @@ void LoadScales(const Weight& weight, int64_t panel, int64_t group, float* scale
   for (int lane = 0; lane < kLanes; ++lane) scales[lane] = ScaleOf(stored[lane]);
 }
 
-// One row, one group: the integer sums of 16 lanes.
-void SumInt8(const int16_t* q, const int8_t* x, int step, int group, int32_t* sums) {
-  for (int lane = 0; lane < kLanes; ++lane) sums[lane] = 0;
-  for (int t = 0; t < group; ++t) {
-    const int32_t value = x[t / 4 * step + t % 4];
-    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value * q[t * kLanes + lane];
-  }
-}
+// Four floats: what the baseline of x86-64 and of ARM has in a register.
+typedef float Four __attribute__((vector_size(16)));
 
-void ProductInt8(const Weight& weight, const Activations& x, int64_t panel, int panels,
-                 int64_t first, int64_t rows, float* out) {
-  const Format& format = weight.format;
-  std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
-  int16_t q[kMaxGroup * kLanes];
-  float scales[kLanes];
-  int32_t sums[kLanes];
-  for (int p = 0; p < panels; ++p) {
-    for (int64_t g = 0; g < format.groups; ++g) {
-      DecodeBlock(weight, panel + p, g, q);
-      LoadScales(weight, panel + p, g, scales);
-      for (int64_t m = 0; m < rows; ++m) {
-        const int inner = static_cast<int>((first + m) % x.tile);
-        const Tile tile = TileAt(x, first + m - inner);
-        const int64_t unit = tile.base + g * tile.rows;
-        SumInt8(q, x.codes + unit * format.group + inner * 4, tile.rows * 4, format.group, sums);
-        const float scale = x.scales[unit + inner];
-        float* y = out + m * 2 * kLanes + p * kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) {
-          y[lane] += static_cast<float>(sums[lane]) * (scales[lane] * scale);
-        }
-      }
+// One row, one group. With int8 activations all partial sums are integers below 2^24: exact.
+template <class T>
+void SumGroup(const float* q, const T* x, int group, float* out) {
+  Four sums[kLanes / 4] = {};
+  for (int t = 0; t < group; ++t) {
+    const auto value = static_cast<float>(x[t]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes / 4; ++i) {
+      Four weights;
+      std::memcpy(&weights, q + t * kLanes + i * 4, sizeof weights);
+      sums[i] += weights * value;
     }
   }
+  std::memcpy(out, sums, sizeof sums);
 }
 
-void ProductExact(const Weight& weight, const Activations& x, int64_t panel, int panels,
-                  int64_t first, int64_t rows, float* out) {
-  const Format& format = weight.format;
+// Adds the product of one group to y. The plain form has tiles of one row: x is contiguous.
+template <class T>
+void AddGroup(const float* q, const T* x, int group, const float* scales, float x_scale,
+              float* y) {
+  float sums[kLanes];
+  SumGroup(q, x, group, sums);
+  for (int lane = 0; lane < kLanes; ++lane) y[lane] += sums[lane] * (scales[lane] * x_scale);
+}
+
+template <bool Int8>
+void Product(const Weight& weight, const Activations& x, int64_t panel, int panels, int64_t first,
+             int64_t rows, float* out) {
+  const int group = weight.format.group;
+  const int64_t groups = weight.format.groups;
   std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   float q[kMaxGroup * kLanes];
   float scales[kLanes];
   for (int p = 0; p < panels; ++p) {
-    for (int64_t g = 0; g < format.groups; ++g) {
+    for (int64_t g = 0; g < groups; ++g) {
       DecodeBlock(weight, panel + p, g, q);
       LoadScales(weight, panel + p, g, scales);
       for (int64_t m = 0; m < rows; ++m) {
-        const int inner = static_cast<int>((first + m) % x.tile);
-        const Tile tile = TileAt(x, first + m - inner);
-        const float* values = x.values + (tile.base + g * tile.rows) * format.group + inner;
-        float sums[kLanes] = {};
-        for (int t = 0; t < format.group; ++t) {
-          const float value = values[t * tile.rows];
-          for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value * q[t * kLanes + lane];
-        }
+        const int64_t unit = (first + m) * groups + g;
         float* y = out + m * 2 * kLanes + p * kLanes;
-        for (int lane = 0; lane < kLanes; ++lane) y[lane] += sums[lane] * scales[lane];
+        if constexpr (Int8) {
+          AddGroup(q, x.codes + unit * group, group, scales, x.scales[unit], y);
+        } else {
+          AddGroup(q, x.values + unit * group, group, scales, 1.0f, y);
+        }
       }
     }
   }
@@ -108,8 +99,8 @@ const Isa& PlainIsa() {
       FromHalf,
       ToHalf,
       QuantizeGroup,
-      ProductInt8,
-      ProductExact,
+      Product<true>,
+      Product<false>,
       DecodePanelRows,
       DecodeOneRow};
   return isa;
