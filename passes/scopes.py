@@ -12,6 +12,7 @@ __all__ = [
     "Scope",
     "add_initializer",
     "default_opset",
+    "find_initializer",
     "initializers",
     "is_default_domain",
     "remove_dead",
@@ -93,6 +94,15 @@ def initializers(model: ir.Model) -> dict[str, ir.Value]:
         for name, value in scope.graph.initializers.items()
         if value.const_value is not None
     }
+
+
+def find_initializer(model: ir.Model, name: str) -> ir.Value | None:
+    """The initializer of a name, in whatever graph; None when there is none."""
+    for scope in scopes(model):
+        value = scope.graph.initializers.get(name)
+        if value is not None and value.const_value is not None:
+            return value
+    return None
 
 
 class Names:

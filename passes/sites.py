@@ -19,7 +19,7 @@ from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.canonicalize import WEIGHT_DTYPES, is_matrix
 from onnxcomp.passes.codecs.codec import DOMAIN, Array, Use, WeightSite
 from onnxcomp.passes.record import compressed_tensors
-from onnxcomp.passes.scopes import LISTING_IR, Scope, default_opset, initializers, scopes
+from onnxcomp.passes.scopes import LISTING_IR, Scope, default_opset, find_initializer, scopes
 from onnxcomp.passes.tensors import SparseTensor, dtype_name, is_float, shape_of
 from onnxcomp.passes.tracing import Leaf, Orientation, leaves, qualified_type, view_of
 
@@ -328,7 +328,7 @@ def read_weight(model: ir.Model, site: WeightSite) -> Array:
     Raises:
         ModelError: The model has no such initializer.
     """
-    value = initializers(model).get(site.name)
+    value = find_initializer(model, site.name)
     if value is None or value.const_value is None:
         raise ModelError(f"the model has no initializer {site.name!r}")
     array = np.asarray(value.const_value.numpy())

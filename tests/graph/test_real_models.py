@@ -27,7 +27,17 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=NAMES)
+# Seconds per run at its fixed size of 720 x 720: structure only.
+RUNNABLE = [name for name in NAMES if name != "style_candy"]
+
+# One of each kind: subgraphs, ML operators, half precision, listed initializers, LSTM, Gemm, Conv.
+TYPICAL = [
+    "silero_vad", "sklearn_randomforest", "squeezenet_fp16", "mnist_cntk", "dtln_1", "gtcrn_simple",
+    "winml_cifar_classifier", "resnet20_cifar10", "tinyllama_ref", "tiny_random_gpt2",
+]  # fmt: skip
+
+
+@pytest.fixture
 def path(request, data_folder):
     for folder in ("models", "lm"):
         found = data_folder / folder / f"{request.param}.onnx"
@@ -36,6 +46,7 @@ def path(request, data_folder):
     pytest.skip(f"no {request.param}.onnx in {data_folder}")
 
 
+@pytest.mark.parametrize("path", NAMES, indirect=True)
 def test_loading_and_saving_keep_the_structure(path, tmp_path, tools):
     model = copy_model(load(path))
     for mode in ("always", "never"):
@@ -46,30 +57,12 @@ def test_loading_and_saving_keep_the_structure(path, tmp_path, tools):
         assert tools.differences(onnx.load(path), onnx.load(tmp_path / name)) == []
 
 
+@pytest.mark.parametrize("path", TYPICAL, indirect=True)
 def test_graphsurgeon_gives_the_model_back(path, tools):
-    if path.stem not in TYPICAL:
-        pytest.skip("one of each kind is enough")
     surgeon = pytest.importorskip("onnxcomp.passes.graphsurgeon")
     model = load(path)
     result = surgeon.from_gs(surgeon.to_gs(model))
     assert tools.differences(tools.proto_of(model), tools.proto_of(result)) == []
-
-
-# Seconds per run at its fixed size of 720 x 720: structure only.
-SLOW = {"style_candy"}
-
-# One of each kind: subgraphs, ML operators, half precision, listed initializers, LSTM, Gemm, Conv.
-TYPICAL = {
-    "silero_vad", "sklearn_randomforest", "squeezenet_fp16", "mnist_cntk", "dtln_1", "gtcrn_simple",
-    "winml_cifar_classifier", "resnet20_cifar10", "tinyllama_ref", "tiny_random_gpt2",
-}  # fmt: skip
-
-
-@pytest.fixture
-def runnable(path):
-    if path.stem in SLOW:
-        pytest.skip(f"{path.stem} takes seconds per run")
-    return path
 
 
 def rewritten(path, target):
@@ -87,8 +80,8 @@ def rewritten(path, target):
     save(model, target)
 
 
-def test_dense_payloads_give_the_same_bits(runnable, tmp_path, tools):
-    path = runnable
+@pytest.mark.parametrize("path", RUNNABLE, indirect=True)
+def test_dense_payloads_give_the_same_bits(path, tmp_path, tools):
     target = tmp_path / "out.onnx"
     rewritten(path, target)
     feeds = synthesize_inputs(path)[0]
@@ -98,10 +91,8 @@ def test_dense_payloads_give_the_same_bits(runnable, tmp_path, tools):
         assert one.dtype == two.dtype and np.array_equal(one, two, equal_nan=equal_nan)
 
 
-def test_a_compressed_model_expands_to_what_its_portable_form_computes(runnable, tmp_path, tools):
-    path = runnable
-    if path.stem not in TYPICAL:
-        pytest.skip("one of each kind is enough")
+@pytest.mark.parametrize("path", TYPICAL, indirect=True)
+def test_a_compressed_model_expands_to_what_its_portable_form_computes(path, tmp_path, tools):
     hyper = CODECS["hyper"]
     model = load(path)
     canonicalize(model)
