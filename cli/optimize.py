@@ -30,6 +30,11 @@ __all__ = ["command"]
 )
 @click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
 @input_options
+@click.option(
+    "--calibration", type=click.Choice(["sequential", "parallel", "off"]), default="sequential",
+    show_default=True, help="How --data decides about codes: each weight behind the compressed "
+    "earlier ones, behind the dense ones, or not at all.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only plan.")
 @click.option("--force", is_flag=True, help="Write the result even when verification fails.")
 @with_terminal

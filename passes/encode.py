@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.cache import PayloadCache
+from onnxcomp.passes.calibrated import Coded, Samples, encode_calibrated
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Array, Codec, Payload, WeightSite
 from onnxcomp.passes.plan import Choice, Plan
@@ -62,6 +63,8 @@ class Encoded:
         placement: What to wire into the graph; None when the weight stays as it is.
         error: Measured relative Frobenius error of the decoded weight; 0 when it stays.
         reason: Why it stays; empty when it does not.
+        output_error: Relative error of its products on held-out inputs; None where not measured.
+        note: What is to be said about its calibration.
     """
 
     site: WeightSite
@@ -69,6 +72,8 @@ class Encoded:
     placement: Placement | None
     error: float
     reason: str = ""
+    output_error: float | None = None
+    note: str = ""
 
 
 def not_finite(weight: Array) -> str:
@@ -148,22 +153,23 @@ def _payload(
 
 def _encode_site(
     model: ir.Model, site: WeightSite, choice: Choice, cache: PayloadCache | None, jobs: int
-) -> tuple[Payload | None, float, str]:
+) -> Coded:
     """Payload, measured error and, where the weight stays as it is, the reason."""
     weight = read_weight(model, site)
     reason = not_finite(weight)
     if reason:
-        return None, 0.0, reason
+        return Coded(None, 0.0, reason)
     try:
         payload = _payload(site, weight, choice, cache, jobs)
     except ModelError as error:
-        return None, 0.0, error.message
+        return Coded(None, 0.0, error.message)
     codec: Codec = CODECS[choice.codec]
     measured = weight_error(weight, codec.decode(site, payload))
     usual = codec.predict(site, choice.params)
     if not measured <= _UNUSUAL * usual:
-        return None, 0.0, f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"
-    return payload, measured, ""
+        reason = f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"
+        return Coded(None, 0.0, reason)
+    return Coded(payload, measured)
 
 
 def encode(
@@ -175,6 +181,7 @@ def encode(
     cache: PayloadCache | None = None,
     progress: Progress | None = None,
     folder: Path | None = None,
+    samples: Samples | None = None,
 ) -> list[Encoded]:
     """Encode every site the plan does not keep; the result is in the order of `sites`.
 
@@ -186,22 +193,35 @@ def encode(
         cache: Payloads of earlier runs.
         progress: Told about each weight.
         folder: Where the temporary file lives; None for the system's place.
+        samples: Calibration inputs; None to encode plainly.
+
+    Raises:
+        ModelError: The model does not run on the calibration inputs, or gives NaN.
     """
     work = [site for site in sites if not plan[site.name].kept]
     total = sum(site.nbytes for site in work)
     large = sum(plan[site.name].bytes or 0 for site in work) > SPILL_BYTES
     spill = _Spill(folder) if large else None
     done = 0
-    stored: dict[str, tuple[Payload | None, float, str]] = {}
+    stored: dict[str, Coded] = {}
     numbers: dict[str, Mapping[str, int]] = {}
-    for site in work:
+
+    def plain(site: WeightSite) -> Coded:
         if progress is not None:
             progress(done, total, site.name)
-        payload, error, reason = _encode_site(model, site, plan[site.name], cache, jobs)
-        if spill is not None and payload is not None:
-            numbers[site.name] = {key: spill.store(t) for key, t in payload.tensors.items()}
-            payload = dataclasses.replace(payload, tensors={})
-        stored[site.name] = payload, error, reason
+        return _encode_site(model, site, plan[site.name], cache, jobs)
+
+    results: Iterator[tuple[WeightSite, Coded]] = ((site, plain(site)) for site in work)
+    if samples is not None:
+        results = encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
+    for site, coded in results:
+        if spill is not None and coded.payload is not None:
+            tensors = coded.payload.tensors
+            numbers[site.name] = {key: spill.store(t) for key, t in tensors.items()}
+            coded = dataclasses.replace(
+                coded, payload=dataclasses.replace(coded.payload, tensors={})
+            )
+        stored[site.name] = coded
         done += site.nbytes
     if progress is not None:
         progress(done, total, "")
@@ -213,19 +233,22 @@ def encode(
 def _encoded(
     site: WeightSite,
     choice: Choice,
-    stored: Mapping[str, tuple[Payload | None, float, str]],
+    stored: Mapping[str, Coded],
     numbers: Mapping[str, Mapping[str, int]],
     arrays: Sequence[Array],
     extra: Mapping[str, int],
 ) -> Encoded:
     if site.name not in stored:
         return Encoded(site, choice, None, 0.0, choice.reason)
-    payload, error, reason = stored[site.name]
+    coded = stored[site.name]
+    payload = coded.payload
     if payload is None:
-        return Encoded(site, choice, None, 0.0, reason)
+        return Encoded(site, choice, None, 0.0, coded.reason)
     if site.name in numbers:
         tensors = {key: arrays[number] for key, number in numbers[site.name].items()}
         payload = dataclasses.replace(payload, tensors=tensors)
     payload = dataclasses.replace(payload, attributes={**payload.attributes, **extra})
     placement = Placement(site, CODECS[choice.codec], payload, choice.mode, choice.params)
-    return Encoded(site, choice, placement, error)
+    return Encoded(
+        site, choice, placement, coded.error, output_error=coded.output_error, note=coded.note
+    )

@@ -15,10 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.errors import BudgetError, UsageError, VerifyError
+from onnxcomp.errors import UsageError
 from onnxcomp.passes.cache import PayloadCache
+from onnxcomp.passes.calibrated import (
+    CalibrationMode,
+    check_calibration,
+    load_samples,
+)
 from onnxcomp.passes.encode import Progress
 from onnxcomp.passes.graph import Saved, load, save
+from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.planner import Prepared, make_plan, prepare, settle
 from onnxcomp.passes.produce import planned_sites, report, write
@@ -63,47 +69,6 @@ Patterns = str | Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Result:
-    """What `optimize` returns.
-
-    Attributes:
-        path: The model that was written; None for a dry run.
-        plan: What was decided.
-        report: What was done, with numbers.
-        verify: Result of the fidelity gate; None when it did not run.
-    """
-
-    path: Path | None
-    plan: Plan
-    report: Report
-    verify: Verification | None
-
-
-class TargetMissedError(BudgetError):
-    """The output was written, and is larger than asked for.
-
-    Attributes:
-        result: The run, with the path of the output.
-    """
-
-    def __init__(self, message: str, result: Result, *, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.result = result
-
-
-class RejectedError(VerifyError):
-    """The output failed the fidelity gate and lies beside its place as ``*.rejected.onnx``.
-
-    Attributes:
-        result: The run, with the path of the rejected model.
-    """
-
-    def __init__(self, message: str, result: Result, *, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.result = result
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class _Run:
     """How one run goes about its work; none of it decides which bytes are written.
 
@@ -111,7 +76,8 @@ class _Run:
         jobs: Threads of the encoders.
         cache: Folder of payloads of earlier runs.
         verify: Whether the fidelity gate runs.
-        data: Inputs of the gate; None for made-up ones.
+        data: Inputs for calibration and for the gate; None for made-up ones in the gate.
+        calibration: How `data` decides about codes: "sequential", "parallel" or "off".
         shapes: Sizes of inputs with free dimensions, for made-up inputs.
         tolerance: Largest accepted difference to the dense model; None to report it only.
         force: Whether a model that fails the gate is published.
@@ -127,6 +93,7 @@ class _Run:
     tolerance: float | None = None
     force: bool = False
     progress: Progress | None = None
+    calibration: CalibrationMode = "sequential"
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -147,6 +114,7 @@ class _Run:
             "cache": None if self.cache is None else str(self.cache),
             "verify": self.verify,
             "data": None if self.data is None else str(self.data),
+            "calibration": "off" if self.data is None else self.calibration,
             "shapes": {name: list(dims) for name, dims in (self.shapes or {}).items()},
             "tolerance": self.tolerance,
             "force": self.force,
@@ -212,6 +180,7 @@ def optimize(
     cache: PathLike | None = None,
     verify: bool = True,
     data: Any = None,
+    calibration: CalibrationMode = "sequential",
     shapes: Mapping[str, Sequence[int]] | None = None,
     tolerance: float | None = None,
     dry_run: bool = False,
@@ -244,7 +213,12 @@ def optimize(
         jobs: Threads; None for all processors. The bytes do not depend on it.
         cache: Folder of payloads of earlier runs.
         verify: Whether the result is run and compared.
-        data: Inputs for it; made up when there are none.
+        data: Inputs for it and for calibration: paths or arrays, see `runtime.inputs.load_inputs`.
+            Without any, weights are encoded by their values alone, and the result is run on
+            made-up inputs.
+        calibration: Whether weights are encoded for what the model behind the compressed earlier
+            ones feeds them ("sequential"), what the dense model feeds them ("parallel"), or by
+            their values alone ("off").
         shapes: Sizes of free dimensions, for made-up inputs.
         tolerance: Largest accepted difference to the dense model; None to report it only.
         dry_run: Only plan.
@@ -265,7 +239,8 @@ def optimize(
         bits=bits, ratio=ratio, mode=mode, precision=precision,
         external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
     )  # fmt: skip
-    run = _Run(_jobs(jobs), cache, verify, data, shapes, tolerance, force, progress)
+    check_calibration(calibration)
+    run = _Run(_jobs(jobs), cache, verify, data, shapes, tolerance, force, progress, calibration)
     if dry_run:
         return _dry_run(model, output, settings, given, run)
     if output is None:
@@ -329,6 +304,9 @@ def _optimize(
     prepared, made = _planned(model, output, settings, given, run)
     cache = None if run.cache is None else PayloadCache(run.cache)
     with workspace(output) as folder:
+        with run.stage("load"):
+            reference = _reference(model, prepared, folder)
+            samples = load_samples(run.data, reference, run.calibration, prepared.sites, made)
         written = write(
             prepared,
             made,
@@ -337,8 +315,12 @@ def _optimize(
             cache=cache,
             progress=run.progress,
             stage=run.stage,
+            samples=samples,
         )
-        verification = _gate(model, prepared, written.saved, folder, run) if run.verify else None
+        verification = None
+        if run.verify:
+            data = run.data if samples is None else samples.witnesses
+            verification = _gate(reference, written.saved, data, run)
         accepted = verification is None or verification.passed or run.force
         files = _publish(written.saved, output, accepted=accepted)
     output_file = OutputFile(
@@ -348,20 +330,21 @@ def _optimize(
     return _judged(Result(files[0], made, done, verification), accepted=accepted)
 
 
-def _gate(model: Any, prepared: Prepared, saved: Saved, folder: Path, run: _Run) -> Verification:
+def _reference(model: Any, prepared: Prepared, folder: Path) -> Path:
+    """The input as a file; one given in memory is written, before the prepared one changes."""
+    return prepared.path or save(load(model), folder / "reference.onnx").files[0]
+
+
+def _gate(reference: Path, saved: Saved, data: Any, run: _Run) -> Verification:
     """Run the result, with and without the operator library, against the input."""
     from onnxcomp.passes.verify import verify
 
     with run.stage("verify"):
-        reference = prepared.path
-        if reference is None:
-            # The prepared model is rewritten by now: the caller's object is the reference.
-            reference = save(load(model), folder / "reference.onnx").files[0]
         options: dict[str, Any] = {} if run.tolerance is None else {"tolerance": run.tolerance}
         return verify(
             reference,
             saved.files[0],
-            data=run.data,
+            data=data,
             shapes=dict(run.shapes or {}),
             seed=0,
             **options,

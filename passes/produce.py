@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.passes.cache import PayloadCache
+from onnxcomp.passes.calibrated import Samples
 from onnxcomp.passes.encode import Encoded, Progress, encode
 from onnxcomp.passes.graph import Saved, save
 from onnxcomp.passes.plan import Choice, Plan
@@ -57,6 +58,7 @@ def write(
     cache: PayloadCache | None = None,
     progress: Progress | None = None,
     stage: Stage = _untimed,
+    samples: Samples | None = None,
 ) -> Written:
     """Encode the weights, rewrite the model in place and save it.
 
@@ -68,11 +70,19 @@ def write(
         cache: Payloads of earlier runs.
         progress: Told about each weight.
         stage: Times a part of the work by its name.
+        samples: Calibration inputs; None to encode plainly.
     """
     model, sites = prepared.model, prepared.sites
     with stage("encode"):
         encoded = encode(
-            model, sites, plan, jobs=jobs, cache=cache, progress=progress, folder=path.parent
+            model,
+            sites,
+            plan,
+            jobs=jobs,
+            cache=cache,
+            progress=progress,
+            folder=path.parent,
+            samples=samples,
         )
     with stage("write"):
         placements = [item.placement for item in encoded if item.placement is not None]
@@ -92,6 +102,8 @@ def _site(item: Encoded) -> SiteReport:
         mode=_served(item.placement),
         bytes_after=item.placement.payload.nbytes,
         weight_error=item.error,
+        output_error=item.output_error,
+        note=item.note,
     )
 
 

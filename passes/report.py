@@ -70,8 +70,10 @@ class SiteReport:
         bytes_before: Bytes of the dense tensor.
         bytes_after: Bytes of what is stored for it.
         weight_error: Measured relative Frobenius error; None when nothing was encoded.
-        output_error: Relative error of the uses' outputs; None where it was not measured.
+        output_error: Relative error of its products on held-out calibration inputs; None where it
+            was not measured.
         reason: Why it stays as it was; empty when it does not.
+        note: What is to be said about its calibration; mostly empty.
     """
 
     name: str
@@ -86,6 +88,7 @@ class SiteReport:
     weight_error: float | None = None
     output_error: float | None = None
     reason: str = ""
+    note: str = ""
 
     @property
     def compressed(self) -> bool:

@@ -1,9 +1,10 @@
 """Read inputs of a model from the user's files.
 
 An .npz holds arrays by input name; a folder holds .npz files, taken in the order of their names;
-``name=file.npy`` gives one input. An array with as many axes as its input is one sample. An array
-with one axis more holds one sample for each entry of its first axis. Samples of several arrays go
-together one by one; an array of a single sample goes with all of them.
+``name=file.npy`` gives one input, ``file.npy`` that of a model with a single one. An array with as
+many axes as its input is one sample. An array with one axis more holds one sample for each entry of
+its first axis. Samples of several arrays go together one by one; an array of a single sample goes
+with all of them.
 """
 
 from __future__ import annotations
@@ -44,15 +45,18 @@ def load_inputs(data: Data, model: PathLike) -> list[Feed]:
     """
     specs = read_signature(model)
     feeds: list[Feed] = []
-    for source, arrays in _sources(data):
+    for source, arrays in _sources(data, specs[0].name if len(specs) == 1 else None):
         feeds += _samples(source, arrays, specs)
     if not feeds:
         raise UsageError(f"there are no inputs in {data!r}", hint=expected(specs))
     return feeds
 
 
-def _sources(data: Data) -> Iterator[tuple[str, Mapping[str, Array]]]:
-    """Sets of arrays, each with the words to name it in errors."""
+def _sources(data: Data, only: str | None) -> Iterator[tuple[str, Mapping[str, Array]]]:
+    """Sets of arrays, each with the words to name it in errors.
+
+    A plain .npy file belongs to the model's `only` input.
+    """
     items: list[Any] = [data] if isinstance(data, (str, os.PathLike, Mapping)) else list(data)
     named: dict[str, Array] = {}
     for item in items:
@@ -64,6 +68,8 @@ def _sources(data: Data) -> Iterator[tuple[str, Mapping[str, Array]]]:
             if name in named:
                 raise UsageError(f"input {name!r} is given twice")
             named[name] = _array(Path(file))
+        elif only is not None and Path(item).suffix == ".npy":
+            yield str(item), {only: _array(Path(item))}
         else:
             for path in _files(Path(item)):
                 yield str(path), _read(path)

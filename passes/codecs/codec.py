@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,13 @@ __all__ = [
     "Array",
     "Attribute",
     "Builder",
+    "CalibratedCodec",
     "Codec",
     "Kind",
     "Mode",
     "Params",
     "Payload",
+    "Stats",
     "TensorLayout",
     "Use",
     "WeightSite",
@@ -113,6 +115,31 @@ class WeightSite:
     def fusable(self) -> bool:
         """Whether at least one use is a product or a row look-up."""
         return any(use.need != "dense" for use in self.uses)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+    """What the uses of a weight read, over calibration data.
+
+    Attributes:
+        site: The weight.
+        tokens: Number of input vectors.
+        gram: Second moments ``E[x x^T]`` of the inputs of its products, float64
+            ``(length, length)``.
+        mean: ``E[x]``, float64 ``(length,)``.
+        held_out: Second moments of inputs that are in none of the others; None where there was
+            too little data to keep any back.
+        cross: ``E[x_ref x^T]`` with the inputs `x_ref` of a reference model; None without one.
+        frequencies: How often each row was looked up, float64 ``(rows,)``; None without look-ups.
+    """
+
+    site: WeightSite
+    tokens: int
+    gram: Array
+    mean: Array
+    held_out: Array | None = None
+    cross: Array | None = None
+    frequencies: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -252,4 +279,19 @@ class Codec(Protocol):
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Portable bodies of the operators that `emit` uses, valid in models of this opset."""
+        ...
+
+
+@runtime_checkable
+class CalibratedCodec(Codec, Protocol):
+    """A codec that can keep the errors of products small instead of those of the weight."""
+
+    def calibrates(self, site: WeightSite, params: Params) -> bool:
+        """Whether `encode_calibrated` can be used for the site with these settings."""
+        ...
+
+    def encode_calibrated(
+        self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
+    ) -> Payload:
+        """`encode` for inputs with the second moments of `stats`; same layout, same attributes."""
         ...

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs import hyper_format, hyper_viterbi, native
+from onnxcomp.passes.codecs import hyper_feedback, hyper_format, native
 from onnxcomp.passes.codecs.codec import (
     Array,
     Attribute,
@@ -23,17 +23,18 @@ from onnxcomp.passes.codecs.codec import (
     Kind,
     Params,
     Payload,
+    Stats,
     TensorLayout,
     WeightSite,
 )
+from onnxcomp.passes.codecs.hyper_feedback import Coder
 from onnxcomp.passes.codecs.hyper_format import Geometry
 from onnxcomp.passes.codecs.hyper_tables import (
     GROUP_GAIN,
     NORMAL_SQNR,
     WINDINGS,
-    spread,
-    table,
 )
+from onnxcomp.passes.codecs.moments import damped, with_weight_error
 
 __all__ = ["HyperCodec", "HyperParams"]
 
@@ -100,6 +101,10 @@ def _coded_geometry(payload: Payload, table: Array) -> Geometry:
     rows, length = extent
     bits = payload.tensors["codes"].shape[2] * 32 // group
     return Geometry(bits, len(table).bit_length() - 1, group, rows, length)
+
+
+def _coder(geometry: Geometry, threads: int) -> Coder:
+    return Coder(geometry.bits, geometry.state_bits, geometry.group, threads)
 
 
 def _table_of(payload: Payload) -> Array:
@@ -194,13 +199,35 @@ class HyperCodec:
             ModelError: Values too large for float16 scales, or not finite.
         """
         geometry = _geometry(site, _typed(params))
-        trellis = (geometry.bits, geometry.state_bits)
-        values, reach = table(*trellis), spread(*trellis)
         weight = np.asarray(weight, np.float32).reshape(geometry.rows, geometry.length)
-        if native.available():
-            codes, scales = native.hyper_encode(weight, geometry, values, reach, threads=threads)
-        else:
-            codes, scales = hyper_viterbi.encode(weight, geometry, values, reach)
+        codes, scales = _coder(geometry, threads).encode(weight)
+        return self._payload(site, params, codes, scales)
+
+    def calibrates(self, site: WeightSite, params: Params) -> bool:
+        """Whether rows of the weight are rows of the stored form: not so where it is read flat."""
+        geometry = _geometry(site, _typed(params))
+        return (geometry.rows, geometry.length) == (site.rows, site.length)
+
+    def encode_calibrated(
+        self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
+    ) -> Payload:
+        """Encode for inputs with the second moments of `stats`, with feedback between groups.
+
+        Rows that are looked up as well count for themselves, too: half of the objective is then
+        the error of the weight.
+
+        Raises:
+            ModelError: Values too large for float16 scales.
+        """
+        geometry = _geometry(site, _typed(params))
+        moments = damped(stats)
+        if stats.frequencies is not None:
+            moments = with_weight_error(moments, weight)
+        coder = _coder(geometry, threads)
+        codes, scales = hyper_feedback.encode(np.asarray(weight, np.float32), coder, moments)
+        return self._payload(site, params, codes, scales)
+
+    def _payload(self, site: WeightSite, params: Params, codes: Array, scales: Array) -> Payload:
         shared, attributes = self.shared(site, params), self.attributes(site, params)
         return Payload({"codes": codes, "scales": scales}, shared, attributes)
 

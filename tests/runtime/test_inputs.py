@@ -245,7 +245,7 @@ def test_wrong_files_are_explained(twins: tuple[Path, Path], tmp_path: Path) -> 
         (tmp_path / "rank.npz", r"not of shape \[1, 2, 3, 4\]"),
         (f"ids={tmp_path / 'objects.npy'}", "cannot read"),
         (f"ids={tmp_path / 'rank.npz'}", "holds several arrays"),
-        (tmp_path / "objects.npy", "does not say which input"),
+        (tmp_path / "objects.npy", "cannot read"),
         (tmp_path / "bad.npz", "cannot read"),
         (tmp_path / "absent.npz", "cannot read"),
         (tmp_path / "folder", r"no \.npz files"),

@@ -1,0 +1,74 @@
+"""Second moments of inputs as a measure: ``tr(E G E^T)`` for an error ``E`` of a weight."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxcomp.passes.codecs.codec import Array, Stats
+
+__all__ = ["ENOUGH", "damped", "output_error", "with_weight_error"]
+
+# Below this many input vectors for each column the moments are taken with more reserve.
+ENOUGH = 5
+
+# Share of the mean diagonal that is added to the diagonal of the moments.
+DAMPING = 0.01
+
+# Elements of a weight that are worked on at a time, in float64.
+_CHUNK = 1 << 20
+
+
+def damped(stats: Stats) -> Array:
+    """``G`` with enough added to its diagonal to be inverted: float64 ``(length, length)``.
+
+    The addition is `DAMPING` of the mean diagonal, more where there are few input vectors. A
+    column whose input is always zero has only that: its weights are free.
+
+    Returns:
+        A positive definite matrix; the identity for inputs that are all zero.
+    """
+    length = len(stats.gram)
+    mean = float(np.trace(stats.gram)) / length
+    if mean <= 0.0:
+        return np.eye(length)
+    scarcity = max(1.0, ENOUGH * length / max(1, stats.tokens))
+    return np.asarray(stats.gram + np.eye(length) * (mean * min(1.0, DAMPING * scarcity)))
+
+
+def _energy(matrix: Array, moments: Array) -> float:
+    """``tr(M G M^T)`` in float64."""
+    rows = max(1, _CHUNK // max(1, matrix.shape[1]))
+    total = 0.0
+    for start in range(0, len(matrix), rows):
+        part = matrix[start : start + rows].astype(np.float64)
+        total += float(np.einsum("ij,ij->", part @ moments, part))
+    return total
+
+
+def with_weight_error(moments: Array, weight: Array) -> Array:
+    """Moments for which the objective is output error and weight error in equal parts.
+
+    Args:
+        moments: float64 ``(length, length)``.
+        weight: ``(rows, length)``.
+    """
+    output, own = _energy(weight, moments), _energy(weight, np.eye(weight.shape[1]))
+    if output <= 0.0 or own <= 0.0:
+        return moments
+    return np.asarray(moments + np.eye(len(moments)) * (output / own))
+
+
+def output_error(weight: Array, decoded: Array, moments: Array) -> float:
+    """Relative error of products, ``sqrt(tr(E G E^T) / tr(W G W^T))``.
+
+    Args:
+        weight: ``(rows, length)``.
+        decoded: The same shape.
+        moments: Second moments G of the inputs, float64 ``(length, length)``.
+
+    Returns:
+        The error; 0 for outputs that are all zero.
+    """
+    power = _energy(weight, moments)
+    noise = _energy(np.asarray(decoded) - weight, moments)
+    return float(np.sqrt(max(0.0, noise) / power)) if power > 0.0 else 0.0
