@@ -174,7 +174,7 @@ inline __m256 TransformEight(__m256 x) {
 
 void Rotate(float* row, int64_t groups, int group) {
   float signs[kMaxGroup];
-  for (int t = 0; t < group; ++t) signs[t] = SignOf(t) < 0 ? -0.0f : 0.0f;
+  for (int t = 0; t < group; ++t) signs[t] = kSigns.value[t] < 0 ? -0.0f : 0.0f;
   for (int64_t g = 0; g < groups; ++g, row += group) {
     for (int t = 0; t < group; t += 8) {
       const __m256 x = _mm256_xor_ps(_mm256_loadu_ps(row + t), _mm256_loadu_ps(signs + t));

@@ -8,7 +8,7 @@ namespace {
 
 void Rotate(float* row, int64_t groups, int group) {
   for (int64_t g = 0; g < groups; ++g, row += group) {
-    for (int t = 0; t < group; ++t) row[t] = SignOf(t) < 0 ? -row[t] : row[t];
+    for (int t = 0; t < group; ++t) row[t] = kSigns.value[t] < 0 ? -row[t] : row[t];
     for (int stride = 1; stride < group; stride *= 2) {
       for (int base = 0; base < group; base += 2 * stride) {
         for (int i = base; i < base + stride; ++i) {

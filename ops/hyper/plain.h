@@ -70,41 +70,74 @@ inline void DecodeLane(const Format& format, const uint8_t* lane, const int8_t* 
   kByFormat[format.bits - 1][states](format.group, lane, table, q, stride);
 }
 
-// H q in place, exact in integers.
+// Strides 1, 2 and 4 of eight integers, at distances of 4, 2, 1 so that halves move together.
+inline void TransformEightInt16(int16_t* q) {
+  int a[8];
+  int b[8];
+  for (int i = 0; i < 4; ++i) {
+    a[i] = q[i] + q[i + 4];
+    a[i + 4] = q[i] - q[i + 4];
+  }
+  for (int half = 0; half < 8; half += 4) {
+    for (int i = half; i < half + 2; ++i) {
+      b[i] = a[i] + a[i + 2];
+      b[i + 2] = a[i] - a[i + 2];
+    }
+  }
+  for (int i = 0; i < 8; i += 2) {
+    q[i] = static_cast<int16_t>(b[i] + b[i + 1]);
+    q[i + 1] = static_cast<int16_t>(b[i] - b[i + 1]);
+  }
+}
+
+// H q in place. Integers: the order of the strides does not matter.
 inline void TransformInt16(int16_t* q, int group) {
-  for (int stride = 1; stride < group; stride *= 2) {
+  for (int base = 0; base < group; base += 8) TransformEightInt16(q + base);
+  for (int stride = 8; stride < group; stride *= 2) {
     for (int base = 0; base < group; base += 2 * stride) {
-      for (int i = base; i < base + stride; ++i) {
-        const int a = q[i];
-        const int b = q[i + stride];
-        q[i] = static_cast<int16_t>(a + b);
-        q[i + stride] = static_cast<int16_t>(a - b);
+      int16_t* low = q + base;
+      int16_t* high = low + stride;
+      for (int i = 0; i < stride; ++i) {
+        const auto a = low[i];
+        const auto b = high[i];
+        low[i] = static_cast<int16_t>(a + b);
+        high[i] = static_cast<int16_t>(a - b);
       }
     }
   }
 }
 
 // sign_t = a[t div 16] * b[t mod 16], both given by the bits of one word (a set bit is -1).
-inline int SignOf(int t) {
+constexpr int SignOf(int t) {
   constexpr uint32_t kNegative = 0x7888u;  // entries 3, 7, 11, 12, 13, 14 of a and b
-  const uint32_t bit = (kNegative >> (t / 16)) ^ (kNegative >> (t % 16));
-  return (bit & 1u) != 0 ? -1 : 1;
+  return (((kNegative >> (t / 16)) ^ (kNegative >> (t % 16))) & 1u) != 0 ? -1 : 1;
 }
+
+struct SignTable {
+  int16_t value[kMaxGroup];
+  constexpr SignTable() : value() {
+    for (int t = 0; t < kMaxGroup; ++t) value[t] = static_cast<int16_t>(SignOf(t));
+  }
+};
+constexpr SignTable kSigns;
 
 inline float ScaleOf(uint16_t half) { return HalfToFloat(half) * 0x1p-12f; }
 
 // One row in one group to float32.
-inline void DecodeGroup(const Weight& weight, const uint8_t* lane, uint16_t scale, int width, float* out) {
+inline void DecodeGroup(const Weight& weight, const uint8_t* lane, uint16_t scale, int width,
+                        float* out) {
   int16_t q[kMaxGroup];
   DecodeLane(weight.format, lane, weight.table, q, 1);
   TransformInt16(q, weight.format.group);
   const float factor = ScaleOf(scale);
-  for (int t = 0; t < width; ++t) out[t] = static_cast<float>(SignOf(t) * q[t]) * factor;
+  for (int t = 0; t < width; ++t) {
+    out[t] = static_cast<float>(static_cast<int16_t>(kSigns.value[t] * q[t])) * factor;
+  }
 }
 
 // Isa::decode_panel.
-inline void DecodePanelRows(const Weight& weight, int64_t panel, int64_t group, int count, int width,
-                            float* out, int64_t stride) {
+inline void DecodePanelRows(const Weight& weight, int64_t panel, int64_t group, int count,
+                            int width, float* out, int64_t stride) {
   const uint8_t* block = weight.block(panel, group);
   const uint16_t* scales = weight.scale(panel, group);
   for (int lane = 0; lane < count; ++lane) {
