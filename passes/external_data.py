@@ -108,7 +108,10 @@ class DataFiles:
                     hint="keep the model and its data files together in one folder",
                 ) from error
             if not stat.S_ISREG(status.st_mode):
-                raise ModelError(f"the data file {path} of tensor {label!r} is not a regular file")
+                raise ModelError(
+                    f"the data file {path} of tensor {label!r} is not a regular file",
+                    hint="keep the model and its data files together in one folder",
+                )
             self._sizes[path] = status.st_size
         return self._sizes[path]
 
@@ -176,9 +179,11 @@ def _misfit(tensor: ir.TensorProtocol, label: str, length: int) -> ModelError:
 
 
 def _check_kind(tensor: ir.TensorProtocol, label: str) -> None:
-    """Refuse tensors without an element type or with a negative dimension."""
+    """Refuse tensors of a type or with a dimension that no tensor can have."""
     if tensor.dtype == ir.DataType.UNDEFINED:
         raise ModelError(f"tensor {label!r} has no element type", hint=_DAMAGED)
+    if tensor.dtype == ir.DataType.STRING and not isinstance(tensor, ir.StringTensor):
+        raise ModelError(f"tensor {label!r} has its strings stored as raw bytes", hint=_DAMAGED)
     if any(dim < 0 for dim in shape_of(tensor)):
         raise ModelError(
             f"tensor {label!r} has a negative dimension: {list(shape_of(tensor))}", hint=_DAMAGED

@@ -119,10 +119,13 @@ def open_session(
 
 def _explained(path: PathLike, error: Exception) -> ModelError:
     text = str(error)
-    hint = ""
-    if DOMAIN in text:
+    hint = "onnxcomp inspect shows what is in the file; export it again if it is damaged"
+    if "is not a registered" in text and DOMAIN not in text:
+        hint = "the model needs operators of another library: optimize can do with --no-verify"
+    elif DOMAIN in text:
         hint = f"the model calls operators of {DOMAIN} that it has no definition of"
-    return ModelError(f"ONNX Runtime cannot load {os.fspath(path)}: {text}", hint=hint)
+    line = " ".join(text.split())
+    return ModelError(f"ONNX Runtime cannot load {os.fspath(path)}: {line}", hint=hint)
 
 
 def _return_freed_memory() -> None:

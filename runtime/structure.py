@@ -19,6 +19,8 @@ DOMAIN = "com.onnxcomp"
 
 PathLike = str | os.PathLike[str]
 
+_NO_MODEL = "download or export the file again; .ort and .tflite files are not supported"
+
 
 def read_structure(model: PathLike) -> onnx.ModelProto:
     """The model as a message, external data left on disk.
@@ -31,10 +33,17 @@ def read_structure(model: PathLike) -> onnx.ModelProto:
     try:
         proto = onnx.load(os.fspath(model), load_external_data=False)
     except Exception as error:  # of the file system or of protobuf, whose classes have no types
-        raise ModelError(f"cannot read {os.fspath(model)}: {error}") from error
+        raise _unreadable(model, error) from error
     if not proto.graph.node and not proto.graph.output:
-        raise ModelError(f"{os.fspath(model)} is no ONNX model: it has no graph")
+        raise ModelError(f"{os.fspath(model)} is no ONNX model: it has no graph", hint=_NO_MODEL)
     return proto
+
+
+def _unreadable(model: PathLike, error: Exception) -> ModelError:
+    path = os.fspath(model)
+    if isinstance(error, OSError):
+        return ModelError(f"cannot read {path}: {error.strerror or error}", hint="check the path")
+    return ModelError(f"{path}: not an ONNX file, or truncated ({error})", hint=_NO_MODEL)
 
 
 def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -70,7 +79,7 @@ def _mentions(path: Path, text: bytes) -> bool:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             return view.find(text) >= 0
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise ModelError(f"cannot read {path}: {error}") from error
+        raise _unreadable(path, error) from error
 
 
 def model_bytes(model: PathLike) -> int:
@@ -84,7 +93,10 @@ def model_bytes(model: PathLike) -> int:
     try:
         return sum((path.parent / name if name else path).stat().st_size for name in locations)
     except OSError as error:
-        raise ModelError(f"external data of {path} is missing: {error}") from error
+        raise ModelError(
+            f"external data of {path} cannot be read: {error}",
+            hint="keep the model and its data files together in one folder",
+        ) from error
 
 
 def _locations(model: onnx.ModelProto) -> Iterator[str]:
