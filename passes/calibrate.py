@@ -368,7 +368,7 @@ def split_batches(feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]]) -> l
     for feed in feeds:
         sizes = {len(array) for array in feed.values()} if free else {1}
         count = next(iter(sizes)) if len(sizes) == 1 else 1
-        step = max(1, min(_BATCH, count // HELD_OUT))
+        step = _BATCH if len(feeds) >= HELD_OUT else max(1, min(_BATCH, count // HELD_OUT))
         if count <= 1:
             result.append(feed)
             continue
