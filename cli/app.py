@@ -40,6 +40,9 @@ INTERRUPTED = 130
 # Exit code of a command that a signal ended, less the number of the signal.
 SIGNAL_CODE = 128
 
+# What the system says of files, stdout among them, that cannot be written where they were wanted.
+_UNWRITABLE = (errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOSPC, errno.EROFS)
+
 # Seconds after a signal in which further ones are ignored, so that cleaning up can end.
 _GRACE = 5.0
 
@@ -166,8 +169,9 @@ def report_error(error: BaseException, words: Sequence[str]) -> int:
 
 def one_line(text: str) -> str:
     """Text of models and of other libraries on one line, without control characters."""
-    words = " ".join(text.split())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in words)
+    from onnxcomp.cli.terminal import printable
+
+    return printable(" ".join(text.split()))
 
 
 def describe(error: BaseException) -> tuple[int, str, str]:
@@ -182,8 +186,9 @@ def describe(error: BaseException) -> tuple[int, str, str]:
         return SIGNAL_CODE + error.number, error.what, ""
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return INTERRUPTED, "interrupted", ""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return 2, f"cannot write: {error.strerror}", "make room, or write to another place"
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        where = f" {error.filename}" if error.filename else ""
+        return 2, f"cannot write{where}: {error.strerror}", "write to a place with enough room"
     if isinstance(error, OSError) and error.filename is not None:
         return 1, f"{error.filename}: {error.strerror}", "check that it exists and may be used"
     if isinstance(error, MemoryError):

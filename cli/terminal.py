@@ -12,7 +12,7 @@ from typing import IO, Any, Literal
 
 import click
 
-__all__ = ["Terminal", "bytes_text", "json_text", "percent_text", "with_terminal"]
+__all__ = ["Terminal", "bytes_text", "json_text", "percent_text", "printable", "with_terminal"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,7 +40,8 @@ class Terminal:
     def say(self, text: str = "") -> None:
         """Print one line for people."""
         if not self.quiet:
-            click.echo(text, file=self.stream)
+            for line in text.split("\n"):
+                click.echo(printable(line), file=self.stream)
 
     def table(
         self,
@@ -60,6 +61,7 @@ class Terminal:
         """
         if self.quiet:
             return
+        rows = [[printable(cell) for cell in row] for row in rows]
         if self.stream.isatty():
             print_rich(self.stream, columns, rows, left, spare)
         else:
@@ -71,6 +73,13 @@ class Terminal:
         if self.json:
             click.echo(json_text(document))
         self.say(verdict)
+
+
+def printable(text: str) -> str:
+    """Text with control characters spelt out: names in models must not steer the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def json_text(document: Mapping[str, Any]) -> str:

@@ -253,8 +253,11 @@ def save(
             image.write(file)
         staging.commit()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(f"cannot write {path}: {reason}", hint="choose another output") from error
+        # numpy does not say why it wrote less than it should have.
+        reason = error.strerror or f"the disk is full, or a limit is reached ({error})"
+        raise UsageError(
+            f"cannot write {path.name}: {reason}", hint="write to a place with enough room"
+        ) from error
     finally:
         staging.discard()
     return Saved(tuple(targets), image.total)

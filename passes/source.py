@@ -110,20 +110,27 @@ def refuse_overwriting(files: frozenset[str], output: Path) -> None:
             )
 
 
+def _unwritable(output: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot write {output}: {error.strerror}",
+        hint="choose a place with enough room that you may write to",
+    )
+
+
 @contextlib.contextmanager
 def workspace(output: Path) -> Iterator[Path]:
     """A folder beside the output, on the same file system, gone when the block is left."""
     folder = output.with_name(f".{output.name[:_PREFIX]}.{secrets.token_hex(4)}")
     try:
-        folder.mkdir(mode=0o700)
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise _unwritable(output, error) from error
         yield folder
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        raise UsageError(
-            f"cannot write {output}: {error.strerror}",
-            hint="choose a place with enough room that you may write to",
-        ) from error
+        raise _unwritable(output, error) from error
     finally:
         with uninterrupted():
             shutil.rmtree(folder, ignore_errors=True)

@@ -40,7 +40,8 @@ class Answer:
     @property
     def lines(self) -> list[str]:
         """Lines of stderr that are neither progress nor empty."""
-        return [line for line in self.err.splitlines() if line.strip()]
+        lines = self.err.splitlines()
+        return [line for line in lines if line.strip() and not line.startswith("encoding: ")]
 
     @property
     def json(self) -> Any:
