@@ -96,52 +96,68 @@ class Prepared {
     }
   }
 
-  int64_t tiles() const { return CeilDiv(rows_, isa_.tile); }
+  // Independent pieces of work: one group of the rows of one tile each.
+  int64_t pieces() const { return CeilDiv(rows_, isa_.tile) * format_.groups; }
 
   Activations view() const {
     return {rows_,         format_.groups, format_.group,  isa_.tile,
             codes_.get(), scales_.get(),  biases_.get(), values_.get()};
   }
 
-  // Rotates the rows of one tile, `row` is scratch of one padded row.
-  void Run(int64_t tile, float* row) const {
-    const int64_t first = tile * isa_.tile;
+  void Run(int64_t piece) const {
+    const int64_t g = piece % format_.groups;
+    const int64_t first = piece / format_.groups * isa_.tile;
     const int count = static_cast<int>(std::min<int64_t>(isa_.tile, rows_ - first));
-    for (int i = 0; i < count; ++i) {
-      const T* source = x_ + (first + i) * format_.length;
-      Load(isa_, source, format_.length, row);
-      std::fill(row + format_.length, row + format_.padded(), 0.0f);
-      isa_.rotate(row, format_.groups, format_.group);
-      for (int64_t g = 0; g < format_.groups; ++g) {
-        const int64_t unit = first * format_.groups + g * count;
-        Place(row + g * format_.group, unit, i, count);
-      }
+    const int64_t unit = first * format_.groups + g * count;
+    alignas(64) float rotated[kMaxTile * kMaxGroup];
+    LoadGroup(first, g, count, rotated);
+    isa_.rotate(rotated, count, format_.group);
+    if (int8_) {
+      PlaceInt8(rotated, unit, count);
+    } else {
+      PlaceExact(rotated, unit, count);
     }
   }
 
  private:
-  void Place(const float* values, int64_t unit, int i, int count) const {
-    if (int8_) {
-      PlaceInt8(values, unit, i, count);
-      return;
+  // Group g of `count` rows as float32, padded with zeros.
+  void LoadGroup(int64_t first, int64_t g, int count, float* out) const {
+    const int64_t begin = g * format_.group;
+    const int64_t width = std::min<int64_t>(format_.group, format_.length - begin);
+    for (int i = 0; i < count; ++i, out += format_.group) {
+      Load(isa_, x_ + (first + i) * format_.length + begin, width, out);
+      std::fill(out + width, out + format_.group, 0.0f);
     }
-    float* out = values_.get() + unit * format_.group + i;
-    for (int t = 0; t < format_.group; ++t) out[t * count] = values[t];
   }
 
-  void PlaceInt8(const float* values, int64_t unit, int i, int count) const {
-    int8_t codes[kMaxGroup];
-    scales_.get()[unit + i] = isa_.quantize(values, format_.group, codes);
-    int32_t sum = 0;
-    for (int t = 0; t < format_.group; ++t) sum += codes[t];
-    int8_t moved[kMaxGroup];
-    if (permuted_) {
-      for (int t = 0; t < format_.group; ++t) moved[positions_[t]] = codes[t];
+  void PlaceExact(const float* rotated, int64_t unit, int count) const {
+    float* out = values_.get() + unit * format_.group;
+    for (int t = 0; t < format_.group; ++t) {
+      for (int i = 0; i < count; ++i) *out++ = rotated[i * format_.group + t];
     }
-    const int8_t* source = permuted_ ? moved : codes;
-    int8_t* out = codes_.get() + unit * format_.group + i * 4;
-    for (int t = 0; t < format_.group; t += 4) std::memcpy(out + t * count, source + t, 4);
-    biases_.get()[unit + i] = -128 * sum;
+  }
+
+  void PlaceInt8(const float* rotated, int64_t unit, int count) const {
+    const int group = format_.group;
+    int8_t codes[kMaxTile * kMaxGroup];
+    for (int i = 0; i < count; ++i) {
+      int8_t* row = codes + i * group;
+      scales_.get()[unit + i] = isa_.quantize(rotated + i * group, group, row);
+      int32_t sum = 0;
+      for (int t = 0; t < group; ++t) sum += row[t];
+      biases_.get()[unit + i] = -128 * sum;
+      if (permuted_) Permute(row);
+    }
+    int8_t* out = codes_.get() + unit * group;
+    for (int t = 0; t < group; t += 4) {
+      for (int i = 0; i < count; ++i, out += 4) std::memcpy(out, codes + i * group + t, 4);
+    }
+  }
+
+  void Permute(int8_t* row) const {
+    int8_t moved[kMaxGroup];
+    for (int t = 0; t < format_.group; ++t) moved[positions_[t]] = row[t];
+    std::memcpy(row, moved, static_cast<size_t>(format_.group));
   }
 
   const Isa& isa_;
@@ -162,7 +178,11 @@ template <class T>
 class Product {
  public:
   Product(const Isa& isa, const Weight& weight, const Activations& x, bool int8, T* y)
-      : isa_(isa), weight_(weight), x_(x), call_(int8 ? isa.product_int8 : isa.product_exact), y_(y) {
+      : isa_(isa),
+        weight_(weight),
+        x_(x),
+        call_(int8 ? isa.product_int8 : isa.product_exact),
+        y_(y) {
     const Format& format = weight.format;
     row_blocks_ = CeilDiv(x.rows, kRowBlock);
     const int64_t work = 2 * kLanes * format.padded() * std::min<int64_t>(x.rows, kRowBlock);
@@ -242,15 +262,13 @@ class MatMulKernel : public Kernel {
   void Run(OrtKernelContext* context, const Weight& weight, const T* x, int64_t rows, T* y) const {
     const Format& format = weight.format;
     const Prepared<T> prepared(isa_, format, x, rows, int8_);
-    const int64_t tiles = prepared.tiles();
-    const int64_t per_task = std::max<int64_t>(1, kTaskWork / (isa_.tile * format.padded() * 8));
-    const int64_t tasks = CeilDiv(tiles, per_task);
-    const Scratch<float> scratch(tasks * format.padded());
-    ParallelFor(api_, context, static_cast<size_t>(tasks), [&](size_t task) {
+    const int64_t pieces = prepared.pieces();
+    const int64_t per_task = std::max<int64_t>(1, kTaskWork / (isa_.tile * format.group * 8));
+    const auto tasks = static_cast<size_t>(CeilDiv(pieces, per_task));
+    ParallelFor(api_, context, tasks, [&](size_t task) {
       const int64_t begin = static_cast<int64_t>(task) * per_task;
-      for (int64_t tile = begin; tile < std::min(begin + per_task, tiles); ++tile) {
-        prepared.Run(tile, scratch.get() + static_cast<int64_t>(task) * format.padded());
-      }
+      const int64_t end = std::min(begin + per_task, pieces);
+      for (int64_t piece = begin; piece < end; ++piece) prepared.Run(piece);
     });
     const Activations view = prepared.view();
     const Product<T> product(isa_, weight, view, int8_, y);
