@@ -24,9 +24,12 @@ __all__ = ["FRAMING", "Menu", "allocate", "fit", "menu", "objective", "sensitivi
 # number depends on the lengths of names and is counted when the skeleton is serialised.
 FRAMING = 768
 
-# Rounds of `fit`; two or three are enough unless the output crosses the limit above which
-# weights are stored externally and aligned.
+# Allocations measured by `fit`; two or three are enough unless the output crosses the limit above
+# which weights are stored externally and aligned.
 _ROUNDS = 8
+
+# Single steps measured by `fit` where allocations leave room.
+_TRIALS = 12
 
 
 def sensitivity(site: WeightSite) -> float:
@@ -294,8 +297,9 @@ def fit(
 ) -> tuple[list[Candidate], int]:
     """Candidates whose whole output has at most `target` bytes, as close to it as they come.
 
-    Names, nodes and alignment depend on the candidates, so the output is measured and the budget
-    for the codecs corrected by the difference until nothing changes.
+    Names, nodes, alignment and what weights share depend on the candidates, so outputs are
+    measured: allocations in a budget that is corrected until it fits, equal settings for all sites,
+    and single steps from the best of these.
 
     Args:
         menus: One for each site.
@@ -303,22 +307,99 @@ def fit(
         size_of: Exact bytes of the output written with these candidates.
 
     Returns:
-        The candidates and the bytes of the output; more than `target` only when the smallest
-        candidates of all sites are.
+        The candidates and the bytes of the output; more than `target` only when no plan
+        that was tried is smaller.
     """
-    menus = [_with_dense(menu) for menu in menus]
-    picks = allocate(menus, 0)
-    best, best_bytes = picks, size_of(picks)
-    budget = target - (best_bytes - _bytes(picks))
-    tried: set[int] = set()
-    while budget not in tried and len(tried) < _ROUNDS:
-        tried.add(budget)
-        picks = allocate(menus, budget)
-        total = size_of(picks)
-        if total <= target and (best_bytes > target or _cost(picks) < _cost(best)):
-            best, best_bytes = picks, total
-        budget = target - (total - _bytes(picks))
-    return best, best_bytes
+    search = _Search([_with_dense(menu) for menu in menus], target, size_of)
+    least = allocate(search.menus, 0)
+    search.try_(least)
+    search.correct(target - (search.best_bytes - _bytes(least)))
+    search.try_equal(menus)
+    if search.best_bytes <= target:
+        search.polish()
+    return search.best, search.best_bytes
+
+
+class _Search:
+    """The best measured plan so far, and ways to better it."""
+
+    def __init__(
+        self,
+        menus: Sequence[Menu],
+        target: int,
+        size_of: Callable[[Sequence[Candidate]], int],
+    ) -> None:
+        self.menus = menus
+        self.best: list[Candidate] = []
+        self.best_bytes = -1
+        self._target = target
+        self._size_of = size_of
+        self._tried: list[tuple[int, Candidate]] = []
+
+    def try_(self, picks: list[Candidate]) -> int:
+        """Measure a plan, keep it when it is better, and return its bytes.
+
+        Among plans that fit, the better one costs less; where none fits, it is smaller.
+        """
+        total = self._size_of(picks)
+        if self.best_bytes < 0 or self.best_bytes > self._target:
+            better = self.best_bytes < 0 or total < self.best_bytes
+        else:
+            better = total <= self._target and _cost(picks) < _cost(self.best)
+        if better:
+            self.best, self.best_bytes = picks, total
+        return total
+
+    def correct(self, budget: int) -> None:
+        """Allocate in a budget, and correct it by what the measured output differs."""
+        fits, exceeds = 0, self._target + 1
+        for _ in range(_ROUNDS):
+            picks = allocate(self.menus, budget)
+            total = self.try_(picks)
+            if total > self._target:
+                exceeds = min(exceeds, budget)
+            else:
+                fits = max(fits, budget)
+                if picks == allocate(self.menus, exceeds - 1):
+                    return
+            budget = self._target - (total - _bytes(picks))
+            if not fits < budget < exceeds:
+                budget = (fits + exceeds) // 2
+            if budget in (fits, exceeds):
+                return
+
+    def try_equal(self, menus: Sequence[Menu]) -> None:
+        """Measure equal settings for all sites, where they could fit and be better."""
+        widths = {getattr(c.params, "bits", None) for menu in menus for c in menu.options}
+        for bits in sorted(width for width in widths if width is not None):
+            picks = [uniform(menu, bits) for menu in menus]
+            fits = self.best_bytes <= self._target
+            if not fits or (_bytes(picks) <= self._target and _cost(picks) < _cost(self.best)):
+                self.try_(picks)
+
+    def polish(self) -> None:
+        """Take single steps that fit, best first; only where more than a little room is left."""
+        for _ in range(_TRIALS):
+            room = self._target - self.best_bytes
+            if room < self._target // 200:
+                return
+            steps = [step for step in self._steps(room) if step not in self._tried]
+            if not steps:
+                return
+            site, candidate = steps[0]
+            self._tried.append(steps[0])
+            self.try_([*self.best[:site], candidate, *self.best[site + 1 :]])
+
+    def _steps(self, room: int) -> list[tuple[int, Candidate]]:
+        """Other candidates of single sites that would save error, the most saved first."""
+        found = []
+        for site, (menu, pick) in enumerate(zip(self.menus, self.best, strict=True)):
+            for candidate in menu.options:
+                gain = objective(menu.site, pick.error) - objective(menu.site, candidate.error)
+                if gain > 0 and candidate.bytes - pick.bytes <= room:
+                    found.append((-gain, site, candidate))
+        found.sort(key=lambda step: step[:2])
+        return [(site, candidate) for _, site, candidate in found]
 
 
 def _with_dense(menu: Menu) -> Menu:

@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,8 @@ class PayloadCache:
         tensors = self._read(key)
         if tensors is None:
             return None
-        attributes = json.loads(tensors.pop(_ATTRIBUTES).tobytes())
+        stored: dict[str, Any] = json.loads(tensors.pop(_ATTRIBUTES).tobytes())
+        attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         if not _fits(tensors, codec, site, params):
             return None
         return Payload(tensors, codec.shared(site, params), attributes)

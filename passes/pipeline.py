@@ -305,7 +305,7 @@ def _optimize(
     cache = None if run.cache is None else PayloadCache(run.cache)
     with workspace(output) as folder:
         with run.stage("load"):
-            reference = _reference(model, prepared, folder)
+            reference = _reference(model, prepared, folder / f"reference.{output.name}", run)
             samples = load_samples(run.data, reference, run.calibration, prepared.sites, made)
         written = write(
             prepared,
@@ -320,7 +320,7 @@ def _optimize(
         verification = None
         if run.verify:
             data = run.data if samples is None else samples.witnesses
-            verification = _gate(reference, written.saved, data, run)
+            verification = _gate(reference, written.saved, data, made.settings.seed, run)
         accepted = verification is None or verification.passed or run.force
         files = _publish(written.saved, output, accepted=accepted)
     output_file = OutputFile(
@@ -330,12 +330,14 @@ def _optimize(
     return _judged(Result(files[0], made, done, verification), accepted=accepted)
 
 
-def _reference(model: Any, prepared: Prepared, folder: Path) -> Path:
-    """The input as a file; one given in memory is written, before the prepared one changes."""
-    return prepared.path or save(load(model), folder / "reference.onnx").files[0]
+def _reference(model: Any, prepared: Prepared, path: Path, run: _Run) -> Path:
+    """The input as a file; one given in memory is written where somebody is going to run it."""
+    if prepared.path is not None:
+        return prepared.path
+    return save(load(model), path).files[0] if run.verify or run.data is not None else path
 
 
-def _gate(reference: Path, saved: Saved, data: Any, run: _Run) -> Verification:
+def _gate(reference: Path, saved: Saved, data: Any, seed: int, run: _Run) -> Verification:
     """Run the result, with and without the operator library, against the input."""
     from onnxcomp.passes.verify import verify
 
@@ -346,7 +348,7 @@ def _gate(reference: Path, saved: Saved, data: Any, run: _Run) -> Verification:
             saved.files[0],
             data=data,
             shapes=dict(run.shapes or {}),
-            seed=0,
+            seed=seed,
             **options,
         )
 
