@@ -1,15 +1,14 @@
 """Calibrated encoding of the hyperfunction codec: small errors of products, not of weights.
 
 The objective is ``tr(E H E^T)`` with the error ``E (rows, length)`` and the second moments ``H`` of
-the inputs. Rows are independent; so are the codes of different groups, which makes the groups the
-blocks of a block coordinate descent:
+the inputs. Rows are independent, and so are the codes of different groups.
 
 1. Groups are encoded one after the other, and the error of each is carried into the columns that
    are still to come, where it costs least (block form of GPTQ: Frantar et al., arXiv 2210.17323;
-   as LDLQ: Chee et al., arXiv 2307.13304).
-2. Sweeps over the groups encode each again for what its error should be, given all others. The
-   search itself weighs all errors of a group alike, so steps are also tried that correct only the
-   directions in which an error is expensive. A row keeps its old codes where new ones are worse.
+   as LDLQ: Chee et al., arXiv 2307.13304). Within a group the trellis search does the same from
+   weight to weight (`hyper_survivors`), in the rotated domain and around the cycle.
+2. A sweep over the groups encodes each again for what its error should be, given all others. A row
+   keeps its old codes where new ones are worse.
 3. The scales of a row, given its codes, are a linear least-squares problem.
 """
 
@@ -19,19 +18,22 @@ import dataclasses
 
 import numpy as np
 
-from onnxcomp.passes.codecs import hyper_format, hyper_viterbi, native
+from onnxcomp.passes.codecs import hyper_format, hyper_survivors, hyper_viterbi, native
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.codecs.hyper_format import LANES, Geometry
+from onnxcomp.passes.codecs.hyper_survivors import Prices
 from onnxcomp.passes.codecs.hyper_tables import spread, table
 
 __all__ = ["Coder", "encode"]
 
-# What the sweeps correct: None for all directions in full, else a direction in proportion to what
-# an error in it costs, up to this many times the mean cost, and in full from there on.
-_STEPS = (None, None, 0.1, 0.3, 1.0, 3.0)
+# Sweeps after the first pass; one gains 1 % at most, a second one nothing.
+_SWEEPS = 1
 
 # Weights that are worked on at a time, in float64.
 _CHUNK = 1 << 22
+
+# Cost of an error on the padding of a group, in mean costs of its weights.
+_PADDING = 1e-3
 
 # How often the diagonal is raised when the moments cannot be factored.
 _ESCALATIONS = 5
@@ -70,6 +72,14 @@ class Coder:
             return native.hyper_encode(weight, geometry, self.table, reach, threads=self.threads)
         return hyper_viterbi.encode(weight, geometry, self.table, reach)
 
+    def search(self, targets: Array, stems: Array, prices: Prices) -> Array:
+        """`hyper_survivors.search`; equal with and without native code."""
+        if native.available():
+            return native.hyper_survivors(
+                targets, stems, prices, self.table, self.bits, threads=self.threads
+            )
+        return hyper_survivors.search(targets, stems, prices, self.table, self.bits)
+
     def decode(self, codes: Array, scales: Array, extent: tuple[int, int]) -> Array:
         """Float32 ``(rows, length)``; equal with and without native code."""
         if native.available():
@@ -77,6 +87,40 @@ class Coder:
                 codes, scales, self.table, self.geometry(*extent), threads=self.threads
             )
         return hyper_format.decode(codes, scales, self.table, extent, self.group)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _GroupCost:
+    """What errors of one group cost.
+
+    Attributes:
+        moments: By column, float64 ``(width, width)``.
+        prices: By place in the rotated group, for searches from the first and the middle weight.
+    """
+
+    moments: Array
+    prices: tuple[Prices, Prices]
+
+    @classmethod
+    def of(cls, moments: Array, group: int) -> _GroupCost:
+        """The costs of a group from those of its columns; padding costs next to nothing."""
+        width = len(moments)
+        mean = float(np.trace(moments)) / width
+        whole = np.eye(group) * (mean * _PADDING)
+        whole[:width, :width] = moments
+        rotation = _rotation(group)
+        rotated = rotation.T @ whole @ rotation
+        return cls(moments, (Prices.of(rotated, 0), Prices.of(rotated, group // 2)))
+
+    def costs(self, errors: Array) -> Array:
+        """Cost of each row of errors."""
+        return np.asarray(np.einsum("ij,ij->i", errors @ self.moments, errors))
+
+
+def _rotation(group: int) -> Array:
+    """Orthogonal matrix from table values to weights, up to the scale: float64 ``(g, g)``."""
+    turned = hyper_format.signs(group)[:, None] * hyper_format.hadamard(group)
+    return np.asarray(turned.astype(np.float64) / np.sqrt(group))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,14 +132,16 @@ class _Metric:
         moments: H, float64 ``(length, length)``.
         carry: For each group what an error of 1 in it asks of the columns after it.
         inverse: Inverses of the diagonal blocks of H.
-        steps: For each group and each of `_STEPS` the matrix that picks what is corrected.
+        ahead: Costs of each group's errors when the columns after it make up for them.
+        alone: Costs of each group's errors when all other columns are fixed.
     """
 
     blocks: tuple[slice, ...]
     moments: Array
     carry: tuple[Array, ...]
     inverse: tuple[Array, ...]
-    steps: tuple[tuple[Array | None, ...], ...]
+    ahead: tuple[_GroupCost, ...]
+    alone: tuple[_GroupCost, ...]
 
     @classmethod
     def of(cls, moments: Array, group: int) -> _Metric:
@@ -104,19 +150,19 @@ class _Metric:
         upper = np.linalg.cholesky(inverse).T
         length = len(moments)
         blocks = tuple(slice(a, min(a + group, length)) for a in range(0, length, group))
-        own = [moments[b, b] for b in blocks]
+        remaining = [np.linalg.inv(upper[b, b].T @ upper[b, b]) for b in blocks]
         return cls(
             blocks,
             moments,
             tuple(np.linalg.solve(upper[b, b], upper[b, b.stop :]) for b in blocks),
-            tuple(np.linalg.inv(block) for block in own),
-            tuple(_directions(block) for block in own),
+            tuple(np.linalg.inv(moments[b, b]) for b in blocks),
+            tuple(_GroupCost.of((block + block.T) / 2, group) for block in remaining),
+            tuple(_GroupCost.of(moments[b, b], group) for b in blocks),
         )
 
-    def costs(self, errors: Array, block: slice | None = None) -> Array:
-        """Objective of each row, or what a group alone adds to it."""
-        moments = self.moments if block is None else self.moments[block, block]
-        return np.asarray(np.einsum("ij,ij->i", errors @ moments, errors))
+    def costs(self, errors: Array) -> Array:
+        """Objective of each row."""
+        return np.asarray(np.einsum("ij,ij->i", errors @ self.moments, errors))
 
 
 def _positive(moments: Array) -> tuple[Array, Array]:
@@ -136,13 +182,81 @@ def _positive(moments: Array) -> tuple[Array, Array]:
     return np.eye(len(moments)) * mean, np.eye(len(moments)) / mean
 
 
-def _directions(block: Array) -> tuple[Array | None, ...]:
-    costs, vectors = np.linalg.eigh(block)
-    costs = np.maximum(costs, 0.0) / costs.mean()
-    return tuple(
-        None if step is None else (vectors * np.minimum(costs / step, 1.0)) @ vectors.T
-        for step in _STEPS
-    )
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Found:
+    """One encoded group of some rows.
+
+    Attributes:
+        codes: Bit strings, uint8 ``(rows, bytes)``.
+        scales: float16 ``(rows,)``.
+        values: Decoded weights, float64 ``(rows, width)``.
+    """
+
+    codes: Array
+    scales: Array
+    values: Array
+
+
+class _Group:
+    """One group of some rows: encoded plainly, then for its cost, then with the best scale."""
+
+    def __init__(self, target: Array, coder: Coder, cost: _GroupCost) -> None:
+        self.target, self.coder, self.cost = target, coder, cost
+        self.rotation = _rotation(coder.group)
+        count, self.width = target.shape
+        codes, scales = coder.encode(np.ascontiguousarray(target, np.float32))
+        self.path = hyper_format.states(codes, coder.state_bits, coder.group)[:count, 0]
+        self.scales = scales.reshape(-1)[:count].astype(np.float64)
+        self.values = self._shapes(self.path) * self.scales[:, None]
+        self.costs = cost.costs(target - self.values)
+
+    @property
+    def _unit(self) -> float:
+        """Weight per table value and scale, before the rotation."""
+        return float(np.sqrt(self.coder.group)) * float(hyper_format.SCALE_UNIT)
+
+    def _shapes(self, path: Array) -> Array:
+        """Weights for scales of 1."""
+        values = self.coder.table.astype(np.float64)[path]
+        return np.asarray((values @ self.rotation.T)[:, : self.width] * self._unit)
+
+    def _rotated(self) -> Array:
+        """Targets in table units, float64 ``(rows, group)``; zero where the scale is."""
+        rotated = self.target @ self.rotation[: self.width]
+        factor = self.scales[:, None] * self._unit
+        return np.asarray(np.divide(rotated, factor, out=np.zeros_like(rotated), where=factor > 0))
+
+    def refine(self, prices: Prices) -> None:
+        """Search anew for the cost, with the stem at the start as it is; keep what is better."""
+        order = (prices.start + np.arange(self.coder.group)) % self.coder.group
+        stems = self.path[:, order[-1]] >> self.coder.bits
+        targets = self._rotated()[:, order].astype(np.float32)
+        path = np.empty_like(self.path)
+        path[:, order] = self.coder.search(targets, stems, prices)
+        shapes = self._shapes(path)
+        scales = self._fitted(shapes)
+        values = shapes * scales[:, None]
+        costs = self.cost.costs(self.target - values)
+        better = (costs < self.costs) & (scales > 0)
+        self.path[better], self.scales[better] = path[better], scales[better]
+        self.values[better], self.costs[better] = values[better], costs[better]
+
+    def _fitted(self, shapes: Array) -> Array:
+        """The scales with the least cost, rounded to float16."""
+        product = np.einsum("ij,ij->i", self.target @ self.cost.moments, shapes)
+        square = self.cost.costs(shapes)
+        scales = np.divide(product, square, out=np.zeros_like(product), where=square > 0)
+        limit = float(np.finfo(np.float16).max)
+        return np.asarray(np.clip(scales, 0.0, limit).astype(np.float16).astype(np.float64))
+
+    def run(self) -> _Found:
+        """Both searches; the second one is free at the seam of the first."""
+        for prices in self.cost.prices:
+            self.refine(prices)
+        symbols = (self.path >> (self.coder.state_bits - self.coder.bits)).astype(np.uint8)
+        codes = hyper_format.pack(symbols[:, None], self.coder.bits)
+        flat = codes[:, 0].transpose(0, 2, 1, 3).reshape(codes.shape[0] * LANES, -1)
+        return _Found(flat[: len(symbols)], self.scales.astype(np.float16), self.values)
 
 
 class _Rows:
@@ -158,44 +272,36 @@ class _Rows:
         self.scales = np.zeros((self.padded, groups), np.float16)
         self.decoded = np.zeros_like(self.weight)
 
-    def _search(self, target: Array) -> tuple[Array, Array, Array]:
-        """Codes, scales and values of one group of all rows, row by row."""
-        target = target.astype(np.float32)
-        codes, scales = self.coder.encode(target)
-        values = self.coder.decode(codes, scales, target.shape)
-        flat = codes[:, 0].transpose(0, 2, 1, 3).reshape(self.padded, -1)
-        return flat, scales.reshape(-1), values.astype(np.float64)
+    def _search(self, target: Array, cost: _GroupCost) -> _Found:
+        """Codes, scales and values of one group of all rows."""
+        return _Group(target, self.coder, cost).run()
 
     def feed_forward(self) -> None:
         """Encode the groups in order, each with the errors of those before it carried into it."""
         target = self.weight.copy()
+        everyone = np.ones(len(target), bool)
         for index, block in enumerate(self.metric.blocks):
-            found = self._search(target[:, block])
-            self.codes[:, index], self.scales[:, index], self.decoded[:, block] = found
+            found = self._search(target[:, block], self.metric.ahead[index])
+            self._take(index, block, found, everyone)
             error = target[:, block] - self.decoded[:, block]
             target[:, block.stop :] -= error @ self.metric.carry[index]
 
-    def sweep(self, step: int) -> None:
+    def sweep(self) -> None:
         """Encode each group again for its best error given the other groups."""
         for index, block in enumerate(self.metric.blocks):
             error = self.weight - self.decoded
-            inverse = self.metric.inverse[index]
             # How far the group is from where its part of the objective vanishes.
-            gap = (error @ self.metric.moments[:, block]) @ inverse
-            direction = self.metric.steps[index][step]
-            wanted = gap if direction is None else gap @ direction
-            found = self._search(self.decoded[:, block] + wanted)
-            left = gap - (found[2] - self.decoded[:, block])
-            better = self.metric.costs(left, block) < self.metric.costs(gap, block)
-            self._take(index, block, found, better)
+            gap = (error @ self.metric.moments[:, block]) @ self.metric.inverse[index]
+            cost = self.metric.alone[index]
+            found = self._search(self.decoded[:, block] + gap, cost)
+            left = gap - (found.values - self.decoded[:, block])
+            self._take(index, block, found, cost.costs(left) < cost.costs(gap))
 
-    def _take(
-        self, index: int, block: slice, found: tuple[Array, Array, Array], rows: Array
-    ) -> None:
+    def _take(self, index: int, block: slice, found: _Found, rows: Array) -> None:
         numbers = np.flatnonzero(rows)
-        self.codes[numbers, index] = found[0][numbers]
-        self.scales[numbers, index] = found[1][numbers]
-        self.decoded[numbers, block] = found[2][numbers]
+        self.codes[numbers, index] = found.codes[numbers]
+        self.scales[numbers, index] = found.scales[numbers]
+        self.decoded[numbers, block] = found.values[numbers]
 
     def refit(self) -> None:
         """Give each row the scales that suit its codes best."""
@@ -247,8 +353,8 @@ class _Rows:
         """All stages."""
         self.feed_forward()
         self.refit()
-        for step in range(len(_STEPS)):
-            self.sweep(step)
+        for _ in range(_SWEEPS):
+            self.sweep()
         self.refit()
         return self._packed()
 

@@ -16,9 +16,17 @@ import numpy as np
 from onnxcomp.errors import CompressionError, RuntimeMissingError
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.codecs.hyper_format import Geometry
+from onnxcomp.passes.codecs.hyper_survivors import Prices
 from onnxcomp.passes.codecs.hyper_viterbi import PASSES, out_of_range
 
-__all__ = ["ISAS", "available", "hyper_decode", "hyper_encode", "library_path"]
+__all__ = [
+    "ISAS",
+    "available",
+    "hyper_decode",
+    "hyper_encode",
+    "hyper_survivors",
+    "library_path",
+]
 
 _VERSION = 1
 _ENVIRONMENT = "ONNXCOMP_ENCODERS_LIBRARY"
@@ -74,6 +82,11 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, pointer, i64, i64),
         *(i32, i32, i32, i32, pointer),
     )
+    if hasattr(library, "onnxcomp_hyper_survivors"):
+        library.onnxcomp_hyper_survivors.argtypes = (
+            *(pointer, pointer, pointer, pointer, pointer, i64),
+            *(i32, i32, i32, i32, pointer),
+        )
     return library
 
 
@@ -165,3 +178,28 @@ def hyper_decode(
     )
     _check(status, "hyper decoder")
     return result
+
+
+def hyper_survivors(
+    targets: Array, stems: Array, prices: Prices, table: Array, bits: int, *, threads: int = 1
+) -> Array:
+    """`hyper_survivors.search` in native code, with equal states.
+
+    Raises:
+        RuntimeMissingError: The library is not there, or is too old.
+    """
+    library = _library()
+    if not hasattr(library, "onnxcomp_hyper_survivors"):
+        raise RuntimeMissingError(f"{_FILE} cannot calibrate", hint="build onnxcomp again")
+    targets = np.ascontiguousarray(targets, np.float32)
+    stems = np.ascontiguousarray(stems, np.int32)
+    table = np.ascontiguousarray(table, np.int8)
+    count, group = targets.shape
+    path = np.empty((count, group), np.uint16)
+    status = library.onnxcomp_hyper_survivors(
+        *(targets.ctypes.data, prices.pull.ctypes.data, prices.prices.ctypes.data),
+        *(stems.ctypes.data, table.ctypes.data, count, bits, len(table).bit_length() - 1),
+        *(group, threads, path.ctypes.data),
+    )
+    _check(status, "hyper encoder")
+    return path

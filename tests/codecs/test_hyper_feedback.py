@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp.passes.codecs import hyper_feedback, native
+from onnxcomp.passes.codecs import hyper_feedback, hyper_survivors, native
 from onnxcomp.passes.codecs.codec import CalibratedCodec, Stats
 from onnxcomp.passes.codecs.hyper import HyperCodec, HyperParams
 from onnxcomp.passes.codecs.hyper_feedback import Coder
+from onnxcomp.passes.codecs.hyper_survivors import Prices
+from onnxcomp.passes.codecs.hyper_tables import table
 from onnxcomp.passes.codecs.moments import damped, output_error, with_weight_error
 
 Array = npt.NDArray[Any]
@@ -47,7 +49,7 @@ def test_correlated_inputs_gain_much(native_library: None, bits: int) -> None:
     weight, moments = weight_of(64, 256), moments_of(256)
     plain, calibrated = both(weight, Coder(bits, 7, 64), moments)
     before, after = (output_error(weight, decoded, moments) for decoded in (plain, calibrated))
-    assert after < 0.8 * before
+    assert after < 0.7 * before
 
 
 def test_uncorrelated_inputs_lose_nothing(native_library: None) -> None:
@@ -126,7 +128,7 @@ def test_dead_columns_are_free_and_the_others_gain(native_library: None, make_si
     decoded = CODEC.decode(site, payload)
     plain = CODEC.decode(site, CODEC.encode(site, weight, params))
     assert np.isfinite(decoded).all()
-    assert output_error(weight, decoded, moments) < 0.8 * output_error(weight, plain, moments)
+    assert output_error(weight, decoded, moments) < 0.7 * output_error(weight, plain, moments)
 
 
 def test_inputs_that_are_all_zero_give_plain_quality(native_library: None, make_site: Any) -> None:
@@ -150,12 +152,12 @@ def test_the_payload_has_the_planned_layout(native_library: None, make_site: Any
 def test_look_ups_keep_the_weight_itself_close(native_library: None, make_site: Any) -> None:
     weight, site, params = weight_of(64, 128), make_site(64, 128), HyperParams(3, 7, 128)
     product = Stats(site, 10_000, moments_of(128), np.zeros(128))
-    table = Stats(site, 10_000, product.gram, product.mean, frequencies=np.ones(64))
+    looked_up = Stats(site, 10_000, product.gram, product.mean, frequencies=np.ones(64))
     errors = [
         np.linalg.norm(
             CODEC.decode(site, CODEC.encode_calibrated(site, weight, params, s)) - weight
         )
-        for s in (product, table)
+        for s in (product, looked_up)
     ]
     assert errors[1] < errors[0]
 
@@ -182,3 +184,51 @@ def test_output_and_weight_errors_count_alike_for_tables() -> None:
     assert np.trace(weight @ joint @ weight.T) == pytest.approx(
         2 * np.trace(weight @ moments @ weight.T)
     )
+
+
+@pytest.mark.parametrize(("bits", "state_bits", "group"), [(1, 6, 32), (2, 7, 64), (4, 7, 128)])
+def test_native_and_numpy_searches_find_equal_paths(
+    native_library: None, bits: int, state_bits: int, group: int
+) -> None:
+    rng = np.random.default_rng(bits)
+    values = table(bits, state_bits)
+    prices = Prices.of(moments_of(group), group // 2)
+    targets = (rng.standard_normal((37, group)) * values.std()).astype(np.float32)
+    stems = rng.integers(0, len(values) >> bits, 37)
+    wanted = hyper_survivors.search(targets, stems, prices, values, bits)
+    for threads in (1, 4):
+        found = native.hyper_survivors(targets, stems, prices, values, bits, threads=threads)
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_paths_are_cycles_through_their_stem() -> None:
+    rng, values, bits = np.random.default_rng(0), table(2, 6), 2
+    prices = Prices.of(moments_of(32), 0)
+    stems = rng.integers(0, 16, 9)
+    targets = (rng.standard_normal((9, 32)) * values.std()).astype(np.float32)
+    path = hyper_survivors.search(targets, stems, prices, values, bits).astype(int)
+    before = np.roll(path, 1, axis=1)
+    np.testing.assert_array_equal(path & 15, before >> bits)
+    np.testing.assert_array_equal(path[:, -1] >> bits, stems)
+
+
+def test_the_search_lowers_what_it_is_asked_to_lower() -> None:
+    rng, values, bits, group = np.random.default_rng(1), table(3, 7), 3, 64
+    moments = moments_of(group)
+    targets = (rng.standard_normal((20, group)) * values.std()).astype(np.float32)
+    stems = np.zeros(20, np.int64)
+    costs = []
+    for metric in (np.eye(group), moments):
+        prices = Prices.of(metric, 0)
+        path = hyper_survivors.search(targets, stems, prices, values, bits)
+        costs.append(cost(targets, values.astype(float)[path], moments).sum())
+    assert costs[1] < 0.8 * costs[0]
+
+
+def test_prices_rebuild_the_moments_they_came_from() -> None:
+    moments = moments_of(32)
+    prices = Prices.of(moments, 8)
+    order = (8 + np.arange(32)) % 32
+    rebuilt = (prices.pull * prices.prices) @ prices.pull.T
+    wanted = moments[np.ix_(order, order)]
+    np.testing.assert_allclose(rebuilt / rebuilt[-1, -1], wanted / wanted[-1, -1], atol=1e-4)
