@@ -28,6 +28,9 @@ FRAMING = 768
 # which weights are stored externally and aligned.
 _ROUNDS = 8
 
+# A plan is good when less than this part of the target is left over.
+_CLOSE = 400
+
 # Single steps measured by `fit` where allocations leave room.
 _TRIALS = 12
 
@@ -360,7 +363,7 @@ class _Search:
                 exceeds = min(exceeds, budget)
             else:
                 fits = max(fits, budget)
-                if picks == allocate(self.menus, exceeds - 1):
+                if self._close() or picks == allocate(self.menus, exceeds - 1):
                     return
             budget = self._target - (total - _bytes(picks))
             if not fits < budget < exceeds:
@@ -380,15 +383,17 @@ class _Search:
     def polish(self) -> None:
         """Take single steps that fit, best first; only where more than a little room is left."""
         for _ in range(_TRIALS):
-            room = self._target - self.best_bytes
-            if room < self._target // 200:
-                return
-            steps = [step for step in self._steps(room) if step not in self._tried]
-            if not steps:
+            steps = self._steps(self._target - self.best_bytes)
+            steps = [step for step in steps if step not in self._tried]
+            if self._close() or not steps:
                 return
             site, candidate = steps[0]
             self._tried.append(steps[0])
             self.try_([*self.best[:site], candidate, *self.best[site + 1 :]])
+
+    def _close(self) -> bool:
+        """Whether the best plan leaves so little room that measuring more is not worth it."""
+        return self._target - self._target // _CLOSE <= self.best_bytes <= self._target
 
     def _steps(self, room: int) -> list[tuple[int, Candidate]]:
         """Other candidates of single sites that would save error, the most saved first."""

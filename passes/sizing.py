@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Codec, Payload, WeightSite
 from onnxcomp.passes.encode import precision_attributes
-from onnxcomp.passes.graph import copy_model, output_size
+from onnxcomp.passes.graph import output_size
 from onnxcomp.passes.plan import Choice
 from onnxcomp.passes.rewrite import Placement, rewrite
 from onnxcomp.passes.settings import Settings
@@ -50,7 +50,7 @@ def planned_size(
         settings: Arithmetic, portable bodies and external data of the output.
         name: File name of the output; external data refers to it.
     """
-    copy = copy_model(model)
+    copy = model.clone()
     placements = [
         _placement(site, choice, settings.precision)
         for site, choice in zip(sites, choices, strict=True)
