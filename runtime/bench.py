@@ -180,6 +180,7 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
             stdout=subprocess.PIPE,
             env=environment,
             text=True,
+            start_new_session=True,  # an interrupt is for us; the worker ends with its pipe
         )
         self._loaded = self._answer()
 
