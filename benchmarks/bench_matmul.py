@@ -285,6 +285,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def cpu_name() -> str:
+    """Model name and family of the processor where the system tells, else the architecture."""
+    found = {}
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name", platform.machine())
+    return f"{name} family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+
+
 def main() -> None:
     import onnxruntime
 
@@ -295,7 +306,8 @@ def main() -> None:
         records.append(record)
     summary = {
         "onnxruntime": onnxruntime.__version__,
-        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "load_average": os.getloadavg()[0],
         "isa": os.environ.get("ONNXCOMP_ISA", "auto"),
         "threads": options.threads,
         "mapped": options.mapped,
