@@ -62,10 +62,14 @@ class Interruption(BaseException):
 
 
 @contextlib.contextmanager
-def interruptions() -> Iterator[None]:
-    """Raise `Interruption` on SIGINT and SIGTERM while the block runs."""
+def interruptions() -> Iterator[list[Interruption]]:
+    """Raise `Interruption` on SIGINT and SIGTERM while the block runs.
+
+    Gives a list of those raised: native code may turn one into an error of its own.
+    """
+    raised: list[Interruption] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield raised
         return
     last = -_GRACE
 
@@ -73,12 +77,13 @@ def interruptions() -> Iterator[None]:
         nonlocal last
         if time.monotonic() - last >= _GRACE:
             last = time.monotonic()
-            raise Interruption(number)
+            raised.append(Interruption(number))
+            raise raised[-1]
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield
+        yield raised
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -120,8 +125,9 @@ class App(click.Group):
         words = list(sys.argv[1:] if args is None else args)
         # What other libraries log is no output of ours; see --debug.
         logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
+        raised: list[Interruption] = []
         try:
-            with interruptions():
+            with interruptions() as raised:
                 code = super().main(
                     words, prog_name or "onnxcomp", **extra | {"standalone_mode": False}
                 )
@@ -131,7 +137,7 @@ class App(click.Group):
             _drop_output()
             code = 1
         except BaseException as error:
-            code = report_error(error, words)
+            code = report_error(raised[0] if raised else error, words)
         sys.exit(code if isinstance(code, int) else 0)
 
 

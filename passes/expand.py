@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import CompressionError, ModelError
 from onnxcomp.passes.building import attribute
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import DOMAIN, Array, Attribute, Payload, WeightSite
@@ -33,6 +33,8 @@ from onnxcomp.passes.scopes import (
 )
 
 __all__ = ["decode_site", "expand"]
+
+_DAMAGED = "expand the file that onnxcomp wrote, before other tools changed it"
 
 _DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -90,7 +92,16 @@ def _decode(record: Record, values: Mapping[str, ir.Value]) -> Array:
     own = {key: own_name(record.site.name, key) for key in record.recipe.tensors}
     shared = {key: shared_name(key) for key in record.recipe.shared}
     payload = Payload(_arrays(own, values), _arrays(shared, values), record.recipe.attributes)
-    return codec.decode(record.site, payload)
+    site, shape = record.site, (record.site.rows, record.site.length)
+    try:
+        decoded = codec.decode(site, payload)
+        if decoded.shape != shape:
+            raise ValueError(f"{decoded.shape} is decoded where {shape} is wanted")
+    except (CompressionError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise ModelError(
+            f"the tensors of compressed weight {site.name!r} are damaged: {error}", hint=_DAMAGED
+        ) from error
+    return decoded
 
 
 def _arrays(names: Mapping[str, str], values: Mapping[str, ir.Value]) -> dict[str, Array]:
@@ -98,7 +109,7 @@ def _arrays(names: Mapping[str, str], values: Mapping[str, ir.Value]) -> dict[st
     for key, name in names.items():
         value = values.get(name)
         if value is None or value.const_value is None:
-            raise ModelError(f"the compressed model lacks its tensor {name!r}")
+            raise ModelError(f"the compressed model lacks its tensor {name!r}", hint=_DAMAGED)
         arrays[key] = np.asarray(value.const_value.numpy())
     return arrays
 
@@ -184,7 +195,7 @@ class _Expander:
             (self._owners[v.name] for v in node.inputs if v and v.name in self._owners), None
         )
         if record is None:
-            raise ModelError(f"node {node.name!r} reads no weight the record knows")
+            raise ModelError(f"node {node.name!r} reads no weight the record knows", hint=_DAMAGED)
         result = self._standard(node, record.site)
         name = node.name
         replace_value(node.outputs[0], result)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,9 @@ KEY = "onnxcomp"
 # On the node whose output is a whole decoded weight in its stored form: the name of the weight.
 WEIGHT_KEY = "onnxcomp.weight"
 _VERSION = 1
+
+# Element types that weights are compressed from.
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,16 +102,33 @@ def read_record(model: ir.Model) -> dict[str, Record]:
                 f"the model was compressed by a newer version (format {entry['version']})",
                 hint="update onnxcomp",
             )
-        recipes = [Recipe(**recipe) for recipe in entry["recipes"]]
+        recipes = [_recipe(recipe) for recipe in entry["recipes"]]
         return {name: _record(name, values, recipes) for name, values in entry["sites"].items()}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"the metadata entry {KEY!r} is damaged: {error}", hint="compress the model again"
         ) from error
 
 
+def _recipe(values: Mapping[str, Any]) -> Recipe:
+    recipe = Recipe(**values)
+    kinds = {"codec": str, "params": dict, "mode": str, "attributes": dict}
+    kinds |= {"tensors": list, "shared": list}
+    for field, kind in kinds.items():
+        if not isinstance(getattr(recipe, field), kind):
+            raise TypeError(f"{field} is {getattr(recipe, field)!r}")
+    if not all(isinstance(key, str) for key in (*recipe.tensors, *recipe.shared)):
+        raise TypeError("the name of a tensor is no text")
+    return recipe
+
+
 def _record(name: str, values: Sequence[Any], recipes: Sequence[Recipe]) -> Record:
     index, shape, dtype, rows, length, transposed = values
+    sizes = (index, rows, length, *shape)
+    if not all(isinstance(size, int) for size in sizes) or not 0 <= index < len(recipes):
+        raise TypeError(f"weight {name!r} is described by {values}")
+    if min(rows, length, *shape) < 1 or rows * length != math.prod(shape) or dtype not in _DTYPES:
+        raise ValueError(f"weight {name!r} cannot be {dtype} {shape} of {rows} rows of {length}")
     site = WeightSite(name, tuple(shape), dtype, (), "", rows, length, bool(transposed))
     return Record(site, recipes[index])
 

@@ -94,12 +94,24 @@ def _geometry(site: WeightSite, params: HyperParams) -> Geometry:
 
 
 def _coded_geometry(payload: Payload, table: Array) -> Geometry:
-    """The geometry of a payload, from its tensors and attributes."""
-    attributes = payload.attributes
-    group, extent = attributes["group"], attributes["extent"]
-    assert isinstance(group, int) and isinstance(extent, Sequence) and not isinstance(extent, str)
-    rows, length = extent
-    bits = payload.tensors["codes"].shape[2] * 32 // group
+    """The geometry of a payload, from its tensors and attributes, which may come from a file.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    group, extent = payload.attributes.get("group"), payload.attributes.get("extent")
+    codes = payload.tensors["codes"]
+    if (
+        not isinstance(group, int)
+        or group not in hyper_format.GROUPS
+        or codes.ndim != 5
+        or not len(table)
+    ):
+        raise ValueError(f"codes {codes.shape}, table {table.shape} and group {group} do not fit")
+    if not isinstance(extent, Sequence) or isinstance(extent, str) or len(extent) != 2:
+        raise ValueError(f"extent {extent} is no pair")
+    rows, length = (int(size) for size in extent)
+    bits = codes.shape[2] * 32 // group
     return Geometry(bits, len(table).bit_length() - 1, group, rows, length)
 
 
@@ -108,7 +120,10 @@ def _coder(geometry: Geometry, threads: int) -> Coder:
 
 
 def _table_of(payload: Payload) -> Array:
-    return next(array for key, array in payload.shared.items() if key.startswith("hyper.table."))
+    for key, array in payload.shared.items():
+        if key.startswith("hyper.table.") and array.ndim == 1:
+            return array
+    raise ValueError("there is no table")
 
 
 class HyperCodec:

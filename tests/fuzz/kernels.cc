@@ -378,6 +378,11 @@ void MutateDims(Random& random, Value& value) {
   Resize(random, value, dims);
 }
 
+int64_t OneOff(Random& random, int64_t value) {
+  return static_cast<int64_t>(static_cast<uint64_t>(value) +
+                              static_cast<uint64_t>(random.Between(-1, 1)));
+}
+
 void MutateAttribute(Random& random, Node& node) {
   const std::string name = random.Pick<const char*>({"extent", "extent", "group", "dtype",
                                                      "precision", "columns"});
@@ -399,9 +404,9 @@ void MutateAttribute(Random& random, Node& node) {
       }
       attribute.one = random.Odd();
       break;
-    default:  // one off
-      for (int64_t& value : attribute.ints) value += random.Between(-1, 1);
-      attribute.one += random.Between(-1, 1);
+    default:  // one off, either way round the largest
+      for (int64_t& value : attribute.ints) value = OneOff(random, value);
+      attribute.one = OneOff(random, attribute.one);
   }
 }
 
@@ -543,6 +548,7 @@ void Run(Case& made, Figures& figures) {
     if (Unwritten(node.output)) Give("left a part of its output unwritten", made);
   } else {
     if (made.mutations == 0) Give("refused a valid run:", made, Message(status));
+    Release(status);
     ++figures.refused_at_run;
   }
   made.op->KernelDestroy(kernel);
