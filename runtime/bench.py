@@ -182,10 +182,21 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
             text=True,
             start_new_session=True,  # an interrupt is for us; the worker ends with its pipe
         )
-        self._loaded = self._answer()
+        try:
+            self._loaded = self._answer()
+        except BaseException:
+            self._stop()
+            raise
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._stop()
         self._process.communicate()
+
+    def _stop(self) -> None:
+        """End the process in the middle of its work, if it still runs."""
+        self._process.kill()
+        self._process.wait()
 
     def _ask(self, command: str) -> Any:
         assert self._process.stdin is not None

@@ -2,7 +2,12 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +254,24 @@ def test_bench_measures_all_forms(onnxcomp: Run, small_model: Path, compressed: 
         assert 0 < model["p10_ms"] <= model["median_ms"] <= model["p90_ms"]
         assert model["load_ms"] > 0 and model["rss_bytes"] > 0
     assert models[1]["file_bytes"] == compressed.stat().st_size
+
+
+def test_an_interrupt_ends_a_run_with_130_and_leaves_no_process(small_model: Path) -> None:
+    command = [sys.executable, "-m", "onnxcomp", "bench", str(small_model), "--seconds", "60"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            process.kill()
+            pytest.skip("the system does not list children of a process")
+        while not children.read_text():
+            time.sleep(0.05)
+        worker = Path(f"/proc/{children.read_text().split()[0]}")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "error: interrupted\n"
+    assert not worker.exists()
 
 
 def test_ops_path_is_a_file_alone_on_its_line(onnxcomp: Run) -> None:
