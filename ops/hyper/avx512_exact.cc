@@ -43,7 +43,7 @@ inline void SumGroup(const Table& lookup, const uint8_t* codes, int group, const
   __m512i before = LastDword(codes, group * K / 32);
   for (int t = 0; t < group; t += kStep, codes += K * kLine) {
     Unit units[4];
-    Prefetch<K>(codes);
+    Prefetch<K>(codes + kAhead * kLine);
     DecodeStep<K>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u, x += 8 * M) {
@@ -108,23 +108,25 @@ template <int K, int L>
 struct DecodeTile {
   static void Run(const Weight& weight, const Entries& entries, int64_t panel, int panels,
                   int64_t g, float* w) {
+    const int64_t ahead = PairAhead(weight.format, g);
     for (int p = 0; p < panels; ++p, w += kLanes) {
       const uint8_t* codes = weight.block(panel + p, g);
       if (L > 8 && entries.odd) {
-        Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, w);
+        Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, ahead, w);
       } else {
-        Panel(LookupOf<L, false>(entries.data), weight.format, codes, w);
+        Panel(LookupOf<L, false>(entries.data), weight.format, codes, ahead, w);
       }
     }
   }
 
  private:
   template <class Table>
-  static void Panel(const Table lookup, const Format& format, const uint8_t* codes, float* out) {
+  static void Panel(const Table lookup, const Format& format, const uint8_t* codes,
+                    int64_t ahead, float* out) {
     __m512i before = LastDword(codes, format.dwords);
     for (int t = 0; t < format.group; t += kStep, codes += K * kLine) {
       Unit units[4];
-      Prefetch<K>(codes);
+      Prefetch<K>(codes + ahead);
       DecodeStep<K>(lookup, codes, before, units);
       for (int u = 0; u < 4; ++u, out += 16 * kLanes) {
         StoreFour(FirstHalf(units[u]), out);

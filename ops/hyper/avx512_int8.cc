@@ -45,7 +45,7 @@ inline __m512i SumOne(const Table& lookup, const uint8_t* codes, int group, cons
   __m512i hi[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int t = 0; t < group; t += kStep, codes += K * kLine, x += kStep) {
     Unit units[4];
-    Prefetch<K>(codes);
+    Prefetch<K>(codes + kAhead * kLine);
     DecodeStep<K>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
@@ -67,7 +67,7 @@ inline void SumFew(const Table& lookup, const uint8_t* codes, int group, const i
   __m512i before = LastDword(codes, group * K / 32);
   for (int t = 0; t < group; t += kStep, codes += K * kLine) {
     Unit units[4];
-    Prefetch<K>(codes);
+    Prefetch<K>(codes + kAhead * kLine);
     DecodeStep<K>(lookup, codes, before, units);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u, x += 8 * M) {
@@ -130,23 +130,25 @@ template <int K, int L>
 struct DecodeTile {
   static void Run(const Weight& weight, const Entries& entries, int64_t panel, int panels,
                   int64_t g, uint8_t* w) {
+    const int64_t ahead = PairAhead(weight.format, g);
     for (int p = 0; p < panels; ++p, w += kLine) {
       const uint8_t* codes = weight.block(panel + p, g);
       if (L > 8 && entries.odd) {
-        Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, w);
+        Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, ahead, w);
       } else {
-        Panel(LookupOf<L, false>(entries.data), weight.format, codes, w);
+        Panel(LookupOf<L, false>(entries.data), weight.format, codes, ahead, w);
       }
     }
   }
 
  private:
   template <class Table>
-  static void Panel(const Table lookup, const Format& format, const uint8_t* codes, uint8_t* out) {
+  static void Panel(const Table lookup, const Format& format, const uint8_t* codes,
+                    int64_t ahead, uint8_t* out) {
     __m512i before = LastDword(codes, format.dwords);
     for (int t = 0; t < format.group; t += kStep, codes += K * kLine) {
       Unit units[4];
-      Prefetch<K>(codes);
+      Prefetch<K>(codes + ahead);
       DecodeStep<K>(lookup, codes, before, units);
       for (int u = 0; u < 4; ++u, out += 4 * kLine) {
         _mm512_store_si512(out, FirstHalf(units[u]));
