@@ -92,6 +92,8 @@ def main() -> None:
         _serve(json.loads(sys.argv[1]), answer)
     except CompressionError as error:
         answer({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+    except BrokenPipeError:
+        os._exit(1)  # nobody listens any more: the run was interrupted
 
 
 if __name__ == "__main__":

@@ -271,6 +271,9 @@ def test_an_interrupt_ends_a_run_with_130_and_leaves_no_process(small_model: Pat
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "error: interrupted\n"
+    deadline = time.monotonic() + 60
+    while worker.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert not worker.exists()
 
 
