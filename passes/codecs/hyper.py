@@ -130,7 +130,7 @@ class HyperCodec:
     """HyperMatMul, HyperGather, HyperDecode and HyperWeight of ops/hyper/spec.md."""
 
     name: ClassVar[str] = "hyper"
-    summary: ClassVar[str] = "hyperfunction: 1 to 6 bits per weight, trellis-coded, no calibration"
+    summary: ClassVar[str] = "hyperfunction: 1 to 6 bits per weight, trellis-coded, by values or for given inputs"
     params_type: ClassVar[type[Params]] = HyperParams
 
     def refuse(self, site: WeightSite) -> str | None:
