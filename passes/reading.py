@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes import marks
+from onnxcomp.passes.checks import check_attributes
 from onnxcomp.passes.external_data import DataFiles
 from onnxcomp.passes.scopes import scopes, subgraphs
 from onnxcomp.passes.tensors import SparseTensor
@@ -109,16 +110,17 @@ def _from_proto(proto: onnx.ModelProto, files: DataFiles) -> ir.Model:
     if not proto.HasField("graph") or proto.ir_version < 1:
         what = "IR version" if proto.HasField("graph") else "graph"
         raise ModelError(f"not an ONNX model: it has no {what}", hint="export the model again")
+    check_attributes(proto)
     readable, odd = _representable(proto)
     try:
         model = ir.serde.deserialize_model(readable)
-    except (ir.serde.SerdeError, ValueError) as error:
+        _annotate(model, proto, odd)
+        files.adopt(model)
+    except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as error:
         raise ModelError(
             f"the model is invalid: {_root_cause(error)}",
             hint="the file is damaged; export the model again",
         ) from error
-    _annotate(model, proto, odd)
-    files.adopt(model)
     _check_values(model)
     _order_nodes(model)
     _remember(model, files)

@@ -208,7 +208,15 @@ def _image(model: ir.Model, external_data: ExternalData, name: str) -> _Image:
     if external_data == "never" and total > _LARGEST:
         raise _too_large(total)
     external = external_data == "always" or (external_data == "auto" and total >= THRESHOLD)
-    return _Image(model, external, name)
+    try:
+        return _Image(model, external, name)
+    except (ir.serde.SerdeError, UnicodeError) as error:  # text that is no UTF-8, say
+        cause: BaseException = error
+        while (inner := cause.__cause__ or cause.__context__) is not None:
+            cause = inner
+        raise ModelError(
+            f"the model cannot be written: {cause}", hint="the file is damaged; export it again"
+        ) from error
 
 
 def output_size(

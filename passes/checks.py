@@ -1,0 +1,69 @@
+"""What protobuf does not check: that attributes have the types their operators give them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+
+import onnx
+
+from onnxcomp.errors import ModelError
+
+__all__ = ["check_attributes"]
+
+_TYPES = onnx.AttributeProto.AttributeType
+_ELEMENTS = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
+
+
+def check_attributes(model: onnx.ModelProto) -> None:
+    """Refuse nodes whose attributes have no type, or another one than their operator defines.
+
+    Raises:
+        ModelError: There is such a node.
+    """
+    bodies = [model.graph.node, *(function.node for function in model.functions)]
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    version = versions.get("", versions.get("ai.onnx", 1))
+    for nodes in bodies:
+        for node in _nested(nodes):
+            kinds = _kinds(node.op_type, version) if node.domain in ("", "ai.onnx") else {}
+            for attribute in node.attribute:
+                _check(node, attribute, kinds.get(attribute.name))
+
+
+def _nested(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == _TYPES.GRAPH:
+                yield from _nested(attribute.g.node)
+            for graph in attribute.graphs:
+                yield from _nested(graph.node)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kinds(op_type: str, version: int) -> Mapping[str, int]:
+    """Attribute types of a standard operator; none where it is unknown."""
+    try:
+        schema = onnx.defs.get_schema(op_type, min(max(version, 1), onnx.defs.onnx_opset_version()))
+    except (onnx.defs.SchemaError, TypeError, ValueError):  # unknown, or no text at all
+        return {}
+    return {name: int(attribute.type) for name, attribute in schema.attributes.items()}
+
+
+def _check(node: onnx.NodeProto, attribute: onnx.AttributeProto, wanted: int | None) -> None:
+    found = attribute.type
+    if not found or (wanted is not None and found != wanted):
+        names = [_TYPES.Name(kind) for kind in (found, wanted) if kind]
+        wrong = f"of type {names[0]}, must be {names[-1]}" if found else "without a type"
+        raise _broken(node, attribute, wrong)
+    tensors = (attribute.t,) if found == _TYPES.TENSOR else attribute.tensors
+    if any(tensor.data_type not in _ELEMENTS for tensor in tensors if not attribute.ref_attr_name):
+        raise _broken(node, attribute, "a tensor without an element type")
+
+
+def _broken(node: onnx.NodeProto, attribute: onnx.AttributeProto, wrong: str) -> ModelError:
+    return ModelError(
+        f"attribute {attribute.name!r} of node {node.name or node.op_type!r} is {wrong}",
+        hint="the file is damaged; export the model again",
+    )
