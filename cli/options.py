@@ -50,8 +50,8 @@ _PLAN_OPTIONS = (
         show_default=True, help="Compute on codes, expand at load, or decode at every run.",
     ),
     click.option(
-        "--precision", type=click.Choice(["exact", "int8"]), default="exact", show_default=True,
-        help="Arithmetic of products on codes.",
+        "--precision", type=click.Choice(["int8", "exact"]), default="int8", show_default=True,
+        help="Activations in products on codes: rounded to 8 bits per group, or as they are.",
     ),
     EXTERNAL_DATA,
     click.option("--freeze-inputs", is_flag=True, help="Compress weights that the model also lists "

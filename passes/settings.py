@@ -223,7 +223,7 @@ class Settings:
     rules: tuple[Rule, ...] = ()
     external_data: ExternalData = "auto"
     freeze_inputs: bool = False
-    precision: str = "exact"
+    precision: str = "int8"
     portable: bool = True
     seed: int = 0
 

@@ -231,9 +231,11 @@ def test_inspect_shows_differences(onnxcomp: Run, small_model: Path, compressed:
 
 
 def test_expand_gives_plain_onnx_that_computes_the_same(
-    onnxcomp: Run, compressed: Path, tmp_path: Path
+    onnxcomp: Run, small_model: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "dense.onnx"
+    compressed, path = tmp_path / "small.onnx", tmp_path / "dense.onnx"
+    exact = ("--precision", "exact", "--no-verify")
+    assert onnxcomp("optimize", small_model, "-o", compressed, *exact).code == 0
     answer = onnxcomp("expand", compressed, "-o", path, "--json")
     assert answer.code == 0, answer.err
     assert answer.json["output"]["bytes"] == path.stat().st_size
