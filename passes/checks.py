@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import onnx
 
@@ -48,7 +49,8 @@ def _kinds(op_type: str, version: int) -> Mapping[str, int]:
         schema = onnx.defs.get_schema(op_type, min(max(version, 1), onnx.defs.onnx_opset_version()))
     except (onnx.defs.SchemaError, TypeError, ValueError):  # unknown, or no text at all
         return {}
-    return {name: int(attribute.type) for name, attribute in schema.attributes.items()}
+    kinds: dict[str, Any] = {name: found.type for name, found in schema.attributes.items()}
+    return {name: int(kind) for name, kind in kinds.items()}
 
 
 def _check(node: onnx.NodeProto, attribute: onnx.AttributeProto, wanted: int | None) -> None:
