@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def make_batches(tokenizer: Tokenizer, sentences: list[str]) -> list[tuple[list[
             mask[row, : len(ids[number])] = 1
         batches.append((chosen, {"input_ids": tokens, "attention_mask": mask}))
     return batches
+
+
+def one_thread() -> onnxruntime.SessionOptions:
+    """Options that make results independent of the machine's load and number of processors."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return options
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session without the operator library."""
+    return onnxruntime.InferenceSession(path, one_thread())
 
 
 def embed(session: Any, batches: list[tuple[list[int], dict]]) -> Embeddings:
@@ -130,9 +143,9 @@ def measure(
     report = compile_model(model, small, "--bits", str(bits), "--no-verify")
     onnxcomp.expand(small, expanded)
     sessions = {
-        "library": onnxcomp.InferenceSession(small),
-        "portable": onnxruntime.InferenceSession(small),
-        "expanded": onnxruntime.InferenceSession(expanded),
+        "library": onnxcomp.InferenceSession(small, session_options=one_thread()),
+        "portable": open_session(small),
+        "expanded": open_session(expanded),
     }
     embeddings = {name: embed(session, batches) for name, session in sessions.items()}
     gap = np.abs(embeddings["library"] - embeddings["portable"]).max()
@@ -167,14 +180,17 @@ def main() -> None:
     sentences, scores = read_pairs(options.data)
     tokenizer = Tokenizer.from_file(str(options.data / "models" / "minilm_tokenizer.json"))
     batches = make_batches(tokenizer, sentences)
-    dense = embed(onnxruntime.InferenceSession(options.model), batches)
+    dense = embed(open_session(options.model), batches)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         context = (batches, dense, scores)
-        runs = [measure(options.model, bits, folder, context) for bits in options.bits]
+        runs = []
+        for bits in options.bits:
+            runs.append(measure(options.model, bits, folder, context))
+            print(f"{bits} bits: {json.dumps(runs[-1]['forms'])}", flush=True)
         baseline = folder / "int4.onnx"
         size = int4_baseline(options.model, table_names(options.model), baseline)
-        int4 = quality(embed(onnxruntime.InferenceSession(baseline), batches), dense, scores)
+        int4 = quality(embed(open_session(baseline), batches), dense, scores)
     results = {
         "dense": {"bytes": options.model.stat().st_size, **quality(dense, dense, scores)},
         "int4_block_128": {"bytes": size, **int4},
