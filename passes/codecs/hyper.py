@@ -130,7 +130,9 @@ class HyperCodec:
     """HyperMatMul, HyperGather, HyperDecode and HyperWeight of ops/hyper/spec.md."""
 
     name: ClassVar[str] = "hyper"
-    summary: ClassVar[str] = "hyperfunction: 1 to 6 bits per weight, trellis-coded, by values or for given inputs"
+    summary: ClassVar[str] = (
+        "hyperfunction: 1 to 6 bits per weight, trellis-coded, by values or for given inputs"
+    )
     params_type: ClassVar[type[Params]] = HyperParams
 
     def refuse(self, site: WeightSite) -> str | None:
@@ -228,8 +230,7 @@ class HyperCodec:
     ) -> Payload:
         """Encode for inputs with the second moments of `stats`, with feedback between groups.
 
-        Rows that are looked up as well count for themselves, too: half of the objective is then
-        the error of the weight.
+        Rows that are looked up as well count a little for themselves, too.
 
         Raises:
             ModelError: Values too large for float16 scales.

@@ -30,7 +30,7 @@ __all__ = ["Coder", "encode"]
 _SWEEPS = 1
 
 # Weights that are worked on at a time, in float64.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 # Cost of an error on the padding of a group, in mean costs of its weights.
 _PADDING = 1e-3

@@ -6,13 +6,18 @@ import numpy as np
 
 from onnxcomp.passes.codecs.codec import Array, Stats
 
-__all__ = ["ENOUGH", "damped", "output_error", "with_weight_error"]
+__all__ = ["ENOUGH", "LOOK_UPS", "damped", "output_error", "with_weight_error"]
 
 # Below this many input vectors for each column the moments are taken with more reserve.
 ENOUGH = 5
 
 # Share of the mean diagonal that is added to the diagonal of the moments.
 DAMPING = 0.01
+
+# What the relative error of a table counts for beside that of its products. Measured on the tied
+# table of a language model: 0.02 to 0.1 give a sixth less divergence than 1 does, and a tenth less
+# than 0.
+LOOK_UPS = 0.05
 
 # Elements of a weight that are worked on at a time, in float64.
 _CHUNK = 1 << 20
@@ -46,7 +51,7 @@ def _energy(matrix: Array, moments: Array) -> float:
 
 
 def with_weight_error(moments: Array, weight: Array) -> Array:
-    """Moments for which the objective is output error and weight error in equal parts.
+    """Moments for which the objective is relative output error and `LOOK_UPS` of weight error.
 
     Args:
         moments: float64 ``(length, length)``.
@@ -55,7 +60,7 @@ def with_weight_error(moments: Array, weight: Array) -> Array:
     output, own = _energy(weight, moments), _energy(weight, np.eye(weight.shape[1]))
     if output <= 0.0 or own <= 0.0:
         return moments
-    return np.asarray(moments + np.eye(len(moments)) * (output / own))
+    return np.asarray(moments + np.eye(len(moments)) * (LOOK_UPS * output / own))
 
 
 def output_error(weight: Array, decoded: Array, moments: Array) -> float:

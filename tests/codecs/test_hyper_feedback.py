@@ -14,7 +14,7 @@ from onnxcomp.passes.codecs.hyper import HyperCodec, HyperParams
 from onnxcomp.passes.codecs.hyper_feedback import Coder
 from onnxcomp.passes.codecs.hyper_survivors import Prices
 from onnxcomp.passes.codecs.hyper_tables import table
-from onnxcomp.passes.codecs.moments import damped, output_error, with_weight_error
+from onnxcomp.passes.codecs.moments import LOOK_UPS, damped, output_error, with_weight_error
 
 Array = npt.NDArray[Any]
 CODEC = HyperCodec()
@@ -178,11 +178,11 @@ def test_scarce_data_is_damped_more() -> None:
     assert 0 < least[0] < least[1] < least[2]
 
 
-def test_output_and_weight_errors_count_alike_for_tables() -> None:
+def test_errors_of_tables_count_beside_those_of_products() -> None:
     weight, moments = weight_of(10, 16), moments_of(16)
     joint = with_weight_error(moments, weight)
     assert np.trace(weight @ joint @ weight.T) == pytest.approx(
-        2 * np.trace(weight @ moments @ weight.T)
+        (1 + LOOK_UPS) * np.trace(weight @ moments @ weight.T)
     )
 
 
