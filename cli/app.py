@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -127,7 +128,9 @@ class App(click.Group):
         logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
         raised: list[Interruption] = []
         try:
-            with interruptions() as raised:
+            with warnings.catch_warnings(), interruptions() as raised:
+                if "--debug" not in words:
+                    warnings.simplefilter("ignore")
                 code = super().main(
                     words, prog_name or "onnxcomp", **extra | {"standalone_mode": False}
                 )

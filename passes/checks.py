@@ -1,4 +1,4 @@
-"""What protobuf does not check: that attributes have the types their operators give them."""
+"""What protobuf does not check: that attributes are unique and of the types they should be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ELEMENTS = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UN
 
 
 def check_attributes(model: onnx.ModelProto) -> None:
-    """Refuse nodes whose attributes have no type, or another one than their operator defines.
+    """Refuse attributes that are there twice or have another type than their operator defines.
 
     Raises:
         ModelError: There is such a node.
@@ -28,8 +28,12 @@ def check_attributes(model: onnx.ModelProto) -> None:
     for nodes in bodies:
         for node in _nested(nodes):
             kinds = _kinds(node.op_type, version) if node.domain in ("", "ai.onnx") else {}
+            names = set()
             for attribute in node.attribute:
                 _check(node, attribute, kinds.get(attribute.name))
+                if attribute.name in names:
+                    raise _broken(node, attribute, "there twice")
+                names.add(attribute.name)
 
 
 def _nested(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -196,7 +196,10 @@ class _Expander:
         )
         if record is None:
             raise ModelError(f"node {node.name!r} reads no weight the record knows", hint=_DAMAGED)
-        result = self._standard(node, record.site)
+        try:
+            result = self._standard(node, record.site)
+        except (TypeError, ValueError) as error:  # of attributes
+            raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
         name = node.name
         replace_value(node.outputs[0], result)
         self._remove(node)
