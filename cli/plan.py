@@ -45,6 +45,8 @@ def plan_verdict(plan: Plan) -> str:
     """One line: bytes before and after, and whether the target is met."""
     size = plan.bytes or 0
     text = f"{bytes_text(plan.source.bytes)} -> {bytes_text(size)} ({plan.ratio or 0:.2f}x)"
+    if plan.portable_load_bytes:
+        text += f", {bytes_text(plan.portable_load_bytes)} of memory to load without the library"
     wanted = plan.budget.bytes
     if wanted is None:
         return text

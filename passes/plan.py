@@ -321,6 +321,8 @@ class Plan:
         choices: One decision for each site.
         skipped: Tensors that are not sites, with reasons.
         bytes: Bytes of the output, exactly; None after a change until it is applied.
+        portable_load_bytes: Expected peak memory, beyond that of any session, to load the output
+            without the operator library; None after a change until it is applied.
     """
 
     source: Source
@@ -329,6 +331,7 @@ class Plan:
     choices: dict[str, Choice]
     skipped: tuple[SkippedWeight, ...] = ()
     bytes: int | None = None
+    portable_load_bytes: int | None = None
 
     def __getitem__(self, name: str) -> Choice:
         if name not in self.choices:
@@ -342,7 +345,7 @@ class Plan:
                 hint=f"start from plan[{name!r}].with_(...)",
             )
         self.choices[name] = choice
-        self.bytes = None
+        self.bytes = self.portable_load_bytes = None
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices.values())
@@ -381,7 +384,7 @@ class Plan:
             else Choice.kept_dense(site, "not in the plan")
             for name, site in known.items()
         }
-        return dataclasses.replace(self, choices=settled, bytes=None)
+        return dataclasses.replace(self, choices=settled, bytes=None, portable_load_bytes=None)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -391,6 +394,7 @@ class Plan:
             "settings": self.settings.to_json(),
             "budget": self.budget.to_json(),
             "bytes": self.bytes,
+            "portable_load_bytes": self.portable_load_bytes,
             "sites": [choice.to_json() for choice in self],
             "skipped": [tensor.to_json() for tensor in self.skipped],
         }
@@ -421,6 +425,7 @@ class Plan:
             choices=dict(zip(names, choices, strict=True)),
             skipped=tuple(SkippedWeight.from_json(item) for item in values.get("skipped", ())),
             bytes=values.get("bytes"),
+            portable_load_bytes=values.get("portable_load_bytes"),
         )
 
     def dumps(self) -> str:
@@ -466,7 +471,9 @@ class Plan:
         return cls.loads(text)
 
 
-_PLAN_KEYS = frozenset(["version", "source", "settings", "budget", "bytes", "sites", "skipped"])
+_PLAN_KEYS = frozenset(
+    ["version", "source", "settings", "budget", "bytes", "portable_load_bytes", "sites", "skipped"]
+)
 
 
 def _lines(values: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.plan import Budget, Candidate, Choice, Plan, SkippedWeight, Source
 from onnxcomp.passes.settings import Rule, Settings, match_rule, method_names
 from onnxcomp.passes.sites import find_sites
-from onnxcomp.passes.sizing import planned_size
+from onnxcomp.passes.sizing import planned_size, portable_load_bytes
 from onnxcomp.passes.source import Loaded
 
 __all__ = ["DEFAULT_BITS", "Prepared", "make_plan", "prepare", "settle"]
@@ -126,7 +126,8 @@ def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx")
         total = size_of(picks)
         picks, total = _worth_it(picks, total, size_of)
     choices = {pick.site.name: _choice(pick, settings) for pick in picks}
-    return Plan(prepared.source, settings, budget, choices, prepared.skipped, total)
+    memory = portable_load_bytes(prepared.sites, list(choices.values()))
+    return Plan(prepared.source, settings, budget, choices, prepared.skipped, total, memory)
 
 
 def _worth_it(
@@ -154,4 +155,5 @@ def settle(plan: Plan, prepared: Prepared, *, name: str = "out.onnx") -> Plan:
         source=prepared.source,
         skipped=prepared.skipped,
         bytes=_measure(prepared, plan.settings, name, choices),
+        portable_load_bytes=portable_load_bytes(prepared.sites, choices),
     )

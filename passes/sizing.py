@@ -12,14 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import Codec, Payload, WeightSite
+from onnxcomp.passes.codecs.codec import Codec, Kind, Payload, WeightSite
 from onnxcomp.passes.encode import precision_attributes
 from onnxcomp.passes.graph import output_size
 from onnxcomp.passes.plan import Choice
 from onnxcomp.passes.rewrite import Placement, rewrite
 from onnxcomp.passes.settings import Settings
 
-__all__ = ["planned_size", "virtual_payload"]
+__all__ = ["planned_size", "portable_load_bytes", "virtual_payload"]
 
 
 def virtual_payload(site: WeightSite, choice: Choice, precision: str = "exact") -> Payload:
@@ -59,6 +59,30 @@ def planned_size(
     if placements:
         rewrite(copy, placements, portable=settings.portable)
     return output_size(copy, external_data=settings.external_data, name=name)
+
+
+def portable_load_bytes(sites: Iterable[WeightSite], choices: Sequence[Choice]) -> int:
+    """Memory that a session without the operator library takes at its peak to load the output.
+
+    Intermediate results of all weights stay until ONNX Runtime has folded the last one. What a
+    session of any model takes (tens of megabytes) is not in it.
+    """
+    needs = [
+        CODECS[choice.codec].load_memory(site, choice.params, kind)
+        for site, choice in zip(sites, choices, strict=True)
+        if not choice.kept
+        for kind in _expanded(site, choice)
+    ]
+    return sum(need.kept for need in needs) + max((need.working for need in needs), default=0)
+
+
+def _expanded(site: WeightSite, choice: Choice) -> list[Kind]:
+    """What is expanded on its own: every fused use, and the dense weight once for all others."""
+    fusable = CODECS[choice.codec].kinds(site) if choice.mode in ("auto", "fused") else frozenset()
+    kinds: list[Kind] = [
+        use.need for use in site.uses if use.need != "dense" and use.need in fusable
+    ]
+    return kinds if len(kinds) == len(site.uses) else [*kinds, "weight"]
 
 
 def _placement(site: WeightSite, choice: Choice, precision: str) -> Placement:

@@ -24,6 +24,7 @@ __all__ = [
     "CalibratedCodec",
     "Codec",
     "Kind",
+    "LoadMemory",
     "Mode",
     "Params",
     "Payload",
@@ -156,6 +157,19 @@ class TensorLayout:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LoadMemory:
+    """Memory in bytes that a session without the operator library takes to expand one use.
+
+    Attributes:
+        kept: Intermediate results that stay until the whole model is loaded.
+        working: What is needed on top while this use is expanded.
+    """
+
+    kept: int
+    working: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Params:
     """Base of the parameter schemas of codecs: a frozen dataclass of ints, floats and strings."""
 
@@ -275,6 +289,10 @@ class Codec(Protocol):
         dtype. ``gather``: `x` holds indices of any shape, the result is ``(..., length)`` in the
         site's dtype. ``weight`` and ``decode``: the canonical matrix in the site's dtype.
         """
+        ...
+
+    def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
+        """Expected memory to load what `emit` makes where the operators are not registered."""
         ...
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:

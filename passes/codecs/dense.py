@@ -16,6 +16,7 @@ from onnxcomp.passes.codecs.codec import (
     Attribute,
     Builder,
     Kind,
+    LoadMemory,
     Params,
     Payload,
     TensorLayout,
@@ -101,6 +102,10 @@ class DenseCodec:
         if kind not in ("weight", "decode"):
             raise UsageError(f"the codec dense has no {kind}")
         return builder.tensor("weight")
+
+    def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
+        """A copy where the stored tensor is the transposed one."""
+        return LoadMemory(site.nbytes if site.transposed else 0, 0)
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """None are needed."""

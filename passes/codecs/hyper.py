@@ -21,6 +21,7 @@ from onnxcomp.passes.codecs.codec import (
     Attribute,
     Builder,
     Kind,
+    LoadMemory,
     Params,
     Payload,
     Stats,
@@ -279,6 +280,12 @@ class HyperCodec:
         extent = np.array([site.rows, site.length], np.int64)
         shape = builder.constant(f"hyper.shape.{site.rows}x{site.length}", extent)
         return builder.node("Reshape", [result, shape])
+
+    def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
+        """What folding the portable body takes."""
+        from onnxcomp.passes.codecs import hyper_bodies
+
+        return hyper_bodies.load_memory(site, _geometry(site, _typed(params)), kind)
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Portable bodies, valid in models of this opset."""

@@ -23,12 +23,13 @@ from onnxcomp.passes.codecs.codec import (
     Attribute,
     Builder,
     Kind,
+    LoadMemory,
     Payload,
     WeightSite,
 )
 from onnxcomp.passes.codecs.hyper_format import LANES, NODE_INPUTS, Geometry
 
-__all__ = ["MINIMUM_OPSET", "emit", "functions", "load_bytes", "peak_load_bytes"]
+__all__ = ["MINIMUM_OPSET", "emit", "functions", "load_bytes", "load_memory", "peak_load_bytes"]
 
 V = TypeVar("V")
 
@@ -287,15 +288,17 @@ def _restoring_copies(site: WeightSite, geometry: Geometry) -> int:
     return cast + flat + site.transposed + (len(site.shape) != 2)
 
 
+def load_memory(site: WeightSite, geometry: Geometry, kind: Kind) -> LoadMemory:
+    """Memory to fold one operator's body: what stays until the pass is over, and what does not."""
+    dense = geometry.nbytes if kind == "gather" else 4 * site.size
+    return LoadMemory(load_bytes(site, geometry, kind), int(_FOLDING_COPIES * dense))
+
+
 def peak_load_bytes(operators: Iterable[tuple[WeightSite, Geometry, Kind]]) -> int:
     """Memory that a session without the library needs, at its peak, to fold these operators.
 
     The results of all nodes stay until the folding pass is over; the node being folded needs more.
     What a session of any model takes (about 10 MB, and 0.2 MB for each operator) is not in it.
     """
-    kept, extra = 0, 0.0
-    for site, geometry, kind in operators:
-        kept += load_bytes(site, geometry, kind)
-        size = geometry.nbytes if kind == "gather" else 4 * site.size
-        extra = max(extra, _FOLDING_COPIES * size)
-    return kept + int(extra)
+    needs = [load_memory(*operator) for operator in operators]
+    return sum(need.kept for need in needs) + max((need.working for need in needs), default=0)

@@ -12,6 +12,7 @@ from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.codecs.hyper import HyperParams
 from onnxcomp.passes.plan import Budget, Candidate, Choice, Plan, SkippedWeight, Source
 from onnxcomp.passes.settings import Settings, parse_rule
+from onnxcomp.passes.sizing import portable_load_bytes
 
 
 def site(name: str, rows: int = 256, length: int = 512, dtype: str = "float32") -> WeightSite:
@@ -157,3 +158,27 @@ def test_a_plan_knows_whether_it_meets_its_budget(plan: Plan) -> None:
     assert not plan.met
     assert dataclasses.replace(plan, budget=Budget(bits=4)).met
     assert plan.ratio == pytest.approx(123456 / 15433)
+
+
+@pytest.mark.parametrize("mode", ["auto", "fused", "folded", "decode"])
+def test_loading_without_the_library_takes_several_times_the_dense_weights(mode: str) -> None:
+    sites = [site("a"), site("b")]
+    choices = [choice(item.name).with_(mode=mode) for item in sites]
+    dense = sum(item.nbytes for item in sites)
+    assert 5 * dense < portable_load_bytes(sites, choices) < 12 * dense
+    kept = [Choice.kept_dense(item, "why") for item in sites]
+    assert portable_load_bytes(sites, kept) == 0
+
+
+def test_a_look_up_expands_its_own_rows_only() -> None:
+    product = site("a")
+    look_up = dataclasses.replace(product, uses=(Use("node", "Gather", 0, "gather"),))
+    needs = [portable_load_bytes([item], [choice("a")]) for item in (look_up, product)]
+    assert needs[0] < needs[1] / 5
+
+
+def test_a_plan_keeps_its_prediction_until_it_is_edited(plan: Plan) -> None:
+    plan.portable_load_bytes = 5
+    assert Plan.loads(plan.dumps()).portable_load_bytes == 5
+    plan["a.weight"] = plan["a.weight"].with_(bits=3)
+    assert plan.portable_load_bytes is None
