@@ -1,6 +1,6 @@
 """Plans: which codec stores each weight and at how many bytes. Readable, editable, replayable.
 
-A plan is made by `onnxcomp.passes.allocate`, can be written to JSON, changed by hand or in Python,
+A plan is made by `onnxcomp.passes.planner`, can be written to JSON, changed by hand or in Python,
 and applied again. The bytes and errors in it follow from the codecs: they are computed anew when a
 plan is applied, so that an edited file cannot promise what it does not hold.
 """

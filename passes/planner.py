@@ -9,10 +9,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.allocate import Menu, fit, keep, menu, uniform
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
+from onnxcomp.passes.fitting import fit
+from onnxcomp.passes.menus import Menu, keep, menu, uniform
 from onnxcomp.passes.plan import Budget, Candidate, Choice, Plan, SkippedWeight, Source
 from onnxcomp.passes.settings import Rule, Settings, match_rule, method_names
 from onnxcomp.passes.sites import find_sites

@@ -1,5 +1,6 @@
 """Choosing settings: menus, equal bits, and the least error in a budget."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -8,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.allocate import FRAMING, Menu, allocate, fit, keep, menu, objective, uniform
+from onnxcomp.passes.allocate import allocate
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.codecs.dense import DenseParams
 from onnxcomp.passes.codecs.hyper import HyperParams
+from onnxcomp.passes.fitting import fit
+from onnxcomp.passes.menus import FRAMING, Menu, keep, menu, objective, sensitivity, uniform
 from onnxcomp.passes.plan import Candidate
 from onnxcomp.passes.settings import parse_rule
 
@@ -110,6 +113,22 @@ def test_allocations_stay_in_their_budget_and_near_the_best(
     for chosen, offered in zip(picks, menus, strict=True):
         for other in offered.options:
             assert other.error >= chosen.error or other.bytes - chosen.bytes > room
+
+
+def test_weights_count_alike_but_for_tables_that_are_only_looked_up() -> None:
+    assert sensitivity(site(rows=256, length=512)) == 256 * 512
+    assert sensitivity(site(rows=30_000, length=384, need="gather")) == 4 * 384**2
+    assert sensitivity(site(rows=100, length=384, need="gather")) == 100 * 384
+    tied = site(rows=30_000, length=384, need="gather")
+    tied = dataclasses.replace(tied, uses=(*tied.uses, Use("head", "MatMul", 1, "matmul")))
+    assert sensitivity(tied) == 30_000 * 384
+
+
+def test_a_large_table_gets_fewer_bits_than_the_layers_behind_it() -> None:
+    layers = [site(f"layer{i}", 1536, 384) for i in range(12)]
+    menus = [menu(s, ["hyper"]) for s in (site("table", 30_000, 384, "gather"), *layers)]
+    picks = allocate(menus, sum(uniform(m, 3).bytes for m in menus))
+    assert params(picks[0]).bits < min(params(pick).bits for pick in picks[1:])
 
 
 def test_an_allocation_is_not_worse_than_any_equal_setting() -> None:
