@@ -43,6 +43,7 @@ def read_pairs(data: Path) -> tuple[list[str], npt.NDArray[np.float64]]:
 
 def make_batches(tokenizer: Tokenizer, sentences: list[str]) -> list[tuple[list[int], dict]]:
     """Feeds of up to `BATCH` sentences of similar length, with the sentences' numbers."""
+    tokenizer.no_padding()
     tokenizer.enable_truncation(128)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(sentences)]
     order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
