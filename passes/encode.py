@@ -8,6 +8,7 @@ unnamed temporary file and mapped back, so that memory does not grow with the mo
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,15 @@ def not_finite(weight: Array) -> str:
     return ""
 
 
+def _let_go(array: Array) -> None:
+    """Give the pages of an array that is mapped from a file back; reading it maps them anew."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def weight_error(weight: Array, decoded: Array) -> float:
     """Relative Frobenius error ``|decoded - weight| / |weight|`` in float64.
 
@@ -94,12 +104,15 @@ def weight_error(weight: Array, decoded: Array) -> float:
         The error; 0 for two zero matrices, infinity when only `weight` is zero.
     """
     noise = power = 0.0
+    if weight.strides[0] < weight.strides[1]:  # in the order of memory
+        weight, decoded = weight.T, decoded.T
     rows = max(1, _BLOCK // max(1, weight.shape[-1]))
     for start in range(0, len(weight), rows):
         exact = weight[start : start + rows].astype(np.float64)
         power += float(np.square(exact).sum())
         exact -= decoded[start : start + rows]
         noise += float(np.square(exact).sum())
+        _let_go(weight)
     if power == 0.0:
         return 0.0 if noise == 0.0 else float("inf")
     return float(np.sqrt(noise / power))
@@ -163,6 +176,8 @@ def _encode_site(
         payload = _payload(site, weight, choice, cache, jobs)
     except ModelError as error:
         return Coded(None, 0.0, error.message)
+    # The weight and its decoded form are not held in full at the same time.
+    _let_go(weight)
     codec: Codec = CODECS[choice.codec]
     measured = weight_error(weight, codec.decode(site, payload))
     usual = codec.predict(site, choice.params)
@@ -216,8 +231,9 @@ def encode(
         results = encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
     for site, coded in results:
         if spill is not None and coded.payload is not None:
-            tensors = coded.payload.tensors
-            numbers[site.name] = {key: spill.store(t) for key, t in tensors.items()}
+            stored_tensors = coded.payload.tensors.items()
+            numbers[site.name] = {key: spill.store(t) for key, t in stored_tensors}
+            del stored_tensors  # or the payload would live as long as the next weight's
             coded = dataclasses.replace(
                 coded, payload=dataclasses.replace(coded.payload, tensors={})
             )
