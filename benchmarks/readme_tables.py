@@ -110,6 +110,35 @@ def models() -> Iterator[str]:
     yield markdown(("model", "float32 file", "ratio", "covered", "output", "same class"), rows)
 
 
+SPEED_NAMES = {
+    "fp32": "ONNX Runtime MatMul, float32",
+    "dynamic-int8": "DynamicQuantizeLinear and MatMulInteger, int8",
+    "nbits4-b128": "MatMulNBits int4, block 128, accuracy level 4",
+    "nbits4-b32": "MatMulNBits int4, block 32, accuracy level 4",
+    "nbits2-b128": "MatMulNBits int2, block 128, accuracy level 4",
+}
+
+
+def products() -> Iterator[str]:
+    """Speed of one product."""
+    results = read("matmul")
+    square = [row for row in results["records"] if row["length"] == row["rows"] == 4096]
+    heights = sorted({row["m"] for row in square})
+    speed = {(row["variant"], row["m"]): row["over_fp32"] for row in square}
+    variants = list(dict.fromkeys(row["variant"] for row in square))
+    rows = [
+        (SPEED_NAMES.get(variant, variant), *(f"{speed[variant, m]:.2f}" for m in heights))
+        for variant in variants
+    ]
+    yield (
+        "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
+        f"in ONNX Runtime {results['onnxruntime']}: CPU time of one thread of an {results['cpu']},\n"
+        f"a machine with a load of {results['load_average']:.0f}; weights are not in the cache at\n"
+        "few rows. `k4-L7` is 4 bits and 2^7 states: `benchmarks/bench_matmul.py`.\n"
+    )
+    yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
+
+
 def share(value: float | None) -> str:
     """A share in percent; empty where there is none."""
     return "" if value is None else f"{100 * value:.1f} %"
@@ -117,7 +146,7 @@ def share(value: float | None) -> str:
 
 def tables() -> str:
     """All tables with the sentences before them."""
-    return "\n".join([*minilm(), *demo(), *models()])
+    return "\n".join([*minilm(), *products(), *demo(), *models()])
 
 
 def put_into(text: str) -> str:
