@@ -132,8 +132,8 @@ def products() -> Iterator[str]:
     ]
     yield (
         "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
-        f"in ONNX Runtime {results['onnxruntime']}: CPU time of one thread of an {results['cpu']},\n"
-        f"a machine with a load of {results['load_average']:.0f}; weights are not in the cache at\n"
+        f"in ONNX Runtime {results['onnxruntime']}: CPU time of one thread of an\n"
+        f"{results['cpu']}, a machine with a load of {results['load_average']:.0f}; weights are not in the cache at\n"
         "few rows. `k4-L7` is 4 bits and 2^7 states: `benchmarks/bench_matmul.py`.\n"
     )
     yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
