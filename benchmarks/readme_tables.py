@@ -130,11 +130,12 @@ def products() -> Iterator[str]:
         (SPEED_NAMES.get(variant, variant), *(f"{speed[variant, m]:.2f}" for m in heights))
         for variant in variants
     ]
+    chip, load = results["cpu"], round(results["load_average"])
     yield (
         "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
-        f"in ONNX Runtime {results['onnxruntime']}: CPU time of one thread of an\n"
-        f"{results['cpu']}, a machine with a load of {results['load_average']:.0f}; weights are not in the cache at\n"
-        "few rows. `k4-L7` is 4 bits and 2^7 states: `benchmarks/bench_matmul.py`.\n"
+        f"in ONNX Runtime {results['onnxruntime']}: CPU time of one thread of an {chip},\n"
+        f"a machine with a load of {load}; weights are not in the cache at few rows. `k4-L7` is\n"
+        "4 bits and 2^7 states: `benchmarks/bench_matmul.py`.\n"
     )
     yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
 
