@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import onnxruntime
 from bench_minilm import embed, make_batches, quality, read_pairs
 from integer_rounding import gptq_model, round_model
-from results import print_table, write_results
+from results import RESULTS, print_table, write_results
 from tokenizers import Tokenizer
 
 import onnxcomp
@@ -213,22 +214,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minilm", type=Path, help="leave away to skip MiniLM")
-    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--windows", type=int, default=60, help="of each set; 0 skips the model")
     parser.add_argument("--best", action="store_true", help="also with 12 state bits")
     options = parser.parse_args()
-    folder = options.data / "lm"
-    language = LanguageModel(folder / "tinyllama_ref.onnx", folder, options.windows)
-    tokens = np.load(folder / "calib.npy").astype(np.int64)
-    feeds = split_batches([{"input_ids": tokens}], {"input_ids": ("batch", "tokens")})
-    rows = compare(language, [dict(feed) for feed in feeds], options.best)
-    held = show("language model", rows, "kl")
-    results: dict[str, Any] = {"language_model": {"rows": rows, "bars": held}}
+    results = earlier_results()
+    if options.windows:
+        folder = options.data / "lm"
+        language = LanguageModel(folder / "tinyllama_ref.onnx", folder, options.windows)
+        tokens = np.load(folder / "calib.npy").astype(np.int64)
+        feeds = split_batches([{"input_ids": tokens}], {"input_ids": ("batch", "tokens")})
+        rows = compare(language, [dict(feed) for feed in feeds], options.best)
+        held = show("language model", rows, "kl")
+        results["language_model"] = {"windows": options.windows, "rows": rows, "bars": held}
+        write_results("hyper_models", results)
     if options.minilm is not None:
         sentences = SentenceModel(options.minilm, options.data)
         rows = compare(sentences, sentences.calibration(options.data), options.best)
         held = show("MiniLM", rows, "one_minus_cosine")
         results["minilm"] = {"rows": rows, "bars": held}
     print(write_results("hyper_models", results))
+
+
+def earlier_results() -> dict[str, Any]:
+    """What an earlier run has found, to be replaced part by part."""
+    if not (RESULTS / "hyper_models.json").exists():
+        return {}
+    document = json.loads((RESULTS / "hyper_models.json").read_text(encoding="utf-8"))
+    return {name: document[name] for name in ("language_model", "minilm") if name in document}
 
 
 if __name__ == "__main__":
