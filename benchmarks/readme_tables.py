@@ -140,6 +140,30 @@ def products() -> Iterator[str]:
     yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
 
 
+def language_model() -> Iterator[str]:
+    """Plain and calibrated codes beside integer rounding."""
+    results = read("hyper_models")["language_model"]
+    windows = results["windows"]
+    rows = [
+        (
+            row["name"].replace("hyper", "onnxcomp, bits"),
+            f"{row['bytes'] / 1e6:.2f} MB",
+            f"{row['kl']:.4f}",
+            share((row["books_agreement"] + row["shakespeare_agreement"]) / 2),
+            f"{row['books_perplexity']:.2f}",
+        )
+        for row in results["rows"]
+    ]
+    yield (
+        "A small language model (5 million weights), all tensors compressed, with and without\n"
+        "calibration on its training text: divergence from the float32 predictions, agreement of\n"
+        f"the likeliest token (both on {windows} windows of two held-out texts), perplexity on one\n"
+        "of them. Integer rows use blocks of 128: `benchmarks/bench_hyper_models.py`.\n"
+    )
+    columns = ("weights", "file", "KL (nats)", "same token", "perplexity")
+    yield markdown(columns, rows)
+
+
 def share(value: float | None) -> str:
     """A share in percent; empty where there is none."""
     return "" if value is None else f"{100 * value:.1f} %"
@@ -147,7 +171,7 @@ def share(value: float | None) -> str:
 
 def tables() -> str:
     """All tables with the sentences before them."""
-    return "\n".join([*minilm(), *products(), *demo(), *models()])
+    return "\n".join([*minilm(), *language_model(), *products(), *demo(), *models()])
 
 
 def put_into(text: str) -> str:
