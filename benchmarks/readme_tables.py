@@ -157,8 +157,8 @@ def language_model() -> Iterator[str]:
     yield (
         "A small language model (5 million weights), all tensors compressed, with and without\n"
         "calibration on its training text: divergence from the float32 predictions, agreement of\n"
-        f"the likeliest token (both on {windows} windows of two held-out texts), perplexity on one\n"
-        "of them. Integer rows use blocks of 128: `benchmarks/bench_hyper_models.py`.\n"
+        f"the likeliest token (both on {windows} windows of two held-out texts), perplexity on\n"
+        "one of them. Integer rows use blocks of 128: `benchmarks/bench_hyper_models.py`.\n"
     )
     columns = ("weights", "file", "KL (nats)", "same token", "perplexity")
     yield markdown(columns, rows)
