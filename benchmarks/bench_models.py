@@ -4,22 +4,26 @@
 
 FOLDER holds models/*.onnx, lm/*.onnx and eval/. For each model: bytes, ratio, share of the weight
 bytes that is compressed, signal-to-noise ratio of the outputs against the original with the
-operator library and without, agreement of the top-1 class on real inputs where there are any, and
-whether inputs, outputs, opset and metadata are what they were.
+operator library and without, agreement of the top-1 class where the model is a classifier, and
+whether inputs, outputs, opset and metadata are what they were. Inputs are real where the folder has
+any for the model, else those that the compiler makes up.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import itertools
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
-from inputs import CLASSIFIERS, Batches
+from inputs import CLASSIFIERS, REAL, Batches, Feed, speech_frames
 from results import compile_model, print_table, write_results
 
 import onnxcomp
@@ -76,6 +80,70 @@ def agreement(sessions: dict[str, Session], batches: Batches) -> dict[str, float
     return {"inputs": count, **numbers}
 
 
+def signal_to_noise(sessions: dict[str, Session], feeds: Iterable[Feed]) -> dict[str, float]:
+    """The lowest ratio among the outputs, over all inputs, in dB, for the compressed forms."""
+    power: dict[int, float] = collections.Counter()
+    noise = {"library": collections.Counter(), "portable": collections.Counter()}
+    for feed in feeds:
+        results = {name: session.run(None, feed) for name, session in sessions.items()}
+        for index, exact in enumerate(results["dense"]):
+            power[index] += float(np.square(exact, dtype=np.float64).sum())
+            for form, total in noise.items():
+                difference = np.subtract(results[form][index], exact, dtype=np.float64)
+                total[index] += float(np.square(difference).sum())
+    return {
+        form: min(decibel_ratio(power[index], total[index]) for index in power)
+        for form, total in noise.items()
+    }
+
+
+def decibel_ratio(power: float, noise: float) -> float:
+    """10 log10 of a ratio; infinite without noise."""
+    return math.inf if noise == 0 else 10 * math.log10(max(power, 1e-300) / noise)
+
+
+def follow_speech(session: Session, data: Path) -> list[float]:
+    """Probabilities of speech along a recording; the model's state goes from frame to frame."""
+    state, rate = np.zeros((2, 1, 128), np.float32), np.array(16000)
+    chances = []
+    for frame in speech_frames(data):
+        chance, state = session.run(None, {"input": frame, "state": state, "sr": rate})
+        chances.append(float(chance[0, 0]))
+    return chances
+
+
+def speech_numbers(sessions: dict[str, Session], data: Path) -> dict[str, float]:
+    """Agreement of the decisions about speech, and the signal-to-noise ratio of their chances."""
+    chances = {name: np.array(follow_speech(s, data)) for name, s in sessions.items()}
+    exact = chances["dense"]
+    numbers: dict[str, float] = {}
+    for form, suffix in (("library", ""), ("portable", "_portable")):
+        noise = float(np.square(chances[form] - exact).sum())
+        numbers[f"snr_db{suffix}"] = decibel_ratio(float(np.square(exact).sum()), noise)
+        numbers[f"agree_{form}"] = float(np.mean((chances[form] > 0.5) == (exact > 0.5)))
+    return {"inputs": len(exact), **numbers}
+
+
+def on_real_inputs(name: str, sessions: dict[str, Session], data: Path) -> dict[str, Any]:
+    """Everything that real inputs tell about a model; nothing where there are none."""
+    if name.startswith("silero_vad"):
+        return {"real": True, **speech_numbers(sessions, data)}
+    if name in REAL:
+        ratios = signal_to_noise(sessions, REAL[name](data))
+        return {"real": True, "snr_db": ratios["library"], "snr_db_portable": ratios["portable"]}
+    if name in CLASSIFIERS:
+        feeds = (feed for feed, _ in itertools.islice(CLASSIFIERS[name](data), 20))
+        ratios = signal_to_noise(sessions, feeds)
+        numbers = agreement(sessions, CLASSIFIERS[name](data))
+        return {
+            "real": True,
+            "snr_db": ratios["library"],
+            "snr_db_portable": ratios["portable"],
+            **numbers,
+        }
+    return {"real": False}
+
+
 def open_sessions(dense: Path, small: Path) -> dict[str, Session]:
     """The original, the compressed model with the library, and the same file without it."""
     options = onnxruntime.SessionOptions()
@@ -120,19 +188,26 @@ def measure(path: Path, data: Path, folder: Path, bits: int) -> dict[str, Any]:
     )
     portable = visible(small, sessions["portable"])
     row["changed"] = sorted({*differences(before, after), *differences(before, portable)})
-    inputs: Callable[[Path], Batches] | None = CLASSIFIERS.get(path.stem)
-    if inputs is not None:
-        row |= agreement(sessions, inputs(data))
-    return row
+    return {**row, **on_real_inputs(path.stem, sessions, data)}
 
 
 def print_results(rows: list[dict[str, Any]]) -> None:
     """Print one line for each model."""
-    columns = ("model", "exit", "KB before", "KB after", "ratio", "covered", "SNR dB", "portable")
+    columns = (
+        "model",
+        "exit",
+        "KB before",
+        "KB after",
+        "ratio",
+        "covered",
+        "SNR dB",
+        "portable",
+        "inputs",
+    )
     table = []
     for row in rows:
         if "error" in row:
-            table.append((row["name"], row["exit_code"], row["error"], *[""] * 8))
+            table.append((row["name"], row["exit_code"], row["error"], *[""] * 9))
             continue
         table.append(
             (
@@ -144,6 +219,7 @@ def print_results(rows: list[dict[str, Any]]) -> None:
                 f"{100 * row['coverage']:.1f} %",
                 decibels(row["snr_db"]),
                 decibels(row["snr_db_portable"]),
+                "real" if row.get("real") else "made up",
                 percent(row.get("agree_library")),
                 percent(row.get("agree_portable")),
                 ", ".join(row.get("changed", ["not loaded"])) or "same",
@@ -154,7 +230,7 @@ def print_results(rows: list[dict[str, Any]]) -> None:
 
 def decibels(value: float | None) -> str:
     """A ratio for the table."""
-    return "exact" if value is None else f"{value:.1f}"
+    return "exact" if value is None or math.isinf(value) else f"{value:.1f}"
 
 
 def percent(value: float | None) -> str:

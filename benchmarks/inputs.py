@@ -1,10 +1,11 @@
-"""Real inputs of the classifiers in the data folder, prepared as their authors did."""
+"""Real inputs of the models in the data folder, prepared as their authors did."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["CLASSIFIERS", "Batches"]
+__all__ = ["CLASSIFIERS", "REAL", "Batches", "Feed", "speech_frames"]
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
@@ -116,4 +117,67 @@ CLASSIFIERS: dict[str, Callable[[Path], Batches]] = {
     "mnist_cntk": mnist,
     "magika_standard_v3_3": magika,
     "tinyllama_ref": language_model,
+}
+
+
+def pictures(data: Path, height: int, width: int, count: int = 8) -> Iterator[Array]:
+    """Photographs resized to ``(1, 3, height, width)`` float32, red first, 0 to 255."""
+    paths = sorted((data / "eval" / "imagenet500").glob("*.jpg"))
+    for path in paths[:: len(paths) // count][:count]:
+        image = Image.open(path).convert("RGB").resize((width, height))
+        yield np.ascontiguousarray(np.asarray(image, np.float32).transpose(2, 0, 1)[None])
+
+
+def scaled(
+    name: str, size: tuple[int, int], mean: Any, std: Any, *, blue_first: bool = False
+) -> Callable[[Path], Iterator[Feed]]:
+    """Feeds of photographs: ``(pixels - mean) / std``."""
+
+    def feeds(data: Path) -> Iterator[Feed]:
+        for image in pictures(data, *size):
+            pixels = image[:, ::-1] if blue_first else image
+            shift, scale = (np.asarray(v, np.float32).reshape(-1, 1, 1) for v in (mean, std))
+            yield {name: np.ascontiguousarray((pixels - shift) / scale)}
+
+    return feeds
+
+
+def luma(data: Path) -> Iterator[Feed]:
+    """Brightness, 0 to 1."""
+    weights = np.array([0.299, 0.587, 0.114], np.float32).reshape(3, 1, 1)
+    for image in pictures(data, 224, 224):
+        yield {"input": (image * weights).sum(1, keepdims=True) / 255}
+
+
+def text_bytes(data: Path) -> Iterator[Feed]:
+    """Windows of 200 bytes of English text."""
+    text = (data / "eval" / "tinyshakespeare").glob("*.txt")
+    content = np.frombuffer(next(text).read_bytes(), np.uint8)
+    for start in range(0, 8 * 5000, 5000):
+        yield {"input": content[None, start : start + 200]}
+
+
+def speech_frames(data: Path) -> Iterator[Array]:
+    """Frames of 512 samples of speech at 16 kHz, with the 64 samples before them ``(1, 576)``."""
+    with wave.open(str(data / "eval" / "silero" / "test.wav")) as file:
+        raw = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+    samples = np.concatenate([np.zeros(64, np.float32), raw.astype(np.float32) / 32768])
+    for start in range(0, len(raw) - 511, 512):
+        yield samples[None, start : start + 576]
+
+
+IMAGENET_MEAN, IMAGENET_STD = 255 * CIFAR_MEAN, 255 * CIFAR_STD
+
+# Inputs of models that are no classifiers; outputs are compared as they are.
+REAL: dict[str, Callable[[Path], Iterator[Feed]]] = {
+    "yolox_nano": scaled("images", (416, 416), 0, 1, blue_first=True),
+    "fastestdet": scaled("input.1", (352, 352), 0, 255, blue_first=True),
+    "ppocrv3_det": scaled("x", (320, 320), IMAGENET_MEAN, IMAGENET_STD),
+    "ultraface_rfb320": scaled("input", (240, 320), 127, 128),
+    "openseeface_lm0": scaled("input", (224, 224), IMAGENET_MEAN, IMAGENET_STD),
+    "openseeface_mnv3_det": scaled("input", (224, 224), IMAGENET_MEAN, IMAGENET_STD),
+    "style_candy": scaled("inputImage", (720, 720), 0, 1),
+    "super_resolution": luma,
+    "nnsplit_en_lstm": text_bytes,
+    "tract_byte_bidi_lstm": text_bytes,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -57,10 +58,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     print("\n".join(lines), flush=True)
 
 
+def without_infinities(value: Any) -> Any:
+    """The value with infinite floats replaced by None, as strict JSON wants it."""
+    if isinstance(value, Mapping):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_infinities(item) for item in value]
+    return None if value in (math.inf, -math.inf) else value
+
+
 def write_results(name: str, results: Mapping[str, Any]) -> Path:
     """Write ``benchmarks/results/<name>.json``."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    document = {"environment": environment(), **results}
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = without_infinities({"environment": environment(), **results})
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
