@@ -87,6 +87,8 @@ def test_child_processes_get_the_same_bits(
 ) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
+    # A spawned child imports this module by the name that pytest gave it, from the root.
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     names = [str(path) for path in models]
     want = _digests(names)  # the parent has run models with threads before it forks
