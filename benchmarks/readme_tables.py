@@ -99,15 +99,18 @@ def models() -> Iterator[str]:
             share(row["coverage"]),
             "exact" if row["snr_db"] is None else f"{row['snr_db']:.1f} dB",
             share(row.get("agree_library")),
+            "real" if row["real"] else "made up",
         )
         for row in read("models_4bit")["models"]
     ]
     yield (
         "Models of other projects at 4 bits: share of the weight bytes that is compressed, worst\n"
-        "signal-to-noise ratio of an output on made-up inputs, and agreement of the top class\n"
-        "with the original on real inputs where we have them: `benchmarks/bench_models.py`.\n"
+        "signal-to-noise ratio of an output, and agreement of the top class with the original, on\n"
+        "real inputs where we have them, else on made-up ones: `benchmarks/bench_models.py`.\n"
     )
-    yield markdown(("model", "float32 file", "ratio", "covered", "output", "same class"), rows)
+    yield markdown(
+        ("model", "float32 file", "ratio", "covered", "output", "same class", "inputs"), rows
+    )
 
 
 SPEED_NAMES = {
