@@ -140,12 +140,31 @@ def publish(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
     """Move finished files to their place, the .onnx file last, and return their new paths.
 
     The model file refers to its data and not the other way round: whoever finds it finds all of it.
-    Neither a signal nor another run with the same output comes between the two.
+    Neither a signal nor another run with the same output comes between the two. The data file of a
+    model that is replaced goes with it, unless it is replaced as well.
     """
+    model = folder / files[0].name
     with uninterrupted(), _alone_in(folder):
+        stale = _own_data(model) if len(files) == 1 else None
         for file in reversed(files):
             file.replace(folder / file.name)
+        if stale is not None:
+            with contextlib.suppress(OSError):
+                stale.unlink()
     return tuple(folder / file.name for file in files)
+
+
+def _own_data(model: Path) -> Path | None:
+    """The file ``<model>.data`` of an earlier output that refers to it; else None."""
+    from onnxcomp.runtime.structure import data_files
+
+    data = model.with_name(f"{model.name}.data")
+    if model.is_symlink() or data.is_symlink() or not (model.is_file() and data.is_file()):
+        return None
+    try:
+        return data if data.name in data_files(model) else None
+    except ModelError:  # not a model, so the data are not known to be its own
+        return None
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.runtime.structure import DOMAIN, nested_nodes, read_structure
 
 if TYPE_CHECKING:
@@ -62,10 +63,12 @@ def read_signature(model: PathLike) -> tuple[InputSpec, ...]:
     """The inputs a caller must give, in the model's order.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing, is no ONNX model, or computes nothing.
         UsageError: An input is no tensor.
     """
     proto = read_structure(model)
+    if not proto.graph.output:
+        raise ModelError(f"{os.fspath(model)} has no outputs", hint="export the model again")
     bounds = index_bounds(proto)
     given = {tensor.name for tensor in proto.graph.initializer}
     given |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
@@ -91,8 +94,6 @@ def expected(specs: Sequence[InputSpec]) -> str:
 
 def _spec(value: onnx.ValueInfoProto, bound: int | None) -> InputSpec:
     import onnx
-
-    from onnxcomp.errors import UsageError
 
     if value.type.WhichOneof("value") != "tensor_type":
         kind = value.type.WhichOneof("value")

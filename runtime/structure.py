@@ -13,7 +13,14 @@ from onnxcomp.errors import ModelError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["DOMAIN", "custom_operators", "model_bytes", "nested_nodes", "read_structure"]
+__all__ = [
+    "DOMAIN",
+    "custom_operators",
+    "data_files",
+    "model_bytes",
+    "nested_nodes",
+    "read_structure",
+]
 
 DOMAIN = "com.onnxcomp"
 
@@ -82,6 +89,15 @@ def _mentions(path: Path, text: bytes) -> bool:
         raise _unreadable(path, error) from error
 
 
+def data_files(model: PathLike) -> tuple[str, ...]:
+    """Files that hold external data of the model, as it names them, in the order of their names.
+
+    Raises:
+        ModelError: The file is missing or is no ONNX model.
+    """
+    return tuple(sorted(set(_locations(read_structure(model)))))
+
+
 def model_bytes(model: PathLike) -> int:
     """Bytes of the .onnx file and its external data.
 
@@ -89,7 +105,7 @@ def model_bytes(model: PathLike) -> int:
         ModelError: A file is missing.
     """
     path = Path(model)
-    locations = {""} | set(_locations(read_structure(path)))
+    locations = ("", *data_files(path))
     try:
         return sum((path.parent / name if name else path).stat().st_size for name in locations)
     except OSError as error:

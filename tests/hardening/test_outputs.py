@@ -166,3 +166,32 @@ def test_two_runs_into_one_output_leave_a_whole_model(
     assert _is_listed(tmp_path, "out.onnx", "out.onnx.data")
     done = spawn("expand", output, "-o", tmp_path / "dense.onnx")
     assert done.code == 0, done.err
+
+
+def test_the_data_file_of_a_replaced_model_goes_with_it(
+    onnxcomp: Callable[..., Any], small: Path, tmp_path: Path
+) -> None:
+    output, data = tmp_path / "out.onnx", tmp_path / "out.onnx.data"
+    assert onnxcomp("optimize", small, "-o", output, "--external-data", "always").code == 0
+    assert data.is_file()
+    assert onnxcomp("optimize", small, "-o", output, "--external-data", "never").code == 0
+    assert _is_listed(tmp_path, "out.onnx")
+    data.write_bytes(b"of somebody else")
+    assert onnxcomp("optimize", small, "-o", output).code == 0
+    assert onnxcomp("expand", small, "-o", output).code == 0
+    assert data.read_bytes() == b"of somebody else"
+
+
+@pytest.mark.parametrize("command", [("verify", 2), ("bench", 1)])
+@pytest.mark.parametrize("dims", [[2], ["n"]])
+def test_a_model_without_outputs_is_an_invalid_input(
+    onnxcomp: Callable[..., Any], tmp_path: Path, command: tuple[str, int], dims: list[Any]
+) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, dims)
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", [value], [])
+    path = tmp_path / "model.onnx"
+    imports = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=8), path)
+    verb, count = command
+    assert "has no outputs" in onnxcomp(verb, *[path] * count).refused(5)
