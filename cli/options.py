@@ -31,7 +31,7 @@ _PLAN_OPTIONS = (
         "-m", "--method", multiple=True, default=("auto",), show_default=True,
         help="Codecs to choose from (repeat, or join with +); see onnxcomp codecs.",
     ),
-    click.option("--bits", type=click.IntRange(1, 6), help="Bits per weight, the same for all; 4 "
+    click.option("--bits", type=click.IntRange(1), help="Bits per weight, the same for all; 4 "
                  "where no target is given."),
     click.option("--ratio", type=ratio, help="How many times smaller the file is to be: 8 or 8x."),
     click.option("--target-size", type=size, help="Largest size of the output: 120MB."),

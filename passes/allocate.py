@@ -13,8 +13,8 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 
-from onnxcomp.passes.menus import NOISE, Menu, distance, uniform, widths
-from onnxcomp.passes.plan import Candidate
+from onnxcomp.passes.choices import Candidate
+from onnxcomp.passes.menus import NOISE, Menu, distance, equal_plans
 
 __all__ = ["allocate"]
 
@@ -175,13 +175,12 @@ def _total(menus: Sequence[Menu], picks: Sequence[int]) -> int:
 
 
 def _uniform_picks(menus: Sequence[Menu], fronts: Sequence[Menu]) -> list[list[int]]:
-    """For each number of bits, the options of `fronts` nearest below that setting of all sites."""
+    """For each plan with equal settings, the options of `fronts` nearest below it in bytes."""
     result = []
-    for bits in widths(menus):
-        sizes = [uniform(menu, bits).bytes for menu in menus]
+    for plan in equal_plans(menus):
         at_most = [
-            sum(option.bytes <= size for option in front.options)
-            for front, size in zip(fronts, sizes, strict=True)
+            sum(option.bytes <= equal.bytes for option in front.options)
+            for front, equal in zip(fronts, plan, strict=True)
         ]
         result.append([max(0, count - 1) for count in at_most])
     return result

@@ -10,12 +10,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.passes.calibrate import HELD_OUT, Calibration, Feed, split_batches
+from onnxcomp.passes.calibrate import HELD_OUT, Calibration, Feed
+from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import (
     Array,
@@ -26,7 +27,7 @@ from onnxcomp.passes.codecs.codec import (
     WeightSite,
 )
 from onnxcomp.passes.codecs.moments import output_error
-from onnxcomp.passes.plan import Choice, Plan
+from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.settings import suggest
 from onnxcomp.passes.sites import read_weight
 
@@ -75,13 +76,15 @@ def check_calibration(mode: str) -> None:
 
 
 def load_samples(
-    data: Any, model: Path, mode: CalibrationMode, sites: Sequence[WeightSite], plan: Plan
+    source: Callable[[], Sequence[Feed] | None],
+    mode: CalibrationMode,
+    sites: Sequence[WeightSite],
+    plan: Plan,
 ) -> Samples | None:
-    """Read calibration inputs and cut them into small batches; None where they are of no use.
+    """Calibration inputs for the encoders; None where they are of no use.
 
     Args:
-        data: What `load_inputs` reads, or None.
-        model: The model that gets them.
+        source: Gives the inputs in small batches, or None.
         mode: How they are used.
         sites: The model's weights.
         plan: Decisions for them.
@@ -89,14 +92,10 @@ def load_samples(
     Raises:
         UsageError: A file cannot be read, or a name, shape or type does not fit the model.
     """
-    if data is None or mode == "off" or not _uses_samples(sites, plan):
+    if mode == "off" or not _uses_samples(sites, plan):
         return None
-    from onnxcomp.runtime.inputs import load_inputs
-    from onnxcomp.runtime.signature import read_signature
-
-    dims = {spec.name: spec.dims for spec in read_signature(model)}
-    feeds = split_batches(load_inputs(data, model), dims)
-    return Samples(feeds, mode == "sequential")
+    feeds = source()
+    return None if feeds is None else Samples(feeds, mode == "sequential")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

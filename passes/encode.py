@@ -20,9 +20,10 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import Coded, Samples, encode_calibrated
+from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import Array, Codec, Payload, WeightSite
-from onnxcomp.passes.plan import Choice, Plan
+from onnxcomp.passes.codecs.codec import Array, Codec, MeasuredCodec, Payload, WeightSite
+from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.rewrite import Placement
 from onnxcomp.passes.sites import read_weight
 
@@ -181,6 +182,8 @@ def _encode_site(
     codec: Codec = CODECS[choice.codec]
     measured = weight_error(weight, codec.decode(site, payload))
     usual = codec.predict(site, choice.params)
+    if isinstance(codec, MeasuredCodec) and choice.error is not None:
+        usual = choice.error
     if not measured <= _UNUSUAL * usual:
         reason = f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"
         return Coded(None, 0.0, reason)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from onnxcomp.passes.allocate import allocate
-from onnxcomp.passes.menus import NOISE, Menu, keep, objective, uniform, widths
-from onnxcomp.passes.plan import Candidate
+from onnxcomp.passes.choices import Candidate
+from onnxcomp.passes.menus import NOISE, Menu, equal_plans, keep, objective
 
 __all__ = ["fit"]
 
@@ -104,8 +104,7 @@ class _Search:
 
     def try_equal(self, menus: Sequence[Menu]) -> None:
         """Measure equal settings for all sites, where they could fit and be better."""
-        for bits in widths(menus):
-            picks = [uniform(menu, bits) for menu in menus]
+        for picks in equal_plans(menus):
             fits = self.best_bytes <= self._target
             if not fits or (_bytes(picks) <= self._target and _cost(picks) < _cost(self.best)):
                 self.try_(picks)

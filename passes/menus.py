@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.choices import Candidate, Errors
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
-from onnxcomp.passes.plan import Candidate
 from onnxcomp.passes.settings import Rule, suggest, typed_params
 
 __all__ = [
@@ -16,13 +16,19 @@ __all__ = [
     "NOISE",
     "Menu",
     "distance",
+    "equal_plans",
     "keep",
     "menu",
     "objective",
+    "offered_bits",
+    "predicted",
     "sensitivity",
     "uniform",
-    "widths",
 ]
+
+# Times smaller a weight becomes in plans with equal settings for all, of codecs whose settings are
+# not counted in bits.
+_RATIOS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 # Bytes of the nodes, names and tensor headers that come with one compressed weight; the exact
 # number depends on the lengths of names and is counted when the skeleton is serialised.
@@ -99,11 +105,19 @@ def _settings_of(codec: Codec, site: WeightSite, fixed: Mapping[str, object]) ->
     return valid
 
 
-def _candidates(codec: Codec, site: WeightSite, fixed: Mapping[str, object]) -> list[Candidate]:
+def predicted(codec: Codec, site: WeightSite, params: Sequence[Params]) -> list[float]:
+    """Errors that a codec expects without looking at the weight."""
+    return [codec.predict(site, item) for item in params]
+
+
+def _candidates(
+    codec: Codec, site: WeightSite, fixed: Mapping[str, object], errors: Errors
+) -> list[Candidate]:
     typed_params(codec.params_type, fixed, codec.name)
+    offered = _settings_of(codec, site, fixed)
     return [
-        Candidate(site, codec.name, p, codec.size(site, p), codec.predict(site, p))
-        for p in _settings_of(codec, site, fixed)
+        Candidate(site, codec.name, params, codec.size(site, params), error)
+        for params, error in zip(offered, errors(codec, site, offered), strict=True)
     ]
 
 
@@ -113,6 +127,7 @@ def menu(
     rule: Rule | None = None,
     *,
     codecs: Mapping[str, Codec] | None = None,
+    errors: Errors = predicted,
 ) -> Menu:
     """Everything that may be chosen for a site; only to keep it where nothing pays.
 
@@ -121,30 +136,38 @@ def menu(
         methods: Codecs of the run.
         rule: Settings for this weight; its methods win over those of the run.
         codecs: All codecs by name.
+        errors: Expected errors of settings.
 
     Raises:
         UsageError: The rule names an unknown codec or parameter.
     """
     known = CODECS if codecs is None else codecs
     rule = Rule("") if rule is None else rule
-    found: list[Candidate] = []
-    reasons: list[str] = []
-    for name in rule.methods or methods:
+    names = rule.methods or tuple(methods)
+    for name in names:
         if name not in known:
             raise UsageError(f"method {name!r} is unknown", hint=suggest(name, known))
-        refusal = known[name].refuse(site)
+    found: list[Candidate] = []
+    reasons: list[str] = []
+    wrong: list[UsageError] = []
+    for codec in (known[name] for name in names):
+        refusal = codec.refuse(site)
         if refusal is not None:
-            reasons.append(f"{name}: {refusal}")
+            reasons.append(f"{codec.name}: {refusal}")
             continue
-        offered = _candidates(known[name], site, rule.params)
+        try:
+            offered = _candidates(codec, site, rule.params, errors)
+        except UsageError as error:
+            wrong.append(error)
+            continue
         # The identity codec is asked for by name only, and never for its size.
-        paying = [c for c in offered if name == "dense" or c.bytes + FRAMING < site.nbytes]
+        paying = [c for c in offered if codec.name == "dense" or c.bytes + FRAMING < site.nbytes]
         found += paying
         if not paying:
-            reasons.append(f"{name}: {_not_smaller(offered, site)}")
-    if not found:
-        return Menu(site, (keep(site, "; ".join(reasons)),))
-    return Menu(site, tuple(found))
+            reasons.append(f"{codec.name}: {_not_smaller(offered, site)}")
+    if len(wrong) == len(names):  # what a rule fixes is for one of the codecs; here it is for none
+        raise wrong[0]
+    return Menu(site, tuple(found) or (keep(site, "; ".join(reasons)),))
 
 
 def _not_smaller(offered: Sequence[Candidate], site: WeightSite) -> str:
@@ -154,16 +177,64 @@ def _not_smaller(offered: Sequence[Candidate], site: WeightSite) -> str:
     return f"{least} bytes and about {FRAMING} of framing are not less than {site.nbytes} dense"
 
 
-def uniform(menu: Menu, bits: int) -> Candidate:
-    """The candidate with `bits` bits per weight: the smallest that is no worse than the default.
+def _width(candidate: Candidate) -> int | None:
+    """Bits per weight of a candidate; None where its settings are not counted in bits."""
+    name = CODECS[candidate.codec].width
+    return None if name is None else int(getattr(candidate.params, name))
 
-    Codecs without a parameter `bits` take part with all their candidates.
+
+def uniform(menu: Menu, bits: int) -> Candidate:
+    """The candidate of the first codec that offers `bits` bits per weight.
+
+    Of its settings with that width it is the smallest that is no worse than the default. Where
+    settings are not counted in bits, it is the largest with at most `bits` bits for each weight.
     """
-    options = [c for c in menu.options if getattr(c.params, "bits", bits) == bits]
-    if not options:
+    options = [c for c in menu.options if _width(c) == bits]
+    if options:
+        first = [c for c in options if c.codec == options[0].codec]
+        return min(first, key=lambda c: (_worse(c, first), c.bytes, distance(c)))
+    uncounted = [c for c in menu.options if _width(c) is None]
+    if not uncounted:
         return keep(menu.site, f"with {bits} bits per weight it would not be smaller")
-    first = [c for c in options if c.codec == options[0].codec]
-    return min(first, key=lambda c: (_worse(c, first), c.bytes, distance(c)))
+    return _largest_within(uncounted, bits * menu.site.size // 8)
+
+
+def _largest_within(options: Sequence[Candidate], room: int) -> Candidate:
+    """The largest candidate of the first codec in `room` bytes; its smallest where none fits."""
+    own = [c for c in options if c.codec == options[0].codec]
+    fitting = [c for c in own if c.bytes <= room]
+    return max(fitting, key=lambda c: c.bytes) if fitting else min(own, key=lambda c: c.bytes)
+
+
+def equal_plans(menus: Sequence[Menu]) -> Iterator[list[Candidate]]:
+    """Plans that give every weight equal settings of one codec.
+
+    A weight that the codec does not offer anything for gets what another one offers.
+    """
+    names = dict.fromkeys(c.codec for menu in menus for c in menu.options if not c.reason)
+    for name in names:
+        own = [_first(menu, name) for menu in menus]
+        if CODECS[name].width is None:
+            for ratio in _RATIOS:
+                rooms = [menu.site.nbytes // ratio for menu in own]
+                yield [
+                    _largest_within(menu.options, room)
+                    for menu, room in zip(own, rooms, strict=True)
+                ]
+        else:
+            for bits in offered_bits(menus, name):
+                yield [uniform(menu, bits) for menu in own]
+
+
+def _first(menu: Menu, codec: str) -> Menu:
+    """The menu with the options of one codec before the others."""
+    return Menu(menu.site, tuple(sorted(menu.options, key=lambda c: c.codec != codec)))
+
+
+def offered_bits(menus: Sequence[Menu], codec: str) -> list[int]:
+    """All numbers of bits per weight that a codec offers, in increasing order."""
+    found = {_width(c) for menu in menus for c in menu.options if c.codec == codec}
+    return sorted(bits for bits in found if bits is not None)
 
 
 def distance(candidate: Candidate) -> int:
@@ -177,9 +248,3 @@ def _worse(candidate: Candidate, options: Sequence[Candidate]) -> bool:
     """Whether a candidate is worse than the one nearest to the codec's defaults."""
     nearest = min(options, key=distance)
     return candidate.error > nearest.error * (1 + 1e-9)
-
-
-def widths(menus: Sequence[Menu]) -> list[int]:
-    """All numbers of bits per weight that are offered."""
-    found = {getattr(c.params, "bits", None) for menu in menus for c in menu.options}
-    return sorted(bits for bits in found if bits is not None)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.canonicalize import canonicalize
+from onnxcomp.passes.calibrate import Feed
+from onnxcomp.passes.choices import Candidate, Choice
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
+from onnxcomp.passes.estimates import Estimates
 from onnxcomp.passes.fitting import fit
 from onnxcomp.passes.menus import Menu, keep, menu, uniform
-from onnxcomp.passes.plan import Budget, Candidate, Choice, Plan, SkippedWeight, Source
+from onnxcomp.passes.plan import Budget, Plan, SkippedWeight, Source
 from onnxcomp.passes.settings import Rule, Settings, match_rule, method_names
 from onnxcomp.passes.sites import find_sites
 from onnxcomp.passes.sizing import planned_size, portable_load_bytes
 from onnxcomp.passes.source import Loaded
+from onnxcomp.passes.stages import Context, no_feeds, run_passes
 
 __all__ = ["DEFAULT_BITS", "Prepared", "make_plan", "prepare", "settle"]
+
+Feeds = Callable[[], Sequence[Feed] | None]
 
 # Bits per weight where neither bits nor a target is asked for.
 DEFAULT_BITS = 4
@@ -36,7 +42,8 @@ class Prepared:
         source: Name, bytes and hash of the input.
         sites: Weights a codec may be asked about.
         skipped: Other tensors, with reasons.
-        notes: What canonicalisation changed.
+        notes: What the graph passes changed.
+        facts: What they have to report, by the name of the pass.
     """
 
     model: ir.Model
@@ -45,12 +52,20 @@ class Prepared:
     sites: tuple[WeightSite, ...]
     skipped: tuple[SkippedWeight, ...]
     notes: tuple[str, ...]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def prepare(loaded: Loaded, settings: Settings) -> Prepared:
-    """Canonicalise a model in place and find its weights."""
+def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prepared:
+    """Run the graph passes on a model, in place, and find its weights.
+
+    Args:
+        loaded: The model.
+        settings: What is asked for.
+        feeds: Gives the calibration inputs to passes that need them.
+    """
     model = loaded.model
-    change = canonicalize(model)
+    context = Context(settings, feeds)
+    changes = run_passes(model, context)
     found = find_sites(
         model,
         min_size=settings.min_size,
@@ -61,7 +76,10 @@ def prepare(loaded: Loaded, settings: Settings) -> Prepared:
     skipped = tuple(
         SkippedWeight(t.name, t.shape, t.dtype, t.nbytes, t.uses, t.reason) for t in found.skipped
     )
-    return Prepared(model, loaded.path, loaded.source, found.sites, skipped, tuple(change.notes))
+    notes = tuple(note for change in changes.values() for note in change.notes)
+    return Prepared(
+        model, loaded.path, loaded.source, found.sites, skipped, notes, dict(context.facts)
+    )
 
 
 def _rule(site: WeightSite, settings: Settings) -> Rule:
@@ -78,16 +96,24 @@ def _choice(candidate: Candidate, settings: Settings) -> Choice:
 
 def _equal(menus: Sequence[Menu], bits: int, settings: Settings) -> list[Candidate]:
     """One candidate for each menu at `bits` bits per weight, or at those of its rule."""
-    wanted = [_rule(menu.site, settings).params.get("bits", bits) for menu in menus]
-    return [uniform(menu, int(b)) for menu, b in zip(menus, wanted, strict=True)]
+    return [uniform(menu, _bits_of_rule(menu, settings, bits)) for menu in menus]
+
+
+def _bits_of_rule(menu: Menu, settings: Settings, bits: int) -> int:
+    fixed = _rule(menu.site, settings).params
+    names = {CODECS[candidate.codec].width for candidate in menu.options}
+    return next((int(fixed[name]) for name in names if name is not None and name in fixed), bits)
 
 
 def _check_bits(bits: int, methods: Sequence[str]) -> None:
     """Refuse bits per weight that no method offers, not even for a large weight."""
     use = Use("", "MatMul", 1, "matmul")
     sample = WeightSite("", (1024, 1024), "float32", (use,), "", 1024, 1024, False)
-    offers = [CODECS[name].candidates(sample) for name in methods]
-    offered = {getattr(params, "bits", bits) for offer in offers for params in offer}
+    offered: set[int] = set()
+    for codec in (CODECS[name] for name in methods):
+        if codec.width is None:
+            return
+        offered |= {int(getattr(params, codec.width)) for params in codec.candidates(sample)}
     if bits not in offered:
         raise UsageError(
             f"no method offers {bits} bits per weight",
@@ -112,7 +138,8 @@ def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx")
     """
     budget = Budget.of(settings, prepared.source.bytes, DEFAULT_BITS)
     methods = method_names(settings.method, CODECS)
-    menus = [menu(site, methods, _rule(site, settings)) for site in prepared.sites]
+    errors = Estimates(prepared.model).errors
+    menus = [menu(site, methods, _rule(site, settings), errors=errors) for site in prepared.sites]
 
     def size_of(candidates: Sequence[Candidate]) -> int:
         choices = [_choice(candidate, settings) for candidate in candidates]
@@ -149,7 +176,7 @@ def settle(plan: Plan, prepared: Prepared, *, name: str = "out.onnx") -> Plan:
     Raises:
         UsageError: The plan does not fit the model.
     """
-    settled = plan.settle(prepared.sites)
+    settled = plan.settle(prepared.sites, Estimates(prepared.model).errors)
     choices = list(settled)
     return dataclasses.replace(
         settled,

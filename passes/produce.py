@@ -10,9 +10,10 @@ from typing import Any
 
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import Samples
+from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.encode import Encoded, Progress, encode
 from onnxcomp.passes.graph import Saved, save
-from onnxcomp.passes.plan import Choice, Plan
+from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.planner import Prepared
 from onnxcomp.passes.report import (
     InputFile,

@@ -9,23 +9,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs.codec import Mode, Params
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.codec import Codec, Mode, Params
 
 __all__ = [
     "ExternalData",
     "ModeChoice",
+    "Patterns",
     "Rule",
     "Settings",
+    "given_settings",
     "match_rule",
     "method_names",
     "parse_rule",
     "parse_size",
+    "split_methods",
     "suggest",
     "typed_params",
 ]
 
 ExternalData = Literal["auto", "always", "never"]
 ModeChoice = Mode | Literal["auto"]
+Patterns = str | Sequence[str]
 ParamValue = int | float | str
 
 MODES: tuple[ModeChoice, ...] = ("auto", "fused", "folded", "decode")
@@ -118,7 +123,7 @@ def parse_rule(text: str) -> Rule:
         )
     _check_pattern(pattern)
     values = {key.strip(): value.strip() for key, _, value in settings}
-    methods = tuple(part for part in values.pop("method", "").split("+") if part)
+    methods = split_methods(values.pop("method", ""))
     mode = values.pop("mode", None)
     if mode is not None:
         _one_of("mode", mode, MODES)
@@ -149,8 +154,15 @@ def _one_of(what: str, value: str, known: Sequence[str]) -> None:
         raise UsageError(f"{what} {value!r} is unknown", hint=suggest(value, known))
 
 
-def method_names(method: str | Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
-    """Codec names asked for; "auto" stands for every codec that makes weights smaller.
+def split_methods(text: str) -> tuple[str, ...]:
+    """Codec names in ``"hyper+dense"``; a codec whose own name has a ``+`` is one of them."""
+    if text in CODECS:
+        return (text,)
+    return tuple(part for part in text.split("+") if part)
+
+
+def method_names(method: str | Sequence[str], known: Mapping[str, Codec]) -> tuple[str, ...]:
+    """Codec names asked for; "auto" stands for every codec that offers itself for it.
 
     Raises:
         UsageError: A name is unknown.
@@ -158,9 +170,9 @@ def method_names(method: str | Sequence[str], known: Iterable[str]) -> tuple[str
     names = list(known)
     asked = [method] if isinstance(method, str) else list(method)
     result: list[str] = []
-    for name in (part for item in asked for part in item.split("+")):
+    for name in (part for item in asked for part in split_methods(item)):
         if name == "auto":
-            result += [other for other in names if other != "dense"]
+            result += [other for other, codec in known.items() if codec.automatic]
             continue
         _one_of("method", name, [*names, "auto"])
         result.append(name)
@@ -268,3 +280,37 @@ class Settings:
         }
         plain["rules"] = tuple(parse_rule(text) for text in values.get("rules", ()))
         return cls(**plain)
+
+
+def _patterns(patterns: Patterns) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
+    given = [rules] if isinstance(rules, str | Rule) else rules
+    return tuple(rule if isinstance(rule, Rule) else parse_rule(rule) for rule in given)
+
+
+def given_settings(
+    method: str | Sequence[str],
+    target_size: int | str | None,
+    min_size: int | str,
+    include: Patterns,
+    exclude: Patterns,
+    set_: str | Rule | Sequence[str | Rule],
+    **others: Any,
+) -> Settings:
+    """Settings from what a caller may write more loosely: one text for a list, sizes with units.
+
+    Raises:
+        UsageError: Something is out of range or cannot be read.
+    """
+    return Settings(
+        method=(method,) if isinstance(method, str) else tuple(method),
+        target_size=None if target_size is None else parse_size(target_size),
+        min_size=parse_size(min_size),
+        include=_patterns(include),
+        exclude=_patterns(exclude),
+        rules=_rules(set_),
+        **others,
+    )

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Codec, Kind, Payload, WeightSite
 from onnxcomp.passes.encode import precision_attributes
 from onnxcomp.passes.graph import output_size
-from onnxcomp.passes.plan import Choice
 from onnxcomp.passes.rewrite import Placement, rewrite
 from onnxcomp.passes.settings import Settings
 

@@ -25,6 +25,7 @@ __all__ = [
     "Codec",
     "Kind",
     "LoadMemory",
+    "MeasuredCodec",
     "Mode",
     "Params",
     "Payload",
@@ -228,11 +229,22 @@ class Builder(Protocol[V]):
 
 
 class Codec(Protocol):
-    """A way to store one weight. Stateless and deterministic."""
+    """A way to store one weight. Stateless and deterministic.
+
+    Attributes:
+        name: How users call it. A name with ``+`` in it is one codec, not a choice between two.
+        summary: One line for ``onnxcomp codecs``.
+        params_type: Its settings; every field has a default.
+        automatic: Whether the method "auto" stands for this codec, too.
+        width: Name of the parameter that counts bits per weight and that ``--bits`` sets; None
+            where there is none: then ``--bits`` picks settings by the bytes they take.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     params_type: ClassVar[type[Params]]
+    automatic: ClassVar[bool]
+    width: ClassVar[str | None]
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why this codec cannot store the site at all; None when it can."""
@@ -297,6 +309,34 @@ class Codec(Protocol):
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Portable bodies of the operators that `emit` uses, valid in models of this opset."""
+        ...
+
+
+@runtime_checkable
+class MeasuredCodec(Codec, Protocol):
+    """A codec whose errors follow from the weight's values, such as those of singular values."""
+
+    def measure(
+        self,
+        site: WeightSite,
+        weight: Array,
+        params: Sequence[Params],
+        stats: Stats | None = None,
+    ) -> Sequence[float]:
+        """Errors of some settings for this very weight, for much less work than encoding it.
+
+        Planners use them instead of `predict`.
+
+        Args:
+            site: The weight.
+            weight: Its canonical matrix, float32 ``(rows, length)``.
+            params: Settings, all of which are asked about at once.
+            stats: Inputs of its products.
+
+        Returns:
+            For each of the settings the relative Frobenius error of the decoded weight; with
+            `stats`, of its products: ``sqrt(tr(E G E^T) / tr(W G W^T))``.
+        """
         ...
 
 

@@ -45,6 +45,8 @@ class DenseCodec:
     name: ClassVar[str] = "dense"
     summary: ClassVar[str] = "the weight as it is"
     params_type: ClassVar[type[Params]] = DenseParams
+    automatic: ClassVar[bool] = False
+    width: ClassVar[str | None] = None
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only a dtype the codec does not know is refused."""

@@ -135,6 +135,8 @@ class HyperCodec:
         "hyperfunction: 1 to 6 bits per weight, trellis-coded, by values or for given inputs"
     )
     params_type: ClassVar[type[Params]] = HyperParams
+    automatic: ClassVar[bool] = True
+    width: ClassVar[str | None] = "bits"
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""

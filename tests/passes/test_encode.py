@@ -14,12 +14,13 @@ from onnx import helper, numpy_helper
 from onnxcomp.passes import encode as module
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.canonicalize import canonicalize
+from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Array, WeightSite
 from onnxcomp.passes.codecs.hyper import HyperParams
 from onnxcomp.passes.encode import Encoded, encode, not_finite, weight_error
 from onnxcomp.passes.graph import load
-from onnxcomp.passes.plan import Budget, Choice, Plan, Source
+from onnxcomp.passes.plan import Budget, Plan, Source
 from onnxcomp.passes.settings import Settings
 from onnxcomp.passes.sites import find_sites, read_weight
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.choices import Candidate, Choice
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.codecs.hyper import HyperParams
-from onnxcomp.passes.plan import Budget, Candidate, Choice, Plan, SkippedWeight, Source
+from onnxcomp.passes.plan import Budget, Plan, SkippedWeight, Source
 from onnxcomp.passes.settings import Settings, parse_rule
 from onnxcomp.passes.sizing import portable_load_bytes
 

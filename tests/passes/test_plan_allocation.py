@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.allocate import allocate
+from onnxcomp.passes.choices import Candidate
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.codecs.dense import DenseParams
 from onnxcomp.passes.codecs.hyper import HyperParams
 from onnxcomp.passes.fitting import fit
 from onnxcomp.passes.menus import FRAMING, Menu, keep, menu, objective, sensitivity, uniform
-from onnxcomp.passes.plan import Candidate
 from onnxcomp.passes.settings import parse_rule
 
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper import HyperParams
 from onnxcomp.passes.settings import (
     Rule,
@@ -62,7 +63,7 @@ def test_the_first_matching_rule_wins() -> None:
 
 
 def test_auto_stands_for_every_codec_but_dense() -> None:
-    known = ["dense", "hyper", "hash"]
+    known = {"dense": CODECS["dense"], "hyper": CODECS["hyper"], "hash": CODECS["hyper"]}
     assert method_names("auto", known) == ("hyper", "hash")
     assert method_names(["hash+hyper", "auto"], known) == ("hash", "hyper")
     assert method_names("dense", known) == ("dense",)

@@ -1,0 +1,224 @@
+"""Ways to store one weight, and the decision for one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
+from onnxcomp.passes.settings import MODES, ModeChoice, suggest, typed_params
+
+__all__ = ["Candidate", "Choice", "Errors", "known_keys"]
+
+# Expected relative errors of a weight under some settings of a codec.
+Errors = Callable[[Codec, WeightSite, Sequence[Params]], Sequence[float]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to store one weight.
+
+    Attributes:
+        site: The weight.
+        codec: Name of the codec.
+        params: Its settings.
+        bytes: Bytes of the weight's own tensors, exactly.
+        error: Expected relative Frobenius error of the weight.
+        time: Expected seconds of one use; None where it is not known.
+        reason: Why the weight stays as it is; empty when it is stored by the codec.
+    """
+
+    site: WeightSite
+    codec: str
+    params: Params
+    bytes: int
+    error: float
+    time: float | None = None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """What a plan decides for one weight.
+
+    Attributes:
+        site: Name of the weight.
+        shape: Shape of the stored tensor.
+        dtype: Element type of the stored tensor.
+        uses: Operators that use the weight, in graph order.
+        before: Bytes of the dense tensor.
+        codec: Name of the codec.
+        params: Its settings.
+        mode: How uses are served.
+        bytes: Bytes of the codec's tensors; None until the plan is settled against a model.
+        error: Expected relative Frobenius error; None until the plan is settled.
+        reason: Why the weight stays as it is; empty when it is stored by the codec.
+    """
+
+    site: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[str, ...]
+    before: int
+    codec: str
+    params: Params
+    mode: ModeChoice = "auto"
+    bytes: int | None = None
+    error: float | None = None
+    reason: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the weight stays as it is, untouched."""
+        return bool(self.reason)
+
+    def with_(self, *, codec: str | None = None, mode: str | None = None, **params: Any) -> Choice:
+        """A copy with other settings; parameters that are not named keep their value.
+
+        A new codec starts from its default parameters.
+
+        Raises:
+            UsageError: The codec, the mode or a parameter does not exist or is out of range.
+        """
+        name = self.codec if codec is None else codec
+        chosen = _params(
+            name, params if name != self.codec else {**self.params.to_json(), **params}
+        )
+        return dataclasses.replace(
+            self,
+            codec=name,
+            params=chosen,
+            mode=self.mode if mode is None else _mode(mode),
+            bytes=None,
+            error=None,
+            reason="",
+        )
+
+    def settle(self, site: WeightSite, errors: Errors | None = None) -> Choice:
+        """A copy with the facts of the site and the codec's bytes and expected error.
+
+        Args:
+            site: The weight.
+            errors: Expected errors; None for those a codec expects without looking at the weight.
+
+        Raises:
+            UsageError: The codec cannot store the site.
+        """
+        choice = dataclasses.replace(self, **_facts(site))
+        if choice.kept:
+            return dataclasses.replace(choice, bytes=site.nbytes, error=0.0)
+        codec = CODECS[self.codec]
+        refusal = codec.refuse(site)
+        if refusal is not None:
+            raise UsageError(
+                f"codec {self.codec!r} cannot store {self.site!r}: {refusal}",
+                hint="choose another codec for it in the plan, or dense",
+            )
+        if errors is None:
+            error = codec.predict(site, self.params)
+        else:
+            (error,) = errors(codec, site, [self.params])
+        return dataclasses.replace(choice, bytes=codec.size(site, self.params), error=error)
+
+    @classmethod
+    def of(cls, candidate: Candidate, mode: ModeChoice = "auto") -> Choice:
+        """The decision for one candidate."""
+        return cls(
+            **_facts(candidate.site),
+            codec=candidate.codec,
+            params=candidate.params,
+            mode=mode,
+            bytes=candidate.bytes,
+            error=candidate.error,
+            reason=candidate.reason,
+        )
+
+    @classmethod
+    def kept_dense(cls, site: WeightSite, reason: str) -> Choice:
+        """The decision to leave a weight as it is."""
+        params = CODECS["dense"].params_type()
+        return cls.of(Candidate(site, "dense", params, site.nbytes, 0.0, reason=reason))
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of a plan file."""
+        return {
+            "name": self.site,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "uses": list(self.uses),
+            "codec": self.codec,
+            "params": self.params.to_json(),
+            "mode": self.mode,
+            "bytes_before": self.before,
+            "bytes": self.bytes,
+            "error": None if self.error is None else float(f"{self.error:.4g}"),
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Choice:
+        """Inverse of `to_json`; shape, uses, bytes and error may be left out.
+
+        Raises:
+            UsageError: Something is missing, unknown or out of range.
+        """
+        known_keys(values, _CHOICE_KEYS, "a site of the plan")
+        if "name" not in values or "codec" not in values:
+            raise UsageError(
+                f"a site of the plan has no name or codec: {dict(values)}",
+                hint='write for example {"name": "fc1.weight", "codec": "hyper", "params": {}}',
+            )
+        return cls(
+            site=str(values["name"]),
+            shape=tuple(values.get("shape", ())),
+            dtype=str(values.get("dtype", "")),
+            uses=tuple(values.get("uses", ())),
+            before=int(values.get("bytes_before", 0)),
+            codec=str(values["codec"]),
+            params=_params(str(values["codec"]), values.get("params", {})),
+            mode=_mode(values.get("mode", "auto")),
+            bytes=values.get("bytes"),
+            error=values.get("error"),
+            reason=str(values.get("reason", "")),
+        )
+
+
+_CHOICE_KEYS = frozenset(
+    {"name", "shape", "dtype", "uses", "codec", "params", "mode"}
+    | {"bytes_before", "bytes", "error", "reason"}
+)
+
+
+def _facts(site: WeightSite) -> dict[str, Any]:
+    return {
+        "site": site.name,
+        "shape": site.shape,
+        "dtype": site.dtype,
+        "uses": tuple(use.op_type for use in site.uses),
+        "before": site.nbytes,
+    }
+
+
+def known_keys(values: Mapping[str, Any], names: frozenset[str], where: str) -> None:
+    """Raise `UsageError` where an object of a plan has a key that there is not."""
+    for name in values:
+        if name not in names:
+            raise UsageError(f"{where} has a key {name!r}", hint=suggest(name, names))
+
+
+def _params(codec: str, values: Mapping[str, Any]) -> Params:
+    if codec not in CODECS:
+        raise UsageError(f"codec {codec!r} is unknown", hint=suggest(codec, CODECS))
+    params = typed_params(CODECS[codec].params_type, values, codec)
+    CODECS[codec].check(params)
+    return params
+
+
+def _mode(value: str) -> ModeChoice:
+    for mode in MODES:
+        if mode == value:
+            return mode
+    raise UsageError(f"mode {value!r} is unknown", hint=suggest(value, MODES))
