@@ -144,6 +144,8 @@ class _Search:
         return None if found else "not used by any node"
 
     def _shape(self, tensor: ir.TensorProtocol) -> str | None:
+        if 0 in shape_of(tensor):
+            return "empty: a dimension is 0"
         if not is_matrix(tensor):
             return "vector or scalar: at most one dimension is greater than 1"
         if tensor.nbytes < self.min_size:
