@@ -172,27 +172,29 @@ inline __m256 TransformEight(__m256 x) {
   return Butterfly<0xf0>(x, _mm256_permute2f128_ps(x, x, 1));
 }
 
-void Rotate(float* row, int64_t groups, int group) {
-  float signs[kMaxGroup];
-  for (int t = 0; t < group; ++t) signs[t] = kSigns.value[t] < 0 ? -0.0f : 0.0f;
-  for (int64_t g = 0; g < groups; ++g, row += group) {
-    for (int t = 0; t < group; t += 8) {
-      const __m256 x = _mm256_xor_ps(_mm256_loadu_ps(row + t), _mm256_loadu_ps(signs + t));
-      _mm256_storeu_ps(row + t, TransformEight(x));
-    }
-    for (int stride = 8; stride < group; stride *= 2) {
-      for (int i = 0; i < group; i += 8) {
-        if ((i & stride) != 0) continue;
-        const __m256 a = _mm256_loadu_ps(row + i);
-        const __m256 b = _mm256_loadu_ps(row + i + stride);
-        _mm256_storeu_ps(row + i, _mm256_add_ps(a, b));
-        _mm256_storeu_ps(row + i + stride, _mm256_sub_ps(a, b));
-      }
+// Eight weights from t on: the sign bits of those that are negated.
+inline __m256 SignBits(int t) {
+  const __m128i signs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kSigns.value + t));
+  const __m256i top = _mm256_set1_epi32(static_cast<int>(0x80000000u));
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_cvtepi16_epi32(signs), top));
+}
+
+void Rotate(const float* from, float* to, int group) {
+  for (int t = 0; t < group; t += 8) {
+    _mm256_storeu_ps(to + t, TransformEight(_mm256_xor_ps(_mm256_loadu_ps(from + t), SignBits(t))));
+  }
+  for (int stride = 8; stride < group; stride *= 2) {
+    for (int i = 0; i < group; i += 8) {
+      if ((i & stride) != 0) continue;
+      const __m256 a = _mm256_loadu_ps(to + i);
+      const __m256 b = _mm256_loadu_ps(to + i + stride);
+      _mm256_storeu_ps(to + i, _mm256_add_ps(a, b));
+      _mm256_storeu_ps(to + i + stride, _mm256_sub_ps(a, b));
     }
   }
 }
 
-float Quantize(const float* values, int group, int8_t* codes) {
+float Quantize(const float* values, int group, int8_t* codes, int32_t* total) {
   const __m256 magnitude_bits = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m256 largest = _mm256_set1_ps(0x1.fffffep127f);
   __m256 most = _mm256_setzero_ps();
@@ -207,16 +209,22 @@ float Quantize(const float* values, int group, int8_t* codes) {
   float amax = 0.0f;
   for (float lane : lanes) amax = lane > amax ? lane : amax;
   if (_mm256_movemask_ps(finite) != 0xff || amax < 0x1p-100f) {
-    return QuantizeGroup(values, group, codes);
+    return QuantizeGroup(values, group, codes, total);
   }
   const __m256 inverse = _mm256_set1_ps(127.0f / amax);
+  __m256i sum = _mm256_setzero_si256();
   for (int t = 0; t < group; t += 8) {
     const __m256i wide =
         _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + t), inverse));
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide),
                                           _mm256_extracti128_si256(wide, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + t), _mm_packs_epi16(words, words));
+    sum = _mm256_add_epi32(sum, wide);
   }
+  alignas(32) int32_t parts[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sum);
+  *total = 0;
+  for (int32_t part : parts) *total += part;
   return amax / 127.0f;
 }
 

@@ -9,9 +9,11 @@
 namespace onnxcomp::hyper {
 namespace {
 
-// One butterfly inside a register: `other` is x with the partners swapped.
+// One butterfly inside a register: `other` is x with the partners swapped. Fused multiply-add with
+// 1 and -1 rounds as the sum and the difference do.
 inline __m512 Butterfly(__m512 x, __m512 other, __mmask16 upper) {
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, other), upper, other, x);
+  const __m512 one = _mm512_set1_ps(1.0f);
+  return _mm512_fmadd_ps(x, _mm512_mask_sub_ps(one, upper, _mm512_setzero_ps(), one), other);
 }
 
 // Strides 1, 2, 4, 8 inside one register.
@@ -30,12 +32,12 @@ inline __mmask16 NegativeOf(int t) {
 }
 
 template <int N>
-void RotateGroup(float* row) {
+void RotateGroup(const float* from, float* to) {
   const __m512 minus = _mm512_set1_ps(-0.0f);
   __m512 x[N];
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) {
-    const __m512 value = _mm512_loadu_ps(row + 16 * i);
+    const __m512 value = _mm512_loadu_ps(from + 16 * i);
     x[i] = TransformSixteen(_mm512_mask_xor_ps(value, NegativeOf(16 * i), value, minus));
   }
 #pragma GCC unroll 4
@@ -50,21 +52,19 @@ void RotateGroup(float* row) {
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) _mm512_storeu_ps(row + 16 * i, x[i]);
+  for (int i = 0; i < N; ++i) _mm512_storeu_ps(to + 16 * i, x[i]);
 }
 
-void Rotate(float* row, int64_t groups, int group) {
-  for (int64_t g = 0; g < groups; ++g, row += group) {
-    switch (group) {
-      case 32: RotateGroup<2>(row); break;
-      case 64: RotateGroup<4>(row); break;
-      case 128: RotateGroup<8>(row); break;
-      default: RotateGroup<16>(row); break;
-    }
+void Rotate(const float* from, float* to, int group) {
+  switch (group) {
+    case 32: return RotateGroup<2>(from, to);
+    case 64: return RotateGroup<4>(from, to);
+    case 128: return RotateGroup<8>(from, to);
+    default: return RotateGroup<16>(from, to);
   }
 }
 
-float Quantize(const float* values, int group, int8_t* codes) {
+float Quantize(const float* values, int group, int8_t* codes, int32_t* total) {
   __m512 most = _mm512_setzero_ps();
   __mmask16 finite = 0xffff;
   const __m512 largest = _mm512_set1_ps(0x1.fffffep127f);
@@ -74,13 +74,16 @@ float Quantize(const float* values, int group, int8_t* codes) {
     most = _mm512_max_ps(most, magnitude);
   }
   const float amax = _mm512_reduce_max_ps(most);
-  if (finite != 0xffff || amax < 0x1p-100f) return QuantizeGroup(values, group, codes);
+  if (finite != 0xffff || amax < 0x1p-100f) return QuantizeGroup(values, group, codes, total);
   const __m512 inverse = _mm512_set1_ps(127.0f / amax);
+  __m512i sum = _mm512_setzero_si512();
   for (int t = 0; t < group; t += 16) {
     const __m512i rounded =
         _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + t), inverse));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + t), _mm512_cvtepi32_epi8(rounded));
+    sum = _mm512_add_epi32(sum, rounded);
   }
+  *total = _mm512_reduce_add_epi32(sum);
   return amax / 127.0f;
 }
 

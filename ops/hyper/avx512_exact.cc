@@ -138,7 +138,8 @@ struct DecodeTile {
 
 // One tile of M rows times NP panels over one decoded group.
 template <int M, int NP>
-void Multiply(const float* w, int group, const float* x, const __m512* scales, float* out) {
+void Multiply(const float* w, int group, const float* x, const __m512* scales, __mmask16 sofar,
+              float* out) {
   __m512 sums[M][NP];
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
@@ -160,12 +161,12 @@ void Multiply(const float* w, int group, const float* x, const __m512* scales, f
 #pragma GCC unroll 2
     for (int p = 0; p < NP; ++p) {
       float* y = out + i * 2 * kLanes + p * kLanes;
-      _mm512_storeu_ps(y, _mm512_fmadd_ps(sums[i][p], scales[p], _mm512_loadu_ps(y)));
+      _mm512_storeu_ps(y, _mm512_fmadd_ps(sums[i][p], scales[p], _mm512_maskz_loadu_ps(sofar, y)));
     }
   }
 }
 
-using MultiplyFn = void (*)(const float*, int, const float*, const __m512*, float*);
+using MultiplyFn = void (*)(const float*, int, const float*, const __m512*, __mmask16, float*);
 
 template <int NP>
 MultiplyFn MultiplyOf(int rows) {
@@ -181,9 +182,9 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
   const Format& format = weight.format;
   const Entries entries(weight, false);
   alignas(64) float w[kMaxGroup * 2 * kLanes];
-  std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   for (int64_t g = 0; g < format.groups; ++g) {
     Dispatch<DecodeTile>(format, weight, entries, panel, panels, g, w);
+    const __mmask16 sofar = g == 0 ? 0 : 0xffff;  // `out` starts from zero
     __m512 scales[2];
     for (int p = 0; p < panels; ++p) {
       scales[p] =
@@ -194,7 +195,7 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
       const float* values = x.values + (tile.base + g * tile.rows) * format.group;
       const MultiplyFn multiply =
           panels == 2 ? MultiplyOf<2>(tile.rows) : MultiplyOf<1>(tile.rows);
-      multiply(w, format.group, values, scales, out + m * 2 * kLanes);
+      multiply(w, format.group, values, scales, sofar, out + m * 2 * kLanes);
     }
   }
 }

@@ -161,7 +161,7 @@ struct DecodeTile {
 // One tile of M rows times NP panels over one decoded group.
 template <int M, int NP>
 void Multiply(const uint8_t* w, int group, const int8_t* x, const int32_t* biases,
-              const float* x_scales, const __m512* scales, float* out) {
+              const float* x_scales, const __m512* scales, __mmask16 sofar, float* out) {
   __m512i sums[M][NP];
 #pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
@@ -183,13 +183,13 @@ void Multiply(const uint8_t* w, int group, const int8_t* x, const int32_t* biase
 #pragma GCC unroll 2
     for (int p = 0; p < NP; ++p) {
       float* y = out + i * 2 * kLanes + p * kLanes;
-      _mm512_storeu_ps(y, Accumulate(_mm512_loadu_ps(y), sums[i][p], scales[p], x_scales[i]));
+      _mm512_storeu_ps(y, Accumulate(_mm512_maskz_loadu_ps(sofar, y), sums[i][p], scales[p], x_scales[i]));
     }
   }
 }
 
 using MultiplyFn = void (*)(const uint8_t*, int, const int8_t*, const int32_t*, const float*,
-                            const __m512*, float*);
+                            const __m512*, __mmask16, float*);
 
 template <int NP>
 MultiplyFn MultiplyOf(int rows) {
@@ -205,9 +205,9 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
   const Format& format = weight.format;
   const Entries entries(weight, true);
   alignas(64) uint8_t w[kMaxGroup * 2 * kLanes];
-  std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   for (int64_t g = 0; g < format.groups; ++g) {
     Dispatch<DecodeTile>(format, weight, entries, panel, panels, g, w);
+    const __mmask16 sofar = g == 0 ? 0 : 0xffff;  // `out` starts from zero
     __m512 scales[2];
     for (int p = 0; p < panels; ++p) scales[p] = LoadScales(weight.scale(panel + p, g));
     for (int64_t m = 0; m < rows; m += kTile) {
@@ -216,7 +216,7 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
       const MultiplyFn multiply =
           panels == 2 ? MultiplyOf<2>(tile.rows) : MultiplyOf<1>(tile.rows);
       multiply(w, format.group, x.codes + unit * format.group, x.biases + unit, x.scales + unit,
-               scales, out + m * 2 * kLanes);
+               scales, sofar, out + m * 2 * kLanes);
     }
   }
 }

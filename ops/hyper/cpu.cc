@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "common/float16.h"
 #include "common/parallel.h"
@@ -110,8 +111,7 @@ class Prepared {
     const int count = static_cast<int>(std::min<int64_t>(isa_.tile, rows_ - first));
     const int64_t unit = first * format_.groups + g * count;
     alignas(64) float rotated[kMaxTile * kMaxGroup];
-    LoadGroup(first, g, count, rotated);
-    isa_.rotate(rotated, count, format_.group);
+    for (int i = 0; i < count; ++i) Rotate(first + i, g, rotated + i * format_.group);
     if (int8_) {
       PlaceInt8(rotated, unit, count);
     } else {
@@ -120,14 +120,17 @@ class Prepared {
   }
 
  private:
-  // Group g of `count` rows as float32, padded with zeros.
-  void LoadGroup(int64_t first, int64_t g, int count, float* out) const {
+  // Group g of one row, rotated; what lies beyond the row's end counts as zeros.
+  void Rotate(int64_t row, int64_t g, float* out) const {
     const int64_t begin = g * format_.group;
     const int64_t width = std::min<int64_t>(format_.group, format_.length - begin);
-    for (int i = 0; i < count; ++i, out += format_.group) {
-      Load(isa_, x_ + (first + i) * format_.length + begin, width, out);
-      std::fill(out + width, out + format_.group, 0.0f);
+    const T* x = x_ + row * format_.length + begin;
+    if constexpr (std::is_same_v<T, float>) {
+      if (width == format_.group) return isa_.rotate(x, out, format_.group);
     }
+    Load(isa_, x, width, out);
+    std::fill(out + width, out + format_.group, 0.0f);
+    isa_.rotate(out, out, format_.group);
   }
 
   void PlaceExact(const float* rotated, int64_t unit, int count) const {
@@ -142,15 +145,24 @@ class Prepared {
     int8_t codes[kMaxTile * kMaxGroup];
     for (int i = 0; i < count; ++i) {
       int8_t* row = codes + i * group;
-      scales_.get()[unit + i] = isa_.quantize(rotated + i * group, group, row);
       int32_t sum = 0;
-      for (int t = 0; t < group; ++t) sum += row[t];
+      scales_.get()[unit + i] = isa_.quantize(rotated + i * group, group, row, &sum);
       biases_.get()[unit + i] = -128 * sum;
       if (permuted_) Permute(row);
     }
     int8_t* out = codes_.get() + unit * group;
-    for (int t = 0; t < group; t += 4) {
-      for (int i = 0; i < count; ++i, out += 4) std::memcpy(out, codes + i * group + t, 4);
+    switch (count) {
+      case 1: std::memcpy(out, codes, static_cast<size_t>(group)); break;
+      case kMaxTile: Interleave(codes, group, std::integral_constant<int, kMaxTile>(), out); break;
+      default: Interleave(codes, group, count, out); break;
+    }
+  }
+
+  // Four codes of each of `count` rows in turn; a constant count lets the compiler unroll.
+  template <class Count>
+  static void Interleave(const int8_t* codes, int group, Count count, int8_t* out) {
+    for (int t = 0; t < group; t += 4, out += 4 * count) {
+      for (int i = 0; i < count; ++i) std::memcpy(out + 4 * i, codes + i * group + t, 4);
     }
   }
 
@@ -200,16 +212,32 @@ class Product {
     for (int64_t panel = block * 2 * pairs_; panel < end; panel += 2) {
       alignas(64) float out[kRowBlock * 2 * kLanes];
       const int panels = static_cast<int>(std::min<int64_t>(2, end - panel));
+      if (rows > 4) Fetch(panel * kLanes, first, rows);
       call_(weight_, x_, panel, panels, first, rows, out);
       Write(out, panel * kLanes, panels * kLanes, first, rows);
     }
   }
 
  private:
+  // Asks for the lines that `Write` will fill.
+  void Fetch(int64_t column, int64_t first, int64_t rows) const {
+    const T* y = y_ + first * weight_.format.rows + column;
+    for (int64_t m = 0; m < rows; ++m, y += weight_.format.rows) {
+      __builtin_prefetch(y, 1, 2);
+      __builtin_prefetch(y + kLanes, 1, 2);
+    }
+  }
+
   void Write(const float* out, int64_t column, int64_t lanes, int64_t first, int64_t rows) const {
     const int64_t width = std::min(lanes, weight_.format.rows - column);
-    for (int64_t m = 0; m < rows; ++m, out += 2 * kLanes) {
-      T* y = y_ + (first + m) * weight_.format.rows + column;
+    T* y = y_ + first * weight_.format.rows + column;
+    if (width == 2 * kLanes) {  // a constant size spares a call for every row
+      for (int64_t m = 0; m < rows; ++m, out += 2 * kLanes, y += weight_.format.rows) {
+        Store(isa_, out, 2 * kLanes, y);
+      }
+      return;
+    }
+    for (int64_t m = 0; m < rows; ++m, out += 2 * kLanes, y += weight_.format.rows) {
       Store(isa_, out, width, y);
     }
   }

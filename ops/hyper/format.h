@@ -71,15 +71,16 @@ struct Isa {
   // The position of weight t of a group in the order in which `product_int8` meets the weights.
   int (*position)(const Format& format, int t);
 
-  // In place, per group of one padded row: x <- H (sign * x), in float32, strides 1, 2, 4, ...
-  void (*rotate)(float* row, int64_t groups, int group);
+  // One group: to = H (sign * from), in float32, strides 1, 2, 4, ...; `to` may be `from`.
+  void (*rotate)(const float* from, float* to, int group);
 
   // Between float16 bits and float32, to nearest even.
   void (*from_half)(const uint16_t* halves, int64_t count, float* out);
   void (*to_half)(const float* values, int64_t count, uint16_t* out);
 
-  // Rounds one rotated group to int8: codes (group,), returns the scale; see spec.md.
-  float (*quantize)(const float* values, int group, int8_t* codes);
+  // Rounds one rotated group to int8: codes (group,), returns the scale; see spec.md. `total` is
+  // the sum of the codes.
+  float (*quantize)(const float* values, int group, int8_t* codes, int32_t* total);
 
   // out[i * 32 + lane] = sum over groups, for rows [first, first + rows) of the activations and the
   // 16 * panels lanes from panel on; `panels` is 1 or 2, `first` a multiple of the tile.

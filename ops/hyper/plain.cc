@@ -6,17 +6,15 @@
 namespace onnxcomp::hyper {
 namespace {
 
-void Rotate(float* row, int64_t groups, int group) {
-  for (int64_t g = 0; g < groups; ++g, row += group) {
-    for (int t = 0; t < group; ++t) row[t] = kSigns.value[t] < 0 ? -row[t] : row[t];
-    for (int stride = 1; stride < group; stride *= 2) {
-      for (int base = 0; base < group; base += 2 * stride) {
-        for (int i = base; i < base + stride; ++i) {
-          const float a = row[i];
-          const float b = row[i + stride];
-          row[i] = a + b;
-          row[i + stride] = a - b;
-        }
+void Rotate(const float* from, float* to, int group) {
+  for (int t = 0; t < group; ++t) to[t] = kSigns.value[t] < 0 ? -from[t] : from[t];
+  for (int stride = 1; stride < group; stride *= 2) {
+    for (int base = 0; base < group; base += 2 * stride) {
+      for (int i = base; i < base + stride; ++i) {
+        const float a = to[i];
+        const float b = to[i + stride];
+        to[i] = a + b;
+        to[i + stride] = a - b;
       }
     }
   }

@@ -165,7 +165,7 @@ inline void ToHalf(const float* values, int64_t count, uint16_t* out) {
 }
 
 // spec.md section 4: amax / 127 is the scale, codes are rounded to nearest even.
-inline float QuantizeGroup(const float* values, int group, int8_t* codes) {
+inline float QuantizeGroup(const float* values, int group, int8_t* codes, int32_t* total) {
   float amax = 0.0f;
   bool finite = true;
   for (int t = 0; t < group; ++t) {
@@ -175,14 +175,18 @@ inline float QuantizeGroup(const float* values, int group, int8_t* codes) {
   }
   if (!finite || amax < 0x1p-100f) {
     std::memset(codes, 0, static_cast<size_t>(group));
+    *total = 0;
     return finite ? 0.0f : BitsToFloat(0x7fc00000u);
   }
   const float inverse = 127.0f / amax;
+  int32_t sum = 0;
   for (int t = 0; t < group; ++t) {
     // Adding 1.5 * 2^23 rounds to an integer, to nearest even.
     const float shifted = values[t] * inverse + 0x1.8p23f;
     codes[t] = static_cast<int8_t>(FloatToBits(shifted) & 0xffu);
+    sum += codes[t];
   }
+  *total = sum;
   return amax / 127.0f;
 }
 
