@@ -1,4 +1,34 @@
 """The torch side of onnxcomp, and the small trained model that `onnxcomp demo` uses.
 
-Importing this package does not import torch; the training recipes inside it do.
+    from onnxcomp.models import export
+
+    export(module, (x,), "model.onnx", ratio=8)
+
+Importing this package imports neither torch nor ONNX; names are imported when they are first used,
+and say what is missing when they are called.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxcomp.models.exporting import ExportResult, TorchCheck, export
+
+__all__ = ["ExportResult", "TorchCheck", "export"]
+
+# Public name -> module it lives in.
+_HOMES = {"ExportResult": "exporting", "TorchCheck": "exporting", "export": "exporting"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,6 +18,7 @@ __all__ = [
     "MINIMUM_AGREEMENT",
     "Comparison",
     "Metrics",
+    "export_tolerance",
     "fidelity_tolerance",
     "metrics",
 ]
@@ -230,3 +231,22 @@ def fidelity_tolerance(
         step = math.sqrt(step * UNIT_ROUNDOFF[dtype])
     depth = math.sqrt(max(operators, 1))
     return max(_GAIN * depth * step, _INT8_GAIN * depth * _INT8_ERROR if int8 else 0.0)
+
+
+def export_tolerance(products: int, terms: int, dtype: str = "float32") -> float:
+    """Largest relative L2 difference of a module in torch and its exported graph.
+
+    Both compute the same sums of n products in float32 at least, in different orders: an error of
+    ``sqrt(n) * 2^-24`` relative to the norm of each result. In a narrower type of unit roundoff u,
+    one of the two may round where the other does not: an error of u. As in `fidelity_tolerance`,
+    errors of m products add up like ``sqrt(m)``, and the network between magnifies them.
+
+    Args:
+        products: Weights that are multiplied with, m.
+        terms: Longest sum among them, n.
+        dtype: Type that the module computes in.
+    """
+    unit = UNIT_ROUNDOFF.get(dtype, UNIT_ROUNDOFF["bfloat16"])
+    # Exporters may turn constants of a float64 module into float32.
+    step = max(math.sqrt(max(terms, 1)) * UNIT_ROUNDOFF["float32"], unit)
+    return _GAIN * math.sqrt(max(products, 1)) * step

@@ -1,0 +1,322 @@
+"""Torch modules become small ONNX models that compute what the module does."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import onnxcomp
+from onnxcomp.models import export
+
+torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[torch]'")
+nn = torch.nn
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:torch.*", "ignore::Warning:onnxscript.*")
+
+EXPORTERS = ("dynamo", "torchscript")
+Case = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(64, 160), nn.Linear(160, 48)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc2(self.drop(torch.relu(self.fc1(x))))
+
+
+class Pictures(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32)
+        self.second = nn.Conv2d(32, 64, 3, stride=2, padding=1)
+        self.head = nn.Linear(64, 100)
+
+    def forward(self, x: Any) -> Any:
+        hidden = torch.relu(self.second(torch.relu(self.norm(self.first(x)))))
+        return self.head(hidden.mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(48, 64, batch_first=True)
+
+    def forward(self, x: Any, state: Any) -> Any:
+        return self.lstm(x, state)
+
+
+class Tied(nn.Module):
+    """A transformer of one layer whose head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(200, 64)
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.norm = nn.LayerNorm(64)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+        self.head = nn.Linear(64, 200, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Any, *, mask: Any = None) -> Any:
+        x = self.embed(ids)
+        x = x + self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+        x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return {"logits": self.head(x), "pooled": (x.mean(1), x.amax(1))}
+
+
+CASES: dict[str, Callable[[], tuple[Any, tuple[Any, ...], dict[str, Any]]]] = {
+    "perceptron": lambda: (Perceptron(), (torch.randn(3, 64),), {}),
+    "pictures": lambda: (Pictures(), (torch.randn(2, 3, 16, 16),), {}),
+    "recurrent": lambda: (
+        Recurrent(),
+        (torch.randn(2, 5, 48), (torch.randn(1, 2, 64), torch.randn(1, 2, 64))),
+        {},
+    ),
+    "tied": lambda: (
+        Tied(),
+        (torch.randint(0, 200, (2, 7)),),
+        {"mask": torch.zeros(2, 7, dtype=torch.bool)},
+    ),
+}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Module, arguments and keyword arguments of the named case."""
+    return CASES[request.param]()
+
+
+@pytest.fixture
+def perceptron() -> Any:
+    return Perceptron()
+
+
+def names(values: Any) -> list[str]:
+    return [value.name for value in values]
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("case", ["perceptron", "pictures", "recurrent", "tied"], indirect=True)
+def test_modules_are_exported_compressed_and_compared(
+    case: Case, exporter: str, tmp_path: Path
+) -> None:
+    module, args, kwargs = case
+    path = tmp_path / "small.onnx"
+    result = export(
+        module, args, path, kwargs=kwargs, exporter=exporter, bits=5, min_size="4KiB",
+        dense=tmp_path / "dense.onnx",
+    )  # fmt: skip
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dense.onnx", "small.onnx"]
+    assert result.path == path and result.exporter == exporter
+    assert result.report.input.path is None and result.report.coverage == 1
+    assert result.verify is not None and result.verify.passed
+    check = result.torch
+    assert check is not None and check.samples == 1
+    model = onnx.load(path)
+    assert list(check.exported) == list(check.written) == names(model.graph.output)
+    assert all(found.rel_l2 <= check.tolerance < 1e-3 for found in check.exported.values())
+    assert all(1e-3 < found.rel_l2 < 0.1 for found in check.written.values())
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("case", ["tied"], indirect=True)
+def test_without_options_the_model_is_written_as_it_is(
+    case: Case, exporter: str, tmp_path: Path
+) -> None:
+    module, args, kwargs = case
+    path = tmp_path / "tied.onnx"
+    other = {name: torch.flip(tensor, (0,)) for name, tensor in {"ids": args[0], **kwargs}.items()}
+    result = export(module, args, path, kwargs=kwargs, exporter=exporter, checks=[other])
+    model = onnx.load(path)
+    assert names(model.graph.input) == ["ids", "mask"]
+    assert names(model.graph.output) == ["logits", "pooled_0", "pooled_1"]
+    tables = [tensor for tensor in model.graph.initializer if sorted(tensor.dims) == [64, 200]]
+    assert len(tables) == 1, "the tied weight is stored once"
+    assert tables[0].name in ("embed.weight", "head.weight")
+    assert not model.functions and result.report.coverage == 0
+    assert result.torch is not None and result.torch.samples == 2
+    assert result.torch.written["logits"].rel_l2 <= result.torch.tolerance
+    assert result.report.config["data"] == "the example inputs"
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_free_dimensions_have_the_names_given(
+    perceptron: Any, exporter: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.onnx"
+    x, other = torch.randn(3, 5, 64), torch.randn(1, 2, 64)
+    shapes = {"x": {0: "batch", 1: "length"}}
+    result = export(
+        perceptron, x, path, exporter=exporter, dynamic_shapes=shapes, checks=[other], bits=6,
+        min_size=4096,
+    )  # fmt: skip
+    assert result.torch is not None and result.torch.samples == 2
+    graph = onnx.load(path).graph
+    for value, last in ((graph.input[0], 64), (graph.output[0], 48)):
+        dims = value.type.tensor_type.shape.dim
+        assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", "length", last]
+
+
+def test_the_module_keeps_its_modes_gradients_and_the_generators_theirs(
+    perceptron: Any, tmp_path: Path
+) -> None:
+    perceptron.train()
+    perceptron.fc1.eval()
+    before = torch.get_rng_state()
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    export(perceptron, x, tmp_path / "m.onnx", exporter="torchscript")
+    assert torch.equal(before, torch.get_rng_state())
+    assert perceptron.training and perceptron.drop.training and not perceptron.fc1.training
+    assert all(weight.requires_grad and weight.grad is None for weight in perceptron.parameters())
+    assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_other_precisions(perceptron: Any, dtype: str, tmp_path: Path) -> None:
+    kind = getattr(torch, dtype)
+    x = torch.randn(3, 64).to(kind)
+    path = tmp_path / "m.onnx"
+    if dtype == "bfloat16":  # ONNX Runtime multiplies it on a GPU only
+        with pytest.raises(onnxcomp.errors.ModelError, match="ONNX Runtime cannot"):
+            export(perceptron.to(kind), x, path, exporter="torchscript", bits=5, min_size=4096)
+        result = export(
+            perceptron, x, path, exporter="torchscript", bits=5, min_size=4096, verify=False
+        )
+        assert result.torch is None and result.report.coverage == 1
+        return
+    result = export(perceptron.to(kind), x, path, exporter="torchscript", bits=5, min_size=4096)
+    assert result.torch is not None
+    assert result.torch.exported["output"].rel_l2 <= result.torch.tolerance
+    assert result.report.coverage == (0 if dtype == "float64" else 1)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.yes, self.no = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Any) -> Any:
+        return torch.cond(x.sum() > 0, lambda v: self.yes(v), lambda v: self.no(v), (x,))
+
+
+class Steps(nn.Module):
+    """Control flow that depends on values, which tracing does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x: Any) -> Any:
+        if bool(x.sum() > 0):
+            return self.fc(x)
+        return torch.relu(x)
+
+
+def test_control_flow_stays(tmp_path: Path) -> None:
+    x = torch.ones(2, 64)
+    result = export(Branches(), x, tmp_path / "m.onnx", checks=[-x], bits=5, min_size=4096)
+    assert "If" in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert result.torch is not None and result.torch.samples == 2
+    assert result.report.coverage == 1
+
+
+def test_a_graph_that_does_not_follow_the_module_is_refused(tmp_path: Path) -> None:
+    x = torch.ones(2, 64)
+    with (
+        pytest.warns(torch.jit.TracerWarning, match="incorrect"),
+        pytest.raises(onnxcomp.errors.VerifyError, match="'output': relative difference"),
+    ):
+        export(Steps(), x, tmp_path / "m.onnx", exporter="torchscript", checks=[-x])
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_say_what_to_do(perceptron: Any, tmp_path: Path) -> None:
+    x, path = torch.ones(2, 64), tmp_path / "m.onnx"
+    usage, model = onnxcomp.errors.UsageError, onnxcomp.errors.ModelError
+    with pytest.raises(usage, match="no exporter 'dynamos'") as caught:
+        export(perceptron, x, path, exporter="dynamos")
+    assert "'dynamo'" in caught.value.hint
+    with pytest.raises(usage, match=r"Perceptron\.forward does not take"):
+        export(perceptron, (x, x), path)
+    with pytest.raises(usage, match="2 names for 1 tensors"):
+        export(perceptron, x, path, input_names=["a", "b"])
+    with pytest.raises(usage, match=r"folder .* does not exist"):
+        export(perceptron, x, tmp_path / "absent" / "m.onnx")
+    with pytest.raises(model, match="cannot export Steps with dynamo") as caught:
+        export(Steps(), x, path)
+    assert "torchscript" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missed_target_is_an_error_with_the_comparison(perceptron: Any, tmp_path: Path) -> None:
+    x = torch.ones(2, 64)
+    with pytest.raises(onnxcomp.TargetMissedError) as caught:
+        export(perceptron, x, tmp_path / "m.onnx", exporter="torchscript", ratio=90)
+    result: Any = caught.value.result
+    assert result.torch.written["output"].rel_l2 > 0
+    assert result.report.input.path is None
+
+
+def test_weights_outside_the_file(perceptron: Any, tmp_path: Path) -> None:
+    x, path = torch.ones(2, 64), tmp_path / "m.onnx"
+    export(perceptron, x, path, exporter="torchscript", external_data="always", input_names=["in"])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    session = onnxcomp.InferenceSession(path)
+    out = session.run(None, {"in": x.numpy()})[0]
+    with torch.no_grad():
+        wanted = perceptron.eval()(x).numpy()
+    np.testing.assert_allclose(out, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def program() -> Any:
+    import warnings
+
+    from onnx import checker
+
+    module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.onnx.export(module, (torch.ones(2, 64),), dynamo=True, verbose=False)
+    checker.check_model(made.model_proto)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["program", "proto", "ir", "graphsurgeon", "path"])
+def test_optimize_takes_what_torch_gives(program: Any, kind: str, tmp_path: Path) -> None:
+    source = {
+        "program": lambda: program,
+        "proto": lambda: program.model_proto,
+        "ir": lambda: program.model,
+        "graphsurgeon": lambda: onnxcomp.to_gs(program.model),
+        "path": lambda: program.save(tmp_path / "in.onnx") or tmp_path / "in.onnx",
+    }[kind]()
+    result = onnxcomp.optimize(source, tmp_path / "out.onnx", bits=4, min_size=4096)
+    assert result.verify is not None and result.verify.passed
+    assert result.report.coverage == 1
+    before = {node.op_type for node in program.model_proto.graph.node}
+    assert before == {"Gemm", "Relu"}, "the program is as it was"
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "README.md", "exec"), {})
+    assert (tmp_path / "encoder.onnx").is_file()
