@@ -32,12 +32,14 @@ class Stock:
     Attributes:
         names: Names taken in the model.
         operators: Operators of our own domain that nodes were made of.
+        domains: Other domains but the default one that nodes were made of.
     """
 
     def __init__(self, model: ir.Model, opset: int) -> None:
         self.opset = opset
         self.names = Names(model)
         self.operators: set[str] = set()
+        self.domains: set[str] = set()
         self._model = model
         self._made: dict[str, tuple[Array, ir.Value]] = {}
 
@@ -139,6 +141,8 @@ class GraphBuilder:
         node.outputs[0].name = self._stock.names.value(name)
         if domain == DOMAIN:
             self._stock.operators.add(op_type)
+        elif domain:
+            self._stock.domains.add(domain)
         graph = self._anchor.graph
         assert graph is not None
         graph.insert_before(self._anchor, node)

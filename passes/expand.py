@@ -1,7 +1,8 @@
 """Turn a compressed model back into plain dense ONNX.
 
 ``HyperMatMul(x, codes, ...) -> MatMul(x, W)``, ``HyperGather(i, codes, ...) -> Gather(W, i)``, and
-what ``HyperWeight`` or ``HyperDecode`` restored becomes ``W`` itself; likewise for other codecs.
+what ``HyperWeight`` or ``HyperDecode`` restored becomes ``W`` itself; likewise for other codecs,
+whose products and look-ups by standard operators are known by their nodes' metadata.
 ``W`` has the name, shape and type of the tensor that was compressed and is decoded when it is
 written. Our functions, domain import and metadata go. Visits the main graph and all subgraphs.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -20,7 +22,15 @@ from onnxcomp.passes.building import attribute
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import DOMAIN, Array, Attribute, Payload, WeightSite
 from onnxcomp.passes.graph import Change
-from onnxcomp.passes.record import KEY, WEIGHT_KEY, Record, own_name, read_record, shared_name
+from onnxcomp.passes.record import (
+    KEY,
+    USE_KEY,
+    WEIGHT_KEY,
+    Record,
+    own_name,
+    read_record,
+    shared_name,
+)
 from onnxcomp.passes.scopes import (
     Names,
     add_initializer,
@@ -35,6 +45,9 @@ from onnxcomp.passes.scopes import (
 __all__ = ["decode_site", "expand"]
 
 _DAMAGED = "expand the file that onnxcomp wrote, before other tools changed it"
+
+# A domain whose import compression may have added.
+_MICROSOFT = "com.microsoft"
 
 _DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -68,6 +81,9 @@ def expand(model: ir.Model) -> Change:
     for node in own_nodes:
         if node.graph is not None:
             work.replace(node)
+    for node in list(_nodes(model)):
+        if USE_KEY in node.metadata_props:
+            work.replace_use(node)
     work.clean()
     notes = tuple(f"{name}: {records[name].recipe.codec} became dense" for name in work.weights)
     return Change(len(notes), notes)
@@ -125,6 +141,17 @@ def _dense(record: Record, values: Mapping[str, ir.Value]) -> ir.LazyTensor:
         return ir.Tensor(np.ascontiguousarray(stored).reshape(site.shape), dtype=dtype)
 
     return ir.LazyTensor(decoded, dtype, ir.Shape(site.shape), cache=False, name=site.name)
+
+
+def _operand(node: ir.Node, route: list[int]) -> ir.Value:
+    """The value that a route of inputs leads to."""
+    value: ir.Value | None = node.outputs[0]
+    for index in route:
+        producer = None if value is None else value.producer()
+        value = None if producer is None else producer.inputs[index]
+    if value is None:
+        raise ValueError(f"its inputs {route} lead nowhere")
+    return value
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -207,6 +234,28 @@ class _Expander:
         assert producer is not None
         producer.name = name
 
+    def replace_use(self, node: ir.Node) -> None:
+        """Put one standard operator in the place of those that a codec had emitted."""
+        try:
+            name, kind, route = json.loads(node.metadata_props[USE_KEY])
+            record, operand = self._records[name], _operand(node, route)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
+        site, transposed = record.site, kind == "matmul"
+        shape = (site.length, site.rows) if transposed else (site.rows, site.length)
+        weight = self._matrix(_Matrix(site.name, shape, transposed, _DTYPES[site.dtype]))
+        result = self._before(
+            node,
+            "MatMul" if transposed else "Gather",
+            [operand, weight] if transposed else [weight, operand],
+        )
+        name = node.name
+        replace_value(node.outputs[0], result)
+        self._remove(node)
+        producer = result.producer()
+        assert producer is not None
+        producer.name = name
+
     def _standard(self, node: ir.Node, site: WeightSite) -> ir.Value:
         rows, length = site.rows, site.length
         if node.op_type.endswith("MatMul"):
@@ -272,6 +321,8 @@ class _Expander:
         """Remove payloads, functions, import and metadata."""
         prefix = shared_name("")
         for name, value in self._values.items():
+            if name in self._owners and value.uses():
+                raise ModelError(f"nodes still read the compressed {name!r}", hint=_DAMAGED)
             if not value.uses() and (name in self._owners or name.startswith(prefix)):
                 remove_initializer(value)
             elif name.startswith(prefix):
@@ -279,7 +330,11 @@ class _Expander:
         for node in _nodes(self._model):
             node.metadata_props.pop(KEY, None)
             node.metadata_props.pop(WEIGHT_KEY, None)
+            node.metadata_props.pop(USE_KEY, None)
         for identifier in [key for key in self._model.functions if key[0] == DOMAIN]:
             del self._model.functions[identifier]
-        self._model.graph.opset_imports.pop(DOMAIN, None)
+        domains = {node.domain for node in _nodes(self._model)} | {""}
+        for domain in [DOMAIN, _MICROSOFT]:
+            if domain not in domains:
+                self._model.graph.opset_imports.pop(domain, None)
         self._model.metadata_props.pop(KEY, None)

@@ -27,6 +27,7 @@ from onnxcomp.passes.codecs.codec import DOMAIN, Attribute, WeightSite
 
 __all__ = [
     "KEY",
+    "USE_KEY",
     "WEIGHT_KEY",
     "Recipe",
     "Record",
@@ -41,6 +42,9 @@ __all__ = [
 KEY = "onnxcomp"
 # On the node whose output is a whole decoded weight in its stored form: the name of the weight.
 WEIGHT_KEY = "onnxcomp.weight"
+# On the node whose output is a product or a look-up by standard operators: JSON of the weight's
+# name, of what is done with it ("matmul", "gather"), and of the inputs that lead to the operand.
+USE_KEY = "onnxcomp.use"
 _VERSION = 1
 
 # Element types that weights are compressed from.

@@ -10,6 +10,7 @@ capture; function bodies are not visited.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
@@ -32,7 +33,15 @@ from onnxcomp.passes.codecs.codec import (
     WeightSite,
 )
 from onnxcomp.passes.graph import Change
-from onnxcomp.passes.record import WEIGHT_KEY, Recipe, Record, read_record, write_record
+from onnxcomp.passes.record import (
+    KEY,
+    USE_KEY,
+    WEIGHT_KEY,
+    Recipe,
+    Record,
+    read_record,
+    write_record,
+)
 from onnxcomp.passes.scopes import (
     LISTING_IR,
     default_opset,
@@ -97,6 +106,8 @@ def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool 
     dense = [work.restore(placement) for placement in placements]
     for placement in placements:
         remove_initializer(work.weights[placement.site.name])
+    for domain in sorted(work.stock.domains):
+        model.graph.opset_imports.setdefault(domain, 1)
     _add_functions(model, placements, work.stock.operators, portable=portable)
     _add_records(model, placements)
     notes = [
@@ -183,17 +194,45 @@ def _replacement(
     placement: Placement, site: WeightSite, use: Use, node: ir.Node, builder: GraphBuilder
 ) -> ir.Value:
     """The value that takes the place of a node's output."""
-    codec, payload = placement.codec, placement.payload
     if use.need == "gather":
-        return codec.emit(builder, site, payload, "gather", node.inputs[1])
+        return _emitted(placement, site, "gather", node.inputs[1], builder)
     x = node.inputs[0]
-    assert x is not None
     if node.op_type != "Gemm":
-        return codec.emit(builder, site, payload, "matmul", x)
+        return _emitted(placement, site, "matmul", x, builder)
     if node.attributes.get_int("transA", 0):
+        assert x is not None
         x = builder.node("Transpose", [x], {"perm": [1, 0]})
-    product = codec.emit(builder, site, payload, "matmul", x)
+    product = _emitted(placement, site, "matmul", x, builder)
     return _affine(node, product, site.dtype, builder)
+
+
+def _emitted(
+    placement: Placement, site: WeightSite, kind: Kind, x: ir.Value | None, builder: GraphBuilder
+) -> ir.Value:
+    """A codec's product or look-up, marked where only its nodes' metadata can tell what it is."""
+    assert x is not None
+    result = placement.codec.emit(builder, site, placement.payload, kind, x)
+    producer = result.producer()
+    if producer is not None and not placement.codec.functions(builder.opset):
+        route = _route(result, x)
+        producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, route])
+    return result
+
+
+def _route(result: ir.Value, x: ir.Value) -> list[int]:
+    """Which inputs lead from a value back to `x`, through nodes that a codec asked for."""
+    pending: list[tuple[ir.Value, list[int]]] = [(result, [])]
+    while pending:
+        value, route = pending.pop(0)
+        if value is x:
+            return route
+        producer = value.producer()
+        if producer is None or KEY not in producer.metadata_props:
+            continue
+        for index, operand in enumerate(producer.inputs):
+            if operand is not None:
+                pending.append((operand, [*route, index]))
+    raise ModelError(f"the nodes made for {result.name!r} do not read {x.name!r}")
 
 
 def _affine(node: ir.Node, product: ir.Value, dtype: str, builder: GraphBuilder) -> ir.Value:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from onnxcomp.passes.codecs.codec import Codec
 from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.hyper import HyperCodec
+from onnxcomp.passes.codecs.integer import IntegerCodec
 
 __all__ = ["CODECS"]
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (DenseCodec(), HyperCodec())}
+CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (DenseCodec(), HyperCodec(), IntegerCodec())
+}
