@@ -31,7 +31,7 @@ from onnxcomp.passes.codecs.codec import (
 )
 from onnxcomp.passes.codecs.integer_grid import Integers
 from onnxcomp.passes.codecs.integer_nodes import Form
-from onnxcomp.passes.codecs.moments import damped, with_weight_error
+from onnxcomp.passes.codecs.moments import damped, output_error, with_weight_error
 
 __all__ = ["IntegerCodec", "IntegerParams"]
 
@@ -92,6 +92,9 @@ class IntegerParams(Params):
     zero_points: int = 1
 
 
+# Weights that an error is measured on before a codec is chosen.
+_MEASURED = 1 << 16
+
 # What a planner may choose from. Zero points take 4 or 8 bits for each block and always pay.
 _OFFERED = tuple(IntegerParams(bits, block) for bits in (8, 4) for block in (32, 64, 128))
 
@@ -123,6 +126,18 @@ def _form(site: WeightSite, params: Params) -> Form:
     return min(_forms(site, _typed(params)), key=lambda form: form.nbytes)
 
 
+def _measured(form: Form, weight: Array, stats: Stats | None) -> float:
+    """Relative error of some rows of a weight, or of their products."""
+    matrix = np.asarray(weight, np.float32).reshape(form.rows, form.length)
+    sample = matrix[:: max(1, matrix.size // _MEASURED)]
+    decoded = integer_grid.rounded(sample, form.grid).decode(form.length)
+    if stats is not None and matrix.shape == weight.shape:
+        return output_error(sample, decoded, stats.gram)
+    power = float(np.square(sample, dtype=np.float64).sum())
+    noise = float(np.square(decoded - sample, dtype=np.float64).sum())
+    return math.sqrt(noise / power) if power > 0.0 else 0.0
+
+
 class IntegerCodec:
     """MatMulNBits (domain com.microsoft) and standard operators."""
 
@@ -131,6 +146,8 @@ class IntegerCodec:
         "4 or 8 bits and a scale for each block; ONNX Runtime's own operators, no library"
     )
     params_type: ClassVar[type[Params]] = IntegerParams
+    automatic: ClassVar[bool] = True
+    width: ClassVar[str | None] = "bits"
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -191,6 +208,16 @@ class IntegerCodec:
         form = _form(site, params)
         key = (form.bits, form.block, int(form.zero_points))
         return math.pow(10.0, -_NORMAL_SQNR[key] / 20.0)
+
+    def measure(
+        self,
+        site: WeightSite,
+        weight: Array,
+        params: Sequence[Params],
+        stats: Stats | None = None,
+    ) -> Sequence[float]:
+        """Errors of rounding to nearest on a sample of rows: outliers decide about them."""
+        return [_measured(_form(site, item), weight, stats) for item in params]
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
