@@ -32,6 +32,7 @@ COMMANDS = {
     "verify": "Compare a compressed model with its original.",
     "bench": "Measure load time, latency and memory.",
     "expand": "Turn a compressed model back into plain dense ONNX.",
+    "package": "Bundle a model for serving: a plain folder, or Triton.",
     "ops": "Find the operator library for ONNX Runtime.",
     "codecs": "List the ways to store a weight, with their parameters.",
     "demo": "Compress, verify and measure a small real model that ships with onnxcomp.",

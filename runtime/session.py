@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
+    "FOLDED",
     "InferenceSession",
     "get_library_path",
     "import_runtime",
@@ -27,7 +28,7 @@ __all__ = [
 PathLike = str | os.PathLike[str]
 
 # Operators that never have a kernel: their bodies are folded to constants.
-_FOLDED = "Weight"
+FOLDED = "Weight"
 
 # Errors reach the caller as exceptions; ONNX Runtime would print them as well.
 _FATAL_ONLY = 4
@@ -55,7 +56,7 @@ def needs_library(model: PathLike) -> bool:
     Raises:
         ModelError: The file is missing or is no ONNX model.
     """
-    return any(not name.endswith(_FOLDED) for name in custom_operators(model))
+    return any(not name.endswith(FOLDED) for name in custom_operators(model))
 
 
 def InferenceSession(  # noqa: N802 - named after the class it makes

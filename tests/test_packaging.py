@@ -38,6 +38,8 @@ def check_contents(names: list[str]) -> None:
         *LIBRARIES,
         "onnxcomp/py.typed",
         "onnxcomp/errors.py",
+        "onnxcomp/runtime/package/templates/run.py",
+        "onnxcomp/runtime/package/templates/triton.md",
         f"{MODEL}/model.onnx",
         f"{MODEL}/held_out.npz",
         f"{MODEL}/LICENSE-UNICODE",

@@ -41,6 +41,7 @@ def test_examples_run_in_order(folder: Path) -> None:
         run_lines(script, folder)
     for name in ("small.onnx", "mixed.onnx", "dense.onnx", "plan.json", "planned.onnx"):
         assert (folder / name).is_file()
+    assert (folder / "repository" / "characters" / "config.pbtxt").is_file()
     for number, program in enumerate(python):
         (folder / f"example_{number}.py").write_text(program)
         run_lines(f'"{sys.executable}" example_{number}.py', folder)

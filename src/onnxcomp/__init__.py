@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     )
     from onnxcomp.passes.plan import Plan
     from onnxcomp.passes.report import Report
+    from onnxcomp.runtime.package import Package, package
     from onnxcomp.runtime.session import InferenceSession
 
 __all__ = [
     "InferenceSession",
+    "Package",
     "Plan",
     "RejectedError",
     "Report",
@@ -51,6 +53,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "package",
     "plan",
     "register",
     "save",
@@ -63,6 +66,7 @@ __version__ = "0.1.0"
 # Public name -> module and name there.
 _HOMES = {
     "InferenceSession": ("runtime.session", "InferenceSession"),
+    "Package": ("runtime.package", "Package"),
     "Plan": ("passes.plan", "Plan"),
     "RejectedError": ("passes.pipeline", "RejectedError"),
     "Report": ("passes.report", "Report"),
@@ -75,6 +79,7 @@ _HOMES = {
     "inspect": ("passes.pipeline", "inspect"),
     "load": ("passes.graph", "load"),
     "optimize": ("passes.pipeline", "optimize"),
+    "package": ("runtime.package", "package"),
     "plan": ("passes.pipeline", "plan"),
     "register": ("ops", "register"),
     "save": ("passes.graph", "save"),

@@ -1,0 +1,102 @@
+"""`onnxcomp package`: bundle a model with what it needs to be served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from onnxcomp.cli.options import FILE, input_options
+from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
+
+__all__ = ["command"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.group("package")
+def command() -> None:
+    """Bundle a model with its data, the operator library, and how to use them.
+
+    The folder appears complete or not at all. It holds onnxcomp.json, which lists its files with
+    their hashes.
+    """
+
+
+def common_options(function: F) -> F:
+    """Options of every kind of package."""
+    options = (
+        click.argument("model", type=FILE),
+        click.option("-o", "--output", type=FOLDER, required=True, help="The folder to write."),
+        click.option(
+            "--portable", is_flag=True,
+            help="Leave the operator library out; the model runs by the definitions inside it.",
+        ),
+        click.option("--force", is_flag=True, help="Replace a package that is there already."),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@command.command("dir")
+@common_options
+@input_options
+@with_terminal
+def folder(
+    terminal: Terminal,
+    model: Path,
+    data: tuple[str, ...],
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    **settings: Any,
+) -> None:
+    """A self-contained folder with an example that needs ONNX Runtime and numpy only."""
+    show(terminal, model, "dir", data=data or None, shapes=dict(shapes), **settings)
+
+
+@command.command("triton")
+@common_options
+@click.option("--name", help="Name of the model in the repository; else that of the file.")
+@click.option(
+    "--mount-prefix", default="/models", show_default=True,
+    help="Where the server sees the repository; /mnt/models for KServe.",
+)  # fmt: skip
+@click.option(
+    "--max-batch-size", type=click.IntRange(0), default=0, show_default=True,
+    help="Most rows that requests are joined to; 0 for no batching.",
+)  # fmt: skip
+@click.option(
+    "--model-version", type=click.IntRange(1), default=1, show_default=True, help="Its number."
+)
+@click.option(
+    "--instances", type=click.IntRange(1), default=1, show_default=True, help="Run at once."
+)
+@click.option(
+    "--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+    help="Where the server runs the model.",
+)  # fmt: skip
+@with_terminal
+def triton(terminal: Terminal, model: Path, **settings: Any) -> None:
+    """A model in a repository of NVIDIA Triton Inference Server, which may hold others."""
+    show(terminal, model, "triton", **settings)
+
+
+def show(terminal: Terminal, model: Path, kind: str, *, output: Path, **settings: Any) -> None:
+    """Write the package and say what is in it."""
+    import onnxcomp
+
+    made = onnxcomp.package(model, output, kind, **settings)
+    files = made.manifest["files"]
+    rows = [(name, bytes_text(entry["bytes"])) for name, entry in files.items()]
+    terminal.table(("file", "size"), rows)
+    for note in made.notes:
+        terminal.say(f"note: {note}")
+    library = "with the operator library" if made.manifest["library"] else "no operator library"
+    runs = "runs without it" if made.manifest["portable"] else "does not run without it"
+    fallback = f" (the model {runs})" if made.manifest["library"] else ""
+    verdict = f"{made.path}: {len(files)} files, {bytes_text(made.bytes)}, {library}{fallback}"
+    terminal.finish(made.to_json(), verdict)

@@ -1,0 +1,75 @@
+"""Bundle a model with what it needs to be served: as a plain folder, or as a Triton model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from onnxcomp.errors import UsageError
+from onnxcomp.runtime.package.contents import Package, gather
+
+if TYPE_CHECKING:
+    from onnxcomp.runtime.stored_inputs import Data
+
+__all__ = ["KINDS", "Package", "package"]
+
+PathLike = str | os.PathLike[str]
+
+KINDS = ("dir", "triton")
+
+
+def package(
+    model: PathLike,
+    output: PathLike,
+    kind: str = "dir",
+    *,
+    portable: bool = False,
+    force: bool = False,
+    data: Data | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    name: str | None = None,
+    mount_prefix: str = "/models",
+    max_batch_size: int = 0,
+    model_version: int = 1,
+    instances: int = 1,
+    target: str = "cpu",
+) -> Package:
+    """Write a folder that holds a model, its data, the operator library, and how to use them.
+
+    The folder appears complete or not at all. A manifest, ``onnxcomp.json``, lists its files with
+    their hashes.
+
+    Args:
+        model: The model, compressed or not.
+        output: The folder to write; for Triton the model repository, which may hold other models.
+        kind: "dir" or "triton".
+        portable: Leave the operator library out; the model runs by the definitions inside it.
+        force: Replace a package that is there already. Other folders are never replaced.
+        data: Example inputs for a plain folder, see `runtime.inputs.load_inputs`; None to make
+            them up.
+        shapes: Shapes of made-up inputs by name.
+        name: Triton: name of the model; None for that of the file.
+        mount_prefix: Triton: where the server sees the repository. The path of the library in the
+            configuration begins with it, because Triton resolves none.
+        max_batch_size: Triton: most rows that requests are joined to; 0 for no batching.
+        model_version: Triton: number of the version.
+        instances: Triton: how many instances run at once.
+        target: Triton: "cpu" or "cuda".
+
+    Raises:
+        UsageError: The folder is there already, or the model cannot be served like that.
+        ModelError: The model cannot be loaded.
+        RuntimeMissingError: ONNX Runtime or the operator library is missing.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"there is no package {kind!r}", hint=f"choose one of {', '.join(KINDS)}")
+    contents = gather(model, portable=portable)
+    if kind == "dir":
+        from onnxcomp.runtime.package.folder import write_folder
+
+        return write_folder(contents, output, force=force, data=data, shapes=shapes)
+    from onnxcomp.runtime.package.triton import Server, write_triton
+
+    server = Server(mount_prefix, max_batch_size, model_version, instances, target)
+    return write_triton(contents, output, server, name=name, force=force)
