@@ -53,7 +53,13 @@ def test_help_names_every_command_without_importing_it() -> None:
         assert name in out
 
 
-@pytest.mark.parametrize("name", [*sorted(set(app.COMMANDS) - {"ops"}), "ops path", "ops info"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *sorted(set(app.COMMANDS) - {"ops", "package"}),
+        *("ops path", "ops info", "package dir", "package triton"),
+    ],
+)
 def test_every_command_has_help_and_a_json_form(name: str) -> None:
     code, out, _ = run(*name.split(), "--help")
     assert code == 0
