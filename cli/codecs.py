@@ -33,8 +33,8 @@ def command(terminal: Terminal, name: str | None) -> None:
     chosen = list(CODECS.values()) if name is None else [CODECS[name]]
     entries = [describe(codec) for codec in chosen]
     if name is None:
-        rows = [(entry["name"], entry["summary"]) for entry in entries]
-        terminal.table(("codec", "what it stores"), rows, left=2)
+        rows = [(e["name"], "no" if e["stock"] else "yes", e["summary"]) for e in entries]
+        terminal.table(("codec", "library", "what it stores"), rows, left=3)
         verdict = "onnxcomp codecs NAME shows parameters, sizes and errors."
     else:
         show(terminal, entries[0])
@@ -64,10 +64,13 @@ def show(terminal: Terminal, entry: dict[str, Any]) -> None:
 
 def describe(codec: Codec) -> dict[str, Any]:
     """Everything `codecs` prints about one codec."""
+    from onnxcomp.passes.settings import is_stock
+
     site = sample_site()
     return {
         "name": codec.name,
         "summary": codec.summary,
+        "stock": is_stock(codec),
         "params": parameters(codec.params_type),
         "settings": [
             {

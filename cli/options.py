@@ -56,6 +56,10 @@ _PLAN_OPTIONS = (
     EXTERNAL_DATA,
     click.option("--freeze-inputs", is_flag=True, help="Compress weights that the model also lists "
                  "as inputs; they can no longer be fed."),
+    click.option("--stock", is_flag=True, help="Only methods whose models need no operator library "
+                 "anywhere; onnxcomp codecs says which."),
+    click.option("--rest", type=click.Choice(["keep", "fp16"]), default="keep", show_default=True,
+                 help="Weights that no method makes smaller: as they are, or in half precision."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of random choices."),
 )  # fmt: skip
 

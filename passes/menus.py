@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from onnxcomp.errors import UsageError
@@ -162,17 +163,20 @@ def menu(
             continue
         # The identity codec is asked for by name only, and never for its size.
         paying = [c for c in offered if codec.name == "dense" or c.bytes + FRAMING < site.nbytes]
+        paying = [c for c in paying if math.isfinite(c.error)]
         found += paying
         if not paying:
-            reasons.append(f"{codec.name}: {_not_smaller(offered, site)}")
+            reasons.append(f"{codec.name}: {_no_offer(offered, site)}")
     if len(wrong) == len(names):  # what a rule fixes is for one of the codecs; here it is for none
         raise wrong[0]
     return Menu(site, tuple(found) or (keep(site, "; ".join(reasons)),))
 
 
-def _not_smaller(offered: Sequence[Candidate], site: WeightSite) -> str:
+def _no_offer(offered: Sequence[Candidate], site: WeightSite) -> str:
     if not offered:
         return "offers no setting"
+    if not any(math.isfinite(candidate.error) for candidate in offered):
+        return "cannot hold values as large or as small as these"
     least = min(candidate.bytes for candidate in offered)
     return f"{least} bytes and about {FRAMING} of framing are not less than {site.nbytes} dense"
 

@@ -62,6 +62,8 @@ def optimize(
     freeze_inputs: bool = False,
     portable: bool = True,
     seed: int = 0,
+    stock: bool = False,
+    rest: str = "keep",
     jobs: int | None = None,
     cache: PathLike | None = None,
     verify: bool = True,
@@ -96,6 +98,8 @@ def optimize(
         freeze_inputs: Whether initializers that are also inputs become constants.
         portable: Whether the model carries bodies that run without the operator library.
         seed: Seed of every random choice.
+        stock: Whether only codecs are used whose models need no operator of ours.
+        rest: What becomes of weights that no method makes smaller: "keep", or "fp16".
         jobs: Threads; None for all processors. The bytes do not depend on it.
         cache: Folder of payloads of earlier runs.
         verify: Whether the result is run and compared.
@@ -124,6 +128,7 @@ def optimize(
         method, target_size, min_size, include, exclude, set_,
         bits=bits, ratio=ratio, mode=mode, precision=precision,
         external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
+        stock=stock, rest=rest,
     )  # fmt: skip
     check_calibration(calibration)
     run = Run(
@@ -154,6 +159,8 @@ def plan(
     freeze_inputs: bool = False,
     portable: bool = True,
     seed: int = 0,
+    stock: bool = False,
+    rest: str = "keep",
 ) -> Plan:
     """What `optimize` would do with these settings, with exact bytes, without doing it.
 
@@ -167,6 +174,7 @@ def plan(
         method, target_size, min_size, include, exclude, set_,
         bits=bits, ratio=ratio, mode=mode, precision=precision,
         external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
+        stock=stock, rest=rest,
     )  # fmt: skip
     return plan_model(model, settings, Run(jobs=1))
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.calibrate import Feed
-from onnxcomp.passes.choices import Candidate, Choice
+from onnxcomp.passes.choices import Candidate, Choice, Errors
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.estimates import Estimates
@@ -86,6 +86,16 @@ def _rule(site: WeightSite, settings: Settings) -> Rule:
     return match_rule(settings.rules, [site.name, *(use.node for use in site.uses)])
 
 
+def _menu(site: WeightSite, methods: Sequence[str], settings: Settings, errors: Errors) -> Menu:
+    """What there is to choose from; half precision last where the rest is to have it."""
+    rule = _rule(site, settings)
+    method_names(rule.methods or methods, CODECS, stock=settings.stock)
+    if settings.rest == "keep" or rule.methods:
+        return menu(site, methods, rule, errors=errors)
+    others = [name for name in methods if name not in ("dense", settings.rest)]
+    return menu(site, [*others, settings.rest], rule, errors=errors)
+
+
 def _measure(prepared: Prepared, settings: Settings, name: str, choices: Sequence[Choice]) -> int:
     return planned_size(prepared.model, prepared.sites, choices, settings, name=name)
 
@@ -137,9 +147,9 @@ def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx")
         UsageError: A method, a rule or the number of bits does not exist.
     """
     budget = Budget.of(settings, prepared.source.bytes, DEFAULT_BITS)
-    methods = method_names(settings.method, CODECS)
+    methods = method_names(settings.method, CODECS, stock=settings.stock)
     errors = Estimates(prepared.model).errors
-    menus = [menu(site, methods, _rule(site, settings), errors=errors) for site in prepared.sites]
+    menus = [_menu(site, methods, settings, errors) for site in prepared.sites]
 
     def size_of(candidates: Sequence[Candidate]) -> int:
         choices = [_choice(candidate, settings) for candidate in candidates]

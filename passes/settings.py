@@ -19,6 +19,7 @@ __all__ = [
     "Rule",
     "Settings",
     "given_settings",
+    "is_stock",
     "match_rule",
     "method_names",
     "parse_rule",
@@ -34,7 +35,11 @@ Patterns = str | Sequence[str]
 ParamValue = int | float | str
 
 MODES: tuple[ModeChoice, ...] = ("auto", "fused", "folded", "decode")
+REST = ("keep", "fp16")
 EXTERNAL_DATA: tuple[ExternalData, ...] = ("auto", "always", "never")
+
+# Which operators a codec uses does not depend on the opset.
+_ANY_OPSET = 13
 
 _UNITS = {
     "": 1,
@@ -161,20 +166,39 @@ def split_methods(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split("+") if part)
 
 
-def method_names(method: str | Sequence[str], known: Mapping[str, Codec]) -> tuple[str, ...]:
+def is_stock(codec: Codec) -> bool:
+    """Whether models of a codec hold operators of ONNX and ONNX Runtime only."""
+    return not codec.functions(_ANY_OPSET)
+
+
+def method_names(
+    method: str | Sequence[str], known: Mapping[str, Codec], *, stock: bool = False
+) -> tuple[str, ...]:
     """Codec names asked for; "auto" stands for every codec that offers itself for it.
 
+    Args:
+        method: Names, or several joined by ``+``.
+        known: All codecs by name.
+        stock: Whether only codecs may take part that need no operator of ours.
+
     Raises:
-        UsageError: A name is unknown.
+        UsageError: A name is unknown, or its codec is not a stock one.
     """
     names = list(known)
     asked = [method] if isinstance(method, str) else list(method)
     result: list[str] = []
     for name in (part for item in asked for part in split_methods(item)):
         if name == "auto":
-            result += [other for other, codec in known.items() if codec.automatic]
+            automatic = [n for n, codec in known.items() if codec.automatic]
+            result += [n for n in automatic if is_stock(known[n]) or not stock]
             continue
         _one_of("method", name, [*names, "auto"])
+        if stock and not is_stock(known[name]):
+            allowed = ", ".join(n for n, codec in known.items() if is_stock(codec))
+            raise UsageError(
+                f"--stock and the method {name!r} contradict each other: it needs the library",
+                hint=f"these do not: {allowed}",
+            )
         result.append(name)
     if not result:
         raise UsageError("no method is given", hint=suggest("", [*names, "auto"]))
@@ -222,6 +246,8 @@ class Settings:
         precision: Arithmetic of fused products: "exact" or "int8".
         portable: Whether the model carries bodies that run without the operator library.
         seed: Seed of every random choice.
+        stock: Whether only codecs are used whose models need no operator of ours.
+        rest: What becomes of weights that no method makes smaller: "keep", or "fp16".
     """
 
     method: tuple[str, ...] = ("auto",)
@@ -238,6 +264,8 @@ class Settings:
     precision: str = "int8"
     portable: bool = True
     seed: int = 0
+    stock: bool = False
+    rest: str = "keep"
 
     def __post_init__(self) -> None:
         targets = [n for n in ("bits", "ratio", "target_size") if getattr(self, n) is not None]
@@ -254,6 +282,7 @@ class Settings:
         _one_of("mode", self.mode, MODES)
         _one_of("external_data", self.external_data, EXTERNAL_DATA)
         _one_of("precision", self.precision, ("exact", "int8"))
+        _one_of("rest", self.rest, REST)
         for pattern in (*self.include, *self.exclude):
             _check_pattern(pattern)
 

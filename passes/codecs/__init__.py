@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from onnxcomp.passes.codecs.codec import Codec
 from onnxcomp.passes.codecs.dense import DenseCodec
+from onnxcomp.passes.codecs.half import HalfCodec
 from onnxcomp.passes.codecs.hyper import HyperCodec
 from onnxcomp.passes.codecs.integer import IntegerCodec
 
 __all__ = ["CODECS"]
 
 CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (DenseCodec(), HyperCodec(), IntegerCodec())
+    codec.name: codec for codec in (DenseCodec(), HyperCodec(), IntegerCodec(), HalfCodec())
 }
