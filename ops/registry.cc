@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "hyper/kernel.h"
+#include "winding/kernel.h"
 
 namespace onnxcomp {
 namespace {
@@ -87,6 +88,7 @@ OrtCustomOpDomain* BuildDomain(const Api& api, Domain& domain) {
   if (domain.handle != nullptr) return domain.handle;
   domain.ops.clear();
   hyper::AddOps(api, domain.ops);
+  winding::AddOps(api, domain.ops);
   OrtCustomOpDomain* handle = nullptr;
   Check(api, api.CreateCustomOpDomain("com.onnxcomp", &handle));
   for (const CustomOp& op : domain.ops) Check(api, api.CustomOpDomainAdd(handle, &op));

@@ -11,13 +11,13 @@ Names follow ops/hyper/spec.md: P panels of 16 rows, G groups of g weights in B 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import TypeVar
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
+from onnxcomp.passes.codecs.body import Body
 from onnxcomp.passes.codecs.codec import (
     DOMAIN,
     Attribute,
@@ -58,73 +58,18 @@ _OPERATORS: dict[Kind, str] = {
 }
 
 
-class _Body:
-    """Collects the nodes of one function; every method returns the name of a value."""
-
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
-        self.nodes: list[onnx.NodeProto] = []
-
-    def node(
-        self,
-        op_type: str,
-        *inputs: str,
-        domain: str = "",
-        refs: dict[str, tuple[str, onnx.AttributeProto.AttributeType]] | None = None,
-        **attributes: Any,
-    ) -> str:
-        """Add a node; `refs` maps attributes to (attribute of the function, its type)."""
-        output = f"v{len(self.nodes)}"
-        made = helper.make_node(op_type, list(inputs), [output], domain=domain, **attributes)
-        for name, (source, kind) in (refs or {}).items():
-            made.attribute.append(onnx.AttributeProto(name=name, type=kind, ref_attr_name=source))
-        self.nodes.append(made)
-        return output
-
-    def ints(self, *values: int) -> str:
-        """An int64 constant; before opset 9 a Constant holds floats only."""
-        if self.opset >= 9:
-            return self.node("Constant", value=numpy_helper.from_array(np.array(values, np.int64)))
-        floats = numpy_helper.from_array(np.array(values, np.float32))
-        return self.node("Cast", self.node("Constant", value=floats), to=int(TensorProto.INT64))
-
-    def cast(self, value: str, to: int) -> str:
-        """Convert to the element type `to`."""
-        return self.node("Cast", value, to=to)
-
-    def crop(self, value: str, axes: Sequence[int], ends: str, attribute: str) -> str:
-        """Cut `axes` at `ends`, a value that equals the function's attribute of that name."""
-        if self.opset >= 10:
-            starts = self.ints(*[0] * len(axes))
-            return self.node("Slice", value, starts, ends, self.ints(*axes))
-        refs = {"ends": (attribute, onnx.AttributeProto.INTS)}
-        return self.node("Slice", value, refs=refs, starts=[0] * len(axes), axes=list(axes))
-
-    def finish(
-        self, name: str, inputs: Sequence[str], attributes: Sequence[str], *, calls: bool = False
-    ) -> onnx.FunctionProto:
-        """The function, with the last node's output as its own."""
-        imports = [helper.make_opsetid("", self.opset)]
-        if calls:
-            imports.append(helper.make_opsetid(DOMAIN, 1))
-        output = self.nodes[-1].output[0]
-        return helper.make_function(
-            DOMAIN, name, list(inputs), [output], self.nodes, imports, list(attributes)
-        )
-
-
-def _windows(body: _Body) -> str:
+def _windows(body: Body) -> str:
     """Matrix (B, g) whose product with the bytes of a group gives its states."""
     rows = body.cast("taps", int(TensorProto.INT32))
     return body.node("Flatten", body.node("Gather", "window", rows, axis=0), axis=1)
 
 
-def _rotation(body: _Body) -> str:
+def _rotation(body: Body) -> str:
     """Matrix (g, g) that undoes the rotation of a row vector: H diag(sign) 2^-12."""
     return body.node("Flatten", body.node("Mul", "left", "right"), axis=2)
 
 
-def _look_up(body: _Body, states: str) -> str:
+def _look_up(body: Body, states: str) -> str:
     """Float values of float states; what is below or above the window falls away."""
     values = body.node("Tile", body.cast("table", _FLOAT), body.ints(_TABLE_REPEATS))
     return body.node("Gather", values, body.cast(states, int(TensorProto.INT32)), axis=0)
@@ -132,20 +77,20 @@ def _look_up(body: _Body, states: str) -> str:
 
 def _rows(opset: int) -> onnx.FunctionProto:
     """HyperRows: bytes (..., G, B) and scales (..., G, 1) -> float32 (..., G, g)."""
-    body = _Body(opset)
+    body = Body(opset)
     states = body.node("MatMul", body.cast("octets", _FLOAT), _windows(body))
     values = body.node("MatMul", _look_up(body, states), _rotation(body))
     body.node("Mul", values, body.cast("factors", _FLOAT))
     return body.finish("HyperRows", ["octets", "factors", "table", *NODE_INPUTS[5:]], [])
 
 
-def _call_rows(body: _Body, octets: str, factors: str) -> str:
+def _call_rows(body: Body, octets: str, factors: str) -> str:
     return body.node("HyperRows", octets, factors, "table", *NODE_INPUTS[5:], domain=DOMAIN)
 
 
 def _weight(opset: int) -> onnx.FunctionProto:
     """HyperWeight: codes, scales, ... -> float32 (rows, length)."""
-    body = _Body(opset)
+    body = Body(opset)
     lanes = body.node("Transpose", "codes", perm=[0, 3, 1, 2, 4])
     octets = body.node("Reshape", lanes, body.ints(0, 0, 0, -1))
     factors = body.node("Transpose", "scales", perm=[0, 2, 1, 3])
@@ -156,7 +101,7 @@ def _weight(opset: int) -> onnx.FunctionProto:
 
 def _decode(opset: int) -> onnx.FunctionProto:
     """HyperDecode: the same as HyperWeight."""
-    body = _Body(opset)
+    body = Body(opset)
     refs = {
         "extent": ("extent", onnx.AttributeProto.INTS),
         "group": ("group", onnx.AttributeProto.INT),
@@ -170,7 +115,7 @@ def _matmul(opset: int) -> onnx.FunctionProto:
 
     The weight is decoded transposed: moving bytes costs an eighth of moving floats.
     """
-    body = _Body(opset)
+    body = Body(opset)
     columns = body.node("Transpose", "codes", perm=[1, 2, 4, 0, 3])
     shape = body.node("Gather", "blocks", body.ints(1, 2, 0), axis=0)
     octets = body.cast(body.node("Reshape", columns, shape), _FLOAT)
@@ -192,7 +137,7 @@ def _gather(opset: int) -> onnx.FunctionProto:
 
     Rows are cut to the weight's own before the look-up, so that -1 is the last row.
     """
-    body = _Body(opset)
+    body = Body(opset)
     last = {"rows": body.ints(0), "columns": body.ints(1)}
     ends = {name: body.node("Gather", "extent", at, axis=0) for name, at in last.items()}
     lanes = body.node("Transpose", "codes", perm=[0, 3, 1, 2, 4])
