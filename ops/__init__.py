@@ -1,7 +1,7 @@
 """The operator library: where it is, and how to load it into a session.
 
 Environment: ``ONNXCOMP_OPS_LIBRARY`` names another library file. ``ONNXCOMP_ISA`` (``plain``,
-``avx2``, ``avx2vnni``, ``avx512``) forces one form of the kernels; they choose the best one the
+``avx2``, ``avx2vnni``, ``avx512``, ``neon``, ``neondot``) forces one form of the kernels; they choose the best one the
 machine can run by themselves.
 """
 

@@ -16,16 +16,7 @@ namespace onnxcomp::hyper {
 namespace {
 
 constexpr int kStep = 32;  // weights of a row that are decoded together: k dwords
-constexpr int kLine = kLanes * 4;
 constexpr int kAhead = 96;  // prefetch distance in lines
-
-// Position of weight t: as cut when k divides 8, in order otherwise.
-inline int CutPosition(const Format& format, int t) {
-  if (8 % format.bits != 0 || format.states > 8) return t;
-  const int apart = 8 / format.bits;
-  const int of_dword = t % (4 * apart);
-  return t - of_dword + of_dword % apart * 4 + of_dword / apart;
-}
 
 inline __m256i LoadDword(const uint8_t* codes) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
@@ -175,18 +166,6 @@ void DecodeVector(const Entries& entries, const uint8_t* codes, int group, uint8
     DecodeHalves<K, L>(Lookup<L, true, Bias>(entries), codes, group, out);
   } else {
     DecodeHalves<K, L>(Lookup<L, false, Bias>(entries), codes, group, out);
-  }
-}
-
-// Tables too large for shuffles: row by row.
-inline void DecodeScalar(const Format& format, const int8_t* table, const uint8_t* codes,
-                         uint8_t bias, uint8_t* out) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    int8_t q[kMaxGroup];
-    DecodeLane(format, codes + lane * 4, table, q, 1);
-    for (int t = 0; t < format.group; ++t) {
-      out[t / 4 * kLine + lane * 4 + t % 4] = static_cast<uint8_t>(q[t]) ^ bias;
-    }
   }
 }
 

@@ -19,7 +19,6 @@ namespace onnxcomp::hyper {
 namespace {
 
 constexpr int kStep = 32;          // weights of a row that are decoded together
-constexpr int kLine = kLanes * 4;  // bytes of one dword of 16 rows
 // Prefetch distance in lines: more than a page, so that address translation is under way in time.
 constexpr int kAhead = 96;
 

@@ -10,6 +10,7 @@
 namespace onnxcomp::hyper {
 
 constexpr int kLanes = 16;      // rows of a panel
+constexpr int kLine = 4 * kLanes;  // bytes of one dword of 16 rows
 constexpr int kMaxGroup = 256;  // weights of a group
 constexpr int kMaxTile = 12;    // rows of activations that are interleaved, at most
 constexpr int kRowBlock = 144;  // rows of activations per task; a multiple of every tile
@@ -37,7 +38,7 @@ struct Weight {
 
   // The dwords of 16 rows in one group, `format.dwords` times 64 bytes.
   const uint8_t* block(int64_t panel, int64_t group) const {
-    return codes + (panel * format.groups + group) * format.dwords * (kLanes * 4);
+    return codes + (panel * format.groups + group) * format.dwords * kLine;
   }
   const uint16_t* scale(int64_t panel, int64_t group) const {
     return scales + (panel * format.groups + group) * kLanes;

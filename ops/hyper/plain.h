@@ -15,7 +15,7 @@ namespace {
 // One row's bit string in one group: dword d lies 64 d bytes after the first.
 inline uint32_t DwordOf(const uint8_t* lane, int d) {
   uint32_t dword;
-  std::memcpy(&dword, lane + d * (kLanes * 4), sizeof dword);
+  std::memcpy(&dword, lane + d * kLine, sizeof dword);
   return dword;
 }
 
@@ -43,7 +43,7 @@ inline uint32_t DecodeStepLane(const uint8_t* lane, uint32_t before, const int8_
 template <int K, int L, class T>
 void DecodeLaneOf(int group, const uint8_t* lane, const int8_t* table, T* q, int stride) {
   uint32_t before = DwordOf(lane, group * K / 32 - 1);
-  for (int t = 0; t < group; t += 32, lane += K * kLanes * 4) {
+  for (int t = 0; t < group; t += 32, lane += K * kLine) {
     before = DecodeStepLane<K, L>(lane, before, table, q + t * stride, stride);
   }
 }
@@ -154,6 +154,27 @@ inline void DecodeOneRow(const Weight& weight, int64_t row, int64_t group, int w
 }
 
 inline int IdentityPosition(const Format&, int t) { return t; }
+
+// Isa::position of forms that cut four windows of each row into the bytes of a dword: where k
+// divides 8, windows 8 bits apart are cut by one shift; in order otherwise.
+inline int CutPosition(const Format& format, int t) {
+  if (8 % format.bits != 0 || format.states > 8) return t;
+  const int apart = 8 / format.bits;
+  const int of_dword = t % (4 * apart);
+  return t - of_dword + of_dword % apart * 4 + of_dword / apart;
+}
+
+// One panel's group, row by row: out[(t / 4) * 64 + lane * 4 + t mod 4], xored with `bias`.
+inline void DecodeScalar(const Format& format, const int8_t* table, const uint8_t* codes,
+                         uint8_t bias, uint8_t* out) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    int8_t q[kMaxGroup];
+    DecodeLane(format, codes + lane * 4, table, q, 1);
+    for (int t = 0; t < format.group; ++t) {
+      out[t / 4 * kLine + lane * 4 + t % 4] = static_cast<uint8_t>(q[t]) ^ bias;
+    }
+  }
+}
 
 // Isa::from_half and Isa::to_half, also for what is left over by vectors.
 inline void FromHalf(const uint16_t* halves, int64_t count, float* out) {

@@ -12,6 +12,11 @@
 #include "hyper/avx2.h"
 #include "hyper/avx512.h"
 #endif
+#ifdef ONNXCOMP_ARM64
+#include <sys/auxv.h>
+
+#include "hyper/neon.h"
+#endif
 
 namespace onnxcomp::hyper {
 namespace {
@@ -40,6 +45,13 @@ bool HasAvxVnni() {
 }
 #endif
 
+#ifdef ONNXCOMP_ARM64
+bool HasDotProduct() {
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP
+  return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+}
+#endif
+
 // The form of this name, or null where the machine cannot run it.
 const Isa* Named(const char* name) {
   if (std::strcmp(name, "plain") == 0) return &PlainIsa();
@@ -53,6 +65,10 @@ const Isa* Named(const char* name) {
     return wide ? &Avx2VnniVlIsa() : nullptr;
   }
 #endif
+#ifdef ONNXCOMP_ARM64
+  if (std::strcmp(name, "neon") == 0) return &NeonIsa();
+  if (std::strcmp(name, "neondot") == 0 && HasDotProduct()) return &NeonDotIsa();
+#endif
   return nullptr;
 }
 
@@ -64,9 +80,9 @@ const Isa& SelectIsa() {
     const Isa* isa = Named(wanted);
     if (isa != nullptr) return *isa;
     Fail("ONNXCOMP_ISA is '", wanted,
-         "', must be plain, avx2, avx2vnni or avx512, and one that this machine can run");
+         "', must be plain, avx2, avx2vnni, avx512, neon or neondot, and one that this machine can run");
   }
-  for (const char* name : {"avx512", "avx2vnni", "avx2"}) {
+  for (const char* name : {"avx512", "avx2vnni", "avx2", "neondot", "neon"}) {
     const Isa* isa = Named(name);
     if (isa != nullptr) return *isa;
   }

@@ -1,0 +1,292 @@
+// Compares every instruction set of this machine with plain C++, without a runtime: decoding,
+// rotation, rounding and int8 products bit by bit, exact products within float32 rounding.
+//
+//   conformance [NAME ...]     the names ONNXCOMP_ISA takes; all that this machine can run
+//
+// Prints one line for each set, with the number of cases; exits 1 at the first difference.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "common/error.h"
+#include "hyper/format.h"
+
+using namespace onnxcomp::hyper;
+
+namespace {
+
+struct Case {
+  int bits, states, group;
+  int64_t rows, length;
+  bool odd;
+};
+
+[[noreturn]] void Differs(const Isa& isa, const Case& c, const char* what, int64_t m) {
+  std::printf("%s: %s differs at k=%d L=%d g=%d, weight %lldx%lld, %s table, m=%lld\n", isa.name,
+              what, c.bits, c.states, c.group, static_cast<long long>(c.rows),
+              static_cast<long long>(c.length), c.odd ? "odd" : "any", static_cast<long long>(m));
+  std::exit(1);
+}
+
+// Random codes, scales and table, owned.
+struct Payload {
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scales;
+  std::vector<int8_t> table;
+  Weight weight{};
+
+  Payload(const Case& c, std::mt19937& random) {
+    Format f{};
+    f.rows = c.rows;
+    f.length = c.length;
+    f.panels = (c.rows + kLanes - 1) / kLanes;
+    f.groups = (c.length + c.group - 1) / c.group;
+    f.group = c.group;
+    f.bits = c.bits;
+    f.states = c.states;
+    f.dwords = c.bits * c.group / 32;
+    codes.resize(static_cast<size_t>(f.panels * f.groups * f.dwords * kLine));
+    for (uint8_t& code : codes) code = static_cast<uint8_t>(random());
+    scales.resize(static_cast<size_t>(f.panels * f.groups * kLanes));
+    // Halves from 2^-3 to 2^1, either sign.
+    for (uint16_t& scale : scales) {
+      scale = static_cast<uint16_t>((random() & 0x8fffu) + 0x3000u);
+    }
+    table.resize(size_t{1} << c.states);
+    for (int8_t& entry : table) entry = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
+    if (c.odd) {
+      for (size_t s = 0; s < table.size() / 2; ++s) {
+        table[table.size() - 1 - s] = static_cast<int8_t>(-table[s]);
+      }
+    }
+    weight = Weight{f, codes.data(), scales.data(), table.data()};
+  }
+};
+
+// Rows of activations as one instruction set wants them; see Activations.
+struct Laid {
+  std::vector<int8_t> codes;
+  std::vector<float> scales;
+  std::vector<int32_t> biases;
+  std::vector<float> values;
+  Activations view{};
+
+  Laid(const Isa& isa, const Format& f, const std::vector<float>& x, int64_t rows) {
+    const auto units = static_cast<size_t>(rows * f.groups);
+    codes.resize(units * static_cast<size_t>(f.group));
+    values.resize(codes.size());
+    scales.resize(units);
+    biases.resize(units);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t g = 0; g < f.groups; ++g) Place(isa, f, x.data(), rows, row, g);
+    }
+    view = Activations{rows,         f.groups,      f.group,       isa.tile,
+                       codes.data(), scales.data(), biases.data(), values.data()};
+  }
+
+ private:
+  void Place(const Isa& isa, const Format& f, const float* x, int64_t rows, int64_t row,
+             int64_t g) {
+    float rotated[kMaxGroup];
+    int8_t rounded[kMaxGroup];
+    int32_t total = 0;
+    isa.rotate(x + row * f.padded() + g * f.group, rotated, f.group);
+    const float scale = isa.quantize(rotated, f.group, rounded, &total);
+    const int64_t first = row / isa.tile * isa.tile;
+    const int64_t count = rows - first < isa.tile ? rows - first : isa.tile;
+    const int64_t i = row - first;
+    const int64_t unit = first * f.groups + g * count;
+    scales[static_cast<size_t>(unit + i)] = scale;
+    biases[static_cast<size_t>(unit + i)] = -128 * total;
+    for (int t = 0; t < f.group; ++t) {
+      const int64_t place = isa.position(f, t);
+      codes[static_cast<size_t>(unit * f.group + (place / 4 * count + i) * 4 + place % 4)] =
+          rounded[t];
+      values[static_cast<size_t>(unit * f.group + t * count + i)] = rotated[t];
+    }
+  }
+};
+
+using Call = decltype(Isa::product_int8);
+
+// The whole product, panel pair by panel pair, rows side by side.
+std::vector<float> Multiply(Call call, const Weight& weight, const Activations& x) {
+  const int64_t columns = weight.format.panels * kLanes;
+  std::vector<float> y(static_cast<size_t>(x.rows * columns));
+  alignas(64) float out[kRowBlock * 2 * kLanes];
+  for (int64_t panel = 0; panel < weight.format.panels; panel += 2) {
+    const int panels = weight.format.panels - panel < 2 ? 1 : 2;
+    call(weight, x, panel, panels, 0, x.rows, out);
+    for (int64_t m = 0; m < x.rows; ++m) {
+      std::memcpy(y.data() + m * columns + panel * kLanes, out + m * 2 * kLanes,
+                  static_cast<size_t>(panels * kLanes) * sizeof(float));
+    }
+  }
+  return y;
+}
+
+std::vector<float> Decode(const Isa& isa, const Weight& weight) {
+  const Format& f = weight.format;
+  std::vector<float> w(static_cast<size_t>(f.panels * kLanes * f.padded()));
+  for (int64_t panel = 0; panel < f.panels; ++panel) {
+    for (int64_t g = 0; g < f.groups; ++g) {
+      float* out = w.data() + panel * kLanes * f.padded() + g * f.group;
+      isa.decode_panel(weight, panel, g, kLanes, f.group, out, f.padded());
+    }
+  }
+  return w;
+}
+
+bool Same(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+void CompareRow(const Isa& isa, const Case& c, const Weight& weight, const std::vector<float>& w) {
+  const Format& f = weight.format;
+  for (int64_t row = 0; row < f.panels * kLanes; ++row) {
+    for (int64_t g = 0; g < f.groups; ++g) {
+      float out[kMaxGroup];
+      isa.decode_row(weight, row, g, f.group, out);
+      const float* want = w.data() + row * f.padded() + g * f.group;
+      if (std::memcmp(out, want, static_cast<size_t>(f.group) * sizeof(float)) != 0) {
+        Differs(isa, c, "decode_row", row);
+      }
+    }
+  }
+}
+
+// Norms of rows times an error for each term: more than any order of sums can be off.
+bool Close(const std::vector<float>& a, const std::vector<float>& b, const Format& f) {
+  double square = 0.0;
+  for (float value : b) square += static_cast<double>(value) * value;
+  const double bound = static_cast<double>(f.group + f.groups + 16) * 0x1p-22 *
+                       std::sqrt(square / static_cast<double>(b.size())) * 16;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!(std::fabs(a[i] - b[i]) <= bound)) return false;
+  }
+  return true;
+}
+
+void CompareProducts(const Isa& isa, const Case& c, const Weight& weight, std::mt19937& random) {
+  const Isa& plain = PlainIsa();
+  const Format& f = weight.format;
+  std::normal_distribution<float> normal;
+  for (int64_t rows : {1, 2, 3, 4, 13}) {
+    std::vector<float> x(static_cast<size_t>(rows * f.padded()));
+    for (float& value : x) value = normal(random);
+    for (int64_t t = 0; t < f.padded(); ++t) x[static_cast<size_t>((rows / 2) * f.padded() + t)] = 0;
+    const Laid here(isa, f, x, rows);
+    const Laid there(plain, f, x, rows);
+    if (!Same(Multiply(isa.product_int8, weight, here.view),
+              Multiply(plain.product_int8, weight, there.view))) {
+      Differs(isa, c, "product_int8", rows);
+    }
+    if (!Close(Multiply(isa.product_exact, weight, here.view),
+               Multiply(plain.product_exact, weight, there.view), f)) {
+      Differs(isa, c, "product_exact", rows);
+    }
+  }
+}
+
+void CompareHalves(const Isa& isa) {
+  std::vector<uint16_t> halves;
+  for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
+    const bool nan = (bits & 0x7c00u) == 0x7c00u && (bits & 0x3ffu) != 0;
+    if (!nan) halves.push_back(static_cast<uint16_t>(bits));
+  }
+  const auto count = static_cast<int64_t>(halves.size());
+  std::vector<float> a(halves.size()), b(halves.size());
+  isa.from_half(halves.data(), count, a.data());
+  PlainIsa().from_half(halves.data(), count, b.data());
+  if (!Same(a, b)) Differs(isa, {}, "from_half", 0);
+  // Values between halves too, ties among them.
+  for (float factor : {1.0f, 1.00048828125f, 0.9997f, 1.3f}) {
+    std::vector<float> values(b);
+    for (float& value : values) value *= factor;
+    std::vector<uint16_t> here(halves.size()), there(halves.size());
+    isa.to_half(values.data(), count, here.data());
+    PlainIsa().to_half(values.data(), count, there.data());
+    if (here != there) Differs(isa, {}, "to_half", 0);
+  }
+}
+
+void CompareRotations(const Isa& isa, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  for (int group : {32, 64, 128, 256}) {
+    for (float special : {0.0f, -0.0f, 1e-35f, INFINITY, NAN}) {
+      float x[kMaxGroup], here[kMaxGroup], there[kMaxGroup];
+      int8_t a[kMaxGroup] = {}, b[kMaxGroup] = {};
+      int32_t sums[2] = {};
+      for (int t = 0; t < group; ++t) x[t] = special == 1e-35f ? special : normal(random);
+      x[5] = special;
+      isa.rotate(x, here, group);
+      PlainIsa().rotate(x, there, group);
+      const float s = isa.quantize(here, group, a, &sums[0]);
+      const float t = PlainIsa().quantize(there, group, b, &sums[1]);
+      const bool finite = std::isfinite(special);
+      const auto bytes = static_cast<size_t>(group);
+      if ((finite && std::memcmp(here, there, bytes * sizeof(float)) != 0) ||
+          std::memcmp(a, b, bytes) != 0 || std::memcmp(&s, &t, sizeof s) != 0 ||
+          sums[0] != sums[1]) {
+        Differs(isa, {0, 0, group, 0, 0, false}, "rotate or quantize", 0);
+      }
+    }
+  }
+}
+
+int Compare(const Isa& isa) {
+  std::mt19937 random(7);
+  CompareHalves(isa);
+  CompareRotations(isa, random);
+  int cases = 0;
+  for (int bits = 1; bits <= 6; ++bits) {
+    for (int states : {6, 7, 8, 10, 12}) {
+      for (int group : {32, 64, 128, 256}) {
+        if (states < bits + 2) continue;
+        for (bool odd : {false, true}) {
+          const Case c{bits, states, group, odd ? 20 : 45, 2 * group, odd};
+          const Payload payload(c, random);
+          const std::vector<float> w = Decode(isa, payload.weight);
+          if (!Same(w, Decode(PlainIsa(), payload.weight))) Differs(isa, c, "decode_panel", 0);
+          CompareRow(isa, c, payload.weight, w);
+          CompareProducts(isa, c, payload.weight, random);
+          ++cases;
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+// The set of this name, or null where the machine has it not.
+const Isa* Find(const std::string& name) {
+  setenv("ONNXCOMP_ISA", name.c_str(), 1);
+  try {
+    return &SelectIsa();
+  } catch (const onnxcomp::Error&) {
+    return nullptr;
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  std::vector<std::string> names(arguments + 1, arguments + count);
+  const bool all = names.empty();
+  if (all) names = {"plain", "avx2", "avx2vnni", "avx512", "neon", "neondot"};
+  for (const std::string& name : names) {
+    const Isa* isa = Find(name);
+    if (isa == nullptr && !all) {
+      std::printf("%s: this machine cannot run it\n", name.c_str());
+      return 1;
+    }
+    if (isa != nullptr) std::printf("%s: %d cases\n", isa->name, Compare(*isa));
+  }
+  return 0;
+}
