@@ -34,6 +34,7 @@ COMMANDS = {
     "expand": "Turn a compressed model back into plain dense ONNX.",
     "package": "Bundle a model for serving: a plain folder, or Triton.",
     "ops": "Find the operator library for ONNX Runtime.",
+    "doctor": "Check this machine and its packages, and whether a model runs here.",
     "codecs": "List the ways to store a weight, with their parameters.",
     "demo": "Compress, verify and measure a small real model that ships with onnxcomp.",
 }

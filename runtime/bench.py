@@ -24,7 +24,7 @@ from onnxcomp.runtime.session import needs_library
 from onnxcomp.runtime.signature import fits, read_signature
 from onnxcomp.runtime.structure import model_bytes
 
-__all__ = ["bench"]
+__all__ = ["bench", "load_model"]
 
 PathLike = str | os.PathLike[str]
 
@@ -97,6 +97,20 @@ def bench(
         "shapes": {name: list(array.shape) for name, array in feeds[0].items()},
         "provider": provider,
     }
+
+
+def load_model(model: PathLike, *, library: bool) -> dict[str, float]:
+    """Load a model in a process of its own.
+
+    Returns:
+        ``load_ms``, and ``rss_bytes`` and ``peak_rss_bytes`` of the process.
+
+    Raises:
+        ModelError: It does not load, or ends the process.
+        RuntimeMissingError: ONNX Runtime or the operator library is missing.
+    """
+    with _Worker(model, "library" if library else "portable", [], None, "cpu") as worker:
+        return worker.loading()
 
 
 def _feeds(
@@ -216,6 +230,10 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
             kind = getattr(errors, answer["error"])
             raise kind(answer["message"], hint=answer["hint"])
         return answer
+
+    def loading(self) -> dict[str, float]:
+        """What loading took."""
+        return {**self._loaded, **self._ask("memory")}
 
     def run(self, count: int) -> None:
         """Run the model that many times."""

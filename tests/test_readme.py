@@ -87,10 +87,13 @@ def test_every_command_and_option_is_in_the_manual() -> None:
 
     manual = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     context = click.Context(main)
-    for name in app.COMMANDS:
-        assert f"onnxcomp {name}" in manual
-        command = main.get_command(context, name)
+    commands = {name: main.get_command(context, name) for name in app.COMMANDS}
+    for name, group in list(commands.items()):
+        if isinstance(group, click.Group):
+            commands |= {f"{name} {inner}": group.commands[inner] for inner in group.commands}
+    for name, command in commands.items():
         assert command is not None
+        assert f"onnxcomp {name}" in manual
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert all(f"`{option}" in manual for option in parameter.opts[-1:]), parameter.opts

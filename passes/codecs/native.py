@@ -22,6 +22,7 @@ from onnxcomp.passes.codecs.hyper_viterbi import PASSES, out_of_range
 __all__ = [
     "ISAS",
     "available",
+    "check",
     "hyper_decode",
     "hyper_encode",
     "hyper_survivors",
@@ -88,6 +89,15 @@ def _load(path: Path) -> ctypes.CDLL:
             *(i32, i32, i32, i32, pointer),
         )
     return library
+
+
+def check() -> None:
+    """Load the encoder library.
+
+    Raises:
+        RuntimeMissingError: It is missing, cannot be loaded, or belongs to another version.
+    """
+    _library()
 
 
 def available() -> bool:

@@ -18,6 +18,7 @@ from onnxcomp import errors
 if TYPE_CHECKING:
     from onnxcomp.ops import library_path as get_library_path
     from onnxcomp.ops import register
+    from onnxcomp.passes.diagnose import doctor
     from onnxcomp.passes.graph import load, save
     from onnxcomp.passes.graphsurgeon import from_gs, to_gs
     from onnxcomp.passes.pipeline import (
@@ -46,6 +47,7 @@ __all__ = [
     "TargetMissedError",
     "__version__",
     "apply",
+    "doctor",
     "errors",
     "expand",
     "from_gs",
@@ -73,6 +75,7 @@ _HOMES = {
     "Result": ("passes.pipeline", "Result"),
     "TargetMissedError": ("passes.pipeline", "TargetMissedError"),
     "apply": ("passes.pipeline", "apply"),
+    "doctor": ("passes.diagnose", "doctor"),
     "expand": ("passes.pipeline", "expand"),
     "from_gs": ("passes.graphsurgeon", "from_gs"),
     "get_library_path": ("ops", "library_path"),
