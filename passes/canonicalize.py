@@ -1,8 +1,9 @@
 """Bring a model into the one form the other passes expect.
 
-``Constant() -> W`` becomes an initializer ``W``; two equal initializers become one;
-``W2 = transpose(W1)`` becomes ``Transpose(W1) -> W2``. Every node and every initializer has a name
-of its own. Visits the main graph and all subgraphs. Function bodies stay as they are: they have no
+Functions whose bodies hold weights are inlined (`inlining`). ``Constant() -> W`` becomes an
+initializer ``W``; two equal initializers become one; ``W2 = transpose(W1)`` becomes
+``Transpose(W1) -> W2``. Every node and every initializer has a name of its own. Visits the main
+graph and all subgraphs. Function bodies that cannot be inlined stay as they are: they have no
 initializers.
 """
 
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from onnxcomp.passes import marks
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.graph import Change
+from onnxcomp.passes.inlining import inline_functions
 from onnxcomp.passes.scopes import (
     LISTING_IR,
     Names,
@@ -47,19 +49,20 @@ def is_matrix(tensor: ir.TensorProtocol) -> bool:
 
 
 def canonicalize(model: ir.Model, *, deduplicate: bool = True) -> Change:
-    """Name every node, lift constants to initializers and store equal weights once.
+    """Inline functions with weights, lift constants to initializers, store equal weights once.
 
     Args:
         model: The model; changed in place.
         deduplicate: Also merge weights of 1 KiB or more with equal content, transposed or not.
 
     Returns:
-        The number of nodes named, constants lifted, initializers renamed and weights merged, with
-        a note on each of the last three.
+        The number of functions inlined, nodes named, constants lifted, initializers renamed and
+        weights merged, with a note on each but the nodes.
     """
     names = Names(model)
+    notes = list(inline_functions(model, names, _holds_weight))
     named = _name_nodes(model, names)
-    notes = [*_lift_constants(model), *_rename_initializers(model, names)]
+    notes += [*_lift_constants(model), *_rename_initializers(model, names)]
     if deduplicate:
         notes += _merge_equal(model, names)
     return Change(named + len(notes), tuple(notes))
@@ -89,6 +92,11 @@ def _weight_constant(node: ir.Node) -> ir.TensorProtocol | None:
         return None
     tensor = attribute.as_tensor()
     return tensor if tensor.dtype in WEIGHT_DTYPES and is_matrix(tensor) else None
+
+
+def _holds_weight(node: ir.Node) -> bool:
+    tensor = _weight_constant(node)
+    return tensor is not None and tensor.nbytes >= _SHARED_BYTES
 
 
 def _lift_constants(model: ir.Model) -> Iterator[str]:

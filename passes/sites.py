@@ -1,7 +1,7 @@
 """Find the weights of a model: one site per tensor with all its uses, and a reason for each rest.
 
-Visits the main graph and all subgraphs. Tensors in function bodies are only listed: a function has
-no initializers, and its body is shared by all its calls.
+Visits the main graph and all subgraphs. Tensors in function bodies are only listed: those that can
+be moved out have been inlined by canonicalisation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -300,12 +300,13 @@ def _constants(model: ir.Model, min_size: int) -> Iterator[Skipped]:
     for function in model.functions.values():
         prefix = f"{function.domain}::{function.name}/"
         reason = f"in the body of function {function.domain}::{function.name}"
-        for node, tensor in _constant_nodes(function.graph):
+        reason += ", which cannot be inlined"
+        for node, tensor in _constant_nodes(function.all_nodes()):
             yield from _listed(node, tensor, prefix, reason, min_size)
 
 
-def _constant_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]:
-    for node in graph:
+def _constant_nodes(nodes: Iterable[ir.Node]) -> Iterator[tuple[ir.Node, ir.TensorProtocol]]:
+    for node in nodes:
         attribute = node.attributes.get("value") if node.op_type == "Constant" else None
         if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
             yield node, attribute.as_tensor()

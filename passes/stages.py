@@ -68,7 +68,7 @@ class Canonicalize:
     name: ClassVar[str] = "canonicalize"
     requires: ClassVar[tuple[str, ...]] = ()
     subgraphs: ClassVar[bool] = True
-    functions: ClassVar[bool] = False
+    functions: ClassVar[bool] = True
 
     def wanted(self, settings: Settings) -> bool:
         """Always."""

@@ -65,7 +65,9 @@ SHAPES = {
 }  # fmt: skip
 TWICE = """
 <opset_import: ["" : 17], domain: "some.local"> Twice (x, w) => (y) {
-    p = MatMul (x, w)
+    m = Constant ()
+    s = MatMul (x, w)
+    p = MatMul (s, m)
     two = Constant <value_float = 2.0> ()
     y = Mul (p, two)
 }
@@ -90,6 +92,8 @@ def dense_model() -> onnx.ModelProto:
                 attribute.g.initializer.append(numpy_helper.from_array(own, "own"))
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("some.local", 1)]
     function = onnx.parser.parse_function(TWICE)
+    inner = numpy_helper.from_array(rng.standard_normal((16, 16)).astype(np.float32))
+    function.node[0].attribute.append(helper.make_attribute("value", inner))
     model = helper.make_model(graph, opset_imports=imports, ir_version=8, functions=[function])
     model.metadata_props.add(key="author", value="tests")
     return model

@@ -92,21 +92,6 @@ def test_matrices_in_constants_become_initializers(tools):
         agree(tools, proto, model, branch_feeds(tools, go))
 
 
-def test_constants_of_function_bodies_stay(tools):
-    body = onnx.parser.parse_function(
-        '<opset_import: ["" : 17], domain: "test"> Table (i) => (y) '
-        "{ t = Constant () y = Gather (t, i) }"
-    )
-    table = onnx.numpy_helper.from_array(tools.weight(32, 16))
-    body.node[0].attribute.append(onnx.helper.make_attribute("value", table))
-    proto = tools.build(
-        "g (int64[N] i) => (float[N, 16] y) { y = test.Table (i) }", functions=[body]
-    )
-    model = load(proto)
-    canonicalize(model)
-    assert tools.differences(proto, tools.proto_of(model)) == []
-
-
 def test_in_ir_3_lifted_constants_are_listed_as_inputs(tools):
     proto = tools.build(
         "g (float[N, 16] x) => (float[N, 16] y) { w = Constant () y = MatMul (x, w) }",

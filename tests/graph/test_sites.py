@@ -277,22 +277,6 @@ def test_every_other_tensor_has_its_reason(tools):
     assert set(reasons(proto, min_size=64)) == {"codes", "scale", "wide", "numbers"}
 
 
-def test_constants_in_function_bodies_are_listed(tools):
-    body = onnx.parser.parse_function(
-        '<opset_import: ["" : 17], domain: "test"> Table (i) => (y) '
-        "{ t = Constant () y = Gather (t, i) }"
-    )
-    table = numpy_helper.from_array(tools.weight(32, 16))
-    body.node[0].attribute.append(helper.make_attribute("value", table))
-    proto = tools.build(
-        "g (int64[N] i) => (float[N, 16] y) { y = test.Table (i) }", functions=[body]
-    )
-    (tensor,) = found_in(proto)[1].skipped
-    assert tensor.name == "test::Table/t" and tensor.shape == (32, 16)
-    assert tensor.reason == "in the body of function test::Table"
-    assert tensor.uses == ("Gather",) and tensor.nbytes == 2048
-
-
 def test_a_weight_given_to_a_function_is_a_site(tools):
     body = onnx.parser.parse_function(
         '<opset_import: ["" : 17], domain: "test"> Linear (x, w) => (y) { y = MatMul (x, w) }'
