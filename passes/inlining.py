@@ -65,7 +65,8 @@ def _chosen(model: ir.Model, has_weights: Callable[[ir.Node], bool]) -> list[Ide
 def _calls(model: ir.Model) -> Calls:
     """The calls of every function, wherever they are."""
     found: Calls = defaultdict(list)
-    for body in (model.graph, *model.functions.values()):
+    bodies = [model.graph, *(function.graph for function in model.functions.values())]
+    for body in bodies:
         for node in body.all_nodes():
             if node.op_identifier() in model.functions:
                 found[node.op_identifier()].append(node)

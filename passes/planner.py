@@ -16,7 +16,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.estimates import Estimates
 from onnxcomp.passes.fitting import fit
-from onnxcomp.passes.menus import Menu, keep, menu, uniform
+from onnxcomp.passes.menus import Menu, keep, menu, uniform, uniform_bits
 from onnxcomp.passes.plan import Budget, Plan, SkippedWeight, Source
 from onnxcomp.passes.settings import Rule, Settings, match_rule, method_names
 from onnxcomp.passes.sites import find_sites
@@ -105,14 +105,15 @@ def _choice(candidate: Candidate, settings: Settings) -> Choice:
 
 
 def _equal(menus: Sequence[Menu], bits: int, settings: Settings) -> list[Candidate]:
-    """One candidate for each menu at `bits` bits per weight, or at those of its rule."""
+    """One candidate for each menu: with equal bits (`uniform_bits`), or those of its rule."""
     return [uniform(menu, _bits_of_rule(menu, settings, bits)) for menu in menus]
 
 
 def _bits_of_rule(menu: Menu, settings: Settings, bits: int) -> int:
     fixed = _rule(menu.site, settings).params
     names = {CODECS[candidate.codec].width for candidate in menu.options}
-    return next((int(fixed[name]) for name in names if name is not None and name in fixed), bits)
+    given = (int(fixed[name]) for name in names if name is not None and name in fixed)
+    return next(given, uniform_bits(menu, bits))
 
 
 def _check_bits(bits: int, methods: Sequence[str]) -> None:

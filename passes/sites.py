@@ -21,7 +21,14 @@ from onnxcomp.passes.codecs.codec import DOMAIN, Array, Use, WeightSite
 from onnxcomp.passes.record import compressed_tensors
 from onnxcomp.passes.scopes import LISTING_IR, Scope, default_opset, find_initializer, scopes
 from onnxcomp.passes.tensors import SparseTensor, dtype_name, is_float, shape_of
-from onnxcomp.passes.tracing import Leaf, Orientation, leaves, qualified_type, view_of
+from onnxcomp.passes.tracing import (
+    Leaf,
+    Orientation,
+    filters_input,
+    leaves,
+    qualified_type,
+    view_of,
+)
 
 __all__ = ["MIN_SIZE", "Sites", "Skipped", "find_sites", "read_weight"]
 
@@ -204,7 +211,7 @@ def find_sites(
             found = sorted(leaves(value, view_of(tensor)), key=lambda leaf: order[leaf.node])
             reason = search.reason(scope, value, found)
             if reason is None:
-                sites.append(_site(scope, value, tensor, found))
+                sites.append(_site(model, scope, value, tensor, found))
             elif is_float(tensor.dtype) or tensor.nbytes >= min_size:
                 ops = (qualified_type(leaf.node) for leaf in found)
                 skipped.append(_skip(value.name or "", tensor, ops, reason))
@@ -260,7 +267,11 @@ def _orientation(found: Sequence[Leaf], tensor: ir.TensorProtocol) -> Orientatio
 
 
 def _site(
-    scope: Scope, value: ir.Value, tensor: ir.TensorProtocol, found: Sequence[Leaf]
+    model: ir.Model,
+    scope: Scope,
+    value: ir.Value,
+    tensor: ir.TensorProtocol,
+    found: Sequence[Leaf],
 ) -> WeightSite:
     chosen = _orientation(found, tensor)
     uses = tuple(
@@ -282,6 +293,7 @@ def _site(
         rows=chosen.rows,
         length=chosen.length,
         transposed=chosen.transposed,
+        filters_input=any(filters_input(leaf.node, model) for leaf in found),
     )
 
 

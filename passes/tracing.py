@@ -18,10 +18,16 @@ from onnxcomp.passes.codecs.codec import Need
 from onnxcomp.passes.scopes import is_default_domain
 from onnxcomp.passes.tensors import shape_of
 
-__all__ = ["Leaf", "Orientation", "View", "leaves", "qualified_type", "view_of"]
+__all__ = ["Leaf", "Orientation", "View", "filters_input", "leaves", "qualified_type", "view_of"]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+# Operators that only move or scale the samples of a signal.
+_MOVES = frozenset(
+    (
+        *("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Pad"),
+        *("Slice", "Split", "Concat", "Add", "Sub", "Mul", "Div", "BatchNormalization"),
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -206,3 +212,15 @@ def _need(
         case "Gather", 0 if node.attributes.get_int("axis", 0) in (0, -2):
             return "gather", view.rows_of()
     return "dense", None
+
+
+def filters_input(node: ir.Node, model: ir.Model) -> bool:
+    """Whether a node is a convolution of an input of the model, as it is, moved or scaled."""
+    if node.op_type != "Conv" or not is_default_domain(node.domain):
+        return False
+    value = node.inputs[0]
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in _MOVES or not producer.inputs:
+            return False
+        value = producer.inputs[0]
+    return value is not None and value.const_value is None and value.graph is model.graph

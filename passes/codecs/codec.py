@@ -87,6 +87,7 @@ class WeightSite:
         rows: Rows of the canonical matrix.
         length: Columns of the canonical matrix; ``rows * length`` is the number of elements.
         transposed: True when the stored 2-D tensor is ``(length, rows)``.
+        filters_input: Whether a convolution filters an input of the model with it.
     """
 
     name: str
@@ -97,6 +98,7 @@ class WeightSite:
     rows: int
     length: int
     transposed: bool
+    filters_input: bool = False
 
     @property
     def size(self) -> int:

@@ -332,3 +332,30 @@ def test_a_site_of_another_model_cannot_be_read(tools):
     lost = dataclasses.replace(found.sites[0], name="lost")
     with pytest.raises(ModelError, match="no initializer 'lost'"):
         read_weight(model, lost)
+
+
+SIGNAL = """
+signal (float[1, 64] sound, bool go) => (float[A, B, C] y, float[D, E, F] z) {
+    axis = Constant <value_ints = [1]> ()
+    line = Unsqueeze (sound, axis)
+    half = Mul (line, scale)
+    y = Conv <strides = [8]> (half, first)
+    r = Relu (y)
+    z = If (go) <
+        then_branch = yes () => (float[D, E, F] a) { a = Conv (line, captured) },
+        else_branch = no () => (float[D, E, F] b) { b = Conv (r, second) }
+    >
+}
+"""
+
+
+def test_filters_of_raw_inputs_are_marked(tools):
+    weights = {
+        "scale": tools.weight(1),
+        "first": tools.weight(16, 1, 16),
+        "captured": tools.weight(8, 1, 16, seed=1),
+        "second": tools.weight(8, 16, 3),
+    }
+    found = found_in(tools.build(SIGNAL, weights))[1]
+    marked = {site.name: site.filters_input for site in found.sites}
+    assert marked == {"first": True, "captured": True, "second": False}

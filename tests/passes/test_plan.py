@@ -4,8 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
+import onnxcomp as oc
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.choices import Candidate, Choice
 from onnxcomp.passes.codecs import CODECS
@@ -183,3 +187,20 @@ def test_a_plan_keeps_its_prediction_until_it_is_edited(plan: Plan) -> None:
     assert Plan.loads(plan.dumps()).portable_load_bytes == 5
     plan["a.weight"] = plan["a.weight"].with_(bits=3)
     assert plan.portable_load_bytes is None
+
+
+def test_filters_of_raw_inputs_get_more_bits(tmp_path: Path) -> None:
+    graph = onnx.parser.parse_graph(
+        "g (float[1, 1, 900] x) => (float[1, 32, 1] y) "
+        "{ h = Conv (x, first) r = Relu (h) y = Conv (r, second) }"
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in {"first": (64, 1, 256), "second": (32, 64, 645)}.items():
+        array = rng.standard_normal(shape).astype(np.float32)
+        graph.initializer.append(numpy_helper.from_array(array, name))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "model.onnx")
+    plan = oc.plan(tmp_path / "model.onnx", bits=4, method="hyper")
+    assert [choice.params.to_json()["bits"] for choice in plan] == [6, 4]
+    fixed = oc.plan(tmp_path / "model.onnx", bits=4, method="hyper", set_="first:bits=3")
+    assert [choice.params.to_json()["bits"] for choice in fixed] == [3, 4]
