@@ -1,0 +1,202 @@
+"""Networks and data of bench_lorita.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+__all__ = ["FULL", "NETWORKS", "Recipe", "Split", "cifar10", "mnist"]
+
+# CIFAR-10 mean and standard deviation, as torchvision's recipes have them.
+_MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images and labels, for training and for judging."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+
+
+def _idx(path: Path) -> np.ndarray[Any, Any]:
+    content = gzip.decompress(path.read_bytes())
+    dims = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(content[3])]
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * len(dims)).reshape(dims)
+
+
+def mnist(folder: Path, count: int) -> Split:
+    """The 10,000 images of MNIST's test set: 8,000 to train on, 2,000 to judge by."""
+    pixels = _idx(folder / "mnist" / "t10k-images-idx3-ubyte.gz").astype(np.float32) / 255
+    labels = torch.from_numpy(_idx(folder / "mnist" / "t10k-labels-idx1-ubyte.gz").astype(np.int64))
+    images = torch.from_numpy((pixels - 0.1307) / 0.3081)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order, None], labels[order]
+    count = min(count, 8000)
+    return Split(images[:count], labels[:count], images[8000:], labels[8000:])
+
+
+def _jpegs(path: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    from PIL import Image
+
+    with np.load(path) as data:
+        blob, offsets, labels = data["blob"], data["offsets"], data["labels"][:count]
+    pixels = np.stack(
+        [
+            np.asarray(Image.open(io.BytesIO(blob[start:end].tobytes())).convert("RGB"))
+            for start, end in itertools.pairwise(offsets[: count + 1])
+        ]
+    )
+    images = (pixels.astype(np.float32) / 255 - np.float32(_MEAN)) / np.float32(_STD)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
+        labels.astype(np.int64)
+    )
+
+
+def cifar10(folder: Path, count: int) -> Split:
+    """Up to 20,000 training images and the first 4,000 of the test set, from JPEG copies."""
+    train = _jpegs(folder / "cifar10" / "cifar10_train_jpegbytes.npz", min(count, 20000))
+    return Split(*train, *_jpegs(folder / "cifar10" / "cifar10_test_jpegbytes.npz", 4000))
+
+
+def perceptron() -> nn.Module:
+    """784 - 256 - 256 - 10."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
+    )
+
+
+def _block(channels: int, out: int, stride: int) -> list[nn.Module]:
+    conv = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
+    return [conv, nn.BatchNorm2d(out), nn.ReLU()]
+
+
+def small_cnn() -> nn.Module:
+    """Four 3 x 3 convolutions with batch norm, 24 to 96 channels, and a classifier."""
+    return nn.Sequential(
+        *_block(3, 24, 2),
+        *_block(24, 48, 1),
+        *_block(48, 96, 2),
+        *_block(96, 96, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(96, 10),
+    )
+
+
+class _Encoder(nn.Module):
+    """Attention and MLP, both after a norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.read, self.write = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        split = self.read(self.norms[0](x)).reshape(batch, tokens, 3, self.heads, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        x = x + self.write(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.down(functional.gelu(self.up(self.norms[1](x))))
+
+
+class SmallViT(nn.Module):
+    """8 x 8 patches (four pixels of overlap), width 96, three layers of four heads."""
+
+    def __init__(self, width: int = 96, layers: int = 3) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 8, stride=4, padding=2)
+        self.places = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.layers = nn.Sequential(*(_Encoder(width, 4) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.places
+        scores: torch.Tensor = self.head(self.norm(self.layers(x)).mean(1))
+        return scores
+
+
+class _Residual(nn.Module):
+    """The block of ResNet20, with a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        first, second = _block(channels, out, stride), _block(out, out, 1)[:2]
+        self.body = nn.Sequential(*first, *second)
+        same = stride == 1 and channels == out
+        self.skip = nn.Identity() if same else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.relu(self.body(x) + self.skip(x))
+
+
+def resnet20() -> nn.Module:
+    """ResNet20 of He et al. for CIFAR-10."""
+    widths = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)]
+    blocks = [_Residual(*width) for width in [*widths, (64, 64, 1), (64, 64, 1)]]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
+    return nn.Sequential(*_block(3, 16, 1), *blocks, *head)
+
+
+def vgg16() -> nn.Module:
+    """VGG16 with batch norm and one linear layer, as used for CIFAR-10."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        layers += _block(channels, width, 1) if width else [nn.MaxPool2d(2)]
+        channels = width or channels
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        build: Makes it.
+        data: Reads its images.
+        epochs: Passes over the training images.
+        rate: Highest learning rate of one cycle of Adam, or of SGD with momentum.
+        decay: Weight decay (L2) of all weights that `lorita` may factor.
+        crops: Whether images are shifted and mirrored.
+        sgd: Whether SGD with momentum 0.9 is used.
+    """
+
+    build: Callable[[], nn.Module]
+    data: Callable[[Path, int], Split]
+    epochs: int
+    rate: float
+    decay: float
+    crops: bool = True
+    sgd: bool = False
+
+
+NETWORKS = {
+    "mnist-mlp": Recipe(perceptron, mnist, 25, 2e-3, 1e-3, crops=False),
+    "cifar10-cnn": Recipe(small_cnn, cifar10, 10, 4e-3, 3e-4),
+    "cifar10-vit": Recipe(SmallViT, cifar10, 10, 1.5e-3, 1e-4),
+}
+FULL = {
+    "cifar10-resnet20": Recipe(resnet20, cifar10, 300, 0.01, 1e-3, sgd=True),
+    "cifar10-vgg16": Recipe(vgg16, cifar10, 300, 0.01, 1e-3, sgd=True),
+}
