@@ -7,11 +7,19 @@ from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.half import HalfCodec
 from onnxcomp.passes.codecs.hyper import HyperCodec
 from onnxcomp.passes.codecs.integer import IntegerCodec
+from onnxcomp.passes.codecs.lowrank import LowRankCodec
 from onnxcomp.passes.codecs.winding import WindingCodec
 
 __all__ = ["CODECS"]
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
-    for codec in (DenseCodec(), HyperCodec(), IntegerCodec(), HalfCodec(), WindingCodec())
+    for codec in (
+        DenseCodec(),
+        HyperCodec(),
+        IntegerCodec(),
+        HalfCodec(),
+        LowRankCodec(),
+        WindingCodec(),
+    )
 }

@@ -1,0 +1,267 @@
+"""The low-rank codec: a weight as the product of two thin matrices, in standard operators.
+
+``x W^T`` becomes ``(x down) up``: fewer multiplications and fewer bytes as soon as ``rank`` is below
+``rows * length / (rows + length)``. Any runtime that can multiply matrices runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs import lowrank_factors
+from onnxcomp.passes.codecs.codec import (
+    Array,
+    Attribute,
+    Builder,
+    Kind,
+    LoadMemory,
+    Params,
+    Payload,
+    Stats,
+    TensorLayout,
+    WeightSite,
+)
+from onnxcomp.passes.codecs.lowrank_factors import Factors
+from onnxcomp.passes.codecs.moments import damped, with_weight_error
+
+__all__ = ["LowRankCodec", "LowRankParams", "break_even", "offered_ranks"]
+
+V = TypeVar("V")
+
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+# Ranks offered are multiples of this: kernels work on blocks of 8 columns and more.
+STEP = 8
+_OFFERS = 24
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LowRankParams(Params):
+    """Settings of the low-rank codec.
+
+    Attributes:
+        rank: Columns of the first factor and rows of the second one, 1 or more.
+    """
+
+    rank: int = 64
+
+
+def _typed(params: Params) -> LowRankParams:
+    if not isinstance(params, LowRankParams):
+        raise UsageError(f"{type(params).__name__} are not settings of the codec lowrank")
+    return params
+
+
+def break_even(rows: int, length: int) -> int:
+    """The largest rank at which two factors have fewer elements than the matrix."""
+    return (rows * length - 1) // (rows + length)
+
+
+def offered_ranks(rows: int, length: int) -> list[int]:
+    """Multiples of `STEP` up to `break_even`, all or an even choice, from high to low."""
+    ranks = range(STEP, break_even(rows, length) + 1, STEP)
+    if len(ranks) <= _OFFERS:
+        return list(reversed(ranks))
+    # Denser among the low ranks: their neighbours differ by a larger share of bytes.
+    shares = (np.arange(1, _OFFERS + 1) / _OFFERS) ** 1.5
+    chosen = {ranks[max(0, round(share * len(ranks)) - 1)] for share in shares}
+    return sorted(chosen, reverse=True)
+
+
+class LowRankCodec:
+    """Two factors in the dtype of the site.
+
+    A weight with products is stored as ``down (length, rank)`` and ``up (rank, rows)``, ready to be
+    multiplied with; any other one as ``left (rows, rank)`` and ``right (rank, length)``.
+    """
+
+    name: ClassVar[str] = "lowrank"
+    summary: ClassVar[str] = (
+        "two thin matrices: smaller and faster with standard operators, by values or for inputs"
+    )
+    params_type: ClassVar[type[Params]] = LowRankParams
+
+    def refuse(self, site: WeightSite) -> str | None:
+        """Why no rank of this codec suits the site; None when one does."""
+        if site.dtype not in _DTYPES:
+            return f"lowrank stores float32, float16 and bfloat16, not {site.dtype}"
+        if break_even(site.rows, site.length) < STEP:
+            least = STEP * (site.rows + site.length)
+            shape = f"{site.rows} x {site.length}"
+            return f"{shape} has {site.size} weights, factors of rank {STEP} have {least}"
+        return None
+
+    def check(self, params: Params) -> None:
+        """Raise `UsageError` when the rank is out of range."""
+        rank = _typed(params).rank
+        if rank < 1:
+            raise UsageError(f"lowrank: rank={rank}", hint="ranks are 1 or more")
+
+    def candidates(self, site: WeightSite) -> Sequence[LowRankParams]:
+        """Ranks at which the factors are smaller than the weight, from most to fewest bytes."""
+        if self.refuse(site) is not None:
+            return []
+        return [LowRankParams(rank) for rank in offered_ranks(site.rows, site.length)]
+
+    def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
+        """The two factors."""
+        rank, dtype = _typed(params).rank, _DTYPES[site.dtype]
+        if _multiplied(site):
+            shapes = {"down": (site.length, rank), "up": (rank, site.rows)}
+        else:
+            shapes = {"left": (site.rows, rank), "right": (rank, site.length)}
+        return {key: TensorLayout(shape, dtype) for key, shape in shapes.items()}
+
+    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
+        """Nothing."""
+        return {}
+
+    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
+        """None."""
+        return {}
+
+    def size(self, site: WeightSite, params: Params) -> int:
+        """Bytes of both factors."""
+        return _typed(params).rank * (site.rows + site.length) * site.itemsize
+
+    def predict(self, site: WeightSite, params: Params) -> float:
+        """Relative error for weights without structure; `measure` looks at them."""
+        return lowrank_factors.expected_error(site.rows, site.length, _typed(params).rank)
+
+    def measure(
+        self, site: WeightSite, weight: Array, params: Sequence[Params], stats: Stats | None = None
+    ) -> list[float]:
+        """Relative errors of the weight, or of its products, exactly, at several ranks at once.
+
+        Args:
+            site: The weight.
+            weight: Its values ``(rows, length)``.
+            params: Settings to judge.
+            stats: Inputs to judge products by; None to judge the weight itself.
+        """
+        energies = lowrank_factors.spectrum(weight, None if stats is None else stats.gram)
+        return [lowrank_factors.truncation_error(energies, _typed(p).rank) for p in params]
+
+    def encode(
+        self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
+    ) -> Payload:
+        """The truncated singular value decomposition.
+
+        Raises:
+            UsageError: The factors would have as many elements as the weight, or more.
+        """
+        rank = _checked(site, params)
+        return _stored(site, lowrank_factors.factorize(weight, rank))
+
+    def calibrates(self, site: WeightSite, params: Params) -> bool:
+        """Always."""
+        return True
+
+    def encode_calibrated(
+        self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
+    ) -> Payload:
+        """The product that changes the outputs least for inputs with the moments of `stats`.
+
+        Rows that are looked up as well count a little for themselves, too.
+        """
+        rank, moments = _checked(site, params), damped(stats)
+        if stats.frequencies is not None:
+            moments = with_weight_error(moments, weight)
+        target = weight
+        if stats.cross is not None:
+            target = lowrank_factors.anchored_weight(weight, _shrunk(stats, moments), moments)
+        return _stored(site, lowrank_factors.factorize(target, rank, moments))
+
+    def decode(self, site: WeightSite, payload: Payload) -> Array:
+        """The product of the factors in float32."""
+        left, right = _factors(payload)
+        if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+            raise ValueError(f"factors {left.shape} and {right.shape} do not fit")
+        return np.asarray(left.astype(np.float32) @ right.astype(np.float32))
+
+    def kinds(self, site: WeightSite) -> frozenset[Kind]:
+        """Products and look-ups where the site has such uses; the dense weight always."""
+        kinds: set[Kind] = {"weight", "decode"}
+        kinds.update(use.need for use in site.uses if use.need != "dense")
+        return frozenset(kinds)
+
+    def factors(self, builder: Builder[V], site: WeightSite, payload: Payload) -> tuple[V, V]:
+        """``left (rows, rank)`` and ``right (rank, length)``, whose product is the weight."""
+        if "left" in payload.tensors:
+            return builder.tensor("left"), builder.tensor("right")
+        swap = {"perm": (1, 0)}
+        down, up = builder.tensor("down"), builder.tensor("up")
+        return builder.node("Transpose", [up], swap), builder.node("Transpose", [down], swap)
+
+    def emit(
+        self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
+    ) -> V:
+        """Two products.
+
+        ``x W^T -> MatMul(MatMul(x, down), up)``, ``W[i] -> MatMul(Gather(left, i), right)``, and
+        ``W -> MatMul(left, right)``, which is constant.
+        """
+        if kind == "matmul":
+            assert x is not None
+            thin = builder.node("MatMul", [x, builder.tensor("down")])
+            return builder.node("MatMul", [thin, builder.tensor("up")])
+        left, right = self.factors(builder, site, payload)
+        if kind == "gather":
+            assert x is not None
+            left = builder.node("Gather", [left, x], {"axis": 0})
+        return builder.node("MatMul", [left, right])
+
+    def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
+        """Nothing for products and look-ups; the dense weight is multiplied out."""
+        return LoadMemory(0 if kind in ("matmul", "gather") else site.nbytes, 0)
+
+    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
+        """None are needed."""
+        return ()
+
+
+def _multiplied(site: WeightSite) -> bool:
+    return any(use.need == "matmul" for use in site.uses)
+
+
+def _checked(site: WeightSite, params: Params) -> int:
+    """The rank, when the factors are smaller than the weight."""
+    rank, most = _typed(params).rank, break_even(site.rows, site.length)
+    if not 1 <= rank <= most:
+        raise UsageError(
+            f"lowrank: rank={rank} for {site.name!r}, a weight of {site.rows} x {site.length}",
+            hint=f"ranks of 1 to {most} make it smaller" if most else "store it otherwise",
+        )
+    return rank
+
+
+def _stored(site: WeightSite, factors: Factors) -> Payload:
+    dtype = _DTYPES[site.dtype]
+    left, right = factors.left.astype(dtype), factors.right.astype(dtype)
+    if _multiplied(site):
+        return Payload({"down": np.ascontiguousarray(right.T), "up": np.ascontiguousarray(left.T)})
+    return Payload({"left": left, "right": right})
+
+
+def _factors(payload: Payload) -> tuple[Array, Array]:
+    """``left (rows, rank)`` and ``right (rank, length)`` of a payload."""
+    if "left" in payload.tensors:
+        return payload.tensors["left"], payload.tensors["right"]
+    return payload.tensors["up"].T, payload.tensors["down"].T
+
+
+def _shrunk(stats: Stats, moments: Array) -> Array:
+    """``C`` with what was added to ``G``: a least-squares fit that shrinks to the weight."""
+    assert stats.cross is not None
+    return np.asarray(stats.cross + (moments - stats.gram))
