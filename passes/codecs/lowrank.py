@@ -1,7 +1,7 @@
 """The low-rank codec: a weight as the product of two thin matrices, in standard operators.
 
-``x W^T`` becomes ``(x down) up``: fewer multiplications and fewer bytes as soon as ``rank`` is below
-``rows * length / (rows + length)``. Any runtime that can multiply matrices runs it.
+``x W^T`` becomes ``(x down) up``: fewer multiplications and fewer bytes as soon as the rank is
+below ``rows * length / (rows + length)``. Any runtime that can multiply matrices runs it.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def offered_ranks(rows: int, length: int) -> list[int]:
     if len(ranks) <= _OFFERS:
         return list(reversed(ranks))
     # Denser among the low ranks: their neighbours differ by a larger share of bytes.
-    shares = (np.arange(1, _OFFERS + 1) / _OFFERS) ** 1.5
-    chosen = {ranks[max(0, round(share * len(ranks)) - 1)] for share in shares}
+    shares = (np.arange(_OFFERS) / (_OFFERS - 1)) ** 1.5
+    chosen = {ranks[round(share * (len(ranks) - 1))] for share in shares}
     return sorted(chosen, reverse=True)
 
 
@@ -91,6 +91,9 @@ class LowRankCodec:
         "two thin matrices: smaller and faster with standard operators, by values or for inputs"
     )
     params_type: ClassVar[type[Params]] = LowRankParams
+    # Plans look at every weight's singular values: that is done where it is asked for.
+    automatic: ClassVar[bool] = False
+    width: ClassVar[str | None] = None
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no rank of this codec suits the site; None when one does."""
