@@ -177,11 +177,12 @@ def _names(sources: Sequence[_Source]) -> list[str]:
 class _Moments:
     """Sums over input vectors."""
 
-    def __init__(self, length: int, *, cross: bool = False) -> None:
+    def __init__(self, length: int, *, cross: bool = False, reference: bool = False) -> None:
         self.tokens = 0
         self.sum = np.zeros(length)
         self.square = np.zeros((length, length))
         self.cross = np.zeros((length, length)) if cross else None
+        self.reference = np.zeros((length, length)) if reference else None
 
     def add(self, x: Array, reference: Array | None) -> None:
         """Add vectors ``(n, length)``; `reference` holds the same ones of another model."""
@@ -193,6 +194,8 @@ class _Moments:
                 if self.cross is not None and reference is not None:
                     other = reference[start : start + _CHUNK].astype(np.float32, copy=False)
                     self.cross += other.T @ part
+                    if self.reference is not None:
+                        self.reference += other.T @ other
         self.tokens += len(x)
 
     @property
@@ -268,7 +271,8 @@ class Calibration:
     def _observe(self, sources: Sequence[_Source], sites: Sequence[WeightSite]) -> Stats:
         site = sites[0]
         seen = _Moments(site.length, cross=self._dense is not None)
-        kept = _Moments(site.length)
+        paired = self._dense is not None
+        kept = _Moments(site.length, cross=paired, reference=paired)
         counts = np.zeros(site.rows) if any(s.kind == "indices" for s in sources) else None
         names = _names(sources)
         found = self._chain.advance(names)
@@ -299,7 +303,7 @@ class Calibration:
             return
         cut = len(x) - len(x) // HELD_OUT
         seen.add(x[:cut], None if reference is None else reference[:cut])
-        kept.add(x[cut:], None)
+        kept.add(x[cut:], None if reference is None else reference[cut:])
 
 
 def _stats(site: WeightSite, seen: _Moments, kept: _Moments, counts: Array | None) -> Stats:
@@ -317,7 +321,13 @@ def _stats(site: WeightSite, seen: _Moments, kept: _Moments, counts: Array | Non
         held_out=kept.square / kept.tokens if kept.tokens else None,
         cross=None if seen.cross is None else seen.cross / tokens,
         frequencies=counts,
+        held_cross=_mean(kept.cross, kept.tokens),
+        held_reference=_mean(kept.reference, kept.tokens),
     )
+
+
+def _mean(total: Array | None, tokens: int) -> Array | None:
+    return None if total is None or not tokens else total / tokens
 
 
 def collect(

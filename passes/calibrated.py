@@ -19,6 +19,7 @@ from onnxcomp.passes.calibrate import HELD_OUT, Calibration, Feed
 from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import (
+    AnchoredCodec,
     Array,
     CalibratedCodec,
     Codec,
@@ -26,7 +27,7 @@ from onnxcomp.passes.codecs.codec import (
     Stats,
     WeightSite,
 )
-from onnxcomp.passes.codecs.moments import output_error
+from onnxcomp.passes.codecs.moments import held_out_error
 from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.settings import suggest
 from onnxcomp.passes.sites import read_weight
@@ -159,7 +160,9 @@ def encode_calibrated(
         ModelError: The model does not run, or inputs of a weight hold NaN or infinite values.
     """
     able = [site for site in work if _codec(site, plan[site.name])]
-    calibration = Calibration(model, samples.feeds, able, folder=folder)
+    anchored = any(isinstance(CODECS[plan[site.name].codec], AnchoredCodec) for site in able)
+    reference = model if anchored and samples.sequential else None
+    calibration = Calibration(model, samples.feeds, able, reference=reference, folder=folder)
     observed = {site.name for site in able} - set(calibration.reasons)
 
     def replace(site: WeightSite, coded: Coded) -> None:
@@ -193,17 +196,19 @@ def _better(
     codec = _codec(site, choice)
     if plain.payload is None or codec is None:
         return plain
-    if stats.held_out is None:
+    if not isinstance(codec, AnchoredCodec):
+        stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
+    before = held_out_error(weight, codec.decode(site, plain.payload), stats)
+    if before is None:
         return dataclasses.replace(plain, note="not calibrated: too few inputs to keep some back")
-    before = output_error(weight, codec.decode(site, plain.payload), stats.held_out)
     try:
         payload = codec.encode_calibrated(site, weight, choice.params, stats, threads=jobs)
     except ModelError as error:
         note = f"not calibrated: {error.message}"
         return dataclasses.replace(plain, output_error=before, note=note)
     decoded = codec.decode(site, payload)
-    after = output_error(weight, decoded, stats.held_out)
-    if not after < before:
+    after = held_out_error(weight, decoded, stats)
+    if after is None or not after < before:
         note = f"not calibrated: held-out output error {after:.4g}, plainly encoded {before:.4g}"
         log.info("%s: %s", site.name, note)
         return dataclasses.replace(plain, output_error=before, note=note)

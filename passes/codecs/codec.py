@@ -18,6 +18,7 @@ import onnx
 
 __all__ = [
     "DOMAIN",
+    "AnchoredCodec",
     "Array",
     "Attribute",
     "Builder",
@@ -134,6 +135,8 @@ class Stats:
         held_out: Second moments of inputs that are in none of the others; None where there was
             too little data to keep any back.
         cross: ``E[x_ref x^T]`` with the inputs `x_ref` of a reference model; None without one.
+        held_cross: The same over the held-out inputs.
+        held_reference: ``E[x_ref x_ref^T]`` over the held-out inputs.
         frequencies: How often each row was looked up, float64 ``(rows,)``; None without look-ups.
     """
 
@@ -144,6 +147,8 @@ class Stats:
     held_out: Array | None = None
     cross: Array | None = None
     frequencies: Array | None = None
+    held_cross: Array | None = None
+    held_reference: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -355,3 +360,16 @@ class CalibratedCodec(Codec, Protocol):
     ) -> Payload:
         """`encode` for inputs with the second moments of `stats`; same layout, same attributes."""
         ...
+
+
+@runtime_checkable
+class AnchoredCodec(CalibratedCodec, Protocol):
+    """A calibrated codec that aims at the outputs of the dense model, earlier errors included.
+
+    It is given `Stats.cross`, and judged by what its products differ from those of the dense model.
+
+    Attributes:
+        anchored: True.
+    """
+
+    anchored: ClassVar[Literal[True]]

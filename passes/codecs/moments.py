@@ -6,7 +6,7 @@ import numpy as np
 
 from onnxcomp.passes.codecs.codec import Array, Stats
 
-__all__ = ["ENOUGH", "LOOK_UPS", "damped", "output_error", "with_weight_error"]
+__all__ = ["ENOUGH", "LOOK_UPS", "damped", "held_out_error", "output_error", "with_weight_error"]
 
 # Below this many input vectors for each column the moments are taken with more reserve.
 ENOUGH = 5
@@ -76,4 +76,28 @@ def output_error(weight: Array, decoded: Array, moments: Array) -> float:
     """
     power = _energy(weight, moments)
     noise = _energy(np.asarray(decoded) - weight, moments)
+    return float(np.sqrt(max(0.0, noise) / power)) if power > 0.0 else 0.0
+
+
+def held_out_error(weight: Array, decoded: Array, stats: Stats) -> float | None:
+    """Relative error of products on held-out inputs; None where none were held out.
+
+    With a reference model it is the distance of ``W' x`` from the ``W x_ref`` of that model,
+    ``W G_ref W^T - 2 W C W'^T + W' G W'^T``, relative to the latter.
+
+    Args:
+        weight: ``(rows, length)``.
+        decoded: The same shape.
+        stats: Moments of the inputs.
+    """
+    if stats.held_out is None:
+        return None
+    if stats.held_cross is None or stats.held_reference is None:
+        return output_error(weight, decoded, stats.held_out)
+    power = _energy(weight, stats.held_reference)
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    noise = power + _energy(decoded, stats.held_out)
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows].astype(np.float64) @ stats.held_cross
+        noise -= 2.0 * float(np.einsum("ij,ij->", part, decoded[start : start + rows]))
     return float(np.sqrt(max(0.0, noise) / power)) if power > 0.0 else 0.0
