@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from onnxcomp.errors import CompressionError, ModelError
 from onnxcomp.passes.building import attribute
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import DOMAIN, Array, Attribute, Payload, WeightSite
+from onnxcomp.passes.factored import SPLIT_KINDS, join
 from onnxcomp.passes.graph import Change
 from onnxcomp.passes.record import (
     KEY,
@@ -241,6 +242,9 @@ class _Expander:
             record, operand = self._records[name], _operand(node, route)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
+        if kind in SPLIT_KINDS:
+            self._join(node, kind, operand, record.site)
+            return
         site, transposed = record.site, kind == "matmul"
         shape = (site.length, site.rows) if transposed else (site.rows, site.length)
         weight = self._matrix(_Matrix(site.name, shape, transposed, _DTYPES[site.dtype]))
@@ -249,6 +253,31 @@ class _Expander:
             "MatMul" if transposed else "Gather",
             [operand, weight] if transposed else [weight, operand],
         )
+        name = node.name
+        replace_value(node.outputs[0], result)
+        self._remove(node)
+        producer = result.producer()
+        assert producer is not None
+        producer.name = name
+
+    def _join(self, node: ir.Node, kind: str, operand: ir.Value, site: WeightSite) -> None:
+        """Put a convolution or recurrence with the whole weight in the place of a split one."""
+        fed = [value.producer() for value in node.inputs[:2] if value is not None]
+
+        def before(
+            op_type: str, inputs: list[ir.Value | None], attributes: Sequence[ir.Attr]
+        ) -> ir.Value:
+            return self._before(node, op_type, inputs, attributes)
+
+        try:
+            result = join(node, kind, operand, self.weight(site.name), before)
+        except ValueError as error:
+            raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
+        if result is node.outputs[0]:
+            for producer in fed:
+                if producer is not None and KEY in producer.metadata_props:
+                    self._remove(producer)
+            return
         name = node.name
         replace_value(node.outputs[0], result)
         self._remove(node)
@@ -292,8 +321,15 @@ class _Expander:
         add_initializer(self._model, value)
         return value
 
-    def _before(self, node: ir.Node, op_type: str, inputs: list[ir.Value | None]) -> ir.Value:
-        made = ir.Node("", op_type, inputs, name=self._names.node(f"{node.name}/{op_type}"))
+    def _before(
+        self,
+        node: ir.Node,
+        op_type: str,
+        inputs: list[ir.Value | None],
+        attributes: Sequence[ir.Attr] = (),
+    ) -> ir.Value:
+        name = self._names.node(f"{node.name}/{op_type}")
+        made = ir.Node("", op_type, inputs, attributes, name=name)
         made.outputs[0].name = self._names.value(made.name or op_type)
         assert node.graph is not None
         node.graph.insert_before(node, made)

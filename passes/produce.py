@@ -11,7 +11,9 @@ from typing import Any
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import Samples
 from onnxcomp.passes.choices import Choice
+from onnxcomp.passes.codecs.codec import FactoredCodec
 from onnxcomp.passes.encode import Encoded, Progress, encode
+from onnxcomp.passes.factored import has_place
 from onnxcomp.passes.graph import Saved, save
 from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.planner import Prepared
@@ -115,7 +117,11 @@ def _served(placement: Placement) -> str:
     if placement.mode == "decode":
         return "decode"
     kinds = placement.codec.kinds(placement.site)
-    fusable = any(use.need in kinds for use in placement.site.uses)
+    splits = isinstance(placement.codec, FactoredCodec)
+    fusable = any(
+        use.need in kinds or (splits and has_place(placement.site, use))
+        for use in placement.site.uses
+    )
     return "fused" if fusable and placement.mode != "folded" else "folded"
 
 

@@ -1,7 +1,8 @@
 """Put payloads in the place of weights.
 
 ``MatMul(x, W) -> HyperMatMul(x, codes, ...)``, ``Gather(W, i) -> HyperGather(i, codes, ...)``, and
-``Gemm(A, W, C) -> Add(Mul(HyperMatMul(A), alpha), Mul(C, beta))``; any other consumer of ``W``
+``Gemm(A, W, C) -> Add(Mul(HyperMatMul(A), alpha), Mul(C, beta))``; convolutions and recurrent
+operators take the factors of a codec that has them (see `factored`); any other consumer of ``W``
 reads ``Reshape(Transpose(HyperWeight(codes, ...)))``, made once for each graph that needs it. The
 operators are those of the codec. Visits the main graph and all subgraphs, which see the payloads by
 capture; function bodies are not visited.
@@ -25,6 +26,7 @@ from onnxcomp.passes.codecs.codec import (
     DOMAIN,
     Attribute,
     Codec,
+    FactoredCodec,
     Kind,
     Mode,
     Params,
@@ -32,6 +34,7 @@ from onnxcomp.passes.codecs.codec import (
     Use,
     WeightSite,
 )
+from onnxcomp.passes.factored import split, splits
 from onnxcomp.passes.graph import Change
 from onnxcomp.passes.record import (
     KEY,
@@ -138,7 +141,28 @@ class _Rewriter:
             return 0
         kinds = placement.codec.kinds(placement.site)
         uses = [use for use in placement.site.uses if use.need in kinds]
-        return sum(self._fuse_use(placement, use) for use in uses)
+        fused = sum(self._fuse_use(placement, use) for use in uses)
+        if isinstance(placement.codec, FactoredCodec):
+            others = [use for use in placement.site.uses if use.need not in kinds]
+            fused += sum(self._split_use(placement, placement.codec, use) for use in others)
+        return fused
+
+    def _split_use(self, placement: Placement, codec: FactoredCodec, use: Use) -> bool:
+        """Use the two factors of a weight one after the other; return whether that is possible."""
+        node, site = self._node(use.node), placement.site
+        if not splits(node, use, site):
+            return False
+        x = node.inputs[0]
+        assert x is not None
+        builder = self._builder(placement, node, use.node)
+        kind, result = split(builder, node, site, *codec.factors(builder, site, placement.payload))
+        producer = result.producer()
+        assert producer is not None
+        route = [0, 0]  # both ways lead through the first input of two nodes
+        producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, route])
+        if producer is not node:
+            self._put(result, node)
+        return True
 
     def _fuse_use(self, placement: Placement, use: Use) -> bool:
         node = self._node(use.node)
@@ -151,18 +175,21 @@ class _Rewriter:
         site = dataclasses.replace(placement.site, dtype=dtype)
         builder = self._builder(placement, node, use.node)
         result = _replacement(placement, site, use, node, builder)
-        producer = result.producer()
-        if producer is None:
+        if result.producer() is None:
             result = builder.node("Identity", [result])
-            producer = result.producer()
+        self._put(result, node)
+        remove_dead(reversed(path))
+        return True
+
+    def _put(self, result: ir.Value, node: ir.Node) -> None:
+        """Put a value in the place of a node's output, and its producer in that of the node."""
+        producer = result.producer()
         assert producer is not None and node.graph is not None
         replace_value(node.outputs[0], result)
         node.graph.remove(node, safe=True)
         producer.name = node.name
         if marks.GENERATED_NAME in node.meta:
             producer.meta[marks.GENERATED_NAME] = node.meta[marks.GENERATED_NAME]
-        remove_dead(reversed(path))
-        return True
 
     def _builder(self, placement: Placement, anchor: ir.Node, label: str) -> GraphBuilder:
         site, codec = placement.site, placement.codec.name

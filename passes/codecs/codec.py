@@ -24,6 +24,7 @@ __all__ = [
     "Builder",
     "CalibratedCodec",
     "Codec",
+    "FactoredCodec",
     "Kind",
     "LoadMemory",
     "MeasuredCodec",
@@ -316,6 +317,15 @@ class Codec(Protocol):
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Portable bodies of the operators that `emit` uses, valid in models of this opset."""
+        ...
+
+
+@runtime_checkable
+class FactoredCodec(Codec, Protocol):
+    """A codec whose weight is a product of two matrices that can be used one after the other."""
+
+    def factors(self, builder: Builder[V], site: WeightSite, payload: Payload) -> tuple[V, V]:
+        """``left (rows, rank)`` and ``right (rank, length)`` in the site's dtype, constant."""
         ...
 
 

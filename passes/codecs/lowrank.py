@@ -7,6 +7,7 @@ below ``rows * length / (rows + length)``. Any runtime that can multiply matrice
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -40,6 +41,9 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+
+# Relative error of rounding the factors: below this, losses are not told apart.
+_ROUNDING = {"float32": 2.0**-20, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 # Ranks offered are multiples of this: kernels work on blocks of 8 columns and more.
 STEP = 8
@@ -159,7 +163,8 @@ class LowRankCodec:
             stats: Inputs to judge products by; None to judge the weight itself.
         """
         energies = lowrank_factors.spectrum(weight, None if stats is None else stats.gram)
-        return [lowrank_factors.truncation_error(energies, _typed(p).rank) for p in params]
+        cut = [lowrank_factors.truncation_error(energies, _typed(p).rank) for p in params]
+        return [math.hypot(error, _ROUNDING[site.dtype]) for error in cut]
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
