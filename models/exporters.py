@@ -132,6 +132,8 @@ def _torchscript(
 def _flat(module: Any, example: Any) -> Any:
     """A module from tensors to tensors: this exporter knows neither keywords nor dicts."""
     torch = import_torch()
+    if isinstance(module, torch.jit.ScriptModule):  # compiled: it is not traced at all
+        return module
     from torch.utils import _pytree
 
     leaves, structure = _pytree.tree_flatten(example)

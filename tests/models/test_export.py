@@ -215,22 +215,24 @@ class Branches(nn.Module):
         return torch.cond(x.sum() > 0, lambda v: self.yes(v), lambda v: self.no(v), (x,))
 
 
-class Steps(nn.Module):
-    """Control flow that depends on values, which tracing does not see."""
+class Steps(nn.Module):  # without types: torch would read them when it compiles the module
+    """Control flow that depends on values: scripting sees it, tracing does not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(64, 64)
 
-    def forward(self, x: Any) -> Any:
-        if bool(x.sum() > 0):
-            return self.fc(x)
-        return torch.relu(x)
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.fc(x) if bool(x.sum() > 0) else torch.relu(x)
 
 
-def test_control_flow_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_control_flow_stays(exporter: str, tmp_path: Path) -> None:
     x = torch.ones(2, 64)
-    result = export(Branches(), x, tmp_path / "m.onnx", checks=[-x], bits=5, min_size=4096)
+    module = Branches() if exporter == "dynamo" else torch.jit.script(Steps())
+    result = export(
+        module, x, tmp_path / "m.onnx", exporter=exporter, checks=[-x], bits=5, min_size=4096
+    )
     assert "If" in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
     assert result.torch is not None and result.torch.samples == 2
     assert result.report.coverage == 1
