@@ -174,6 +174,6 @@ def _library(machine: Machine) -> Finding:
         return Finding(title, "problem", error.message, error.hint, facts)
     if isa == "plain":
         text = f"{path} loads; kernels: plain, slower than dense products"
-        hint = "the fast kernels need x86-64 with AVX2"
+        hint = "the fast kernels need x86-64 with AVX2, or 64-bit ARM"
         return Finding(title, "note", text, hint, facts)
     return Finding(title, "ok", f"{path} loads; kernels: {isa}", facts=facts)

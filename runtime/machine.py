@@ -21,7 +21,10 @@ _FORMS: tuple[tuple[str, frozenset[str]], ...] = (
     ("avx2vnni", _AVX2 | {"avx_vnni"}),
     ("avx2vnni", _AVX2 | {"avx512vl", "avx512_vnni"}),
     ("avx2", _AVX2),
+    ("neondot", frozenset({"asimd", "asimddp"})),
+    ("neon", frozenset({"asimd"})),
 )
+_ARM = ("aarch64", "arm64")
 _SECONDS = 10  # that nvidia-smi may take
 
 
@@ -32,7 +35,8 @@ class Machine:
     Attributes:
         processor: Its name.
         architecture: As Python names it: ``x86_64``.
-        isa: The form of the kernels that runs here: "avx512", "avx2vnni", "avx2" or "plain".
+        isa: The form of the kernels that runs here: "avx512", "avx2vnni", "avx2", "neondot",
+            "neon" or "plain".
         cores: Processors this process may use.
         memory: Bytes of memory, or of the limit of the container; None where unknown.
         available: Bytes that are free for new programs; None where unknown.
@@ -78,7 +82,9 @@ def _processor() -> tuple[str, frozenset[str]]:
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
     name = facts.get("model name") or platform.processor() or platform.machine()
-    return name, frozenset(facts.get("flags", "").split())
+    flags = facts.get("flags") or facts.get("Features", "")
+    # Every 64-bit ARM has NEON, also where the system does not tell.
+    return name, frozenset(flags.split()) | ({"asimd"} if platform.machine() in _ARM else set())
 
 
 def _cores() -> int:
