@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.errors import CompressionError, ModelError
+from onnxcomp.errors import CompressionError
 from onnxcomp.runtime.doctor import Diagnosis, Finding, environment
 from onnxcomp.runtime.machine import Machine, look
 
@@ -181,21 +181,22 @@ def _folding_bytes(path: Path) -> int:
     from onnxcomp.passes.scopes import initializers
     from onnxcomp.passes.settings import typed_params
 
-    model = load(path)
-    values = initializers(model)
     needs = []
     try:
+        model = load(path)
+        values = initializers(model)
         for name, record in read_record(model).items():
             codec = CODECS.get(record.recipe.codec)
             if codec is None or not record.recipe.params or not record.recipe.tensors:
                 continue
             params = typed_params(codec.params_type, record.recipe.params, codec.name)
+            codec.check(params)
             value = values.get(own_name(name, record.recipe.tensors[0]))
             readers = [node.op_type for node, _ in value.uses()] if value is not None else []
             needs += [
                 codec.load_memory(record.site, params, kind) for kind in map(_kind, readers) if kind
             ]
-    except ModelError:
+    except CompressionError:  # a damaged record, or one of a newer version
         return 0
     return sum(need.kept for need in needs) + max((need.working for need in needs), default=0)
 

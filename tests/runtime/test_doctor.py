@@ -119,6 +119,17 @@ def test_the_expected_memory_is_near_the_truth(tmp_path: Path) -> None:
     assert 0.5 < facts["peak_rss_bytes"] / facts["expected_bytes"] < 2
 
 
+@pytest.mark.parametrize("record", ["{", '{"version": 99}', '{"version": 1, "recipes": []}'])
+def test_a_damaged_record_does_not_stop_the_doctor(
+    twins: tuple[Path, Path], tmp_path: Path, record: str
+) -> None:
+    model = onnx.load(twins[1])
+    model.metadata_props.add(key="onnxcomp", value=record)
+    onnx.save(model, tmp_path / "m.onnx")
+    findings = by_name(onnxcomp.doctor(tmp_path / "m.onnx"))
+    assert findings["loads without the library"].status == "ok"
+
+
 def test_a_missing_or_damaged_file_is_an_invalid_model(tmp_path: Path) -> None:
     with pytest.raises(onnxcomp.errors.ModelError):
         onnxcomp.doctor(tmp_path / "absent.onnx")

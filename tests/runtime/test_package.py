@@ -230,6 +230,61 @@ def test_the_triton_configuration_is_read_back_by_triton(
     assert "/mnt/models" in (made.path / "README.md").read_text(encoding="utf-8")
 
 
+# The calls of Triton's backend, by their places in ONNX Runtime's table of functions.
+BACKEND = """
+import ctypes, sys
+from pathlib import Path
+import onnxruntime
+
+runtime = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*"), None)
+if runtime is None:
+    sys.exit("no C library in this wheel")
+base = ctypes.CDLL(str(runtime)).OrtGetApiBase
+base.restype = ctypes.POINTER(ctypes.c_void_p)
+table = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint32)(base()[0])(18)
+
+def make(index, *arguments):
+    made = ctypes.c_void_p()
+    arguments = [*arguments, ctypes.byref(made)]
+    kinds = [ctypes.c_void_p] * len(arguments)
+    status = ctypes.CFUNCTYPE(ctypes.c_void_p, *kinds)(table[index])(*arguments)
+    if status:
+        sys.exit(ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(table[2])(status).decode())
+    return made
+
+environment, options = make(3, 3, b"triton"), make(10)  # CreateEnv, CreateSessionOptions
+make(29, options, sys.argv[1].encode())                 # RegisterCustomOpsLibrary
+make(7, environment, sys.argv[2].encode(), options)     # CreateSession
+print("loaded")
+"""
+
+
+@pytest.mark.usefixtures("library")
+def test_the_configured_path_loads_by_the_call_that_the_backend_makes(
+    twins: tuple[Path, Path], tmp_path: Path, parse: Callable[[str], Any]
+) -> None:
+    bare = onnx.load(twins[1])
+    del bare.functions[:]  # so that it loads with the library only
+    onnx.save(bare, tmp_path / "bare.onnx")
+    root = tmp_path / "repository"
+    made = package(tmp_path / "bare.onnx", root, "triton", mount_prefix=str(root))
+    config = parse((made.path / "config.pbtxt").read_text(encoding="utf-8"))
+    (library,) = config.model_operations.op_library_filename
+    model = str(made.path / "1" / config.default_model_filename)
+
+    def load(library: str) -> str:
+        command = [sys.executable, "-c", BACKEND, library, model]
+        run = subprocess.run(command, cwd=made.path / "1", capture_output=True, text=True)
+        return run.stdout + run.stderr
+
+    answer = load(library)
+    if "no C library" in answer:
+        pytest.skip("this wheel of ONNX Runtime has no C library")
+    assert answer == "loaded\n"
+    # A bare file name is not looked for beside the model.
+    assert "cannot open shared object file" in load(Path(library).name)
+
+
 @pytest.mark.parametrize("batch", [0, 4])
 def test_types_scalars_and_strange_names(
     save_model: SaveModel, parse: Callable[[str], Any], batch: int
