@@ -1,4 +1,4 @@
-"""What protobuf does not check: that attributes are unique and of the types they should be."""
+"""What protobuf does not check: attributes, and operators that ONNX Runtime does not have."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import ModelError, RuntimeMissingError
+from onnxcomp.passes.codecs.codec import DOMAIN
 
-__all__ = ["check_attributes"]
+__all__ = ["check_attributes", "check_runnable"]
+
+# Domains whose operators ONNX Runtime brings along, and ours.
+_RUNTIME_DOMAINS = frozenset(
+    (
+        *("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training"),
+        *("com.microsoft", "com.microsoft.experimental", "com.microsoft.nchwc"),
+        *("com.ms.internal.nhwc", "org.pytorch.aten", DOMAIN),
+    )
+)
 
 _TYPES = onnx.AttributeProto.AttributeType
 _ELEMENTS = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
@@ -73,3 +84,25 @@ def _broken(node: onnx.NodeProto, attribute: onnx.AttributeProto, wrong: str) ->
         f"attribute {attribute.name!r} of node {node.name or node.op_type!r} is {wrong}",
         hint="the file is damaged; export the model again",
     )
+
+
+def check_runnable(model: ir.Model) -> None:
+    """Refuse operators that ONNX Runtime has no kernels and the model has no functions for.
+
+    Raises:
+        RuntimeMissingError: There are such operators.
+    """
+    bodies = [model.graph, *(function.graph for function in model.functions.values())]
+    nodes = (node for body in bodies for node in body.all_nodes())
+    unknown = {
+        f"{node.domain}::{node.op_type}"
+        for node in nodes
+        if node.domain not in _RUNTIME_DOMAINS and node.op_identifier() not in model.functions
+    }
+    if unknown:
+        names = sorted(unknown)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise RuntimeMissingError(
+            f"the model needs operators of another library: {', '.join(names[:3])}{more}",
+            hint="--no-verify compiles it without running it",
+        )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import load_samples
+from onnxcomp.passes.checks import check_runnable
 from onnxcomp.passes.graph import Saved, load, save
 from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.plan import Plan
@@ -124,6 +125,8 @@ def compile_model(
     with run.stage("load"):
         loaded = read(model)
         refuse_overwriting(loaded.files, output)
+        if run.verify or run.data is not None:
+            check_runnable(loaded.model)
     cache = None if run.cache is None else PayloadCache(run.cache)
     with workspace(output) as folder:
         reference = functools.partial(
@@ -186,8 +189,10 @@ def _publish(saved: Saved, output: Path, *, accepted: bool) -> tuple[Path, ...]:
 def _judged(result: Result, *, accepted: bool) -> Result:
     """The result, or the error that goes with it."""
     if not accepted:
+        failures = result.verify.failures if result.verify is not None else ()
+        why = " ".join(failures[0].split()) if failures else "it was not run"
         raise RejectedError(
-            f"the compressed model failed verification and was kept as {result.path}",
+            f"the compressed model failed verification: {why}; it was kept as {result.path}",
             result,
             hint="look at it with onnxcomp verify; --force publishes it all the same",
         )

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxcomp.errors import CompressionError, RuntimeMissingError
 from onnxcomp.passes.codecs.codec import Array
-from onnxcomp.passes.codecs.hyper_format import Geometry
+from onnxcomp.passes.codecs.hyper_format import LANES, Geometry
 from onnxcomp.passes.codecs.hyper_survivors import Prices
 from onnxcomp.passes.codecs.hyper_viterbi import PASSES, out_of_range
 
@@ -35,6 +35,10 @@ _FILE = "libonnxcomp_encoders.so"
 
 # Instruction sets of the encoder by number; "auto" takes the best one of the machine.
 ISAS = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+
+# Steps of the search, one for each weight and state, in one call: less than a second, because
+# signals are heard between calls only.
+_STEPS_AT_ONCE = 1 << 31
 
 _INVALID, _OUT_OF_RANGE, _NO_MEMORY = -1, -2, -3
 
@@ -156,13 +160,22 @@ def hyper_encode(
     codes = np.empty(geometry.codes_shape, np.uint8)
     scales = np.empty(geometry.scales_shape, np.float16)
     row_stride, column_stride = (stride // 4 for stride in weight.strides)
-    status = _library().onnxcomp_hyper_encode(
-        *(weight.ctypes.data, geometry.rows, geometry.length, row_stride, column_stride),
-        *(geometry.bits, geometry.state_bits, geometry.group, table.ctypes.data, spread),
-        *(passes, threads, ISAS[isa], codes.ctypes.data, scales.ctypes.data),
-    )
-    _check(status, "hyper encoder")
+    step = _rows_at_once(geometry)
+    for start in range(0, geometry.rows, step):
+        rows, panel = weight[start : start + step], start // LANES
+        status = _library().onnxcomp_hyper_encode(
+            *(rows.ctypes.data, len(rows), geometry.length, row_stride, column_stride),
+            *(geometry.bits, geometry.state_bits, geometry.group, table.ctypes.data, spread),
+            *(passes, threads, ISAS[isa], codes[panel:].ctypes.data, scales[panel:].ctypes.data),
+        )
+        _check(status, "hyper encoder")
     return codes, scales
+
+
+def _rows_at_once(geometry: Geometry) -> int:
+    """Rows of one call, a multiple of the panel: rows are independent of each other."""
+    weights = _STEPS_AT_ONCE >> geometry.state_bits
+    return max(LANES, weights // max(1, geometry.length) // LANES * LANES)
 
 
 def hyper_decode(

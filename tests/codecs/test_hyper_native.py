@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +57,28 @@ def test_native_encoder_gives_the_bytes_of_the_reference(
         found = encode_on(isa, weight, geometry, threads)
         assert np.array_equal(found[1].view(np.uint16), scales.view(np.uint16))
         assert np.array_equal(found[0], codes)
+
+
+def test_calls_for_some_rows_at_a_time_give_the_same_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = awkward(70, 131, 4)
+    geometry = Geometry(4, 7, 64, *weight.shape)
+    codes, scales = encode_on("auto", weight, geometry)
+    monkeypatch.setattr(native, "_STEPS_AT_ONCE", 40 * 131 << 7)
+    pieces = encode_on("auto", weight, geometry)
+    assert np.array_equal(pieces[0], codes)
+    assert np.array_equal(pieces[1].view(np.uint16), scales.view(np.uint16))
+
+
+def test_a_signal_ends_a_long_search_soon() -> None:
+    weight = np.zeros((16384, 8192), np.float32)  # a minute and more
+    geometry = Geometry(4, 12, 128, *weight.shape)
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    start = time.process_time()
+    with pytest.raises(KeyboardInterrupt):
+        encode_on("auto", weight, geometry)
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("group", hyper_format.GROUPS)
