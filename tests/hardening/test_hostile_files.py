@@ -298,7 +298,7 @@ def _with(value: float) -> np.ndarray[Any, Any]:
 KEPT = {
     "NaN": (_with(np.nan), "NaN"),
     "infinite": (_with(-np.inf), "infinite"),
-    "no elements": (np.zeros((0, 256), np.float32), "vector or scalar"),
+    "no elements": (np.zeros((0, 256), np.float32), "empty: a dimension is 0"),
 }
 
 
