@@ -64,7 +64,7 @@ def _model(path: Path, machine: Machine, *, runnable: bool) -> Iterator[Finding]
     size = model_bytes(path)
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     facts = {"path": str(path), "bytes": size, "opsets": opsets, "ir_version": proto.ir_version}
-    kind = f"{sum(operators.values())} compressed uses" if operators else "no compressed weights"
+    kind = _compressed_text(path)
     text = (
         f"{path}: {size / 1e6:.1f} MB, opset {opsets.get('', '-')}, IR {proto.ir_version}, {kind}"
     )
@@ -77,6 +77,20 @@ def _model(path: Path, machine: Machine, *, runnable: bool) -> Iterator[Finding]
         yield from _loads(path, operators, machine)
     else:
         yield _load(path, "model loads", library=False, needed=True)
+
+
+def _compressed_text(path: Path) -> str:
+    from onnxcomp.passes.graph import load
+    from onnxcomp.passes.record import read_record
+
+    try:
+        records = read_record(load(path))
+    except CompressionError as error:
+        return error.message
+    codecs = sorted({record.recipe.codec for record in records.values()})
+    return (
+        f"{len(records)} compressed weights ({', '.join(codecs)})" if records else "not compressed"
+    )
 
 
 def _formats(opset: int, ir_version: int) -> Iterator[Finding]:

@@ -40,6 +40,8 @@ __all__ = [
 MANIFEST = "onnxcomp.json"
 MODEL = "model.onnx"
 _FORMAT = 1
+# Names of our own files: external data under one of them would get lost.
+_RESERVED = frozenset({MODEL, MANIFEST, "README.md", "config.pbtxt", "inputs.npz", "run.py"})
 _CHUNK = 1 << 20
 
 
@@ -156,7 +158,7 @@ def _value(value: Any) -> Value:
 def _check_inside(model: Path, name: str) -> None:
     """Refuse data that would be copied from or to somewhere else than a model's folder."""
     normal = os.path.normpath(name)
-    if os.path.isabs(name) or normal.startswith("..") or normal == MODEL:
+    if os.path.isabs(name) or normal.startswith("..") or normal in _RESERVED:
         raise ModelError(
             f"external data of {model} cannot be packaged: its location is {name!r}",
             hint="save the model again: onnxcomp optimize MODEL -o OUT --method dense",
@@ -182,15 +184,20 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
     except BaseException as error:
         if old.exists() and not target.exists():
             old.rename(target)
-        if isinstance(error, OSError) and not isinstance(error, CompressionError):
-            raise UsageError(
-                f"cannot write {target}: {error.strerror or error}",
-                hint="choose a place with enough room that you may write to",
-            ) from error
+        if isinstance(error, OSError):
+            raise unwritable(target, error) from error
         raise
     finally:
         for folder in (stage, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def unwritable(target: Path, error: OSError) -> UsageError:
+    """The error of a place that cannot be written to."""
+    return UsageError(
+        f"cannot write {target}: {error.strerror or error}",
+        hint="choose a place with enough room that you may write to",
+    )
 
 
 def _check_target(target: Path, *, force: bool) -> None:
