@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from onnxcomp.errors import CompressionError, ModelError, UsageError
+from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.ops import library_path
 from onnxcomp.runtime.session import FOLDED, open_session
 from onnxcomp.runtime.structure import (
@@ -34,6 +34,9 @@ __all__ = [
     "Value",
     "gather",
     "staged",
+    "template",
+    "unwritable",
+    "without_library",
     "write_manifest",
 ]
 

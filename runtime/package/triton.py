@@ -23,6 +23,7 @@ from onnxcomp.runtime.package.contents import (
     Value,
     staged,
     template,
+    unwritable,
     without_library,
     write_manifest,
 )
@@ -91,7 +92,10 @@ def write_triton(
     config = config_text(contents, server, name)
     made = not root.exists()
     if made and root.parent.is_dir():
-        root.mkdir()
+        try:
+            root.mkdir()
+        except OSError as error:
+            raise unwritable(root, error) from error
     try:
         with staged(root / name, force=force) as folder:
             version = folder / str(server.model_version)

@@ -158,6 +158,17 @@ def test_data_outside_the_folder_are_refused(save_model: SaveModel, tmp_path: Pa
     (tmp_path / "inner" / "m.onnx").write_bytes(path.read_bytes().replace(b"w.bin", b"../w."))
     with pytest.raises(ModelError, match="cannot be packaged"):
         package(tmp_path / "inner" / "m.onnx", tmp_path / "bundle")
+    onnx.save(onnx.load(path), tmp_path / "m.onnx", save_as_external_data=True, location="run.py",
+              size_threshold=0)  # fmt: skip
+    with pytest.raises(ModelError, match=r"'run\.py'"):
+        package(tmp_path / "m.onnx", tmp_path / "bundle")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
+@pytest.mark.parametrize("kind", ["dir", "triton"])
+def test_a_place_that_cannot_be_written_to(twins: tuple[Path, Path], kind: str) -> None:
+    with pytest.raises(UsageError, match="cannot write /proc/bundle"):
+        package(twins[0], "/proc/bundle", kind)
 
 
 # Triton
