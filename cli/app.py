@@ -36,6 +36,8 @@ COMMANDS = {
     "ops": "Find the operator library for ONNX Runtime.",
     "doctor": "Check this machine and its packages, and whether a model runs here.",
     "codecs": "List the ways to store a weight, with their parameters.",
+    "report": "Make a page of a result that optimize --json printed.",
+    "config": "Write, check and describe configuration files.",
     "demo": "Compress, verify and measure a small real model that ships with onnxcomp.",
 }
 INTERRUPTED = 130

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.options import FILE, OUTPUT, input_options, plan_options
+from onnxcomp.cli.options import FILE, OUTPUT, input_options, plan_options, settings_in_effect
 from onnxcomp.cli.progress import progress
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
@@ -36,14 +36,14 @@ __all__ = ["command"]
     "earlier ones, behind the dense ones, or not at all.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only plan.")
+@click.option("--report", type=OUTPUT, help="Write the result as a page here, too: report.html.")
 @click.option("--force", is_flag=True, help="Write the result even when verification fails.")
 @with_terminal
 def command(
     terminal: Terminal,
     model: Path,
     output: Path | None,
-    data: tuple[str, ...],
-    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    report: Path | None,
     **settings: Any,
 ) -> None:
     """Write a smaller model with the same inputs and outputs.
@@ -53,14 +53,18 @@ def command(
     """
     import onnxcomp
 
+    options = settings_in_effect(settings)
+    options |= {"data": options["data"] or None, "shapes": dict(options["shapes"])}
     with progress(terminal, "encoding") as show:
         try:
-            result = onnxcomp.optimize(
-                model, output, data=data or None, shapes=dict(shapes), progress=show, **settings
-            )
+            result = onnxcomp.optimize(model, output, progress=show, **options)
             failure = None
         except (onnxcomp.TargetMissedError, onnxcomp.RejectedError) as error:
             result, failure = error.result, error
+    if report is not None:
+        from onnxcomp.passes.page import write_page
+
+        write_page(result.report.to_json(), report)
     show_result(terminal, result)
     terminal.finish(result.report.to_json(), verdict(result))
     if failure is not None:

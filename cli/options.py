@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from onnxcomp.cli.values import ratio, rule, shape, size
+from onnxcomp.passes.presets import PRESETS
 
-__all__ = ["EXTERNAL_DATA", "FILE", "OUTPUT", "input_options", "plan_options"]
+__all__ = [
+    "EXTERNAL_DATA",
+    "FILE",
+    "OUTPUT",
+    "input_options",
+    "plan_options",
+    "settings_in_effect",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,6 +36,15 @@ EXTERNAL_DATA = click.option(
 )
 
 _PLAN_OPTIONS = (
+    click.option(
+        "--preset", type=click.Choice(list(PRESETS)),
+        help="Settings with a name; other options win. " + " ".join(
+            f"{name.capitalize()}: {preset.meaning}{preset.measured and f' ({preset.measured})'}."
+            for name, preset in PRESETS.items()
+        ),
+    ),
+    click.option("--config", type=FILE, help="Settings from a YAML file; other options win. "
+                 "onnxcomp config init writes one."),
     click.option(
         "-m", "--method", multiple=True, default=("auto",), show_default=True,
         help="Codecs to choose from (repeat, or join with +); see onnxcomp codecs.",
@@ -58,8 +76,11 @@ _PLAN_OPTIONS = (
                  "as inputs; they can no longer be fed."),
     click.option("--stock", is_flag=True, help="Only methods whose models need no operator library "
                  "anywhere; onnxcomp codecs says which."),
-    click.option("--rest", type=click.Choice(["keep", "fp16"]), default="keep", show_default=True,
-                 help="Weights that no method makes smaller: as they are, or in half precision."),
+    click.option(
+        "--rest", type=click.Choice(["keep", "fp16", "exact"]), default="keep", show_default=True,
+        help="Weights that no method makes smaller: as they are, in half precision, or in half "
+        "precision where no value changes.",
+    ),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of random choices."),
 )  # fmt: skip
 
@@ -72,6 +93,30 @@ _INPUT_OPTIONS = (
         "--shape", "shapes", type=shape, multiple=True, help="Size of one input: ids:1,128."
     ),
 )  # fmt: skip
+
+
+def settings_in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a command's options, those not given taken from its preset and configuration.
+
+    Rules of the command line come before those of the file: the first match wins.
+
+    Raises:
+        UsageError: The configuration is wrong.
+    """
+    given = dict(values)
+    preset, config = given.pop("preset"), given.pop("config")
+    if preset is None and config is None:
+        return given
+    from onnxcomp.passes.config import TARGETS, config_options, merged
+    from onnxcomp.passes.presets import preset_options
+
+    source = click.get_current_context().get_parameter_source
+    explicit = {k: v for k, v in given.items() if source(k) is not ParameterSource.DEFAULT}
+    base = preset_options(preset) if config is None else config_options(config, preset=preset)
+    rules = (*explicit.get("set_", ()), *base.get("set_", ()))
+    chosen = merged(base, explicit) | {"set_": rules}
+    known = {name: value for name, value in chosen.items() if name in given}
+    return given | dict.fromkeys(TARGETS) | known
 
 
 def plan_options(function: F) -> F:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.options import FILE, OUTPUT, plan_options
+from onnxcomp.cli.options import FILE, OUTPUT, plan_options, settings_in_effect
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def command(terminal: Terminal, model: Path, output: Path | None, **settings: An
     from onnxcomp.cli.tables import show_sites
     from onnxcomp.passes.produce import planned_sites
 
-    plan = onnxcomp.plan(model, **settings)
+    plan = onnxcomp.plan(model, **settings_in_effect(settings))
     if output is not None:
         plan.save(output)
     errors = {choice.site: choice.error for choice in plan if choice.error is not None}

@@ -191,7 +191,7 @@ def _no_offer(offered: Sequence[Candidate], site: WeightSite) -> str:
     if not offered:
         return "offers no setting"
     if not any(math.isfinite(candidate.error) for candidate in offered):
-        return "cannot hold values as large or as small as these"
+        return "cannot hold these values"
     least = min(candidate.bytes for candidate in offered)
     return f"{least} bytes and about {FRAMING} of framing are not less than {site.nbytes} dense"
 

@@ -99,7 +99,8 @@ def optimize(
         portable: Whether the model carries bodies that run without the operator library.
         seed: Seed of every random choice.
         stock: Whether only codecs are used whose models need no operator of ours.
-        rest: What becomes of weights that no method makes smaller: "keep", or "fp16".
+        rest: What becomes of weights that no method makes smaller: "keep", "fp16", or "exact"
+            for half precision where no value changes.
         jobs: Threads; None for all processors. The bytes do not depend on it.
         cache: Folder of payloads of earlier runs.
         verify: Whether the result is run and compared.

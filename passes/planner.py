@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.choices import Candidate, Choice, Errors
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import Use, WeightSite
+from onnxcomp.passes.codecs.codec import Codec, Params, Use, WeightSite
 from onnxcomp.passes.estimates import Estimates
 from onnxcomp.passes.fitting import fit
 from onnxcomp.passes.menus import Menu, keep, menu, uniform, uniform_bits
@@ -30,6 +31,9 @@ Feeds = Callable[[], Sequence[Feed] | None]
 
 # Bits per weight where neither bits nor a target is asked for.
 DEFAULT_BITS = 4
+
+# The codec of what stays dense.
+_HALF = "fp16"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,8 +96,15 @@ def _menu(site: WeightSite, methods: Sequence[str], settings: Settings, errors: 
     method_names(rule.methods or methods, CODECS, stock=settings.stock)
     if settings.rest == "keep" or rule.methods:
         return menu(site, methods, rule, errors=errors)
-    others = [name for name in methods if name not in ("dense", settings.rest)]
-    return menu(site, [*others, settings.rest], rule, errors=errors)
+    others = [name for name in methods if name not in ("dense", _HALF)]
+
+    def strict(codec: Codec, site: WeightSite, params: Sequence[Params]) -> Sequence[float]:
+        found = errors(codec, site, params)
+        if settings.rest == "fp16" or codec.name != _HALF:
+            return found
+        return [0.0 if error == 0.0 else math.inf for error in found]
+
+    return menu(site, [*others, _HALF], rule, errors=strict)
 
 
 def _measure(prepared: Prepared, settings: Settings, name: str, choices: Sequence[Choice]) -> int:

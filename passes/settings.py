@@ -35,7 +35,7 @@ Patterns = str | Sequence[str]
 ParamValue = int | float | str
 
 MODES: tuple[ModeChoice, ...] = ("auto", "fused", "folded", "decode")
-REST = ("keep", "fp16")
+REST = ("keep", "fp16", "exact")
 EXTERNAL_DATA: tuple[ExternalData, ...] = ("auto", "always", "never")
 
 # Which operators a codec uses does not depend on the opset.
@@ -247,7 +247,8 @@ class Settings:
         portable: Whether the model carries bodies that run without the operator library.
         seed: Seed of every random choice.
         stock: Whether only codecs are used whose models need no operator of ours.
-        rest: What becomes of weights that no method makes smaller: "keep", or "fp16".
+        rest: What becomes of weights that no method makes smaller: "keep", "fp16", or "exact" for
+            half precision where no value changes.
     """
 
     method: tuple[str, ...] = ("auto",)

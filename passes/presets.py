@@ -1,0 +1,52 @@
+"""Presets: sets of settings with a name and a measured meaning, defined here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from onnxcomp.errors import UsageError
+
+__all__ = ["PRESETS", "Preset", "preset_options"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Preset:
+    """Settings with a name.
+
+    Attributes:
+        options: Arguments of `onnxcomp.optimize` by name.
+        meaning: What it does, in a line.
+        measured: What came out, on four models, by ``benchmarks/bench_presets.py``.
+    """
+
+    options: Mapping[str, Any]
+    meaning: str
+    measured: str = ""
+
+
+PRESETS: Mapping[str, Preset] = {
+    "lossless": Preset(
+        {"method": "dense", "rest": "exact", "tolerance": 1e-6},
+        "no value changes: copies are stored once, and half precision where it is exact",
+    ),
+    "balanced": Preset({"bits": 4, "rest": "fp16"}, "4 bits per weight, half precision elsewhere"),
+    "small": Preset({"bits": 3, "rest": "fp16"}, "3 bits per weight; give samples with --data"),
+    "max": Preset(
+        {"bits": 2, "rest": "fp16"}, "2 bits per weight; needs --data, and a look at the result"
+    ),
+}
+
+
+def preset_options(name: str) -> dict[str, Any]:
+    """Arguments of `onnxcomp.optimize` that a preset stands for.
+
+    Raises:
+        UsageError: There is no such preset.
+    """
+    if name not in PRESETS:
+        from onnxcomp.passes.settings import suggest  # imports the codecs; --help does without
+
+        raise UsageError(f"preset {name!r} is unknown", hint=suggest(name, PRESETS))
+    return dict(PRESETS[name].options)
