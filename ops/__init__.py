@@ -1,8 +1,8 @@
 """The operator library: where it is, and how to load it into a session.
 
 Environment: ``ONNXCOMP_OPS_LIBRARY`` names another library file. ``ONNXCOMP_ISA`` (``plain``,
-``avx2``, ``avx2vnni``, ``avx512``, ``neon``, ``neondot``) forces one form of the kernels; they choose
-the best one the machine can run by themselves.
+``avx2``, ``avx2vnni``, ``avx512``, ``neon``, ``neondot``) forces one form of the kernels; they
+choose the best one the machine can run by themselves.
 """
 
 from __future__ import annotations

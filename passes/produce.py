@@ -27,6 +27,7 @@ from onnxcomp.passes.report import (
     versions,
 )
 from onnxcomp.passes.rewrite import Placement, rewrite
+from onnxcomp.passes.spectra import Spectrum, spectra
 
 # Gives a block that times one stage, by the stage's name.
 Stage = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -89,13 +90,14 @@ def write(
         )
     with stage("write"):
         placements = [item.placement for item in encoded if item.placement is not None]
+        found = spectra(model, placements)
         if placements:
             rewrite(model, placements, portable=plan.settings.portable)
         saved = save(model, path, external_data=plan.settings.external_data)
-    return Written(saved, (*(_site(item) for item in encoded), *_skipped(plan)))
+    return Written(saved, (*(_site(item, found) for item in encoded), *_skipped(plan)))
 
 
-def _site(item: Encoded) -> SiteReport:
+def _site(item: Encoded, spectra: Mapping[str, Spectrum]) -> SiteReport:
     choice = item.choice
     if item.placement is None:
         kept = Choice.kept_dense(item.site, item.reason)
@@ -107,6 +109,7 @@ def _site(item: Encoded) -> SiteReport:
         weight_error=item.error,
         output_error=item.output_error,
         note=item.note,
+        spectrum=spectra.get(item.site.name),
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class SiteReport:
             was not measured.
         reason: Why it stays as it was; empty when it does not.
         note: What is to be said about its calibration; mostly empty.
+        spectrum: Singular values of a weight stored as low-rank factors, relative to the largest,
+            each with its number from 1; None for other weights.
     """
 
     name: str
@@ -89,6 +91,7 @@ class SiteReport:
     output_error: float | None = None
     reason: str = ""
     note: str = ""
+    spectrum: Sequence[tuple[int, float]] | None = None
 
     @property
     def compressed(self) -> bool:
@@ -170,10 +173,21 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
         "input": InputFile(**values["input"]),
         "output": OutputFile(**{**output, "files": tuple(output["files"])}),
         "sites": tuple(
-            SiteReport(**{**site, "shape": tuple(site["shape"]), "uses": tuple(site["uses"])})
+            SiteReport(
+                **{
+                    **site,
+                    "shape": tuple(site["shape"]),
+                    "uses": tuple(site["uses"]),
+                    "spectrum": _spectrum(site.get("spectrum")),
+                }
+            )
             for site in values["sites"]
         ),
     }
+
+
+def _spectrum(values: Sequence[Sequence[Any]] | None) -> tuple[tuple[int, float], ...] | None:
+    return None if values is None else tuple((int(n), float(value)) for n, value in values)
 
 
 def peak_rss() -> int:

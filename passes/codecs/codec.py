@@ -31,6 +31,7 @@ __all__ = [
     "Mode",
     "Params",
     "Payload",
+    "SpectralCodec",
     "Stats",
     "TensorLayout",
     "Use",
@@ -354,6 +355,15 @@ class MeasuredCodec(Codec, Protocol):
             For each of the settings the relative Frobenius error of the decoded weight; with
             `stats`, of its products: ``sqrt(tr(E G E^T) / tr(W G W^T))``.
         """
+        ...
+
+
+@runtime_checkable
+class SpectralCodec(Codec, Protocol):
+    """A codec that keeps the largest singular values of a weight."""
+
+    def spectrum(self, weight: Array) -> Array:
+        """All singular values of ``(rows, length)``, largest first."""
         ...
 
 

@@ -166,6 +166,10 @@ class LowRankCodec:
         cut = [lowrank_factors.truncation_error(energies, _typed(p).rank) for p in params]
         return [math.hypot(error, _ROUNDING[site.dtype]) for error in cut]
 
+    def spectrum(self, weight: Array) -> Array:
+        """All singular values of ``(rows, length)``, largest first."""
+        return np.sqrt(lowrank_factors.spectrum(weight))
+
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
     ) -> Payload:

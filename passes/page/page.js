@@ -120,17 +120,21 @@ function frontier() {
 }
 
 function spectra() {
-  const shown = sites.filter((site) => Array.isArray(site.spectrum) && site.spectrum.some((v) => v > 0));
+  const shown = sites.filter((site) => Array.isArray(site.spectrum) && site.spectrum.some(([, v]) => v > 0));
   if (!shown.length) return null;
-  const scaled = shown.map((site) => ({ site, values: site.spectrum.map((v) => v / site.spectrum[0]).filter((v) => v > 0) }));
+  const scaled = shown.map((site) => ({ site, values: site.spectrum.filter(([, v]) => v > 1e-6) }));
   return section("Spectra", "Singular values of weights, the largest set to 1; the mark is the rank that was chosen.",
     plot({
-      xs: [1, Math.max(...scaled.map((s) => s.values.length))], ys: scaled.flatMap((s) => s.values), logY: true,
-      xText: String, yText: (v) => String(v), xTitle: "number of the value", yTitle: "",
+      xs: [1, Math.max(2, ...scaled.map((s) => s.values.at(-1)[0]))], ys: scaled.flatMap((s) => s.values.map(([, v]) => v)), logX: true, logY: true,
+      xText: String, yText: String, xTitle: "number of the value", yTitle: "relative to the largest",
     }, (x, y) => scaled.flatMap(({ site, values }) => {
-      const rank = Math.min(values.length, site.params.rank || 0);
-      return [line(values.map((v, i) => [x(i + 1), y(v)]), colour(site.method)),
-        rank ? point(x(rank), y(values[rank - 1]), 5, colour(site.method), `${site.name}\nrank ${rank} of ${values.length}`) : null];
+      const rank = site.params.rank || 0, after = values.findIndex(([n]) => n >= rank);
+      const mark = () => {
+        const [n1, v1] = values[after], [n0, v0] = values[Math.max(0, after - 1)];
+        const part = n1 === n0 ? 0 : Math.log(rank / n0) / Math.log(n1 / n0);
+        return point(x(rank), y(v0 * (v1 / v0) ** part), 5, colour(site.method), `${site.name}\nrank ${rank} of ${Math.min(...site.shape)}`);
+      };
+      return [line(values.map(([n, v]) => [x(n), y(v)]), colour(site.method)), rank && after >= 0 ? mark() : null];
     })));
 }
 

@@ -190,3 +190,22 @@ def test_a_browser_draws_it_without_complaint(
         assert heading in words
     if which == "hostile":
         assert "".join(elements.text["td"]).count(HOSTILE[0]) >= 1
+
+
+def test_low_rank_weights_bring_their_spectra(tmp_path: Path) -> None:
+    from onnxcomp.models.character_kinds import model_path
+    from onnxcomp.passes.report import Report
+
+    done = onnxcomp.optimize(
+        model_path(), tmp_path / "low.onnx", set_="val_2|hidden:method=lowrank,rank=24"
+    )
+    values = done.report.to_json()
+    spectra = {site["name"]: site["spectrum"] for site in values["sites"] if site["spectrum"]}
+    assert sorted(spectra) == ["hidden.weight", "val_2"]
+    for points in spectra.values():
+        assert points[0] == [1, 1.0] and points[-1][0] > 100
+        assert [v for _, v in points] == sorted((v for _, v in points), reverse=True)
+    assert Report.from_json(values).to_json() == values
+    write_page(values, tmp_path / "r.html")
+    document, complaints = rendered(tmp_path / "r.html", 800)
+    assert complaints == [] and "Spectra" in " ".join(parsed(document).text["h2"])
