@@ -7,6 +7,7 @@
 #include <mutex>
 #include <utility>
 
+#include "hash/kernel.h"
 #include "hyper/kernel.h"
 #include "winding/kernel.h"
 
@@ -89,6 +90,7 @@ OrtCustomOpDomain* BuildDomain(const Api& api, Domain& domain) {
   domain.ops.clear();
   hyper::AddOps(api, domain.ops);
   winding::AddOps(api, domain.ops);
+  hash::AddOps(api, domain.ops);
   OrtCustomOpDomain* handle = nullptr;
   Check(api, api.CreateCustomOpDomain("com.onnxcomp", &handle));
   for (const CustomOp& op : domain.ops) Check(api, api.CustomOpDomainAdd(handle, &op));

@@ -38,10 +38,13 @@ class Body:
         return output
 
     def ints(self, *values: int) -> str:
-        """An int64 constant; before opset 9 a Constant holds floats only."""
+        """An int64 constant; before opset 9 a Constant holds floats only.
+
+        Exact up to 2^53, the integers of float64.
+        """
         if self.opset >= 9:
             return self.node("Constant", value=numpy_helper.from_array(np.array(values, np.int64)))
-        floats = numpy_helper.from_array(np.array(values, np.float32))
+        floats = numpy_helper.from_array(np.array(values, np.float64))
         return self.node("Cast", self.node("Constant", value=floats), to=int(TensorProto.INT64))
 
     def cast(self, value: str, to: int) -> str:
