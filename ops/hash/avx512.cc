@@ -81,14 +81,10 @@ void StreamInt8(const Weight& weight, const Activations& x, int64_t panel, int64
   constexpr int kChains = M == 1 ? 4 : M == 2 ? 2 : 1;
   __m512 y[M];
   for (int i = 0; i < M; ++i) y[i] = _mm512_setzero_ps();
-  uint64_t steps[kSpan];
+  Steps all(weight, panel);
   for (int64_t span = 0; span < x.spans; ++span) {
     const int count = BlocksOf(weight, span);
-    TileSteps(weight, panel, span * kSpan, count, steps);
-    for (int b = 0; b < count; ++b) {
-      const int8_t* tile = Slot<int8_t>(weight, steps[b] >> 1);
-      for (int line = 0; line < kTile; line += 64) __builtin_prefetch(tile + line);
-    }
+    const uint64_t* steps = all.At(span * kSpan);
     const int64_t unit = RowsAt(x, first, span).unit;
     const int8_t* codes = x.codes + unit * kGroup;
     __m512i sums[M * kChains];
@@ -124,9 +120,7 @@ void StreamInt8(const Weight& weight, const Activations& x, int64_t panel, int64
 }
 
 // Blocks of one panel as raised dwords with signs: w[(quad * 2) * 64].
-void DecodeQuads(const Weight& weight, int64_t panel, int64_t block, int count, uint8_t* w) {
-  uint64_t steps[kSpan];
-  TileSteps(weight, panel, block, count, steps);
+void DecodeQuads(const Weight& weight, const uint64_t* steps, int count, uint8_t* w) {
   for (int b = 0; b < count; ++b) {
     const int8_t* tile = Slot<int8_t>(weight, steps[b] >> 1);
     const __mmask64 minus = (steps[b] & 1) != 0 ? ~__mmask64{0} : 0;
@@ -189,10 +183,11 @@ void TilesInt8(const Weight& weight, const Activations& x, int64_t panel, int pa
                int64_t first, int64_t rows, float* out) {
   alignas(64) uint8_t w[kQuads * 2 * 64];
   std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
+  Steps steps[2] = {Steps(weight, panel), Steps(weight, panel + panels - 1)};
   for (int64_t span = 0; span < x.spans; ++span) {
     const int count = BlocksOf(weight, span);
     for (int p = 0; p < panels; ++p) {
-      DecodeQuads(weight, panel + p, span * kSpan, count, w + p * 64);
+      DecodeQuads(weight, steps[p].At(span * kSpan), count, w + p * 64);
     }
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const Rows tile = RowsAt(x, first + m, span);

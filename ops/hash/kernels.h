@@ -57,14 +57,10 @@ void StreamPanel(const Weight& weight, const Activations& x, int64_t panel, int6
   constexpr int kChains = M == 1 ? 4 : M == 2 ? 2 : 1;
   Line sums[M * kChains];
   for (int i = 0; i < M * kChains; ++i) sums[i] = Zero();
-  uint64_t steps[kSpan + 1];
+  Steps all(weight, panel);
   for (int64_t span = 0; span < x.spans; ++span) {
     const int count = BlocksOf(weight, span);
-    TileSteps(weight, panel, span * kSpan, count, steps);
-    for (int b = 0; b < count; ++b) {
-      const char* tile = reinterpret_cast<const char*>(Slot<T>(weight, steps[b] >> 1));
-      for (size_t line = 0; line < kTile * sizeof(T); line += 64) __builtin_prefetch(tile + line);
-    }
+    const uint64_t* steps = all.At(span * kSpan);
     const float* values = x.values + RowsAt(x, first, span).unit * kGroup;
     for (int b = 0; b < count; ++b, values += kLanes * M) {
       const int64_t sign = (steps[b] & 1) != 0 ? x.negated : 0;

@@ -57,19 +57,44 @@ class Walk {
   int64_t slot_;
 };
 
-// 2 * slot + (1 for a minus) of `count` chunks that are whole tiles, from a tile on.
-inline void TileSteps(const Weight& weight, int64_t panel, int64_t block, int count,
-                      uint64_t* steps) {
-  const int64_t tile = weight.map.base + panel * weight.blocks + block;
-  const auto key = static_cast<uint32_t>(tile + weight.map.sign);
-  const auto is_signed = static_cast<uint32_t>(weight.map.is_signed);
-  uint32_t minus[kSpan];
-  for (int b = 0; b < kSpan; ++b) minus[b] = (Mix(key + static_cast<uint32_t>(b)) >> 30) & is_signed;
-  Walk walk(weight, tile);
-  for (int b = 0; b < count; ++b, walk.Next()) {
-    steps[b] = static_cast<uint64_t>(walk.slot()) * 2 + (walk.partition() == 0 ? 0 : minus[b]);
+// 2 * slot + (1 for a minus) of consecutive whole tiles of one panel, some hundred at a time: the
+// hashes of their signs are independent of each other and make one vector loop.
+class Steps {
+ public:
+  Steps(const Weight& weight, int64_t panel) : weight_(weight), panel_(panel) {}
+
+  // Those of the eight tiles, or fewer, from a block on. Blocks are asked for in order.
+  const uint64_t* At(int64_t block) {
+    if (block >= end_) Fill(block);
+    return steps_ + (block - begin_);
   }
-}
+
+ private:
+  static constexpr int kAtOnce = 16 * kSpan;
+
+  void Fill(int64_t block) {
+    begin_ = block;
+    end_ = block + kAtOnce < weight_.blocks ? block + kAtOnce : weight_.blocks;
+    const int64_t tile = weight_.map.base + panel_ * weight_.blocks + block;
+    const auto key = static_cast<uint32_t>(tile + weight_.map.sign);
+    const auto is_signed = static_cast<uint32_t>(weight_.map.is_signed);
+    uint32_t minus[kAtOnce];
+    for (int b = 0; b < kAtOnce; ++b) {
+      minus[b] = (Mix(key + static_cast<uint32_t>(b)) >> 30) & is_signed;
+    }
+    Walk walk(weight_, tile);
+    for (int64_t b = 0; b < end_ - begin_; ++b, walk.Next()) {
+      const uint64_t sign = walk.partition() == 0 ? 0 : minus[b];
+      steps_[b] = static_cast<uint64_t>(walk.slot()) * 2 + sign;
+    }
+  }
+
+  const Weight& weight_;
+  int64_t panel_;
+  int64_t begin_ = 0;
+  int64_t end_ = 0;
+  uint64_t steps_[kAtOnce];
+};
 
 // Calls take(part, slot, minus) for the parts of one tile.
 template <class Take>

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "common/elements.h"
 #include "common/float16.h"
 #include "common/parallel.h"
 
@@ -17,15 +18,6 @@ namespace {
 constexpr int64_t kTaskWork = int64_t{1} << 18;
 // Rows of activations that are prepared at once, which bounds the scratch memory.
 constexpr int64_t kBatchBlock = 8 * kRowBlock;
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct Half {
-  uint16_t bits;
-};
-struct Brain {
-  uint16_t bits;
-};
 
 // Between the type of x and y and float32.
 inline void Load(const Isa&, const float* x, int64_t count, float* out) {
@@ -46,36 +38,6 @@ inline void Store(const Isa& isa, const float* values, int64_t count, Half* y) {
 inline void Store(const Isa&, const float* values, int64_t count, Brain* y) {
   for (int64_t i = 0; i < count; ++i) y[i].bits = FloatToBfloat(values[i]);
 }
-
-template <class T>
-constexpr int kTypeOf = kUndefined;
-template <>
-constexpr int kTypeOf<float> = kFloat;
-template <>
-constexpr int kTypeOf<Half> = kFloat16;
-template <>
-constexpr int kTypeOf<Brain> = kBfloat16;
-template <>
-constexpr int kTypeOf<int32_t> = kInt32;
-template <>
-constexpr int kTypeOf<int64_t> = kInt64;
-
-// Memory for one call, aligned to cache lines, not initialised.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : data_(count == 0 ? nullptr
-                         : static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T),
-                                                          std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
-
- private:
-  T* data_;
-};
 
 // Rotates rows of x and lays them out as Activations, on all threads.
 template <class T>

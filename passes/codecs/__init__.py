@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxcomp.passes.codecs.codec import Codec
 from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.half import HalfCodec
+from onnxcomp.passes.codecs.hash import HashCodec
 from onnxcomp.passes.codecs.hyper import HyperCodec
 from onnxcomp.passes.codecs.integer import IntegerCodec
 from onnxcomp.passes.codecs.lowrank import LowRankCodec
@@ -21,5 +22,6 @@ CODECS: dict[str, Codec] = {
         HalfCodec(),
         LowRankCodec(),
         WindingCodec(),
+        HashCodec(),
     )
 }

@@ -105,8 +105,11 @@ def test_more_bits_never_hurt(codec: Codec, make_site: SiteMaker) -> None:
     assert [best[bits] for bits in sorted(best)] == sorted(best.values(), reverse=True)
 
 
-# The published winding has one centre, the mean of the tensor: it has no exact zeros.
-@pytest.mark.parametrize("codec", [codec for name, codec in CODECS.items() if name != "winding"])
+# The published winding has one centre, the mean of the tensor, and shared entries are means over
+# their uses: neither has exact zeros.
+@pytest.mark.parametrize(
+    "codec", [codec for name, codec in CODECS.items() if name not in ("winding", "hash")]
+)
 def test_zeros_are_exact(codec: Codec, make_site: SiteMaker) -> None:
     weight = weight_of(20, 256)
     weight[3] = 0
