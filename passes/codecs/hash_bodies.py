@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
@@ -176,12 +177,15 @@ def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x:
     Returns:
         The result in the site's dtype.
     """
-    roles = {key.split(".")[1]: key for key in payload.shared} | {k: k for k in payload.tensors}
+    tensors = {**payload.shared, **payload.tensors}
+    roles = {key.split(".")[1] if "." in key else key: key for key in tensors}
     weight = [builder.tensor(roles[name]) for name in NODE_INPUTS]
     attributes: dict[str, Attribute] = {"extent": (site.rows, site.length)}
     if kind == "matmul":
         attributes["dtype"] = _TENSOR_TYPES[site.dtype]
-        attributes["precision"] = payload.attributes.get("precision", 0)
+        # Rounded activations pay with a memory of int8 only; others are products in float32.
+        rounded = tensors[roles["memory"]].dtype == np.int8
+        attributes["precision"] = payload.attributes.get("precision", 0) if rounded else 0
     inputs = weight if x is None else [x, *weight]
     result = builder.node(_OPERATORS[kind], inputs, attributes, domain=DOMAIN)
     if kind == "matmul" or site.dtype == "float32":
