@@ -73,7 +73,7 @@ def mix(keys: Array) -> Array:
     Returns:
         int64 of the same shape, ``0 .. 2^31 - 1``.
     """
-    x = (np.asarray(keys, np.int64) % _WORD * _FACTOR + _ADDEND) % _WORD
+    x: Array = (np.asarray(keys, np.int64) % _WORD * _FACTOR + _ADDEND) % _WORD
     for _ in range(_ROUNDS):
         x = x * (2 * x + 1) % _WORD
         high = x // _HALF
