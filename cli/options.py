@@ -57,7 +57,8 @@ _PLAN_OPTIONS = (
     click.option("--exclude", metavar="RE", multiple=True, help="Leave weights alone that match."),
     click.option(
         "--set", "set_", type=rule, multiple=True,
-        help="Settings for weights that match: 'encoder.*:bits=3' or 'head:method=dense'.",
+        help="Settings for weights that match: 'encoder.*:bits=3', 'head:method=dense' or "
+        "'.*:op=Conv,bits=5'.",
     ),
     click.option(
         "--min-size", type=size, default="16KiB", show_default=True,

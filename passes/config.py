@@ -116,6 +116,9 @@ def checked_options(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 _ONE = "choose one of them"
 
+# Parts of a rule that are no settings.
+_SELECTORS = ("match", "op", "keep")
+
 
 def _options(document: Document, folder: Path) -> Iterator[tuple[str, Any]]:
     for option, path, value in _values(document.value, schema()["properties"]):
@@ -144,20 +147,23 @@ def _values(
 def _rules(document: Document, items: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
     for number, item in enumerate(items):
         where = ("rules", number)
-        settings = {key: value for key, value in item.items() if key not in ("match", "keep")}
+        settings = {key: value for key, value in item.items() if key not in _SELECTORS}
+        pattern, op = item.get("match", ""), item.get("op", "")
+        if not pattern and not op:
+            raise document.error(where, "a rule matches no weight", "add match: or op:")
         if item.get("keep") and settings:
             raise document.error(where, "a rule keeps weights and has other settings, too", _ONE)
         if not item.get("keep") and not settings:
             raise document.error(where, "a rule has no settings", "add method, mode or params")
         try:
-            re.compile(item["match"])
+            re.compile(pattern)
         except re.error as error:
-            message = f"{item['match']!r} is not a regular expression: {error}"
+            message = f"{pattern!r} is not a regular expression: {error}"
             raise document.error((*where, "match"), message, "write a dot as \\.") from error
         method = "dense" if item.get("keep") else settings.get("method", ())
         names = [method] if isinstance(method, str) else method
         methods = tuple(part for name in names for part in split_methods(name))
-        yield Rule(item["match"], methods, settings.get("mode"), settings.get("params", {}))
+        yield Rule(pattern, methods, settings.get("mode"), settings.get("params", {}), op)
 
 
 def _paths(

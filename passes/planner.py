@@ -87,7 +87,8 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
 
 
 def _rule(site: WeightSite, settings: Settings) -> Rule:
-    return match_rule(settings.rules, [site.name, *(use.node for use in site.uses)])
+    names = [site.name, *(use.node for use in site.uses)]
+    return match_rule(settings.rules, names, [use.op_type for use in site.uses])
 
 
 def _menu(site: WeightSite, methods: Sequence[str], settings: Settings, errors: Errors) -> Menu:

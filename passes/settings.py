@@ -91,15 +91,18 @@ class Rule:
         methods: Codecs to choose from; empty: those of the run.
         mode: How uses are served; None: as for the run.
         params: Codec parameters held fixed.
+        op: Operator that has to use the weight, such as "Conv"; empty: any.
     """
 
     pattern: str
     methods: tuple[str, ...] = ()
     mode: ModeChoice | None = None
     params: Mapping[str, ParamValue] = dataclasses.field(default_factory=dict)
+    op: str = ""
 
     def __str__(self) -> str:
-        parts = [f"method={'+'.join(self.methods)}"] if self.methods else []
+        parts = [f"op={self.op}"] if self.op else []
+        parts += [f"method={'+'.join(self.methods)}"] if self.methods else []
         parts += [f"mode={self.mode}"] if self.mode else []
         parts += [f"{key}={value}" for key, value in self.params.items()]
         return f"{self.pattern}:{','.join(parts)}"
@@ -132,13 +135,16 @@ def parse_rule(text: str) -> Rule:
     mode = values.pop("mode", None)
     if mode is not None:
         _one_of("mode", mode, MODES)
+    op = values.pop("op", "")
     params = {key: _value(value) for key, value in values.items()}
-    return Rule(pattern, methods, cast("ModeChoice | None", mode), params)
+    return Rule(pattern, methods, cast("ModeChoice | None", mode), params, op)
 
 
-def match_rule(rules: Sequence[Rule], names: Sequence[str]) -> Rule:
-    """The first rule that matches one of the names; an empty rule where none does."""
+def match_rule(rules: Sequence[Rule], names: Sequence[str], operators: Sequence[str] = ()) -> Rule:
+    """The first rule that matches one of the names and operators; an empty rule where none does."""
     for rule in rules:
+        if rule.op and rule.op not in operators:
+            continue
         if any(re.search(rule.pattern, name) for name in names):
             return rule
     return Rule("")

@@ -68,7 +68,7 @@ def test_the_template_is_valid_with_and_without_its_comments(write: Write) -> No
 def is_setting(line: str) -> bool:
     words = line.removeprefix("# ")
     first = words.split(":")[0].strip(" -{")
-    known = {*schema()["properties"], "match", "path", "calibration", "shapes"}
+    known = {*schema()["properties"], "match", "op", "path", "calibration", "shapes"}
     return line.startswith("# ") and ":" in words and first in known
 
 
@@ -83,6 +83,7 @@ WRONG = [
     ("version: true\n", 1, "version cannot be true", "known: 1"),
     ("method: int\n", 1, "'version' is missing", "add version:"),
     ("version: 1\nmethod: []\n", 2, "method is empty", "at least one"),
+    ("version: 1\nrules:\n  - {mode: fused}\n", 3, "matches no weight", "match: or op:"),
     ("version: 1\nrules:\n  - {match: a}\n", 3, "no settings", "method, mode or params"),
     ("version: 1\nrules:\n  - {match: a, keep: true, mode: fused}\n", 3, "keeps", "choose one"),
     ("version: 1\nrules:\n  - match: '['\n    mode: fused\n", 3, "regular expression", "\\."),
@@ -126,6 +127,7 @@ method: [hyper, int]
 rules:
   - {match: "a:b", method: int, params: {bits: 8}}
   - {match: norm, keep: true}
+  - {op: Conv, mode: folded}
 data: {path: [calib/*.npz, "ids=x.npy"]}
 output: {portable: false}
 verify: {run: false, tolerance: 0.1}
@@ -133,7 +135,8 @@ run: {cache: c}
 """
     options = checked_options(write(text))
     assert options["target_size"] == "120MB" and options["method"] == ("hyper", "int")
-    first, second = options["set_"]
+    first, second, third = options["set_"]
+    assert (third.pattern, third.op, third.mode) == ("", "Conv", "folded")
     assert (first.pattern, first.methods, first.params) == ("a:b", ("int",), {"bits": 8})
     assert (second.pattern, second.methods) == ("norm", ("dense",))
     folder = tmp_path.resolve()

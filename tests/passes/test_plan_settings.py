@@ -62,6 +62,13 @@ def test_the_first_matching_rule_wins() -> None:
     assert match_rule(rules, ["head"]) == Rule("")
 
 
+def test_a_rule_can_ask_for_an_operator() -> None:
+    rules = [parse_rule(".*:op=Conv,bits=5"), parse_rule("a:bits=3")]
+    assert match_rule(rules, ["a"], ["Conv", "Add"]).params == {"bits": 5}
+    assert match_rule(rules, ["a"], ["MatMul"]).params == {"bits": 3}
+    assert str(rules[0]) == ".*:op=Conv,bits=5" and parse_rule(str(rules[0])) == rules[0]
+
+
 def test_auto_stands_for_every_codec_but_dense() -> None:
     known = {"dense": CODECS["dense"], "hyper": CODECS["hyper"], "hash": CODECS["hyper"]}
     assert method_names("auto", known) == ("hyper", "hash")
