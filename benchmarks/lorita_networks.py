@@ -121,9 +121,9 @@ class _Encoder(nn.Module):
 
 
 class SmallViT(nn.Module):
-    """8 x 8 patches (four pixels of overlap), width 96, three layers of four heads."""
+    """8 x 8 patches (four pixels of overlap), width 64, three layers of four heads."""
 
-    def __init__(self, width: int = 96, layers: int = 3) -> None:
+    def __init__(self, width: int = 64, layers: int = 3) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 8, stride=4, padding=2)
         self.places = nn.Parameter(0.02 * torch.randn(1, 64, width))
@@ -194,7 +194,7 @@ class Recipe:
 NETWORKS = {
     "mnist-mlp": Recipe(perceptron, mnist, 25, 2e-3, 1e-3, crops=False),
     "cifar10-cnn": Recipe(small_cnn, cifar10, 7, 4e-3, 5e-4),
-    "cifar10-vit": Recipe(SmallViT, cifar10, 8, 1.5e-3, 3e-4),
+    "cifar10-vit": Recipe(SmallViT, cifar10, 10, 2e-3, 3e-4),
 }
 FULL = {
     "cifar10-resnet20": Recipe(resnet20, cifar10, 300, 0.01, 1e-3, sgd=True),

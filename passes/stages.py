@@ -12,11 +12,23 @@ import onnx_ir as ir
 from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.graph import Change
+from onnxcomp.passes.linear_chains import fold_linear_chains
 from onnxcomp.passes.settings import Settings
 
-__all__ = ["GRAPH_PASSES", "Canonicalize", "Context", "GraphPass", "no_feeds", "run_passes"]
+__all__ = [
+    "GRAPH_PASSES",
+    "Canonicalize",
+    "Context",
+    "GraphPass",
+    "LinearChains",
+    "no_feeds",
+    "run_passes",
+]
 
 log = logging.getLogger(__name__)
+
+# Methods that leave values as they are, or nearly so: the graph stays, too.
+_EXACT_METHODS = frozenset({"dense", "fp16"})
 
 
 def no_feeds() -> None:
@@ -81,8 +93,35 @@ class Canonicalize:
         return canonicalize(model)
 
 
+class LinearChains:
+    """Fold linear maps that follow one another, before their weights are looked for."""
+
+    name: ClassVar[str] = "linear_chains"
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+    subgraphs: ClassVar[bool] = True
+    functions: ClassVar[bool] = False
+
+    def wanted(self, settings: Settings) -> bool:
+        """Wherever values may change by a rounding."""
+        return not set(settings.method) <= _EXACT_METHODS
+
+    def run(self, model: ir.Model, context: Context) -> Change:
+        """``MatMul(MatMul(x, A), B) -> MatMul(x, AB)``, and so on: see `fold_linear_chains`."""
+        settings = context.settings
+        change = fold_linear_chains(
+            model,
+            min_size=settings.min_size,
+            include=settings.include,
+            exclude=settings.exclude,
+            freeze_inputs=settings.freeze_inputs,
+        )
+        if change.count:
+            context.facts[self.name] = {"folded": change.count}
+        return change
+
+
 # In the order in which they run.
-GRAPH_PASSES: tuple[GraphPass, ...] = (Canonicalize(),)
+GRAPH_PASSES: tuple[GraphPass, ...] = (Canonicalize(), LinearChains())
 
 
 def run_passes(

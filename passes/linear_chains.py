@@ -1,0 +1,389 @@
+"""Fold linear maps that follow one another without a non-linearity in between.
+
+``MatMul(MatMul(x, A), B) -> MatMul(x, AB)``, with biases in Add or Gemm;
+``Conv(Conv(x, A), B) -> Conv(x, BA)`` where one of the two windows is 1 x 1. Models trained with
+factors (LoRITa) are full of such chains, others have some by accident. A chain is folded where the
+product has no more weights than its parts: two thin factors stay what they are. Products are
+computed in float64. Visits the main graph and all subgraphs; function bodies are not visited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxcomp.passes import marks
+from onnxcomp.passes.graph import Change
+from onnxcomp.passes.scopes import (
+    LISTING_IR,
+    Names,
+    add_initializer,
+    is_default_domain,
+    remove_dead,
+    remove_initializer,
+    replace_value,
+    scopes,
+)
+from onnxcomp.passes.tensors import shape_of
+
+__all__ = ["fold_linear_chains"]
+
+Array = npt.NDArray[Any]
+
+_LARGEST = {ir.DataType.FLOAT16: 65504.0}
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def fold_linear_chains(
+    model: ir.Model,
+    *,
+    min_size: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    freeze_inputs: bool = False,
+) -> Change:
+    """Fold chains in place until none is left that pays.
+
+    Args:
+        model: A canonical model.
+        min_size: Bytes of a chain's weights below which it is left alone.
+        include: Regular expressions; when given, all weights or nodes of a chain must match one.
+        exclude: Regular expressions; no weight and no node of a chain may match one.
+        freeze_inputs: Whether initializers that are also graph inputs are constants.
+
+    Returns:
+        The number of foldings, with a note for each.
+    """
+    work = _Folder(model, min_size, tuple(include), tuple(exclude), freeze_inputs)
+    notes: list[str] = []
+    while True:
+        found = work.fold_next()
+        if found is None:
+            return Change(len(notes), tuple(notes))
+        notes.append(found)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Link:
+    """One linear map ``y = x W + b``, or a convolution.
+
+    Attributes:
+        nodes: Its nodes, first to last: the product, and the Add of a bias behind it.
+        weight: What the product reads: an initializer, or the transpose of one.
+        matrix: Float64 ``(k, n)``; of a convolution ``(out, in, ...)``.
+        bias: Float64 ``(n,)``; None without one.
+        constants: Initializers it reads.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    weight: ir.Value
+    matrix: Array
+    bias: Array | None
+    constants: tuple[ir.Value, ...]
+
+    @property
+    def product(self) -> ir.Node:
+        """The node of the product or convolution."""
+        return self.nodes[0]
+
+    @property
+    def output(self) -> ir.Value:
+        """What the map gives."""
+        return self.nodes[-1].outputs[0]
+
+
+def _only_use(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _is(node: ir.Node | None, *op_types: str) -> bool:
+    return node is not None and is_default_domain(node.domain) and node.op_type in op_types
+
+
+class _Folder:
+    """The state of one pass."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        min_size: int,
+        include: tuple[str, ...],
+        exclude: tuple[str, ...],
+        freeze_inputs: bool,
+    ) -> None:
+        self._model = model
+        self._min_size = min_size
+        self._include, self._exclude = include, exclude
+        self._listed_are_free = model.ir_version >= LISTING_IR and not freeze_inputs
+        self._names = Names(model)
+
+    def fold_next(self) -> str | None:
+        """Fold one pair of maps; what was done, or None where nothing is left to do."""
+        for scope in scopes(self._model):
+            for node in scope.graph:
+                for first, second in self._pairs(node):
+                    folded = _folded(first, second)
+                    if folded is not None and self._pays(first, second, folded[0]):
+                        return self._replace(first, second, *folded)
+        return None
+
+    def _pairs(self, node: ir.Node) -> Iterator[tuple[_Link, _Link]]:
+        """The maps that end in a node's input and start at the node."""
+        value = node.inputs[0] if node.inputs else None
+        if value is None or not _only_use(value) or self._source(node) is None:
+            return
+        first = self._ending(value)
+        second = self._link(node) if first is not None else None
+        if first is not None and second is not None and first.product.graph is node.graph:
+            yield first, second
+
+    def _ending(self, value: ir.Value) -> _Link | None:
+        """The map that gives a value."""
+        node = value.producer()
+        if node is None or not _is(node, "Add"):
+            return None if node is None else self._link(node)
+        for product, vector in (tuple(node.inputs[:2]), tuple(node.inputs[1::-1])):
+            producer = None if product is None else product.producer()
+            if product is None or vector is None or producer is None or not _only_use(product):
+                continue
+            link = self._link(producer) if _is(producer, "MatMul") else None
+            bias = None if link is None else self._vector(vector, link.matrix.shape[1], axes=1)
+            if link is not None and bias is not None:
+                constants = (*link.constants, vector)
+                return dataclasses.replace(
+                    link, nodes=(*link.nodes, node), bias=bias, constants=constants
+                )
+        return None
+
+    def _link(self, node: ir.Node) -> _Link | None:
+        """The map of one MatMul, Gemm or Conv with a constant weight."""
+        source, weight = self._source(node), node.inputs[1] if len(node.inputs) > 1 else None
+        if source is None or source.const_value is None or weight is None:
+            return None
+        matrix = np.asarray(source.const_value.numpy()).astype(np.float64)
+        matrix = matrix if source is weight else matrix.T
+        if node.op_type == "Gemm":
+            matrix = matrix.T if node.attributes.get_int("transB", False) else matrix
+            matrix = matrix * node.attributes.get_float("alpha", 1.0)
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        if given is None:
+            return _Link((node,), weight, matrix, None, (source,))
+        bias = self._vector(given, matrix.shape[0 if node.op_type == "Conv" else 1], axes=2)
+        if bias is None:
+            return None
+        bias = bias * node.attributes.get_float("beta", 1.0)
+        return _Link((node,), weight, matrix, bias, (source, given))
+
+    def _constant(self, value: ir.Value | None) -> ir.TensorProtocol | None:
+        """The tensor of an initializer that nobody can override."""
+        tensor = None if value is None else value.const_value
+        if value is None or tensor is None or tensor.dtype not in _FLOATS:
+            return None
+        if value.is_graph_output() or (value.is_graph_input() and self._listed_are_free):
+            return None
+        return tensor
+
+    def _source(self, node: ir.Node) -> ir.Value | None:
+        """The initializer that the weight of a product is, or is the transpose of."""
+        if not _is(node, "MatMul", "Gemm", "Conv") or len(node.inputs) < 2:
+            return None
+        value = node.inputs[1]
+        producer = None if value is None else value.producer()
+        if producer is not None and _is(producer, "Transpose"):
+            perm = tuple(producer.attributes.get_ints("perm", (1, 0)))
+            value = producer.inputs[0] if perm == (1, 0) else None
+        tensor = self._constant(value)
+        axes = 0 if tensor is None else len(shape_of(tensor))
+        return value if axes == 2 or (axes > 2 and node.op_type == "Conv") else None
+
+    def _vector(self, value: ir.Value, width: int, *, axes: int) -> Array | None:
+        """A bias of one number for each output, or one for all, with at most this many axes."""
+        tensor = self._constant(value)
+        if tensor is None:
+            return None
+        shape = shape_of(tensor)
+        if len(shape) > axes or any(size != 1 for size in shape[:-1]):
+            return None
+        if (shape or (1,))[-1] not in (1, width):
+            return None
+        return np.broadcast_to(tensor.numpy().astype(np.float64).reshape(-1), (width,))
+
+    def _pays(self, first: _Link, second: _Link, matrix: Array) -> bool:
+        """Whether the product is allowed and has no more weights than what goes for it."""
+        if not (self._allowed(first) and self._allowed(second)):
+            return False
+        weights = [first.constants[0], second.constants[0]]
+        tensors = [w.const_value for w in weights if w.const_value is not None]
+        if sum(tensor.nbytes for tensor in tensors) < self._min_size:
+            return False
+        gone = [link for link in (first, second) if _goes(link)]
+        same = first.constants[0] is second.constants[0]
+        if same or tensors[0].dtype != tensors[1].dtype:
+            return False
+        largest = float(np.abs(matrix).max(initial=0.0))
+        limit = _LARGEST.get(tensors[0].dtype, float(np.finfo(np.float32).max))
+        return largest <= limit and matrix.size <= sum(link.matrix.size for link in gone)
+
+    def _allowed(self, link: _Link) -> bool:
+        """Whether the patterns allow a map to be touched."""
+        names = [link.constants[0].name or "", *(node.name or "" for node in link.nodes)]
+        included = not self._include or any(
+            re.search(pattern, name) for pattern in self._include for name in names
+        )
+        return included and not any(
+            re.search(pattern, name) for pattern in self._exclude for name in names
+        )
+
+    def _replace(self, first: _Link, second: _Link, matrix: Array, bias: Array | None) -> str:
+        """Put one map in the place of two."""
+        head, tail = first.product, second.product
+        tensor = second.constants[0].const_value
+        assert tensor is not None and tail.graph is not None
+        name = f"{second.constants[0].name}/folded"
+        weight = self._initializer(name, matrix, tensor.dtype)
+        kind = "Gemm" if "Gemm" in (head.op_type, tail.op_type) else tail.op_type
+        inputs: list[ir.Value | None] = [head.inputs[0], weight]
+        if bias is not None and kind != "MatMul":
+            inputs.append(self._initializer(f"{name}/bias", bias, tensor.dtype))
+        made = ir.Node("", kind, inputs, _attributes(kind, head, tail))
+        tail.graph.insert_before(tail, made)
+        result = made.outputs[0]
+        result.name = self._names.value(f"{name}/output")
+        if bias is not None and kind == "MatMul":
+            made.name = self._names.node(f"{tail.name}/product")
+            vector = self._initializer(f"{name}/bias", bias, tensor.dtype)
+            made = ir.Node("", "Add", [result, vector])
+            tail.graph.insert_before(tail, made)
+            result = made.outputs[0]
+            result.name = self._names.value(f"{name}/sum")
+        replace_value(tail.outputs[0], result)
+        tail.graph.remove(tail, safe=True)
+        made.name = tail.name
+        if marks.GENERATED_NAME in tail.meta:
+            made.meta[marks.GENERATED_NAME] = tail.meta[marks.GENERATED_NAME]
+        remove_dead(reversed(first.nodes))
+        self._clean((first, second))
+        return f"{first.constants[0].name} and {second.constants[0].name} became {weight.name}"
+
+    def _initializer(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
+        tensor = ir.Tensor(np.ascontiguousarray(array).astype(dtype.numpy()), dtype=dtype)
+        value = ir.Value(
+            name=self._names.value(name),
+            type=ir.TensorType(dtype),
+            shape=ir.Shape(array.shape),
+            const_value=tensor,
+        )
+        add_initializer(self._model, value)
+        return value
+
+    def _clean(self, links: Sequence[_Link]) -> None:
+        """Remove what nobody reads any more."""
+        for link in links:
+            producer = link.weight.producer()
+            if producer is not None:
+                remove_dead([producer])
+            for value in link.constants:
+                if not value.uses():
+                    remove_initializer(value)
+
+
+def _goes(link: _Link) -> bool:
+    """Whether a map's weight is needed by nobody else."""
+    return len(link.weight.uses()) == 1 and len(link.constants[0].uses()) == 1
+
+
+def _folded(first: _Link, second: _Link) -> tuple[Array, Array | None] | None:
+    """Weight and bias of both maps in one, as the node that is made wants them; None where not."""
+    head, tail = first.product, second.product
+    if (head.op_type == "Conv") != (tail.op_type == "Conv"):
+        return None
+    if head.op_type == "Conv":
+        return _folded_windows(first, second)
+    if tail.op_type == "Gemm" and tail.attributes.get_int("transA", False):
+        return None
+    if first.matrix.shape[1] != second.matrix.shape[0]:
+        return None
+    return first.matrix @ second.matrix, _sum(first.bias, second.matrix, second.bias)
+
+
+def _sum(bias: Array | None, matrix: Array, added: Array | None) -> Array | None:
+    """``b1 W2 + b2``."""
+    if bias is None:
+        return added
+    return bias @ matrix + (0.0 if added is None else added)
+
+
+def _folded_windows(first: _Link, second: _Link) -> tuple[Array, Array | None] | None:
+    """Two convolutions without groups, one of which looks at single points.
+
+    Points behind a window: exact with any stride of either, unless padding is automatic: that
+    depends on the stride. Points in front of a window: exact when
+    they have no stride of their own, and when what is padded in between is zero in both orders,
+    that is without padding or without a bias.
+    """
+    head, tail = first.product, second.product
+    inner, outer = first.matrix, second.matrix
+    if any(node.attributes.get_int("group", 1) != 1 for node in (head, tail)):
+        return None
+    if len(inner) != outer.shape[1] or inner.ndim != outer.ndim:
+        return None
+    bias = _sum(first.bias, outer.sum(axis=tuple(range(2, outer.ndim))).T, second.bias)
+    if _behind(tail):
+        automatic = head.attributes.get_string("auto_pad", "NOTSET").startswith("SAME")
+        if automatic and any(step != 1 for step in tail.attributes.get_ints("strides", ())):
+            return None
+        return np.tensordot(outer.reshape(outer.shape[:2]), inner, axes=(1, 0)), bias
+    plain = not any(step != 1 for step in head.attributes.get_ints("strides", ()))
+    if _is_points(head) and _unpadded(head) and plain:
+        if first.bias is not None and not _unpadded(tail):
+            return None
+        points = inner.reshape(inner.shape[:2])
+        return np.moveaxis(np.tensordot(outer, points, axes=(1, 0)), -1, 1), bias
+    return None
+
+
+def _window(node: ir.Node) -> tuple[int, ...]:
+    """Sizes of a convolution's window."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    return shape_of(weight.const_value)[2:]
+
+
+def _is_points(node: ir.Node) -> bool:
+    return all(size == 1 for size in _window(node))
+
+
+def _behind(tail: ir.Node) -> bool:
+    """Whether the second of two convolutions looks at single points of what the first gives."""
+    return _is_points(tail) and _unpadded(tail)
+
+
+def _unpadded(node: ir.Node) -> bool:
+    automatic = node.attributes.get_string("auto_pad", "NOTSET")
+    if automatic == "VALID":
+        return True
+    return automatic == "NOTSET" and not any(node.attributes.get_ints("pads", ()))
+
+
+def _attributes(kind: str, head: ir.Node, tail: ir.Node) -> list[ir.Attr]:
+    """Attributes of the node that does the work of both."""
+    if kind == "Gemm":
+        flipped = head.op_type == "Gemm" and head.attributes.get_int("transA", False)
+        return [ir.AttrInt64("transA", 1)] if flipped else []
+    if kind != "Conv":
+        return []
+    window, point = (head, tail) if _behind(tail) else (tail, head)
+    found = [a for a in window.attributes.values() if a.name not in ("strides", "kernel_shape")]
+    one = (1,) * len(_window(window))
+    steps = zip(
+        window.attributes.get_ints("strides", one),
+        point.attributes.get_ints("strides", one),
+        strict=True,
+    )
+    return [*found, ir.AttrInt64s("strides", [a * b for a, b in steps])]
