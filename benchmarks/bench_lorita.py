@@ -30,7 +30,7 @@ from results import RESULTS, print_table, write_results
 from torch import nn
 from torch.nn import functional
 
-from onnxcomp.models.lorita import collapse, lorita, parameter_groups, truncate
+from onnxcomp.models.composed import collapse, lorita, parameter_groups, truncate
 
 DATA = Path(os.environ.get("ONNXCOMP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 KEPT = (0.5, 0.25, 0.1, 0.05)

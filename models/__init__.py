@@ -4,8 +4,12 @@
 
     export(module, (x,), "model.onnx", ratio=8)
 
+    from onnxcomp.models import collapse, lorita, parameter_groups
+
+    lorita(module, factors=2)      # train with weight decay on the factors, then collapse
+
 Importing this package imports neither torch nor ONNX; names are imported when they are first used,
-and say what is missing when they are called.
+and say what is missing.
 """
 
 from __future__ import annotations
@@ -14,12 +18,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxcomp.models.composed import (
+        ComposedConv2d,
+        ComposedLinear,
+        collapse,
+        lorita,
+        parameter_groups,
+        truncate,
+    )
     from onnxcomp.models.exporting import ExportResult, TorchCheck, export
 
-__all__ = ["ExportResult", "TorchCheck", "export"]
+__all__ = [
+    "ComposedConv2d",
+    "ComposedLinear",
+    "ExportResult",
+    "TorchCheck",
+    "collapse",
+    "export",
+    "lorita",
+    "parameter_groups",
+    "truncate",
+]
 
 # Public name -> module it lives in.
-_HOMES = {"ExportResult": "exporting", "TorchCheck": "exporting", "export": "exporting"}
+_HOMES = {
+    "ComposedConv2d": "composed",
+    "ComposedLinear": "composed",
+    "ExportResult": "exporting",
+    "TorchCheck": "exporting",
+    "collapse": "composed",
+    "export": "exporting",
+    "lorita": "composed",
+    "parameter_groups": "composed",
+    "truncate": "composed",
+}
 
 
 def __getattr__(name: str) -> Any:

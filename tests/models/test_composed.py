@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
-from onnxcomp.models.lorita import (  # noqa: E402
+from onnxcomp.models.composed import (  # noqa: E402
     ComposedConv2d,
     ComposedLinear,
     collapse,

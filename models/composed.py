@@ -18,8 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from onnxcomp.models.torch_calls import import_torch
+
+import_torch()
+
+import torch  # noqa: E402 - after the message for those who do not have it
+from torch import nn  # noqa: E402
 
 __all__ = ["ComposedConv2d", "ComposedLinear", "collapse", "lorita", "parameter_groups", "truncate"]
 
