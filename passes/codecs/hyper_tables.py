@@ -69,7 +69,7 @@ WINDINGS: Mapping[tuple[int, int], Winding] = {
     (6, 12): Winding(0x439, 34.62, 31.47),
 }
 
-# Signal to quantisation noise on normal data, dB, group 128; benchmarks/bench_hyper_sqnr.py.
+# Signal to quantisation noise on normal data, dB, group 128; bench_hyper_quality.py --constants.
 NORMAL_SQNR: Mapping[tuple[int, int], float] = {
     (bits, state_bits): decibels
     for state_bits, row in {

@@ -1,4 +1,4 @@
-"""The error the hyper codec promises; benchmarks/bench_hyper_sqnr.py measures it in full."""
+"""The error the hyper codec promises; benchmarks/bench_hyper_quality.py measures it in full."""
 
 from __future__ import annotations
 

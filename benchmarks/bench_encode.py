@@ -1,0 +1,145 @@
+"""Speed of the hyper codec's encoder and decoder, in million weights per second and core.
+
+    python benchmarks/bench_encode.py [--weights 524288] [--repeat 5]
+
+Settings are interleaved, and the best of the repetitions counts: CPU time of the thread, so that
+other work on the machine disturbs little. `threads` compares CPU time of the process, so that it
+shows what threads cost. Needs the native encoder; a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from bench_hyper_quality import sample
+from results import print_table, write_results
+
+from onnxcomp.errors import CompressionError
+from onnxcomp.passes.codecs import native
+from onnxcomp.passes.codecs.codec import Array
+from onnxcomp.passes.codecs.hyper_format import Geometry
+from onnxcomp.passes.codecs.hyper_tables import WINDINGS, spread, table
+
+# What the project promises for 2^7 states: million weights per second and core, by bits.
+BARS = {2: 20.0, 3: 20.0, 4: 12.0}
+STATE_BITS = (6, 7, 8, 10, 12)
+ISAS = ("avx512", "avx2", "baseline")
+
+
+def encoder(weight: Array, bits: int, state_bits: int, isa: str, threads: int) -> Callable[[], Any]:
+    """A call that encodes."""
+    geometry = Geometry(bits, state_bits, 128, *weight.shape)
+    values, reach = table(bits, state_bits), spread(bits, state_bits)
+    return lambda: native.hyper_encode(weight, geometry, values, reach, threads=threads, isa=isa)
+
+
+def runs(isa: str) -> bool:
+    """Whether this machine has an instruction set."""
+    try:
+        encoder(np.ones((16, 128), np.float32), 2, 6, isa, 1)()
+    except CompressionError:
+        return False
+    return True
+
+
+def fastest(calls: list[Callable[[], Any]], repeat: int, clock: Callable[[], float]) -> list[float]:
+    """Least seconds of each call, all of them in turn."""
+    best = [float("inf")] * len(calls)
+    for _ in range(repeat):
+        for index, call in enumerate(calls):
+            start = clock()
+            call()
+            best[index] = min(best[index], clock() - start)
+    return best
+
+
+def encoding(weights: int, repeat: int) -> list[dict[str, Any]]:
+    """One row for each (state_bits, bits, isa)."""
+    rows, calls = [], []
+    for state_bits in STATE_BITS:
+        # As much work for each: more states take more time.
+        part = sample("normal", max(1 << 14, weights >> max(0, state_bits - 7)))
+        for bits in (bits for bits in range(1, 7) if (bits, state_bits) in WINDINGS):
+            for isa in filter(runs, ISAS):
+                rows.append(
+                    {"state_bits": state_bits, "bits": bits, "isa": isa, "weights": part.size}
+                )
+                calls.append(encoder(part, bits, state_bits, isa, 1))
+    for row, seconds in zip(rows, fastest(calls, repeat, time.thread_time), strict=True):
+        row["speed"] = row["weights"] / seconds / 1e6
+    return rows
+
+
+def threading(weights: int, repeat: int) -> list[dict[str, Any]]:
+    """CPU time of several threads against that of one."""
+    weight, counts = sample("normal", weights), (1, 2, 4)
+    calls = [encoder(weight, 4, 7, "auto", threads) for threads in counts]
+    seconds = fastest(calls, repeat, time.process_time)
+    return [
+        {"threads": threads, "cpu_time": used / seconds[0]}
+        for threads, used in zip(counts, seconds, strict=True)
+    ]
+
+
+def decoding(weights: int, repeat: int) -> list[dict[str, Any]]:
+    """Speed of the compiler's decoder."""
+    weight, rows = sample("normal", weights), []
+    for bits in (2, 3, 4):
+        geometry, values = Geometry(bits, 7, 128, *weight.shape), table(bits, 7)
+        codes, scales = native.hyper_encode(weight, geometry, values, spread(bits, 7))
+
+        def call(c: Array = codes, s: Array = scales, t: Array = values, g: Any = geometry) -> Any:
+            return native.hyper_decode(c, s, t, g)
+
+        seconds = fastest([call], repeat, time.thread_time)[0]
+        rows.append({"bits": bits, "speed": weight.size / seconds / 1e6})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print the encoder's table and the promises."""
+    found = {(row["state_bits"], row["bits"], row["isa"]): row["speed"] for row in rows}
+    isas = [isa for isa in ISAS if any(row["isa"] == isa for row in rows)]
+    for isa in isas:
+        print(f"\nencoder, {isa}, million weights per second and core, by bits per weight")
+        cells = [
+            [
+                f"2^{s}",
+                *(f"{found[s, b, isa]:.1f}" if (s, b, isa) in found else "" for b in range(1, 7)),
+            ]
+            for s in STATE_BITS
+        ]
+        print_table(("states", *map(str, range(1, 7))), cells)
+    held = [
+        {"bits": bits, "speed": found[7, bits, isas[0]], "bar": bar} for bits, bar in BARS.items()
+    ]
+    for row in held:
+        met = "met   " if row["speed"] >= row["bar"] else "MISSED"
+        print(f"{met}  {row['bits']} bits, 2^7 states: {row['speed']:.1f}, bar {row['bar']:.0f}")
+    return held
+
+
+def main() -> None:
+    """Print the tables and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=int, default=1 << 19, help="weights of a sample")
+    parser.add_argument("--repeat", type=int, default=5)
+    options = parser.parse_args()
+    rows = encoding(options.weights, options.repeat)
+    held = show(rows)
+    threads = threading(options.weights, options.repeat)
+    print("\nCPU time by threads")
+    print_table(("threads", "of one"), [(r["threads"], f"{r['cpu_time']:.2f}") for r in threads])
+    decoder = decoding(options.weights, options.repeat)
+    print("\ndecoder, 2^7 states")
+    print_table(("bits", "M weights/s"), [(r["bits"], f"{r['speed']:.0f}") for r in decoder])
+    results = {"encoder": rows, "bars": held, "threads": threads, "decoder": decoder}
+    print(write_results("encode", results))
+
+
+if __name__ == "__main__":
+    main()
