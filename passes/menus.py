@@ -102,12 +102,17 @@ def keep(site: WeightSite, reason: str) -> Candidate:
 
 
 def _settings_of(codec: Codec, site: WeightSite, fixed: Mapping[str, object]) -> list[Params]:
-    """Settings a codec offers for a site, with some parameters held fixed."""
+    """Settings a codec offers for a site, with some parameters held fixed.
+
+    A fixed number of bits picks among what is offered; any other value is taken at its word, with
+    the other parameters as offered.
+    """
     offered = list(codec.candidates(site))
-    exact = [p for p in offered if all(getattr(p, key) == v for key, v in fixed.items())]
-    if exact or not fixed:
-        return exact
-    # Values outside the usual choice are taken at their word, with the other parameters as offered.
+    if codec.width is not None and codec.width in fixed:
+        wanted = fixed[codec.width]
+        offered = [p for p in offered if getattr(p, codec.width) == wanted] or offered
+    if not fixed:
+        return offered
     forced = dict.fromkeys(dataclasses.replace(params, **fixed) for params in offered)
     valid = []
     for params in forced:

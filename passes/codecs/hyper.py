@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 import onnx
@@ -35,7 +35,7 @@ from onnxcomp.passes.codecs.hyper_tables import (
     NORMAL_SQNR,
     WINDINGS,
 )
-from onnxcomp.passes.codecs.moments import damped, with_weight_error
+from onnxcomp.passes.codecs.moments import anchored, damped, with_weight_error
 
 __all__ = ["HyperCodec", "HyperParams"]
 
@@ -137,6 +137,7 @@ class HyperCodec:
     params_type: ClassVar[type[Params]] = HyperParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
+    anchored: ClassVar[Literal[True]] = True
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -233,7 +234,8 @@ class HyperCodec:
     ) -> Payload:
         """Encode for inputs with the second moments of `stats`, with feedback between groups.
 
-        Rows that are looked up as well count a little for themselves, too.
+        With moments beside those of the dense model, errors of earlier weights are made up for in
+        part. Rows that are looked up as well count a little for themselves, too.
 
         Raises:
             ModelError: Values too large for float16 scales.
@@ -242,8 +244,8 @@ class HyperCodec:
         moments = damped(stats)
         if stats.frequencies is not None:
             moments = with_weight_error(moments, weight)
-        coder = _coder(geometry, threads)
-        codes, scales = hyper_feedback.encode(np.asarray(weight, np.float32), coder, moments)
+        target = anchored(np.asarray(weight, np.float32), stats)
+        codes, scales = hyper_feedback.encode(target, _coder(geometry, threads), moments)
         return self._payload(site, params, codes, scales)
 
     def _payload(self, site: WeightSite, params: Params, codes: Array, scales: Array) -> Payload:

@@ -16,7 +16,7 @@ import onnxcomp
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.calibrate import Calibration, collect, split_batches, unobservable
 from onnxcomp.passes.canonicalize import canonicalize
-from onnxcomp.passes.codecs import native
+from onnxcomp.passes.codecs import moments, native
 from onnxcomp.passes.codecs.codec import Payload, WeightSite
 from onnxcomp.passes.codecs.hyper import HyperCodec
 from onnxcomp.passes.graph import load
@@ -248,6 +248,19 @@ def test_behind_dense_weights_other_codes_are_found(
     sites = compiled(chain, tmp_path / "b.onnx", data=samples, calibration="parallel", verify=False)
     assert sites["out"].output_error is not None
     assert (tmp_path / "a.onnx").read_bytes() != (tmp_path / "b.onnx").read_bytes()
+
+
+def test_later_weights_make_up_for_errors_of_earlier_ones(
+    chain: Path, samples: list[dict[str, Array]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, errors = exact(chain, "y", samples), []
+    for share in (0.0, moments.ANCHOR):
+        monkeypatch.setattr(moments, "ANCHOR", share)
+        compiled(chain, tmp_path / "a.onnx", data=samples, verify=False)
+        session = onnxcomp.InferenceSession(tmp_path / "a.onnx")
+        found = np.concatenate([session.run(None, feed)[0] for feed in samples])
+        errors.append(float(np.linalg.norm(found - wanted)))
+    assert errors[1] < 0.97 * errors[0]
 
 
 def test_plain_encoding_is_used_where_calibration_does_not_help(

@@ -61,6 +61,16 @@ def test_a_rule_fixes_parameters_and_methods() -> None:
             menu(site(), ["hyper"], parse_rule(wrong))
 
 
+@pytest.mark.parametrize(("name", "value"), [("group", 128), ("group", 64), ("state_bits", 8)])
+def test_a_fixed_parameter_leaves_all_numbers_of_bits(name: str, value: int) -> None:
+    # 704 is a multiple of 64 only: groups of 128 are offered for one bit, those of 64 for others.
+    menus = menu(site(rows=64, length=704), ["hyper"], parse_rule(f"w:{name}={value}"))
+    for bits in (1, 2, 3, 4, 5, 6):
+        picked = uniform(menus, bits)
+        assert params(picked).bits == bits
+        assert getattr(params(picked), name) == value
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6])
 def test_equal_bits_take_the_default_group(bits: int) -> None:
     picked = uniform(menu(site(), ["hyper"]), bits)
