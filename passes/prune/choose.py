@@ -1,0 +1,198 @@
+"""From scores to what goes: the steps that reach a share of parameters or FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from onnxcomp.passes.codecs.codec import Array
+from onnxcomp.passes.prune import scores
+from onnxcomp.passes.prune.axes import Analysis
+from onnxcomp.passes.prune.compensate import Sums
+from onnxcomp.passes.prune.consumers import Consumer
+from onnxcomp.passes.prune.cost import Ledger
+from onnxcomp.passes.prune.groups import Group
+from onnxcomp.passes.prune.obs import Surgeon, damping
+from onnxcomp.passes.prune.select import Step, clusters, floor_of, greedy, merge, step_size
+
+__all__ = ["Score", "by_obs", "by_rank", "removed"]
+
+Score = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
+
+
+def by_obs(
+    groups: Sequence[Group],
+    consumers: Sequence[Consumer],
+    seen: Iterable[tuple[Consumer, Sums]],
+    ledger: Ledger,
+    share: float,
+    *,
+    least: float,
+    round_to: int,
+) -> list[Step]:
+    """One knapsack over all groups by loss for what is saved.
+
+    Clusters are worked on as soon as their moments are there, so that those of few products are
+    in memory at a time.
+    """
+    waiting = clusters(groups, consumers)
+    found: dict[str, Surgeon] = {}
+    sequences: list[list[Step]] = [[] for _ in waiting]
+    for consumer, sums in seen:
+        tensor = consumer.weight.const_value
+        assert tensor is not None
+        weight = consumer.matrix(tensor.numpy())
+        found[consumer.name] = Surgeon(weight, sums.gram, damping(sums.gram))
+        for number, (own, products) in enumerate(waiting):
+            names = [product.name for product in products]
+            if consumer.name in names and all(name in found for name in names):
+                sequences[number] = greedy(
+                    own, products, found, ledger, least=least, round_to=round_to
+                )
+                for name in names:
+                    del found[name]
+    return merge(sequences, ledger, share)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ranked:
+    """Candidates of a group in the order in which they go."""
+
+    group: Group
+    steps: tuple[frozenset[int], ...]
+    scores: tuple[float, ...]
+
+
+def by_rank(
+    analysis: Analysis,
+    groups: Sequence[Group],
+    consumers: Sequence[Consumer],
+    seen: Mapping[str, Sums],
+    ledger: Ledger,
+    share: float,
+    score: Score,
+    *,
+    uniform: bool,
+    least: float,
+    round_to: int,
+) -> list[Step]:
+    """Candidates by their own scores: the same share of every group, or the lowest of all.
+
+    Scores of `flap` are standardised in each group; those of `numerical` are masks, which compare
+    across products as they are, with the published weight on heads.
+    """
+    columns = {c.name: _columns(c, seen.get(c.name), score, share) for c in consumers}
+    ranked = [
+        _ranked(analysis, group, consumers, columns, score, step_size(group, round_to))
+        for group in groups
+        if group.kind != "inner"
+    ]
+    items = [
+        (key, number, place)
+        for number, group in enumerate(ranked)
+        for place, key in enumerate(_keys(group, uniform, score))
+    ]
+    taken: list[Step] = []
+    counts = [0] * len(ranked)
+    for _, number, place in sorted(items):
+        own = ranked[number]
+        step = own.steps[place]
+        width = step_size(own.group, round_to)
+        if ledger.removed >= share:
+            break
+        if own.group.size - counts[number] - width < floor_of(own.group, least):
+            continue
+        counts[number] += width
+        ledger.remove(step)
+        taken.append(Step(own.group, step, own.scores[place], ledger.cost(step)))
+    return taken
+
+
+def _columns(consumer: Consumer, sums: Sums | None, score: Score, share: float) -> Array:
+    """Score of each column of a product."""
+    tensor = consumer.weight.const_value
+    assert tensor is not None
+    weight = consumer.matrix(tensor.numpy())
+    if sums is None or score == "magnitude":
+        return scores.magnitude(weight)
+    if score == "wanda":
+        return scores.wanda(weight, sums.gram)
+    if score == "flap":
+        return scores.flap(weight, sums.gram, sums.mean)
+    return scores.numerical(weight, sums.gram, share)
+
+
+def _ranked(
+    analysis: Analysis,
+    group: Group,
+    consumers: Sequence[Consumer],
+    columns: Mapping[str, Array],
+    score: Score,
+    width: int,
+) -> _Ranked:
+    candidates = group.slots[0]
+    totals = np.zeros(len(candidates))
+    counts = np.zeros(len(candidates))
+    place = {own: index for index, c in enumerate(candidates) for own in c}
+    for consumer in consumers:
+        own = columns[consumer.name].reshape(len(consumer.classes), -1)
+        for position, name in enumerate(consumer.classes.tolist()):
+            if name in place:
+                totals[place[name]] += own[position].sum()
+                counts[place[name]] += own.shape[1]
+    if not counts.any():
+        totals = _norms(analysis, group)
+    if score in ("numerical", "flap"):
+        totals = totals / np.maximum(counts, 1)
+    if score == "numerical" and group.kind == "heads":
+        totals = totals * _head_weight(analysis, group)
+    order = np.argsort(totals, kind="stable")
+    steps, values = [], []
+    for start in range(0, len(order) - width + 1, width):
+        chunk = order[start : start + width]
+        steps.append(frozenset(own for index in chunk for own in candidates[index]))
+        values.append(float(totals[chunk].mean()))
+    return _Ranked(group, tuple(steps), tuple(values))
+
+
+def _norms(analysis: Analysis, group: Group) -> Array:
+    """Squared norms of all weights of each candidate, for groups without observed products."""
+    place = {own: index for index, c in enumerate(group.slots[0]) for own in c}
+    totals = np.zeros(group.size)
+    for member in analysis.members:
+        tensor = member.value.const_value
+        if tensor is None or member.value.name not in group.weights or len(member.axes) > 1:
+            continue
+        array = np.moveaxis(np.asarray(tensor.numpy(), np.float64), member.axes[0], 0)
+        power = np.square(array.reshape(len(array), -1)).sum(axis=1)
+        for position, own in enumerate(analysis.classes(member.atoms).tolist()):
+            if own in place:
+                totals[place[own]] += power[position]
+    return totals
+
+
+def _head_weight(analysis: Analysis, group: Group) -> float:
+    """The published weight of a head's score: 4 matrices of its size for 3 of one neuron."""
+    for member in analysis.members:
+        if member.role == "in" and member.value.name in group.weights:
+            return 4.0 * member.atoms.size / group.size / 3.0
+    return 1.0
+
+
+def _keys(ranked: _Ranked, uniform: bool, score: Score) -> Iterator[float]:
+    count = len(ranked.steps)
+    if uniform:
+        yield from ((place + 0.5) / count for place in range(count))
+        return
+    own = np.array(ranked.scores)
+    if score == "flap":
+        own = (own - own.mean()) / max(float(own.std()), 1e-30)
+    yield from own.tolist()
+
+
+def removed(steps: Sequence[Step]) -> frozenset[int]:
+    """All classes that steps take."""
+    return frozenset(own for step in steps for own in step.classes)

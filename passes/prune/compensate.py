@@ -1,0 +1,163 @@
+"""Fitting the columns that stay: the kept part of a product makes up for what went.
+
+All fits are least squares in float64 on second moments of the inputs, shrunk towards the original
+weight, so that few data change little.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from onnxcomp.passes.codecs.codec import Array
+from onnxcomp.passes.prune.obs import damping, inverse
+
+__all__ = ["Fit", "Sums", "fitted", "masked"]
+
+# Shrinkage towards the original weight, as a share of the mean diagonal of the moments.
+SHRINK = 0.01
+
+# Input vectors for each column from which the outputs of the original model are the target.
+ANCHORED = 10
+
+
+class Sums:
+    """Sums over input vectors of a product and what its output should be.
+
+    Args:
+        length: Columns of the weight.
+        rows: Its rows.
+    """
+
+    def __init__(self, length: int, rows: int) -> None:
+        self.count = 0
+        self.gram = np.zeros((length, length))
+        self.mean = np.zeros(length)
+        self.cross = np.zeros((rows, length))
+        self.target = np.zeros(rows)
+        self.power = 0.0
+
+    def add(self, x: Array, target: Array | None) -> None:
+        """Add vectors ``(n, length)`` with wanted outputs ``(n, rows)``."""
+        x = np.asarray(x, np.float32)
+        self.count += len(x)
+        self.gram += x.T @ x
+        self.mean += x.sum(axis=0, dtype=np.float64)
+        if target is not None:
+            target = np.asarray(target, np.float32)
+            self.cross += target.T @ x
+            self.target += target.sum(axis=0, dtype=np.float64)
+            self.power += float(np.einsum("ij,ij->", target, target, dtype=np.float64))
+
+    def means(self) -> Sums:
+        """The same, divided by the number of vectors."""
+        found = Sums(0, 0)
+        found.count = self.count
+        scale = 1 / max(1, self.count)
+        found.gram, found.mean = self.gram * scale, self.mean * scale
+        found.cross, found.target = self.cross * scale, self.target * scale
+        found.power = self.power * scale
+        return found
+
+    def error(self, weight: Array, bias: Array | None = None) -> float:
+        """Mean squared difference between wanted outputs and ``W x + b``, for `means`."""
+        total = self.power - 2 * float(np.einsum("ij,ij->", weight, self.cross))
+        total += float(np.einsum("ij,ij->", weight @ self.gram, weight))
+        if bias is not None:
+            total += float(bias @ bias) + 2 * float(bias @ (weight @ self.mean - self.target))
+        return total
+
+
+def masked(weight: Array, gone: Array) -> Array:
+    """The weight with zeros in the columns that go."""
+    result = weight.copy()
+    result[:, gone] = 0.0
+    return result
+
+
+def fitted(weight: Array, gram: Array, cross: Array, gone: Array, gamma: float) -> Array:
+    """The weight whose kept columns come closest to the wanted outputs.
+
+    ``W'_K = (C + g W)_K (G_KK + g I)^-1`` with C the cross moments of wanted outputs and inputs;
+    ``C = W G`` where the wanted outputs are those of the whole weight on the same inputs.
+
+    Args:
+        weight: float64 ``(rows, length)``.
+        gram: ``G``, float64 ``(length, length)``.
+        cross: ``C``, float64 ``(rows, length)``.
+        gone: Numbers of the columns that go.
+        gamma: Shrinkage ``g`` towards the weight.
+
+    Returns:
+        float64 ``(rows, length)``, zero in the columns that go.
+    """
+    kept = np.setdiff1d(np.arange(weight.shape[1]), gone)
+    left = gram[np.ix_(kept, kept)] + gamma * np.eye(len(kept))
+    result = np.zeros_like(weight)
+    result[:, kept] = (cross + gamma * weight)[:, kept] @ inverse(left)
+    return result
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fit:
+    """What became of one product.
+
+    Attributes:
+        weight: float64 ``(rows, length)``, zero in the columns that went.
+        bias: What its bias becomes; None where it has none or keeps it.
+        before: Relative squared output error on held-out data with the columns left out only.
+        after: The same with the weight above.
+        used: "fit", "anchored" or "mask".
+    """
+
+    weight: Array
+    bias: Array | None
+    before: float
+    after: float
+    used: str
+
+
+def best_fit(
+    weight: Array, bias: Array | None, gone: Array, seen: Sums, held: Sums, *,
+    share: float = SHRINK, biases_only: bool = False,
+) -> Fit:
+    """The fit that does best on held-out data; leaving columns out is among the choices.
+
+    Args:
+        weight: float64 ``(rows, length)``.
+        bias: Added to the outputs, float64 ``(rows,)``; None without one.
+        gone: Columns that go.
+        seen: `Sums.means` over calibration data, with wanted outputs.
+        held: The same over held-out data.
+        share: Shrinkage as a share of the mean diagonal of the moments.
+        biases_only: Keep the weight's columns and change the bias alone.
+    """
+    gamma = damping(seen.gram, share)
+    base = np.zeros(len(weight)) if bias is None else bias
+    plain = _with_bias(masked(weight, gone), seen, bias)
+    choices = {"mask": (masked(weight, gone), bias), "bias": plain}
+    inner = fitted(weight, seen.gram, weight @ seen.gram, gone, gamma)
+    if not biases_only:
+        choices["fit"] = (inner, bias)
+    if not biases_only and seen.count >= ANCHORED * weight.shape[1]:
+        if bias is None:
+            choices["anchored"] = (fitted(weight, seen.gram, seen.cross, gone, gamma), None)
+        else:
+            gram = seen.gram - np.outer(seen.mean, seen.mean)
+            cross = seen.cross - np.outer(seen.target, seen.mean)
+            choices["anchored"] = _with_bias(fitted(weight, gram, cross, gone, gamma), seen, bias)
+    errors = {name: held.error(w, b) for name, (w, b) in choices.items()}
+    finite = {name: error for name, error in errors.items() if np.isfinite(error)}
+    used = min(finite, key=lambda name: finite[name])
+    power = max(held.power, 1e-30)
+    chosen, offset = choices[used]
+    changed = None if offset is None or np.array_equal(offset, base) else offset
+    return Fit(chosen, changed, errors["mask"] / power, errors[used] / power, used)
+
+
+def _with_bias(
+    weight: Array, seen: Sums, bias: Array | None
+) -> tuple[Array, Array | None]:
+    """A weight with the bias that gives its outputs the wanted mean."""
+    return weight, None if bias is None else seen.target - weight @ seen.mean

@@ -1,0 +1,263 @@
+"""Structured pruning of a model: smaller weights in the same graph, no operator of our own.
+
+``W1 (n, k), W2 (m, n) -> W1[K] (|K|, k), W2'[:, K] (m, |K|)`` for the channels K that stay, with
+W2' fitted to calibration data. Visits the main graph; what subgraphs read keeps its channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.calibrate import Feed
+from onnxcomp.passes.prune.axes import Analysis, analyse
+from onnxcomp.passes.prune.choose import Score, by_obs, by_rank, removed
+from onnxcomp.passes.prune.compensate import Fit, Sums, best_fit
+from onnxcomp.passes.prune.consumers import Consumer, find_consumers
+from onnxcomp.passes.prune.cost import Ledger, measure
+from onnxcomp.passes.prune.feeds import probe_feeds
+from onnxcomp.passes.prune.groups import Groups, find_groups
+from onnxcomp.passes.prune.observe import Walk, moments
+from onnxcomp.passes.prune.prepare import prepare, tidy
+from onnxcomp.passes.prune.probe import probe
+from onnxcomp.passes.prune.report import FitReport, GroupReport, PruneReport
+from onnxcomp.passes.prune.rewrite import remove
+from onnxcomp.passes.prune.select import Step
+
+__all__ = ["PruneOptions", "SCORES", "prune"]
+
+log = logging.getLogger(__name__)
+
+SCORES = ("obs", "numerical", "wanda", "flap", "magnitude")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """How a model is pruned.
+
+    Attributes:
+        ratio: Share of the parameters of the layers that can shrink that is to go.
+        target_flops: Share of the model's FLOPs that is to stay; instead of `ratio`.
+        score: What decides which channels go.
+        allocation: "knapsack" for one budget over all layers, "uniform" for the same share of
+            each; "auto" is what goes with the score.
+        compensate: "fit" to fit what stays, "bias" for biases only, "none".
+        least: Share of each group that always stays.
+        round_to: Groups of 64 channels or more lose this many at a time.
+        freeze_inputs: Whether initializers that are also inputs may shrink.
+    """
+
+    ratio: float | None = None
+    target_flops: float | None = None
+    score: Score = "obs"
+    allocation: Literal["auto", "knapsack", "uniform"] = "auto"
+    compensate: Literal["fit", "bias", "none"] = "fit"
+    least: float = 0.1
+    round_to: int = 8
+    freeze_inputs: bool = False
+
+    def check(self) -> None:
+        """Raise `UsageError` for values out of range."""
+        if (self.ratio is None) == (self.target_flops is None):
+            raise UsageError(
+                "pruning needs either a ratio or a target for FLOPs",
+                hint="give --prune-ratio 0.3 or --target-flops 0.7",
+            )
+        for name in ("ratio", "target_flops"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < 1.0:
+                raise UsageError(f"{name} is {value}", hint="it is a share between 0 and 1")
+        if self.score not in SCORES:
+            raise UsageError(f"there is no score {self.score!r}", hint=f"one of {', '.join(SCORES)}")
+
+    @property
+    def share(self) -> float:
+        """Share that is to go."""
+        return self.ratio if self.ratio is not None else 1.0 - (self.target_flops or 0.0)
+
+    @property
+    def unit(self) -> str:
+        """What the share is of."""
+        return "parameters" if self.ratio is not None else "flops"
+
+
+def prune(
+    model: ir.Model,
+    options: PruneOptions,
+    *,
+    feeds: Sequence[Feed] = (),
+    folder: Path | None = None,
+) -> PruneReport:
+    """Take channels out of a model, in place.
+
+    Args:
+        model: A canonical model.
+        options: What to take out.
+        feeds: Calibration data; without any, weights alone decide, and nothing is fitted.
+        folder: Where pieces of the model are written for ONNX Runtime.
+
+    Returns:
+        What was done; `PruneReport.met` is false where floors or the graph forbid the share.
+
+    Raises:
+        UsageError: An option is out of range.
+        ModelError: ONNX Runtime cannot run the model.
+    """
+    options.check()
+    prepare(model, biases=bool(feeds) and options.compensate == "bias")
+    inputs = probe_feeds(model, feeds[0] if feeds else None)
+    analysis = analyse(model, inputs, freeze_inputs=options.freeze_inputs)
+    groups = find_groups(analysis)
+    before = measure(model, analysis.seen)
+    ledger = Ledger(analysis, groups, options.unit)
+    consumers = find_consumers(analysis)
+    steps = _choose(analysis, groups, consumers, ledger, options, feeds, folder)
+    classes = removed(steps)
+    fits: list[FitReport] = []
+    if feeds and options.compensate != "none" and classes:
+        fits = list(_compensate(analysis, consumers, ledger, options, feeds, folder))
+    shapes = _declared(model)
+    remove(analysis, classes)
+    tidy(model)
+    changed = tuple(
+        (name, shapes[name], text) for name, text in _declared(model).items() if shapes[name] != text
+    )
+    after = measure(model, probe(model, probe_feeds(model)[:1] if changed else inputs[:1]))
+    return PruneReport(
+        asked=options.share,
+        reached=ledger.removed,
+        unit=options.unit,
+        score=options.score if feeds else "magnitude",
+        calibrated=bool(feeds),
+        before=before,
+        after=after,
+        groups=_group_reports(groups, steps),
+        fits=tuple(fits),
+        inputs=changed,
+        kept=groups.kept,
+    )
+
+
+def _choose(
+    analysis: Analysis,
+    groups: Groups,
+    consumers: Sequence[Consumer],
+    ledger: Ledger,
+    options: PruneOptions,
+    feeds: Sequence[Feed],
+    folder: Path | None,
+) -> list[Step]:
+    common = {"least": options.least, "round_to": options.round_to}
+    needed = _touched(consumers, groups)
+    share = options.share
+    if options.score == "obs" and options.allocation != "uniform":
+        seen = moments(analysis, needed, feeds, folder) if feeds else _unknown(needed)
+        return by_obs(groups.groups, needed, seen, ledger, share, **common)  # type: ignore[arg-type]
+    found: dict[str, Sums] = {}
+    if feeds and options.score != "magnitude":
+        found = {consumer.name: sums for consumer, sums in moments(analysis, needed, feeds, folder)}
+    uniform = options.allocation == "uniform" or (
+        options.allocation == "auto" and options.score in ("wanda", "magnitude")
+    )
+    score: Score = options.score if feeds else "magnitude"
+    return by_rank(
+        analysis, groups.groups, needed, found, ledger, share, score,
+        uniform=uniform, least=options.least, round_to=options.round_to,
+    )  # fmt: skip
+
+
+def _unknown(consumers: Sequence[Consumer]) -> list[tuple[Consumer, Sums]]:
+    """Moments where nothing is known: all inputs alike and independent."""
+    found = []
+    for consumer in consumers:
+        sums = Sums(len(consumer.classes) * consumer.block, 0)
+        sums.gram = np.eye(len(sums.gram))
+        found.append((consumer, sums))
+    return found
+
+
+def _touched(consumers: Sequence[Consumer], groups: Groups) -> list[Consumer]:
+    """Products that read channels of some group."""
+    own = {c for g in groups.groups for slot in g.slots for candidate in slot for c in candidate}
+    return [consumer for consumer in consumers if own & set(consumer.classes.tolist())]
+
+
+def _compensate(
+    analysis: Analysis,
+    consumers: Sequence[Consumer],
+    ledger: Ledger,
+    options: PruneOptions,
+    feeds: Sequence[Feed],
+    folder: Path | None,
+) -> list[FitReport]:
+    """Fit all products that lose columns, each behind the ones before, and store the weights."""
+    losing = [consumer for consumer in consumers if len(consumer.columns(ledger.gone))]
+    walk = Walk(analysis, losing, ledger.gone, feeds, folder)
+    found: list[tuple[Consumer, Fit]] = []
+    for consumer, seen, held in walk:
+        fit = _fit(consumer, ledger, options, seen, held)
+        found.append((consumer, fit))
+        for value, array in _stored(consumer, fit):
+            walk.replace(value.name or "", array)
+    for consumer, fit in found:
+        for value, array in _stored(consumer, fit):
+            assert value.const_value is not None
+            value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
+    return [FitReport(c.name, fit.before, fit.after, fit.used) for c, fit in found]
+
+
+def _fit(
+    consumer: Consumer, ledger: Ledger, options: PruneOptions, seen: Sums, held: Sums
+) -> Fit:
+    tensor = consumer.weight.const_value
+    assert tensor is not None
+    bias = None
+    if consumer.bias is not None and consumer.bias.const_value is not None:
+        bias = np.asarray(consumer.bias.const_value.numpy(), np.float64)
+    gone = consumer.columns(ledger.gone)
+    weight = consumer.matrix(tensor.numpy())
+    return best_fit(weight, bias, gone, seen, held, biases_only=options.compensate == "bias")
+
+
+def _stored(consumer: Consumer, fit: Fit) -> list[tuple[ir.Value, np.ndarray]]:
+    """Initializers as they become, in their own types."""
+    tensor = consumer.weight.const_value
+    assert tensor is not None
+    shape = tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
+    found = [(consumer.weight, consumer.stored(fit.weight, shape).astype(tensor.dtype.numpy()))]
+    if fit.bias is not None and consumer.bias is not None:
+        assert consumer.bias.const_value is not None
+        found.append((consumer.bias, fit.bias.astype(consumer.bias.const_value.dtype.numpy())))
+    return found
+
+
+def _declared(model: ir.Model) -> dict[str, str]:
+    """Shapes of inputs and outputs as text."""
+    values = [v for v in model.graph.inputs if not v.is_initializer()] + list(model.graph.outputs)
+    return {
+        value.name or "": "[" + ", ".join(_size(dim) for dim in value.shape or ()) + "]"
+        for value in values
+    }
+
+
+def _size(dim: object) -> str:
+    return str(dim) if isinstance(dim, int) else str(getattr(dim, "value", dim) or "?")
+
+
+def _group_reports(groups: Groups, steps: Sequence[Step]) -> tuple[GroupReport, ...]:
+    gone = removed(steps)
+    found = []
+    for group in groups.groups:
+        alive = [sum(not candidate <= gone for candidate in slot) for slot in group.slots]
+        touched = any(step.group is group for step in steps)
+        if touched:
+            after = max(alive)
+            found.append(GroupReport(group.name, group.kind, group.size, after, group.weights))
+    return tuple(found)
