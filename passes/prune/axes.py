@@ -27,26 +27,32 @@ __all__ = ["Analysis", "analyse"]
 Rule = Callable[[Walk, ir.Node], None]
 
 _ELEMENTWISE = (
-    "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift Cast Ceil Celu Clip Cos Cosh Div Elu "
-    "Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN "
-    "LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu "
-    "Round Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh "
-    "ThresholdedRelu Where Xor Dropout"
-).split()
+    "Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitShift", "Cast",
+    "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu",
+    "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN",
+    "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Mean", "Min", "Mish", "Mod", "Mul", "Neg",
+    "Not", "Or", "PRelu", "Pow", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin",
+    "Sinh", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Swish", "Tan", "Tanh",
+    "ThresholdedRelu", "Where", "Xor", "Dropout",
+)  # fmt: skip
+
+_REDUCTIONS = (
+    "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2",
+    "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare", "ArgMax", "ArgMin",
+)  # fmt: skip
 
 _DEFAULT: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, rules.elementwise),
     **dict.fromkeys(
-        "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceLogSum "
-        "ReduceLogSumExp ReduceSumSquare ArgMax ArgMin".split(),
+        _REDUCTIONS,
         rules_shape.reduce,
     ),
     **dict.fromkeys(
-        "MaxPool AveragePool GlobalAveragePool GlobalMaxPool LpPool GlobalLpPool".split(),
+        ["MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool", "GlobalLpPool"],
         rules_shape.pool,
     ),
     **dict.fromkeys(
-        "Softmax LogSoftmax Hardmax LayerNormalization RMSNormalization".split(),
+        ["Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization"],
         rules_shape.softmax,
     ),
     "MatMul": rules.matmul,
@@ -112,9 +118,7 @@ class Analysis:
         return np.asarray(self.relations.classes[atoms])
 
 
-def analyse(
-    model: ir.Model, feeds: Sequence[Feed], *, freeze_inputs: bool = False
-) -> Analysis:
+def analyse(model: ir.Model, feeds: Sequence[Feed], *, freeze_inputs: bool = False) -> Analysis:
     """Find out which channels of a model stand or fall together.
 
     Args:
@@ -143,7 +147,9 @@ def analyse(
 
 
 def _visit(walk: Walk, node: ir.Node) -> None:
-    nested = [value for _, graph in subgraphs(node) for inner in graph for value in read_values(inner)]
+    nested = [
+        value for _, graph in subgraphs(node) for inner in graph for value in read_values(inner)
+    ]
     nested += [value for _, graph in subgraphs(node) for value in graph.outputs]
     for value in nested:
         walk.freeze(walk.label(value), f"a subgraph of {node.name} reads it")

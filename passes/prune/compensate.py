@@ -119,8 +119,14 @@ class Fit:
 
 
 def best_fit(
-    weight: Array, bias: Array | None, gone: Array, seen: Sums, held: Sums, *,
-    share: float = SHRINK, biases_only: bool = False,
+    weight: Array,
+    bias: Array | None,
+    gone: Array,
+    seen: Sums,
+    held: Sums,
+    *,
+    share: float = SHRINK,
+    biases_only: bool = False,
 ) -> Fit:
     """The fit that does best on held-out data; leaving columns out is among the choices.
 
@@ -156,8 +162,6 @@ def best_fit(
     return Fit(chosen, changed, errors["mask"] / power, errors[used] / power, used)
 
 
-def _with_bias(
-    weight: Array, seen: Sums, bias: Array | None
-) -> tuple[Array, Array | None]:
+def _with_bias(weight: Array, seen: Sums, bias: Array | None) -> tuple[Array, Array | None]:
     """A weight with the bias that gives its outputs the wanted mean."""
     return weight, None if bias is None else seen.target - weight @ seen.mean

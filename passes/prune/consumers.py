@@ -1,4 +1,4 @@
-"""Products that sum over channels which may go: what they read, and how their weight is laid out."""
+"""Products that sum over channels which may go: what they read, how their weight is laid out."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def find_consumers(analysis: Analysis) -> list[Consumer]:
     return sorted(real, key=lambda consumer: order[consumer.node])
 
 
-def _consumer(
-    analysis: Analysis, member: Member, order: dict[ir.Node, int]
-) -> Consumer | None:
+def _consumer(analysis: Analysis, member: Member, order: dict[ir.Node, int]) -> Consumer | None:
     node = member.node
     assert node is not None
     direct = member.input_index == 1 and node.inputs[1] is member.value
@@ -105,7 +103,9 @@ def _consumer(
         turned = True
     elif node.op_type == "Gemm":
         plain = not node.attributes.get_int("transA", 0)
-        ones = node.attributes.get_float("alpha", 1.0) == 1.0 == node.attributes.get_float("beta", 1.0)
+        ones = (
+            node.attributes.get_float("alpha", 1.0) == 1.0 == node.attributes.get_float("beta", 1.0)
+        )
         turned = not node.attributes.get_int("transB", 0)
         if not plain or not ones:
             return None
@@ -116,9 +116,7 @@ def _consumer(
     else:
         return None
     bias, out = _bias(node)
-    return Consumer(
-        node, member.value, classes, turned, windows, bias, _addend(out, order, node)
-    )
+    return Consumer(node, member.value, classes, turned, windows, bias, _addend(out, order, node))
 
 
 def _windows(analysis: Analysis, node: ir.Node) -> Patches | None:
@@ -155,7 +153,7 @@ def _bias(node: ir.Node) -> tuple[ir.Value | None, ir.Value]:
     if node.op_type in ("Gemm", "Conv"):
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         return (bias if _is_private(bias) else None), out
-    uses = out.uses()
+    uses = tuple(out.uses())
     if len(uses) == 1 and uses[0].node.op_type == "Add":
         other = uses[0].node.inputs[1 - uses[0].idx]
         if other is not None and _is_private(other) and len(other.shape or ()) == 1:
@@ -165,7 +163,7 @@ def _bias(node: ir.Node) -> tuple[ir.Value | None, ir.Value]:
 
 def _addend(out: ir.Value, order: dict[ir.Node, int], node: ir.Node) -> ir.Value | None:
     """What is added to an output that nothing else reads, if it is known before the product."""
-    uses = out.uses()
+    uses = tuple(out.uses())
     if len(uses) != 1 or uses[0].node.op_type != "Add" or out.is_graph_output():
         return None
     other = uses[0].node.inputs[1 - uses[0].idx]

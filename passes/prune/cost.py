@@ -73,7 +73,7 @@ def _flops(node: ir.Node, seen: Probe) -> int:
 
 
 def _cache_bytes(model: ir.Model) -> int:
-    total = 0
+    total = 0.0
     for value in model.graph.inputs:
         shape = value.shape
         named = any(word in (value.name or "").lower() for word in ("past", "cache"))

@@ -149,9 +149,9 @@ def find_groups(analysis: Analysis) -> Groups:
             uneven[closed] = None
     for own in sorted(row_classes):
         closed = closure.close([own])
-        if members.of(closed) and not any(c in relations.frozen for c in closed):
-            if closure.is_even(closed):
-                alone["heads", members.of(closed)][closed] = None
+        stays = any(c in relations.frozen for c in closed)
+        if members.of(closed) and not stays and closure.is_even(closed):
+            alone["heads", members.of(closed)][closed] = None
     found = [_group(members, kind, [list(c)], touched) for (kind, touched), c in alone.items()]
     found += _bundles(closure, members, list(uneven))
     return Groups(tuple(g for g in found if g.size > 1), _reasons(analysis))
@@ -180,8 +180,7 @@ def _bundles(closure: _Closure, members: _Members, uneven: Sequence[Classes]) ->
         candidates = list(slots.values())
         step = frozenset().union(*(slot[0] for slot in candidates))
         if len({len(slot) for slot in candidates}) == 1 and closure.is_even(step):
-            touched = members.of(step)
-            found.append(_group(members, "inner", candidates, touched))
+            found.append(_group(members, "inner", candidates, members.of(step)))
     return found
 
 

@@ -2,9 +2,9 @@
 
 For ``y = W x`` with damped second moments ``H = E[x x^T] + g I``, taking out the columns S and
 fitting the others again costs ``tr(W_S (H^-1_SS)^-1 W_S^T)`` (the group form of Optimal Brain
-Surgeon, Hassibi and Stork 1993). After a removal both the weight and ``H^-1`` are brought up to date,
-so that greedy removal sees the fitted weight. What is left in the end is the least-squares fit
-shrunk towards the original weight, the same matrix `compensate.fitted` returns.
+Surgeon, Hassibi and Stork 1993). After a removal both the weight and ``H^-1`` are brought up to
+date, so that greedy removal sees the fitted weight. What is left is the least-squares fit shrunk
+towards the original weight, the same matrix `compensate.fitted` returns.
 """
 
 from __future__ import annotations

@@ -151,5 +151,3 @@ def _masked_members(analysis: Analysis, gone: Array, but: set[str]) -> dict[str,
             shape = [s if a in member.axes else 1 for a, s in enumerate(array.shape)]
             found[name] = np.where(lost.reshape(shape), np.zeros_like(array), array)
     return found
-
-

@@ -1,4 +1,4 @@
-"""Small things that stand in the way of pruning: biases that several nodes share, or that are nodes.
+"""What stands in the way of pruning: biases that several nodes share, or that are nodes.
 
 ``Constant() -> b`` becomes an initializer ``b``; a vector that several nodes read becomes one for
 each. `tidy` merges vectors that are still equal in the end. Visits the main graph.
@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.scopes import Names, add_initializer, is_default_domain, remove_initializer
-from onnxcomp.passes.tensors import is_float
+from onnxcomp.passes.tensors import is_float, shape_of
 
 __all__ = ["prepare", "tidy"]
 
@@ -45,7 +45,7 @@ def _lift(model: ir.Model, node: ir.Node) -> None:
     if output.is_graph_output() or not is_default_domain(node.domain):
         return
     value = ir.Value(
-        name=output.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
+        name=output.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape_of(tensor))
     )
     value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=output.name)
     output.replace_all_uses_with(value)
@@ -88,9 +88,9 @@ def _add_bias(model: ir.Model, names: Names, node: ir.Node) -> None:
     bias = ir.Value(
         name=names.value(f"{weight.name}.bias"),
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape([tensor.shape[1]]),
+        shape=ir.Shape(shape_of(tensor)[1:]),
     )
-    zeros = np.zeros(int(tensor.shape[1]), tensor.dtype.numpy())  # type: ignore[arg-type]
+    zeros = np.zeros(shape_of(tensor)[1], tensor.dtype.numpy())
     bias.const_value = ir.Tensor(zeros, dtype=tensor.dtype, name=bias.name)
     add_initializer(model, bias)
     made = ir.node("Add", [out, bias])
@@ -107,12 +107,12 @@ def tidy(model: ir.Model) -> None:
     """Undo what `prepare` did where it came to nothing, and drop initializers nobody reads."""
     for node in list(model.graph):
         bias = node.inputs[1] if len(node.inputs) > 1 else None
-        if node.meta.get(_ADDED) and bias is not None and bias.const_value is not None:
-            if not np.any(bias.const_value.numpy()):
-                source = node.inputs[0]
-                assert source is not None
-                node.outputs[0].replace_all_uses_with(source)
-                model.graph.remove(node, safe=True)
+        added = node.meta.get(_ADDED) and bias is not None and bias.const_value is not None
+        if added and bias is not None and not np.any(bias.const_value.numpy()):  # type: ignore[union-attr]
+            source = node.inputs[0]
+            assert source is not None
+            node.outputs[0].replace_all_uses_with(source)
+            model.graph.remove(node, safe=True)
     for value in list(model.graph.initializers.values()):
         original = value.meta.get(_COPY_OF)
         if original is not None and original.const_value is not None and _equal(original, value):

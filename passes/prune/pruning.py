@@ -31,7 +31,7 @@ from onnxcomp.passes.prune.report import FitReport, GroupReport, PruneReport
 from onnxcomp.passes.prune.rewrite import remove
 from onnxcomp.passes.prune.select import Step
 
-__all__ = ["PruneOptions", "SCORES", "prune"]
+__all__ = ["SCORES", "PruneOptions", "prune"]
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ class PruneOptions:
             if value is not None and not 0.0 < value < 1.0:
                 raise UsageError(f"{name} is {value}", hint="it is a share between 0 and 1")
         if self.score not in SCORES:
-            raise UsageError(f"there is no score {self.score!r}", hint=f"one of {', '.join(SCORES)}")
+            raise UsageError(
+                f"there is no score {self.score!r}", hint=f"one of {', '.join(SCORES)}"
+            )
 
     @property
     def share(self) -> float:
@@ -127,7 +129,9 @@ def prune(
     remove(analysis, classes)
     tidy(model)
     changed = tuple(
-        (name, shapes[name], text) for name, text in _declared(model).items() if shapes[name] != text
+        (name, shapes[name], text)
+        for name, text in _declared(model).items()
+        if shapes[name] != text
     )
     after = measure(model, probe(model, probe_feeds(model)[:1] if changed else inputs[:1]))
     return PruneReport(
@@ -213,9 +217,7 @@ def _compensate(
     return [FitReport(c.name, fit.before, fit.after, fit.used) for c, fit in found]
 
 
-def _fit(
-    consumer: Consumer, ledger: Ledger, options: PruneOptions, seen: Sums, held: Sums
-) -> Fit:
+def _fit(consumer: Consumer, ledger: Ledger, options: PruneOptions, seen: Sums, held: Sums) -> Fit:
     tensor = consumer.weight.const_value
     assert tensor is not None
     bias = None

@@ -37,9 +37,7 @@ def segments(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
     return found
 
 
-def touched(
-    block: Block, before: Shape, after: Shape
-) -> tuple[list[int], list[int]]:
+def touched(block: Block, before: Shape, after: Shape) -> tuple[list[int], list[int]]:
     """Axes before and after a reshape that hold the elements of a block's axes."""
     found = [pair for pair in segments(before, after) if set(pair[0]) & set(block.axes)]
     return [axis for left, _ in found for axis in left], [a for _, right in found for a in right]

@@ -106,7 +106,13 @@ class Rewriter:
         return self._made[key]
 
     def _insert(
-        self, node: ir.Node, op_type: str, inputs: Sequence[ir.Value], *, after: bool = False, **attributes: int
+        self,
+        node: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        *,
+        after: bool = False,
+        **attributes: int,
     ) -> ir.Value:
         """A node before or after another one."""
         made = ir.node(op_type, list(inputs), attributes=dict(attributes))
@@ -181,9 +187,7 @@ class Rewriter:
         if value is None or not self._changed(atoms):
             return
         wanted = self.constant("kept", np.flatnonzero(self.kept(atoms)).tolist())
-        node.replace_input_with(
-            index, self._insert(node, "Gather", [value, wanted], axis=axis)
-        )
+        node.replace_input_with(index, self._insert(node, "Gather", [value, wanted], axis=axis))
 
     def group(self, node: ir.Node, grouped: Array) -> None:
         """Groups of a convolution: those of which anything is kept."""
@@ -193,7 +197,7 @@ class Rewriter:
 
     def split(self, node: ir.Node, axis: int, pieces: Sequence[Sequence[Block]]) -> None:
         """Sizes of the pieces of a Split."""
-        own = [[b for b in blocks if axis in b.axes][0] for blocks in pieces]
+        own = [next(b for b in blocks if axis in b.axes) for blocks in pieces]
         if not any(self._changed(block.atoms) for block in own):
             return
         sizes = [kept_shape(self.kept(block.atoms))[-1] for block in own]
@@ -234,7 +238,10 @@ class Rewriter:
         """Channels of zeros that a Pad adds."""
         if not self._changed(np.concatenate(sides)):
             return
-        changes = {axis: int(self.kept(sides[0]).sum()), axis + rank: int(self.kept(sides[1]).sum())}
+        changes = {
+            axis: int(self.kept(sides[0]).sum()),
+            axis + rank: int(self.kept(sides[1]).sum()),
+        }
         for name in ("pads", "paddings"):
             if name in node.attributes:
                 old = node.attributes.get_ints(name, ())
@@ -339,5 +346,7 @@ def _reads(node: ir.Node, places: set[int]) -> bool:
         indices = node.inputs[1]
         array = ir.convenience.get_const_tensor(indices) if indices is not None else None
         if array is not None:
-            return bool(places & {int(i) for i in np.ravel(array.numpy())} or (array.numpy() < 0).any())
+            return bool(
+                places & {int(i) for i in np.ravel(array.numpy())} or (array.numpy() < 0).any()
+            )
     return True

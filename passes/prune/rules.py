@@ -72,7 +72,9 @@ def merge(walk: Walk, node: ir.Node, operands: Sequence[Operand]) -> list[Block]
     for axes in _joined(blocks):
         full = [block for block in blocks if block.axes == axes]
         if not full:
-            walk.freeze([b for b in blocks if set(b.axes) & set(axes)], f"{node.op_type} mixes axes")
+            walk.freeze(
+                [b for b in blocks if set(b.axes) & set(axes)], f"{node.op_type} mixes axes"
+            )
             continue
         for operand in operands:
             reason = _meet(walk, node, operand, full[0])
@@ -229,10 +231,10 @@ def _contract(
         return
     a = tuple(axis + offsets[0] for axis in first.axes[:-1])
     b = tuple(axis + offsets[1] for axis in second.axes[:-1])
-    if a == b and first.atoms.shape == second.atoms.shape:
-        if first.axes[-1] == axes[0] and second.axes[-1] == axes[1]:
-            walk.atoms.same(first.atoms, second.atoms)
-            return
+    alike = a == b and first.atoms.shape == second.atoms.shape
+    if alike and first.axes[-1] == axes[0] and second.axes[-1] == axes[1]:
+        walk.atoms.same(first.atoms, second.atoms)
+        return
     parts = walk.axis_atoms(first, axes[0]), walk.axis_atoms(second, axes[1])
     if parts[0] is None or parts[1] is None:
         walk.freeze([first, second], f"{node.op_type} sums over one of several axes")
@@ -295,9 +297,7 @@ def conv(walk: Walk, node: ir.Node) -> None:
     walk.put(out, made)
 
 
-def _full_conv(
-    walk: Walk, node: ir.Node, blocks: Sequence[Block], channels: int
-) -> Array | None:
+def _full_conv(walk: Walk, node: ir.Node, blocks: Sequence[Block], channels: int) -> Array | None:
     for block in blocks:
         _consume(walk, node, block, 1, 1, 1)
     atoms = walk.atoms.new(channels)

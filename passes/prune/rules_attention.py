@@ -18,7 +18,13 @@ from onnxcomp.passes.prune.atoms import Block
 from onnxcomp.passes.prune.rules import unknown
 from onnxcomp.passes.prune.walk import CONSUMED, PRODUCED, Walk
 
-__all__ = ["Heads", "attention", "group_query_attention", "multi_head_attention", "packed_attention"]
+__all__ = [
+    "Heads",
+    "attention",
+    "group_query_attention",
+    "multi_head_attention",
+    "packed_attention",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -55,8 +61,7 @@ def _read(walk: Walk, node: ir.Node, heads: int, shared: int) -> Heads | None:
         for value in values:
             walk.freeze(walk.label(value), f"{node.op_type} reads values that cannot shrink")
         return None
-    query, key, value = (atoms for atoms in found if atoms is not None)
-    return Heads(query, key, value)
+    return Heads(*(atoms for atoms in found if atoms is not None))
 
 
 def _relate(walk: Walk, heads: Heads) -> Array:

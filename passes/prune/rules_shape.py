@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
@@ -19,7 +17,7 @@ __all__ = [
 
 
 def transpose(walk: Walk, node: ir.Node) -> None:
-    """``y = transpose(x)``: blocks on other axes."""
+    """Transpose: blocks on other axes."""
     x = node.inputs[0]
     rank = len(walk.shape(x))
     perm = node.attributes.get_ints("perm", tuple(reversed(range(rank))))
@@ -43,11 +41,11 @@ def _permuted(walk: Walk, block: Block, place: dict[int, int]) -> Block:
 
 
 def reshape(walk: Walk, node: ir.Node) -> None:
-    """``y = reshape(x)``: positions are split into, or joined from, several axes."""
+    """Reshape: positions are split into, or joined from, several axes."""
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None
     before, after = walk.shape(x), walk.shape(out)
-    blocks = []
+    blocks: list[Block] = []
     for block in walk.label(x):
         found = carry(block, before, after)
         if isinstance(found, str) or not _steady(walk, x, block, before, after):
@@ -103,7 +101,7 @@ def unsqueeze(walk: Walk, node: ir.Node) -> None:
 
 
 def expand(walk: Walk, node: ir.Node) -> None:
-    """``y = expand(x)``: axes of size 1 are repeated; labelled ones are not among them."""
+    """Expand: axes of size 1 are repeated; labelled ones are not among them."""
     x, out = node.inputs[0], node.outputs[0]
     shift = len(walk.shape(out)) - len(walk.shape(x))
     blocks = [block.moved(axis + shift for axis in block.axes) for block in walk.label(x)]
@@ -141,10 +139,7 @@ def concat(walk: Walk, node: ir.Node) -> None:
 def _chained(walk: Walk, node: ir.Node, axis: int) -> list[Block]:
     """Blocks one after the other; inputs without atoms get some that must stay."""
     joint = {
-        block.axes
-        for value in node.inputs
-        for block in walk.label(value)
-        if axis in block.axes
+        block.axes for value in node.inputs for block in walk.label(value) if axis in block.axes
     }
     others = [b for v in node.inputs for b in walk.label(v) if axis not in b.axes]
     walk.freeze(others, "Concat joins values along another axis of theirs")
@@ -236,9 +231,7 @@ def _bounds(
     return found
 
 
-def _sliced(
-    walk: Walk, node: ir.Node, block: Block, bounds: tuple[int, int, int, int]
-) -> Block:
+def _sliced(walk: Walk, node: ir.Node, block: Block, bounds: tuple[int, int, int, int]) -> Block:
     start, end, _, place = bounds
     parts = block.atoms[..., :start], block.atoms[..., start:end], block.atoms[..., end:]
     if block.atoms.ndim > 1:
@@ -296,7 +289,11 @@ def pad(walk: Walk, node: ir.Node) -> None:
     made = []
     for block in blocks:
         axis = block.axes[-1]
-        if pads is not None and not listed and not any(pads[a] or pads[a + rank] for a in block.axes):
+        if (
+            pads is not None
+            and not listed
+            and not any(pads[a] or pads[a + rank] for a in block.axes)
+        ):
             made.append(block)
         elif pads is None or listed or len(block.axes) > 1 or not constant:
             walk.freeze([block], "Pad adds channels")
@@ -378,5 +375,3 @@ def shape(walk: Walk, node: ir.Node) -> None:
     blocks = walk.label(node.inputs[0])
     if blocks:
         walk.patches.append(lambda rewriter: rewriter.shape(node, blocks))
-
-

@@ -1,7 +1,8 @@
 """How much each candidate is worth, by rules that look at one product at a time.
 
 `wanda`, `flap` and `numerical` follow Sun et al. (arXiv 2306.11695) in its structured form, An et
-al. (arXiv 2312.11983) and "Numerical Pruning for Efficient Autoregressive Models" (arXiv 2412.12441).
+al. (arXiv 2312.11983) and "Numerical Pruning for Efficient Autoregressive Models" (arXiv
+2412.12441).
 A score belongs to a column of a product; the score of a candidate joins those of its columns.
 """
 

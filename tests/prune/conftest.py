@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.graph import copy_model, load, save
 from onnxcomp.passes.prune.axes import Analysis, analyse

@@ -1,0 +1,75 @@
+"""A pruned graph computes what the original computes with the channels masked."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxcomp.passes.prune.rewrite import kept_shape
+
+from .conftest import Case, random_choice
+from .graphs import GRAPHS
+
+# Models of the data folder with channels that can go, and how closely their outputs agree.
+REAL = {
+    "basic_pitch_nmp": 1e-4, "fastestdet": 1e-4, "gtcrn_simple": 1e-4, "magika_standard_v3_3": 1e-4,
+    "mnist_cntk": 1e-4, "mobilenetv2_224_tf2ptq_fp32": 1e-4, "openseeface_lm0": 1e-4,
+    "openseeface_mnv3_det": 1e-4, "ppocrv3_det": 1e-4, "resnet20_cifar10": 1e-4,
+    "silero_vad_16k_op15": 1e-4, "squeezenet_fp16": 1e-2, "super_resolution": 1e-4,
+    "tiny_random_gpt2": 1e-4, "ultraface_rfb320": 1e-4, "winml_cifar_classifier": 1e-4,
+    "yolox_nano": 1e-4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(GRAPHS))
+def test_a_small_graph_without_channels_equals_it_with_zeros(name: str, tmp_path: Path) -> None:
+    case = Case(GRAPHS[name]())
+    assert case.groups.groups, case.groups.kept
+    for seed in range(4):
+        classes = random_choice(case.groups, np.random.default_rng(seed))
+        case.check(classes, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(REAL))
+def test_a_real_model_without_channels_equals_it_with_zeros(
+    name: str, data_folder: Path, tmp_path: Path
+) -> None:
+    case = Case(data_folder / "models" / f"{name}.onnx")
+    assert case.groups.groups, case.groups.kept
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    case.check(random_choice(case.groups, rng), tmp_path, REAL[name])
+
+
+@pytest.mark.parametrize("name", ["tinyllama_ref", "tinyllama_ref_kv"])
+def test_the_language_model_without_channels_equals_it_with_zeros(
+    name: str, data_folder: Path, tmp_path: Path
+) -> None:
+    case = Case(data_folder / "lm" / f"{name}.onnx")
+    kinds = [group.kind for group in case.groups.groups]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {
+        "channels": 6,
+        "heads": 6,
+        "inner": 12,  # positions of values, and of queries with keys in rotary pairs
+    }
+    case.check(random_choice(case.groups, np.random.default_rng(5)), tmp_path)
+
+
+def test_minilm_without_channels_equals_it_with_zeros(minilm_path: Path, tmp_path: Path) -> None:
+    case = Case(minilm_path)
+    assert {group.kind for group in case.groups.groups} == {"channels", "heads", "inner"}
+    case.check(random_choice(case.groups, np.random.default_rng(1)), tmp_path)
+
+
+def test_removing_nothing_changes_nothing(case: Callable[..., Case], tmp_path: Path) -> None:
+    one = case(GRAPHS["convolutions"]())
+    one.check(set(), tmp_path)
+
+
+def test_shapes_that_would_not_be_rectangular_are_refused() -> None:
+    assert kept_shape(np.array([[True, False], [False, True], [False, False]])) == (2, 1)
+    with pytest.raises(Exception, match="must be equal"):
+        kept_shape(np.array([[True, True], [False, True]]))
