@@ -32,7 +32,7 @@ COMMANDS = {
     "verify": "Compare a compressed model with its original.",
     "bench": "Measure load time, latency and memory.",
     "expand": "Turn a compressed model back into plain dense ONNX.",
-    "package": "Bundle a model for serving: a plain folder, or Triton.",
+    "package": "Bundle a model: a plain folder, for Triton, or for onnxruntime-genai.",
     "ops": "Find the operator library for ONNX Runtime.",
     "doctor": "Check this machine and its packages, and whether a model runs here.",
     "codecs": "List the ways to store a weight, with their parameters.",

@@ -85,6 +85,17 @@ def triton(terminal: Terminal, model: Path, **settings: Any) -> None:
     show(terminal, model, "triton", **settings)
 
 
+@command.command("genai")
+@common_options
+@click.option(
+    "--like", type=FOLDER, help="Folder of the original, with genai_config.json; else MODEL's own."
+)
+@with_terminal
+def genai(terminal: Terminal, model: Path, **settings: Any) -> None:
+    """A folder for onnxruntime-genai: the original's files with MODEL as the decoder."""
+    show(terminal, model, "genai", **settings)
+
+
 def show(terminal: Terminal, model: Path, kind: str, *, output: Path, **settings: Any) -> None:
     """Write the package and say what is in it."""
     import onnxcomp

@@ -1,4 +1,4 @@
-"""Bundle a model with what it needs to be served: as a plain folder, or as a Triton model."""
+"""Bundle a model with what it needs to be served: a folder, for Triton, or for generation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["KINDS", "Package", "package"]
 
 PathLike = str | os.PathLike[str]
 
-KINDS = ("dir", "triton")
+KINDS = ("dir", "triton", "genai")
 
 
 def package(
@@ -34,6 +34,7 @@ def package(
     model_version: int = 1,
     instances: int = 1,
     target: str = "cpu",
+    like: PathLike | None = None,
 ) -> Package:
     """Write a folder that holds a model, its data, the operator library, and how to use them.
 
@@ -43,7 +44,7 @@ def package(
     Args:
         model: The model, compressed or not.
         output: The folder to write; for Triton the model repository, which may hold other models.
-        kind: "dir" or "triton".
+        kind: "dir", "triton" or "genai".
         portable: Leave the operator library out; the model runs by the definitions inside it.
         force: Replace a package that is there already. Other folders are never replaced.
         data: Example inputs for a plain folder, see `runtime.inputs.load_inputs`; None to make
@@ -56,6 +57,8 @@ def package(
         model_version: Triton: number of the version.
         instances: Triton: how many instances run at once.
         target: Triton: "cpu" or "cuda".
+        like: onnxruntime-genai: folder of the original model, with its ``genai_config.json`` and
+            tokenizer; None for the folder of `model`.
 
     Raises:
         UsageError: The folder is there already, or the model cannot be served like that.
@@ -69,6 +72,10 @@ def package(
         from onnxcomp.runtime.package.folder import write_folder
 
         return write_folder(contents, output, force=force, data=data, shapes=shapes)
+    if kind == "genai":
+        from onnxcomp.runtime.package.genai import write_genai
+
+        return write_genai(contents, output, like, force=force)
     from onnxcomp.runtime.package.triton import Server, write_triton
 
     server = Server(mount_prefix, max_batch_size, model_version, instances, target)

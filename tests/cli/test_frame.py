@@ -58,7 +58,7 @@ def test_help_names_every_command_without_importing_it() -> None:
     [
         *sorted(set(app.COMMANDS) - {"config", "ops", "package"}),
         *("config init", "config check", "config schema"),
-        *("ops path", "ops info", "package dir", "package triton"),
+        *("ops path", "ops info", "package dir", "package triton", "package genai"),
     ],
 )
 def test_every_command_has_help_and_a_json_form(name: str) -> None:

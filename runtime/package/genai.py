@@ -1,0 +1,148 @@
+"""A folder for onnxruntime-genai: the files of the original, the compressed model its decoder.
+
+onnxruntime-genai loads an operator library from the folder of the model, named in the session
+options of the decoder; so it lies there, under its bare name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from onnxcomp.errors import UsageError
+from onnxcomp.runtime.package.contents import (
+    MANIFEST,
+    MODEL,
+    Contents,
+    Package,
+    staged,
+    write_manifest,
+)
+from onnxcomp.runtime.structure import data_files, read_structure
+
+__all__ = ["write_genai"]
+
+_CONFIG = "genai_config.json"
+_LIBRARY_KEY = "custom_ops_library"
+
+
+def write_genai(
+    contents: Contents,
+    output: str | os.PathLike[str],
+    like: str | os.PathLike[str] | None,
+    *,
+    force: bool,
+) -> Package:
+    """Write the folder.
+
+    Args:
+        contents: The compressed decoder.
+        output: The folder to write.
+        like: The folder of the original; None for the one the compressed model lies in.
+        force: Replace a package that is there already.
+
+    Raises:
+        UsageError: There is no configuration, it is of a kind that is not supported, or the model
+            has other inputs and outputs than the original.
+    """
+    source = contents.model.parent if like is None else Path(like)
+    config = _read_config(source)
+    decoder = _decoder(config, source)
+    original = source / str(decoder.get("filename", MODEL))
+    _check_interface(contents, original)
+    decoder["filename"] = MODEL
+    options = decoder.setdefault("session_options", {})
+    if contents.library is not None:
+        options[_LIBRARY_KEY] = contents.library.name
+    target = Path(os.path.abspath(output))
+    with staged(target, force=force) as folder:
+        for file in _kept_files(source, original, contents.model):
+            copy = folder / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        _check_free(contents, folder)
+        contents.copy_into(folder)
+        text = json.dumps(config, indent=4, ensure_ascii=False) + "\n"
+        (folder / _CONFIG).write_text(text, encoding="utf-8")
+        manifest = write_manifest(contents, folder, "genai", folder / MODEL)
+    return Package(Path(output), manifest)
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    path = source / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
+            hint="name the folder of the original model, with its genai_config.json, by --like",
+        ) from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} holds no JSON object")
+    return config
+
+
+def _decoder(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The part of the configuration about the decoder."""
+    model = config.get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    if not isinstance(decoder, dict):
+        raise UsageError(f"{source / _CONFIG} describes no decoder")
+    if "pipeline" in decoder:
+        raise UsageError(
+            f"the decoder of {source} is a pipeline of several models",
+            hint=f"compress its parts, and set {_LIBRARY_KEY} in the session options of each",
+        )
+    if decoder.get("session_options", {}).get(_LIBRARY_KEY):
+        raise UsageError(
+            f"the decoder of {source} has an operator library already: "
+            f"{decoder['session_options'][_LIBRARY_KEY]}",
+            hint="onnxruntime-genai loads one library for each model",
+        )
+    return decoder
+
+
+def _check_interface(contents: Contents, original: Path) -> None:
+    """Refuse a model that the configuration does not describe."""
+    if not original.is_file():
+        return
+    graph = read_structure(original).graph
+    given = {tensor.name for tensor in graph.initializer}
+    for what, before, after in (
+        ("input", {value.name for value in graph.input} - given, contents.inputs),
+        ("output", {value.name for value in graph.output}, contents.outputs),
+    ):
+        differing = sorted(before ^ {value.name for value in after})
+        if differing:
+            raise UsageError(
+                f"{contents.model} and {original} differ in the {what} {differing[0]!r}",
+                hint="name the folder of the model that was compressed by --like",
+            )
+
+
+def _kept_files(source: Path, original: Path, compressed: Path) -> Iterator[Path]:
+    """Files of the original folder, without the decoder and the data that only it refers to."""
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    replaced = {original.resolve(), compressed.resolve()}
+    others = [f for f in files if f.suffix == ".onnx" and f.resolve() not in replaced]
+    shared = {(f.parent / name).resolve() for f in others for name in data_files(f)}
+    for model in (original, compressed):
+        if model.is_file():
+            replaced |= {(model.parent / name).resolve() for name in data_files(model)} - shared
+    for file in files:
+        if file.resolve() not in replaced and file.name not in (_CONFIG, MANIFEST):
+            yield file
+
+
+def _check_free(contents: Contents, folder: Path) -> None:
+    """Refuse to put a file of the compressed model over one of another model."""
+    for name in (MODEL, *contents.data):
+        if (folder / name).exists():
+            raise UsageError(
+                f"{name!r} belongs to another model of the folder",
+                hint="write the compressed model under another name, and package that",
+            )

@@ -1,0 +1,144 @@
+"""Folders for onnxruntime-genai hold the original's files and a decoder that it loads."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import onnxcomp
+from onnxcomp import package
+from onnxcomp.errors import UsageError
+
+
+@pytest.fixture
+def original(twins: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A folder with a configuration, a decoder and its data, a tokenizer, and another model."""
+    folder = tmp_path / "original"
+    (folder / "vision").mkdir(parents=True)
+    model = onnx.load(twins[0])
+    onnx.save(model, folder / "decoder.onnx", save_as_external_data=True,
+              location="decoder.onnx.data", size_threshold=0)  # fmt: skip
+    shutil.copyfile(twins[0], folder / "vision" / "encoder.onnx")
+    (folder / "tokenizer.json").write_text("{}")
+    decoder = {"filename": "decoder.onnx", "head_size": 32, "session_options": {"log_id": "a"}}
+    write_config(folder, {"model": {"type": "llama", "decoder": decoder}, "search": {"top_k": 1}})
+    return folder
+
+
+def write_config(folder: Path, config: Any) -> None:
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def read_config(folder: Path) -> Any:
+    return json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.usefixtures("library")
+def test_the_decoder_is_replaced_and_the_rest_stays(
+    twins: tuple[Path, Path], original: Path, tmp_path: Path
+) -> None:
+    made = package(twins[1], tmp_path / "out", "genai", like=original)
+    assert sorted(made.manifest["files"]) == [
+        "genai_config.json", "libonnxcomp_ops.so", "model.onnx", "tokenizer.json",
+        "vision/encoder.onnx",
+    ]  # fmt: skip
+    config = read_config(made.path)
+    options = {"log_id": "a", "custom_ops_library": "libonnxcomp_ops.so"}
+    decoder = {"filename": "model.onnx", "head_size": 32, "session_options": options}
+    assert config["model"]["decoder"] == decoder
+    assert config["search"] == {"top_k": 1} and config["model"]["type"] == "llama"
+    assert "custom_ops_library" not in json.dumps(read_config(original))
+    # A folder that is compressed where it lies.
+    shutil.copyfile(twins[1], original / "small.onnx")
+    again = package(original / "small.onnx", tmp_path / "again", "genai", portable=True)
+    assert sorted(again.manifest["files"]) == [
+        "genai_config.json", "model.onnx", "tokenizer.json", "vision/encoder.onnx",
+    ]  # fmt: skip
+    assert "custom_ops_library" not in json.dumps(read_config(again.path))
+
+
+def test_configurations_that_do_not_fit_are_refused(
+    twins: tuple[Path, Path], original: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+
+    def refused(words: str, like: Path = original) -> None:
+        with pytest.raises(UsageError, match=words):
+            package(twins[0], target, "genai", like=like)
+
+    refused(r"cannot read .*genai_config\.json", like=tmp_path)
+    good = read_config(original)
+    for decoder, words in (
+        ({"pipeline": [{}]}, "pipeline of several models"),
+        ({"session_options": {"custom_ops_library": "other.so"}}, "library already: other.so"),
+        ({"filename": "vision/encoder.onnx"}, "'hidden'"),
+        (None, "describes no decoder"),
+    ):
+        if words == "'hidden'":
+            model = onnx.load(twins[0])
+            model.graph.output.add(name="hidden").type.tensor_type.elem_type = 1
+            onnx.save(model, original / "vision" / "encoder.onnx")
+        write_config(original, {**good, "model": {"decoder": decoder}})
+        refused(words)
+    (original / "genai_config.json").write_text("{")
+    refused("cannot read")
+    assert not target.exists()
+
+
+def test_generation_by_the_compressed_decoder(data_folder: Path, tmp_path: Path) -> None:
+    """onnxruntime-genai loads the library from the folder, and writes the tokens it writes alone.
+
+    Without the definitions inside it runs with the library only.
+    """
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    source = data_folder / "lm" / "tinyllama_ref_kv.onnx"
+    if not source.exists():
+        pytest.skip(f"no language model at {source}")
+    onnxcomp.optimize(source, tmp_path / "small.onnx", bits=4, portable=False, verify=False)
+    decoder = {
+        "filename": "model.onnx", "head_size": 32, "hidden_size": 256, "num_attention_heads": 8,
+        "num_hidden_layers": 6, "num_key_value_heads": 4,
+        "inputs": {
+            "input_ids": "input_ids", "attention_mask": "attention_mask",
+            "position_ids": "position_ids", "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits", "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }  # fmt: skip
+    model = {"type": "llama", "vocab_size": 2048, "context_length": 256, "decoder": decoder}
+    model |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    search = {"max_length": 40, "past_present_share_buffer": False, "do_sample": False}
+    write_config(tmp_path, {"model": model, "search": search})
+    made = package(tmp_path / "small.onnx", tmp_path / "out", "genai")
+    assert not made.manifest["portable"]
+    loaded = genai.Model(str(made.path))
+    parameters = genai.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=24)
+    generator = genai.Generator(loaded, parameters)
+    generator.append_tokens([5, 77, 300, 12])
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == greedy(made.path / "model.onnx", [5, 77, 300, 12], 24)
+
+
+def greedy(model: Path, tokens: list[int], length: int) -> list[int]:
+    """The likeliest tokens, by whole passes without a cache."""
+    session = onnxcomp.InferenceSession(model)
+    caches = {
+        value.name: np.zeros((1, 4, 0, 32), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
+    while len(tokens) < length:
+        ids = np.array([tokens])
+        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        feed |= {"position_ids": np.arange(len(tokens))[None], **caches}
+        tokens = [*tokens, int(session.run(["logits"], feed)[0][0, -1].argmax())]
+    return tokens
