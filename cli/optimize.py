@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.options import FILE, OUTPUT, input_options, plan_options, settings_in_effect
+from onnxcomp.cli.options import (
+    FILE,
+    OUTPUT,
+    calibration_option,
+    input_options,
+    plan_options,
+    settings_in_effect,
+)
 from onnxcomp.cli.progress import progress
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
@@ -30,11 +37,7 @@ __all__ = ["command"]
 )
 @click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
 @input_options
-@click.option(
-    "--calibration", type=click.Choice(["sequential", "parallel", "off"]), default="sequential",
-    show_default=True, help="How --data decides about codes: each weight behind the compressed "
-    "earlier ones, behind the dense ones, or not at all.",
-)  # fmt: skip
+@calibration_option
 @click.option("--dry-run", is_flag=True, help="Only plan.")
 @click.option("--report", type=OUTPUT, help="Write the result as a page here, too: report.html.")
 @click.option("--force", is_flag=True, help="Write the result even when verification fails.")
@@ -77,8 +80,7 @@ def show_result(terminal: Terminal, result: Result) -> None:
     from onnxcomp.cli.tables import show_sites
     from onnxcomp.cli.verify import show_verification
 
-    errors = {c.site: c.error for c in result.plan if c.error is not None}
-    show_sites(terminal, result.report.sites, errors)
+    show_sites(terminal, result.report.sites, {choice.site: choice for choice in result.plan})
     if result.verify is not None:
         show_verification(terminal, result.verify.to_json())
     report = result.report

@@ -16,6 +16,8 @@ __all__ = [
     "EXTERNAL_DATA",
     "FILE",
     "OUTPUT",
+    "calibration_option",
+    "data_options",
     "input_options",
     "plan_options",
     "settings_in_effect",
@@ -53,6 +55,10 @@ _PLAN_OPTIONS = (
                  "where no target is given."),
     click.option("--ratio", type=ratio, help="How many times smaller the file is to be: 8 or 8x."),
     click.option("--target-size", type=size, help="Largest size of the output: 120MB."),
+    click.option(
+        "--max-error", type=click.FloatRange(0, min_open=True),
+        help="Largest relative error of an output; without a target: as small as it allows.",
+    ),
     click.option("--include", metavar="RE", multiple=True, help="Touch only weights that match."),
     click.option("--exclude", metavar="RE", multiple=True, help="Leave weights alone that match."),
     click.option(
@@ -85,14 +91,24 @@ _PLAN_OPTIONS = (
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of random choices."),
 )  # fmt: skip
 
-_INPUT_OPTIONS = (
+_DATA_OPTIONS = (
     click.option(
         "--data", multiple=True, metavar="PATH",
         help="Inputs: an .npz file, a folder of them, or name=file.npy; else they are made up.",
     ),
+)  # fmt: skip
+
+_INPUT_OPTIONS = (
+    *_DATA_OPTIONS,
     click.option(
         "--shape", "shapes", type=shape, multiple=True, help="Size of one input: ids:1,128."
     ),
+)
+
+_CALIBRATION = click.option(
+    "--calibration", type=click.Choice(["sequential", "parallel", "off"]), default="sequential",
+    show_default=True, help="How --data decides about codes: each weight behind the compressed "
+    "earlier ones, behind the dense ones, or not at all.",
 )  # fmt: skip
 
 
@@ -118,6 +134,16 @@ def settings_in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
     chosen = merged(base, explicit) | {"set_": rules}
     known = {name: value for name, value in chosen.items() if name in given}
     return given | dict.fromkeys(TARGETS) | known
+
+
+def data_options(function: F) -> F:
+    """Options that say what a plan may look at besides the weights."""
+    return _with(function, (*_DATA_OPTIONS, _CALIBRATION))
+
+
+def calibration_option(function: F) -> F:
+    """The option that says what calibration inputs are used for."""
+    return _CALIBRATION(function)
 
 
 def plan_options(function: F) -> F:

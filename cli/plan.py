@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.options import FILE, OUTPUT, plan_options, settings_in_effect
-from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
+from onnxcomp.cli.options import FILE, OUTPUT, data_options, plan_options, settings_in_effect
+from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 
 if TYPE_CHECKING:
+    from onnxcomp.passes.frontier import FrontierPoint
     from onnxcomp.passes.plan import Plan
 
-__all__ = ["command", "plan_verdict"]
+__all__ = ["command", "plan_verdict", "show_frontier"]
 
 
 @click.command("plan")
 @click.argument("model", type=FILE)
 @plan_options
+@data_options
 @click.option("-o", "--output", type=OUTPUT, help="Write the plan here: readable, editable JSON.")
+@click.option(
+    "--frontier", is_flag=True, help="Size against expected error, over the whole range of sizes."
+)
 @with_terminal
-def command(terminal: Terminal, model: Path, output: Path | None, **settings: Any) -> None:
+def command(
+    terminal: Terminal,
+    model: Path,
+    output: Path | None,
+    data: tuple[str, ...],
+    frontier: bool,
+    **settings: Any,
+) -> None:
     """Show what optimize would do with these settings: every weight, exact bytes, no work.
 
     A plan written with -o can be edited and is carried out by: onnxcomp optimize MODEL -o OUT
@@ -31,14 +44,47 @@ def command(terminal: Terminal, model: Path, output: Path | None, **settings: An
     from onnxcomp.cli.tables import show_sites
     from onnxcomp.passes.produce import planned_sites
 
-    plan = onnxcomp.plan(model, **settings_in_effect(settings))
+    settings = {**settings_in_effect(settings), "data": data or None}
+    if frontier:
+        show_frontier(terminal, onnxcomp.frontier(model, **settings))
+        return
+    plan = onnxcomp.plan(model, **settings)
     if output is not None:
         plan.save(output)
-    errors = {choice.site: choice.error for choice in plan if choice.error is not None}
-    show_sites(terminal, planned_sites(plan), errors)
+    show_sites(terminal, planned_sites(plan), {choice.site: choice for choice in plan})
     terminal.finish(plan.to_json(), plan_verdict(plan))
     if not plan.met:
         raise click.exceptions.Exit(onnxcomp.errors.BudgetError.exit_code)
+
+
+def show_frontier(terminal: Terminal, points: Sequence[FrontierPoint]) -> None:
+    """Print and draw size against expected error."""
+    from onnxcomp.cli.plots import scatter
+
+    known = all(point.error is not None for point in points)
+    rows = [
+        (
+            point.setting or "mixed",
+            bytes_text(point.bytes),
+            f"{point.ratio:.2f}x",
+            percent_text(point.error),
+            percent_text(point.weight_error),
+        )
+        for point in points
+    ]
+    terminal.table(("settings", "bytes", "ratio", "output error", "weight error"), rows)
+    drawn = [
+        (point.bytes, (point.error if known else None) or point.weight_error, mark)
+        for mark, wanted in (("o", True), ("*", False))
+        for point in points
+        if bool(point.setting) == wanted
+    ]
+    ends = (bytes_text(points[0].bytes), bytes_text(points[-1].bytes)) if points else ("", "")
+    for line in scatter(drawn, labels=ends):
+        terminal.say(line)
+    axis = "outputs" if known else "weights"
+    verdict = f"* mixed settings, o equal settings; expected relative error of the {axis}"
+    terminal.finish({"frontier": [point.to_json() for point in points]}, verdict)
 
 
 def plan_verdict(plan: Plan) -> str:
@@ -47,6 +93,8 @@ def plan_verdict(plan: Plan) -> str:
     text = f"{bytes_text(plan.source.bytes)} -> {bytes_text(size)} ({plan.ratio or 0:.2f}x)"
     if plan.portable_load_bytes:
         text += f", {bytes_text(plan.portable_load_bytes)} of memory to load without the library"
+    if plan.error is not None:
+        text += f", expected error {100 * plan.error:.2f} %"
     wanted = plan.budget.bytes
     if wanted is None:
         return text

@@ -9,22 +9,29 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.cli.terminal import Terminal, bytes_text
 
 if TYPE_CHECKING:
+    from onnxcomp.passes.choices import Choice
     from onnxcomp.passes.report import SiteReport
 
 __all__ = ["shape_text", "show_reasons", "show_sites", "stored_text", "uses_text"]
 
-COLUMNS = ("tensor", "shape", "use", "stored as", "mode", "before", "after", "ratio", "error")
+COLUMNS = (
+    *("tensor", "shape", "use", "stored as", "mode", "before", "after", "ratio"),
+    *("error", "output error", "time"),
+)
+
+# Columns that are left away where nothing is known.
+_OPTIONAL = ("output error", "time")
 
 
 def show_sites(
-    terminal: Terminal, sites: Iterable[SiteReport], predicted: Mapping[str, float]
+    terminal: Terminal, sites: Iterable[SiteReport], planned: Mapping[str, Choice]
 ) -> None:
     """Print one line for each compressed weight, and the others in groups by reason.
 
     Args:
         terminal: Where to print; with its `verbose`, every tensor has its own line.
         sites: What became, or would become, of each weight.
-        predicted: Expected errors by name, for weights whose error was not measured.
+        planned: Decisions by name, with what was expected of weights that were not measured.
     """
     rows: list[SiteReport] = []
     kept: list[SiteReport] = []
@@ -32,8 +39,18 @@ def show_sites(
         shown = terminal.verbose or not site.reason
         (rows if shown else kept).append(site)
     if rows:
-        cells = [_cells(site, predicted.get(site.name)) for site in rows]
-        terminal.table(COLUMNS, cells, left=5, spare=("ratio", "mode", "shape", "use"))
+        cells = [_cells(site, planned.get(site.name)) for site in rows]
+        columns = [number for number, name in enumerate(COLUMNS) if _told(name, number, cells)]
+        terminal.table(
+            [COLUMNS[number] for number in columns],
+            [[row[number] for number in columns] for row in cells],
+            left=5,
+            spare=[
+                name
+                for name in ("ratio", "mode", "shape", "use", "time")
+                if COLUMNS.index(name) in columns
+            ],
+        )
     reasons: dict[str, list[int]] = collections.defaultdict(list)
     for site in kept:
         reasons[site.reason].append(site.bytes_before)
@@ -53,10 +70,13 @@ def show_reasons(terminal: Terminal, what: str, reasons: Mapping[str, Sequence[i
         terminal.say(f"{what}: {len(sizes)} {noun}, {bytes_text(sum(sizes))}: {reason}")
 
 
-def _cells(site: SiteReport, predicted: float | None) -> tuple[str, ...]:
-    error = site.weight_error
-    mark = "" if error is not None else "~"
-    error = predicted if error is None else error
+def _told(name: str, number: int, cells: Sequence[Sequence[str]]) -> bool:
+    return name not in _OPTIONAL or any(row[number] != "-" for row in cells)
+
+
+def _cells(site: SiteReport, planned: Choice | None) -> tuple[str, ...]:
+    expected = (None, None) if planned is None else (planned.error, planned.output_error)
+    time = None if planned is None or site.reason else planned.time
     return (
         site.name,
         shape_text(site.shape),
@@ -66,8 +86,16 @@ def _cells(site: SiteReport, predicted: float | None) -> tuple[str, ...]:
         bytes_text(site.bytes_before),
         bytes_text(site.bytes_after),
         f"{site.bytes_before / max(1, site.bytes_after):.2f}x",
-        "-" if site.reason or error is None else f"{mark}{100 * error:.2f} %",
+        "-" if site.reason else _error_text(site.weight_error, expected[0]),
+        "-" if site.reason else _error_text(site.output_error, expected[1]),
+        "-" if time is None else f"{1e3 * time:+.3g} ms",
     )
+
+
+def _error_text(measured: float | None, expected: float | None) -> str:
+    """An error in percent, with a tilde in front where it is expected only."""
+    error, mark = (expected, "~") if measured is None else (measured, "")
+    return "-" if error is None else f"{mark}{100 * error:.2f} %"
 
 
 def shape_text(shape: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from onnxcomp.passes.choices import Candidate
 from onnxcomp.passes.menus import NOISE, Menu, distance, equal_plans
@@ -22,13 +22,14 @@ __all__ = ["allocate"]
 _EXCHANGES = 16
 
 
-def _pareto(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
-    """Candidates that no other beats in bytes and error, by increasing bytes."""
+def _front(menu: Menu) -> Menu:
+    """The candidates that no other beats in bytes and cost, by increasing bytes."""
     result: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.bytes, c.error, distance(c))):
-        if not result or candidate.error < result[-1].error:
+    order = sorted(menu.options, key=lambda c: (c.bytes, menu.cost_of(c), distance(c)))
+    for candidate in order:
+        if not result or menu.cost_of(candidate) < menu.cost_of(result[-1]):
             result.append(candidate)
-    return tuple(result)
+    return menu.with_options(result)
 
 
 def _hull(menu: Menu) -> list[int]:
@@ -192,7 +193,7 @@ def allocate(menus: Sequence[Menu], budget: int) -> list[Candidate]:
     Equal settings for all sites are among the plans compared. When not even the smallest
     candidates fit, they are the answer.
     """
-    fronts = [Menu(menu.site, _pareto(menu.options)) for menu in menus]
+    fronts = [_front(menu) for menu in menus]
     picks, room = _walk(fronts, budget - _total(fronts, [0] * len(fronts)))
     plans = [_fill(fronts, picks, room)]
     for equal in _uniform_picks(menus, fronts):

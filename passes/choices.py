@@ -11,10 +11,30 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
 from onnxcomp.passes.settings import MODES, ModeChoice, suggest, typed_params
 
-__all__ = ["Candidate", "Choice", "Errors", "known_keys"]
+__all__ = ["Candidate", "Choice", "Estimate", "Estimator", "known_keys"]
 
-# Expected relative errors of a weight under some settings of a codec.
-Errors = Callable[[Codec, WeightSite, Sequence[Params]], Sequence[float]]
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is expected of one setting for one weight.
+
+    Attributes:
+        error: Relative Frobenius error of the decoded weight.
+        output_error: Relative error of its products; None where their inputs are not known.
+        harm: Size of evenly spread noise in the weight that does as much harm as that error; None
+            where that is the error itself.
+        time: Seconds that one run of the model takes longer, or less if negative, than with the
+            dense weight; None where it is not known.
+    """
+
+    error: float
+    output_error: float | None = None
+    harm: float | None = None
+    time: float | None = None
+
+
+# What is expected of some settings of a codec for a weight.
+Estimator = Callable[[Codec, WeightSite, Sequence[Params]], Sequence[Estimate]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,7 +47,7 @@ class Candidate:
         params: Its settings.
         bytes: Bytes of the weight's own tensors, exactly.
         error: Expected relative Frobenius error of the weight.
-        time: Expected seconds of one use; None where it is not known.
+        estimate: All that is expected; None where that is the error alone.
         reason: Why the weight stays as it is; empty when it is stored by the codec.
     """
 
@@ -36,8 +56,20 @@ class Candidate:
     params: Params
     bytes: int
     error: float
-    time: float | None = None
+    estimate: Estimate | None = None
     reason: str = ""
+
+    @property
+    def harm(self) -> float:
+        """Size of evenly spread noise in the weight that does as much harm."""
+        if self.estimate is None or self.estimate.harm is None:
+            return self.error
+        return self.estimate.harm
+
+    @property
+    def time(self) -> float:
+        """Expected seconds that a run takes longer; 0 where that is not known."""
+        return 0.0 if self.estimate is None else self.estimate.time or 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +87,9 @@ class Choice:
         mode: How uses are served.
         bytes: Bytes of the codec's tensors; None until the plan is settled against a model.
         error: Expected relative Frobenius error; None until the plan is settled.
+        output_error: Expected relative error of its products; None where it is not known.
+        time: Expected seconds that a run takes longer than with the dense weight; None where it is
+            not known.
         reason: Why the weight stays as it is; empty when it is stored by the codec.
     """
 
@@ -68,6 +103,8 @@ class Choice:
     mode: ModeChoice = "auto"
     bytes: int | None = None
     error: float | None = None
+    output_error: float | None = None
+    time: float | None = None
     reason: str = ""
 
     @property
@@ -94,15 +131,17 @@ class Choice:
             mode=self.mode if mode is None else _mode(mode),
             bytes=None,
             error=None,
+            output_error=None,
+            time=None,
             reason="",
         )
 
-    def settle(self, site: WeightSite, errors: Errors | None = None) -> Choice:
-        """A copy with the facts of the site and the codec's bytes and expected error.
+    def settle(self, site: WeightSite, estimator: Estimator | None = None) -> Choice:
+        """A copy with the facts of the site, the codec's bytes and what is expected of it.
 
         Args:
             site: The weight.
-            errors: Expected errors; None for those a codec expects without looking at the weight.
+            estimator: None for the errors that a codec expects without looking at the weight.
 
         Raises:
             UsageError: The codec cannot store the site.
@@ -117,11 +156,10 @@ class Choice:
                 f"codec {self.codec!r} cannot store {self.site!r}: {refusal}",
                 hint="choose another codec for it in the plan, or dense",
             )
-        if errors is None:
-            error = codec.predict(site, self.params)
-        else:
-            (error,) = errors(codec, site, [self.params])
-        return dataclasses.replace(choice, bytes=codec.size(site, self.params), error=error)
+        found = Estimate(codec.predict(site, self.params))
+        if estimator is not None:
+            (found,) = estimator(codec, site, [self.params])
+        return dataclasses.replace(choice, bytes=codec.size(site, self.params), **_expected(found))
 
     @classmethod
     def of(cls, candidate: Candidate, mode: ModeChoice = "auto") -> Choice:
@@ -132,7 +170,7 @@ class Choice:
             params=candidate.params,
             mode=mode,
             bytes=candidate.bytes,
-            error=candidate.error,
+            **_expected(candidate.estimate or Estimate(candidate.error)),
             reason=candidate.reason,
         )
 
@@ -154,7 +192,9 @@ class Choice:
             "mode": self.mode,
             "bytes_before": self.before,
             "bytes": self.bytes,
-            "error": None if self.error is None else float(f"{self.error:.4g}"),
+            "error": _rounded(self.error),
+            "output_error": _rounded(self.output_error),
+            "time": _rounded(self.time),
             "reason": self.reason,
         }
 
@@ -182,14 +222,28 @@ class Choice:
             mode=_mode(values.get("mode", "auto")),
             bytes=values.get("bytes"),
             error=values.get("error"),
+            output_error=values.get("output_error"),
+            time=values.get("time"),
             reason=str(values.get("reason", "")),
         )
 
 
 _CHOICE_KEYS = frozenset(
     {"name", "shape", "dtype", "uses", "codec", "params", "mode"}
-    | {"bytes_before", "bytes", "error", "reason"}
+    | {"bytes_before", "bytes", "error", "output_error", "time", "reason"}
 )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _expected(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "error": estimate.error,
+        "output_error": estimate.output_error,
+        "time": estimate.time,
+    }
 
 
 def _facts(site: WeightSite) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import load_samples
 from onnxcomp.passes.checks import check_runnable
+from onnxcomp.passes.evidence import gather_evidence
 from onnxcomp.passes.graph import Saved, load, save
 from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.plan import Plan
@@ -33,10 +34,10 @@ from onnxcomp.passes.source import (
 if TYPE_CHECKING:
     from onnxcomp.passes.verify import Verification
 
-__all__ = ["compile_model", "dry_run", "plan_model"]
+__all__ = ["compile_model", "dry_run", "plan_model", "reference_file"]
 
 
-def _reference(model: Any, loaded: Loaded, path: Path) -> Path:
+def reference_file(model: Any, loaded: Loaded, path: Path) -> Path:
     """The input as a file; one given in memory is written when somebody is going to run it."""
     if loaded.path is not None:
         return loaded.path
@@ -55,7 +56,8 @@ def _planned(
     with run.stage("plan"):
         prepared = prepare(loaded, settings, samples)
         if given is None:
-            return prepared, make_plan(prepared, settings, name=name)
+            evidence = gather_evidence(prepared, settings, samples, calibrated=run.calibrates)
+            return prepared, make_plan(prepared, settings, name=name, evidence=evidence)
         return prepared, settle(given, prepared, name=name)
 
 
@@ -67,7 +69,9 @@ def _only_planned(
         if output is not None:
             refuse_overwriting(loaded.files, output)
     with tempfile.TemporaryDirectory() as folder:
-        reference = functools.partial(_reference, model, loaded, Path(folder) / "reference.onnx")
+        reference = functools.partial(
+            reference_file, model, loaded, Path(folder) / "reference.onnx"
+        )
         samples = SampleSource(run.data, reference)
         name = "out.onnx" if output is None else output.name
         return _planned(loaded, settings, given, run, samples, name)
@@ -130,7 +134,7 @@ def compile_model(
     cache = None if run.cache is None else PayloadCache(run.cache)
     with workspace(output) as folder:
         reference = functools.partial(
-            _reference, model, loaded, folder / f"reference.{output.name}"
+            reference_file, model, loaded, folder / f"reference.{output.name}"
         )
         source = SampleSource(run.data, reference)
         prepared, made = _planned(loaded, settings, given, run, source, output.name)
@@ -149,7 +153,7 @@ def compile_model(
         verification = None
         if run.verify:
             data = run.data if samples is None else samples.witnesses
-            verification = _gate(reference(), written.saved, data, made.settings.seed, run)
+            verification = _gate(reference(), written.saved, data, made.settings, run)
         accepted = verification is None or verification.passed or run.force
         files = _publish(written.saved, output, accepted=accepted)
     output_file = OutputFile(
@@ -159,19 +163,19 @@ def compile_model(
     return _judged(Result(files[0], made, done, verification), accepted=accepted)
 
 
-def _gate(reference: Path, saved: Saved, data: Any, seed: int, run: Run) -> Verification:
+def _gate(reference: Path, saved: Saved, data: Any, settings: Settings, run: Run) -> Verification:
     """Run the result, with and without the operator library, against the input."""
     from onnxcomp.passes.verify import verify
 
     with run.stage("verify"):
-        options: dict[str, Any] = {} if run.tolerance is None else {"tolerance": run.tolerance}
+        limits = [limit for limit in (run.tolerance, settings.max_error) if limit is not None]
         return verify(
             reference,
             saved.files[0],
             data=data,
             shapes=dict(run.shapes or {}),
-            seed=seed,
-            **options,
+            seed=settings.seed,
+            tolerance=min(limits, default=None),
         )
 
 

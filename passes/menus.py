@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.choices import Candidate, Errors
+from onnxcomp.passes.choices import Candidate, Estimate, Estimator
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
 from onnxcomp.passes.settings import Rule, suggest, typed_params
@@ -20,7 +20,6 @@ __all__ = [
     "equal_plans",
     "keep",
     "menu",
-    "objective",
     "offered_bits",
     "predicted",
     "sensitivity",
@@ -52,15 +51,20 @@ NOISE = 0.003
 
 
 def sensitivity(site: WeightSite) -> float:
-    """Weight of a site in the objective; a calibrated plan replaces it by measured numbers.
+    """Weight of a site in the objective where it was not measured.
 
-    The number of weights, so that every weight counts alike: then a budget that allows equal bits
-    for all is spent on them. Of a table that is only looked up, a token reads one row: its rows do
-    not add up, and it counts at most like the widest layer behind it, four times its length. With a
-    sentence encoder whose table is half of its weights, mean 1 - cosine to the dense embeddings is
-    0.147 at ratio 10 and 0.326 at 13, against 0.231 and 0.526 when tables count in full and
-    0.183 and 0.359 when all sites count alike; with a small language model, the divergence from the
-    dense distribution is 0.027 nats at ratio 10, against 0.082 when all sites count alike.
+    A layer whose weight has relative error e, not correlated with its input, has an output with
+    relative error e in the mean, and independent errors add in squares: so the squared relative
+    errors of the weights, each counted this many times, stand for the noise power of the model.
+
+    It is the number of weights, so that every weight counts alike: then a budget that allows
+    equal bits for all is spent on them. Of a table that is only looked up, a token reads one
+    row: its rows do not add up, and it counts at most like the widest layer behind it, four
+    times its length. With a sentence encoder whose table is half of its weights, mean 1 -
+    cosine to the dense embeddings is 0.147 at ratio 10 and 0.326 at 13, against 0.231 and 0.526
+    when tables count in full and 0.183 and 0.359 when all sites count alike; with a small
+    language model, the divergence from the dense distribution is 0.027 nats at ratio 10,
+    against 0.082 when all sites count alike.
 
     The first convolution of a raw signal counts `_RAW` times: see there.
     """
@@ -69,31 +73,46 @@ def sensitivity(site: WeightSite) -> float:
     return float(size * (_RAW if site.filters_input else 1))
 
 
-def objective(site: WeightSite, error: float) -> float:
-    """Cost of storing a site with a relative error: ``sensitivity * error^2``.
-
-    A layer whose weight has relative error e, not correlated with its input, has an output with
-    relative error e in the mean, and independent errors add in squares. So without knowing the
-    data, the squared relative errors of the weights stand for the noise power of the model.
-    """
-    return sensitivity(site) * error * error
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Menu:
     """What there is to choose from for one site.
 
     Attributes:
         site: The weight.
-        options: Candidates by increasing bytes and decreasing error; never empty.
+        options: Candidates; never empty.
+        sensitivity: Noise power of the model's outputs over that of the weight, both relative, as
+            far as known; None for the guess of `sensitivity`.
+        measured: The same as it was measured, to predict by; None where that is `sensitivity`.
+        price: What a second counts in the objective.
     """
 
     site: WeightSite
     options: tuple[Candidate, ...]
+    sensitivity: float | None = None
+    measured: float | None = None
+    price: float = 0.0
+
+    def with_options(self, options: Iterable[Candidate]) -> Menu:
+        """The menu with other candidates."""
+        return dataclasses.replace(self, options=tuple(options))
+
+    def noise(self, candidate: Candidate) -> float:
+        """Noise power that a candidate counts for: ``sensitivity * harm^2``."""
+        known = self.sensitivity
+        factor = sensitivity(self.site) if known is None else known
+        return factor * candidate.harm**2
+
+    def expected_noise(self, candidate: Candidate) -> float:
+        """Noise power that a candidate is expected to add to the outputs, relative to theirs."""
+        return (self.measured or self.sensitivity or 0.0) * candidate.harm**2
+
+    def cost_of(self, candidate: Candidate) -> float:
+        """Objective of a candidate: its noise, and its time at the price of time."""
+        return self.noise(candidate) + self.price * candidate.time
 
     def cost(self, index: int) -> float:
         """Objective of one option."""
-        return objective(self.site, self.options[index].error)
+        return self.cost_of(self.options[index])
 
 
 def keep(site: WeightSite, reason: str) -> Candidate:
@@ -126,19 +145,19 @@ def _settings_of(codec: Codec, site: WeightSite, fixed: Mapping[str, object]) ->
     return valid
 
 
-def predicted(codec: Codec, site: WeightSite, params: Sequence[Params]) -> list[float]:
-    """Errors that a codec expects without looking at the weight."""
-    return [codec.predict(site, item) for item in params]
+def predicted(codec: Codec, site: WeightSite, params: Sequence[Params]) -> list[Estimate]:
+    """What a codec expects without looking at the weight."""
+    return [Estimate(codec.predict(site, item)) for item in params]
 
 
 def _candidates(
-    codec: Codec, site: WeightSite, fixed: Mapping[str, object], errors: Errors
+    codec: Codec, site: WeightSite, fixed: Mapping[str, object], estimator: Estimator
 ) -> list[Candidate]:
     typed_params(codec.params_type, fixed, codec.name)
     offered = _settings_of(codec, site, fixed)
     return [
-        Candidate(site, codec.name, params, codec.size(site, params), error)
-        for params, error in zip(offered, errors(codec, site, offered), strict=True)
+        Candidate(site, codec.name, params, codec.size(site, params), found.error, found)
+        for params, found in zip(offered, estimator(codec, site, offered), strict=True)
     ]
 
 
@@ -148,7 +167,9 @@ def menu(
     rule: Rule | None = None,
     *,
     codecs: Mapping[str, Codec] | None = None,
-    errors: Errors = predicted,
+    estimator: Estimator = predicted,
+    sensitivity: float | None = None,
+    measured: float | None = None,
 ) -> Menu:
     """Everything that may be chosen for a site; only to keep it where nothing pays.
 
@@ -157,7 +178,9 @@ def menu(
         methods: Codecs of the run.
         rule: Settings for this weight; its methods win over those of the run.
         codecs: All codecs by name.
-        errors: Expected errors of settings.
+        estimator: What is expected of settings.
+        sensitivity: Of the model's outputs to noise in the weight; None for the usual guess.
+        measured: The same as it was measured; None where it was not.
 
     Raises:
         UsageError: The rule names an unknown codec or parameter.
@@ -177,7 +200,7 @@ def menu(
             reasons.append(f"{codec.name}: {refusal}")
             continue
         try:
-            offered = _candidates(codec, site, rule.params, errors)
+            offered = _candidates(codec, site, rule.params, estimator)
         except UsageError as error:
             wrong.append(error)
             continue
@@ -189,7 +212,7 @@ def menu(
             reasons.append(f"{codec.name}: {_no_offer(offered, site)}")
     if len(wrong) == len(names):  # what a rule fixes is for one of the codecs; here it is for none
         raise wrong[0]
-    return Menu(site, tuple(found) or (keep(site, "; ".join(reasons)),))
+    return Menu(site, tuple(found) or (keep(site, "; ".join(reasons)),), sensitivity, measured)
 
 
 def _no_offer(offered: Sequence[Candidate], site: WeightSite) -> str:
@@ -260,7 +283,7 @@ def equal_plans(menus: Sequence[Menu]) -> Iterator[list[Candidate]]:
 
 def _first(menu: Menu, codec: str) -> Menu:
     """The menu with the options of one codec before the others."""
-    return Menu(menu.site, tuple(sorted(menu.options, key=lambda c: c.codec != codec)))
+    return menu.with_options(sorted(menu.options, key=lambda c: c.codec != codec))
 
 
 def offered_bits(menus: Sequence[Menu], codec: str) -> list[int]:

@@ -17,6 +17,8 @@ from onnxcomp.passes.calibrated import CalibrationMode, check_calibration
 from onnxcomp.passes.compiling import compile_model, plan_model
 from onnxcomp.passes.compiling import dry_run as only_plan
 from onnxcomp.passes.encode import Progress
+from onnxcomp.passes.frontier import FrontierPoint
+from onnxcomp.passes.frontier import frontier as points_of
 from onnxcomp.passes.graph import Saved, save
 from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.plan import Plan
@@ -34,6 +36,7 @@ __all__ = [
     "TargetMissedError",
     "apply",
     "expand",
+    "frontier",
     "inspect",
     "optimize",
     "plan",
@@ -51,6 +54,7 @@ def optimize(
     bits: int | None = None,
     ratio: float | None = None,
     target_size: int | str | None = None,
+    max_error: float | None = None,
     min_size: int | str = 16384,
     mode: ModeChoice = "auto",
     include: Patterns = (),
@@ -87,6 +91,8 @@ def optimize(
         bits: Bits per weight, the same for all.
         ratio: Input bytes over output bytes to reach.
         target_size: Most bytes of the output: a number, or text such as "120MB".
+        max_error: Largest relative L2 error of an output. With a target it is a limit; without one
+            the output is made as small as it allows.
         min_size: Bytes below which a tensor is left alone.
         mode: How uses of weights are served.
         include: Regular expressions; when given, only matching weights are touched.
@@ -122,12 +128,12 @@ def optimize(
         TargetMissedError: No plan meets the target; the smallest output was written.
         RejectedError: The result failed the gate and was kept as ``*.rejected.onnx``.
     """
-    if plan is not None and (bits, ratio, target_size) != (None, None, None):
+    if plan is not None and (bits, ratio, target_size, max_error) != (None,) * 4:
         raise UsageError("a plan and a target were given together", hint="choose one of them")
     given = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
     settings = given.settings if given is not None else given_settings(
         method, target_size, min_size, include, exclude, set_,
-        bits=bits, ratio=ratio, mode=mode, precision=precision,
+        bits=bits, ratio=ratio, max_error=max_error, mode=mode, precision=precision,
         external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
         stock=stock, rest=rest,
     )  # fmt: skip
@@ -150,6 +156,7 @@ def plan(
     bits: int | None = None,
     ratio: float | None = None,
     target_size: int | str | None = None,
+    max_error: float | None = None,
     min_size: int | str = 16384,
     mode: ModeChoice = "auto",
     include: Patterns = (),
@@ -162,10 +169,13 @@ def plan(
     seed: int = 0,
     stock: bool = False,
     rest: str = "keep",
+    data: Any = None,
+    calibration: CalibrationMode = "sequential",
 ) -> Plan:
     """What `optimize` would do with these settings, with exact bytes, without doing it.
 
-    A plan that misses its target is returned all the same; its `met` is false then.
+    A plan that misses its target is returned all the same; its `met` is false then. The arguments
+    are those of `optimize`.
 
     Raises:
         UsageError: An option or a rule is wrong.
@@ -173,11 +183,29 @@ def plan(
     """
     settings = given_settings(
         method, target_size, min_size, include, exclude, set_,
-        bits=bits, ratio=ratio, mode=mode, precision=precision,
+        bits=bits, ratio=ratio, max_error=max_error, mode=mode, precision=precision,
         external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
         stock=stock, rest=rest,
     )  # fmt: skip
-    return plan_model(model, settings, Run(jobs=1))
+    check_calibration(calibration)
+    return plan_model(model, settings, Run(jobs=1, data=data, calibration=calibration))
+
+
+def frontier(model: Any, **options: Any) -> list[FrontierPoint]:
+    """Size against expected error: the best plans from the smallest to the dense model.
+
+    Args:
+        model: What `optimize` accepts.
+        options: Arguments of `plan`: method, data, include, ...; a target is not used.
+
+    Raises:
+        UsageError: An option or a rule is wrong.
+        ModelError: The input is not a model that can be compiled.
+    """
+    data, calibration = options.pop("data", None), options.pop("calibration", "sequential")
+    settings = given_settings(**options)
+    check_calibration(calibration)
+    return points_of(model, settings, Run(jobs=1, data=data, calibration=calibration))
 
 
 def apply(model: Any, plan: Plan | PathLike, output: PathLike, **options: Any) -> Result:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.choices import Choice, Errors, known_keys
+from onnxcomp.passes.choices import Choice, Estimator, known_keys
 from onnxcomp.passes.codecs.codec import WeightSite
 from onnxcomp.passes.settings import Settings, parse_size, suggest
 
@@ -27,26 +27,31 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Budget:
-    """What a plan has to meet: equal bits everywhere, or output bytes.
+    """What a plan has to meet: equal bits everywhere, output bytes, or an error.
 
     Attributes:
         bits: Bits per weight, the same for all sites.
         bytes: Most bytes the output may have, external data included.
         ratio: The ratio `bytes` came from, for messages.
+        max_error: Largest relative error of an output.
     """
 
     bits: int | None = None
     bytes: int | None = None
     ratio: float | None = None
+    max_error: float | None = None
 
     @classmethod
     def of(cls, settings: Settings, input_bytes: int, default_bits: int = 4) -> Budget:
         """The budget of a run on a model of `input_bytes` bytes."""
+        error = settings.max_error
         if settings.ratio is not None:
-            return cls(bytes=int(input_bytes / settings.ratio), ratio=settings.ratio)
+            return cls(None, int(input_bytes / settings.ratio), settings.ratio, error)
         if settings.target_size is not None:
-            return cls(bytes=parse_size(settings.target_size))
-        return cls(bits=default_bits if settings.bits is None else settings.bits)
+            return cls(bytes=parse_size(settings.target_size), max_error=error)
+        if settings.bits is None and error is not None:
+            return cls(max_error=error)
+        return cls(bits=default_bits if settings.bits is None else settings.bits, max_error=error)
 
     def to_json(self) -> dict[str, Any]:
         """The attributes that are set."""
@@ -116,6 +121,8 @@ class Plan:
         bytes: Bytes of the output, exactly; None after a change until it is applied.
         portable_load_bytes: Expected peak memory, beyond that of any session, to load the output
             without the operator library; None after a change until it is applied.
+        error: Expected relative error of the outputs, from what noise in each weight does to them;
+            None where that was not measured.
     """
 
     source: Source
@@ -125,6 +132,7 @@ class Plan:
     skipped: tuple[SkippedWeight, ...] = ()
     bytes: int | None = None
     portable_load_bytes: int | None = None
+    error: float | None = None
 
     def __getitem__(self, name: str) -> Choice:
         if name not in self.choices:
@@ -138,7 +146,7 @@ class Plan:
                 hint=f"start from plan[{name!r}].with_(...)",
             )
         self.choices[name] = choice
-        self.bytes = self.portable_load_bytes = None
+        self.bytes = self.portable_load_bytes = self.error = None
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices.values())
@@ -157,14 +165,14 @@ class Plan:
         """Bytes of the input over bytes of the output."""
         return None if not self.bytes else self.source.bytes / self.bytes
 
-    def settle(self, sites: Sequence[WeightSite], errors: Errors | None = None) -> Plan:
+    def settle(self, sites: Sequence[WeightSite], estimator: Estimator | None = None) -> Plan:
         """A copy whose bytes and errors are those of the codecs on these sites.
 
         Sites the plan does not name stay as they are: to delete a line is to leave a weight alone.
 
         Args:
             sites: The weights of the model.
-            errors: Expected errors; None for those codecs expect without looking at the weights.
+            estimator: None for the errors that codecs expect without looking at the weights.
 
         Raises:
             UsageError: The plan names a site the model lacks, or a codec refuses its site.
@@ -176,12 +184,14 @@ class Plan:
                     f"the plan has a site {name!r}, the model has none", hint=suggest(name, known)
                 )
         settled = {
-            name: self.choices[name].settle(site, errors)
+            name: self.choices[name].settle(site, estimator)
             if name in self.choices
             else Choice.kept_dense(site, "not in the plan")
             for name, site in known.items()
         }
-        return dataclasses.replace(self, choices=settled, bytes=None, portable_load_bytes=None)
+        return dataclasses.replace(
+            self, choices=settled, bytes=None, portable_load_bytes=None, error=None
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -192,6 +202,7 @@ class Plan:
             "budget": self.budget.to_json(),
             "bytes": self.bytes,
             "portable_load_bytes": self.portable_load_bytes,
+            "error": None if self.error is None else float(f"{self.error:.4g}"),
             "sites": [choice.to_json() for choice in self],
             "skipped": [tensor.to_json() for tensor in self.skipped],
         }
@@ -223,6 +234,7 @@ class Plan:
             skipped=tuple(SkippedWeight.from_json(item) for item in values.get("skipped", ())),
             bytes=values.get("bytes"),
             portable_load_bytes=values.get("portable_load_bytes"),
+            error=values.get("error"),
         )
 
     def dumps(self) -> str:
@@ -269,7 +281,8 @@ class Plan:
 
 
 _PLAN_KEYS = frozenset(
-    ["version", "source", "settings", "budget", "bytes", "portable_load_bytes", "sites", "skipped"]
+    {"version", "source", "settings", "budget", "bytes", "portable_load_bytes", "error"}
+    | {"sites", "skipped"}
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,27 +11,24 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcomp.errors import UsageError
 from onnxcomp.passes.calibrate import Feed
-from onnxcomp.passes.choices import Candidate, Choice, Errors
+from onnxcomp.passes.choices import Candidate, Choice, Estimate, Estimator
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import Codec, Params, Use, WeightSite
+from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
 from onnxcomp.passes.estimates import Estimates
-from onnxcomp.passes.fitting import fit
-from onnxcomp.passes.menus import Menu, keep, menu, uniform, uniform_bits
+from onnxcomp.passes.evidence import Evidence, observed
+from onnxcomp.passes.menus import Menu, menu
 from onnxcomp.passes.plan import Budget, Plan, SkippedWeight, Source
-from onnxcomp.passes.settings import Rule, Settings, match_rule, method_names
+from onnxcomp.passes.settings import Settings, method_names
 from onnxcomp.passes.sites import find_sites
 from onnxcomp.passes.sizing import planned_size, portable_load_bytes
 from onnxcomp.passes.source import Loaded
 from onnxcomp.passes.stages import Context, no_feeds, run_passes
+from onnxcomp.passes.targets import DEFAULT_BITS, choose, expected_error, rule_of
 
-__all__ = ["DEFAULT_BITS", "Prepared", "make_plan", "prepare", "settle"]
+__all__ = ["Prepared", "make_menus", "make_plan", "measured_size", "plan_from", "prepare", "settle"]
 
 Feeds = Callable[[], Sequence[Feed] | None]
-
-# Bits per weight where neither bits nor a target is asked for.
-DEFAULT_BITS = 4
 
 # The codec of what stays dense.
 _HALF = "fp16"
@@ -86,26 +84,38 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
     )
 
 
-def _rule(site: WeightSite, settings: Settings) -> Rule:
-    names = [site.name, *(use.node for use in site.uses)]
-    return match_rule(settings.rules, names, [use.op_type for use in site.uses])
-
-
-def _menu(site: WeightSite, methods: Sequence[str], settings: Settings, errors: Errors) -> Menu:
+def _menu(
+    site: WeightSite,
+    methods: Sequence[str],
+    settings: Settings,
+    evidence: Evidence,
+    estimator: Estimator,
+) -> Menu:
     """What there is to choose from; half precision last where the rest is to have it."""
-    rule = _rule(site, settings)
+    rule = rule_of(site, settings)
     method_names(rule.methods or methods, CODECS, stock=settings.stock)
-    if settings.rest == "keep" or rule.methods:
-        return menu(site, methods, rule, errors=errors)
-    others = [name for name in methods if name not in ("dense", _HALF)]
+    chosen = estimator
+    if settings.rest != "keep" and not rule.methods:
+        methods = [*(name for name in methods if name not in ("dense", _HALF)), _HALF]
+        chosen = estimator if settings.rest == "fp16" else functools.partial(_exact, estimator)
+    return menu(
+        site,
+        methods,
+        rule,
+        estimator=chosen,
+        sensitivity=evidence.sensitivities.get(site.name),
+        measured=evidence.measured.get(site.name),
+    )
 
-    def strict(codec: Codec, site: WeightSite, params: Sequence[Params]) -> Sequence[float]:
-        found = errors(codec, site, params)
-        if settings.rest == "fp16" or codec.name != _HALF:
-            return found
-        return [0.0 if error == 0.0 else math.inf for error in found]
 
-    return menu(site, [*others, _HALF], rule, errors=strict)
+def _exact(
+    estimator: Estimator, codec: Codec, site: WeightSite, params: Sequence[Params]
+) -> Sequence[Estimate]:
+    """What is expected, with half precision only where it changes nothing."""
+    found = estimator(codec, site, params)
+    if codec.name != _HALF:
+        return found
+    return [e if e.error == 0.0 else dataclasses.replace(e, error=math.inf) for e in found]
 
 
 def _measure(prepared: Prepared, settings: Settings, name: str, choices: Sequence[Choice]) -> int:
@@ -113,44 +123,41 @@ def _measure(prepared: Prepared, settings: Settings, name: str, choices: Sequenc
 
 
 def _choice(candidate: Candidate, settings: Settings) -> Choice:
-    return Choice.of(candidate, _rule(candidate.site, settings).mode or settings.mode)
+    return Choice.of(candidate, rule_of(candidate.site, settings).mode or settings.mode)
 
 
-def _equal(menus: Sequence[Menu], bits: int, settings: Settings) -> list[Candidate]:
-    """One candidate for each menu: with equal bits (`uniform_bits`), or those of its rule."""
-    return [uniform(menu, _bits_of_rule(menu, settings, bits)) for menu in menus]
+def measured_size(
+    prepared: Prepared, settings: Settings, name: str, picks: Sequence[Candidate]
+) -> int:
+    """Exact bytes of the output, called `name`, written with these candidates."""
+    return _measure(prepared, settings, name, [_choice(pick, settings) for pick in picks])
 
 
-def _bits_of_rule(menu: Menu, settings: Settings, bits: int) -> int:
-    fixed = _rule(menu.site, settings).params
-    names = {CODECS[candidate.codec].width for candidate in menu.options}
-    given = (int(fixed[name]) for name in names if name is not None and name in fixed)
-    return next(given, uniform_bits(menu, bits))
+def make_menus(prepared: Prepared, settings: Settings, evidence: Evidence) -> list[Menu]:
+    """What there is to choose from for every site, with all that is expected of it."""
+    methods = method_names(settings.method, CODECS, stock=settings.stock)
+    estimates = Estimates(prepared.model, calibrated=evidence.calibrated)
+    found: dict[str, Menu] = {}
+    for site, stats in observed(prepared.model, prepared.sites, evidence.feeds):
+        estimates.look_at(stats)
+        found[site.name] = _menu(site, methods, settings, evidence, estimates)
+    return [found[site.name] for site in prepared.sites]
 
 
-def _check_bits(bits: int, methods: Sequence[str]) -> None:
-    """Refuse bits per weight that no method offers, not even for a large weight."""
-    use = Use("", "MatMul", 1, "matmul")
-    sample = WeightSite("", (1024, 1024), "float32", (use,), "", 1024, 1024, False)
-    offered: set[int] = set()
-    for codec in (CODECS[name] for name in methods):
-        if codec.width is None:
-            return
-        offered |= {int(getattr(params, codec.width)) for params in codec.candidates(sample)}
-    if bits not in offered:
-        raise UsageError(
-            f"no method offers {bits} bits per weight",
-            hint=f"choose from {', '.join(str(b) for b in sorted(offered))}",
-        )
-
-
-def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx") -> Plan:
+def make_plan(
+    prepared: Prepared,
+    settings: Settings,
+    *,
+    name: str = "out.onnx",
+    evidence: Evidence | None = None,
+) -> Plan:
     """Decide for every site.
 
     Args:
         prepared: The model and its weights.
         settings: What is asked for.
         name: File name of the output; external data refers to it.
+        evidence: What is known besides the weights.
 
     Returns:
         A plan with the exact bytes of the output. When no plan meets the target, it is the
@@ -159,38 +166,28 @@ def make_plan(prepared: Prepared, settings: Settings, *, name: str = "out.onnx")
     Raises:
         UsageError: A method, a rule or the number of bits does not exist.
     """
+    menus = make_menus(prepared, settings, Evidence() if evidence is None else evidence)
+    return plan_from(menus, prepared, settings, name=name)
+
+
+def plan_from(
+    menus: Sequence[Menu], prepared: Prepared, settings: Settings, *, name: str = "out.onnx"
+) -> Plan:
+    """`make_plan` for menus that are made already."""
     budget = Budget.of(settings, prepared.source.bytes, DEFAULT_BITS)
-    methods = method_names(settings.method, CODECS, stock=settings.stock)
-    errors = Estimates(prepared.model).errors
-    menus = [_menu(site, methods, settings, errors) for site in prepared.sites]
-
-    def size_of(candidates: Sequence[Candidate]) -> int:
-        choices = [_choice(candidate, settings) for candidate in candidates]
-        return _measure(prepared, settings, name, choices)
-
-    if budget.bytes is not None:
-        picks, total = fit(menus, budget.bytes, size_of)
-    else:
-        bits = budget.bits or DEFAULT_BITS
-        _check_bits(bits, methods)
-        picks = _equal(menus, bits, settings)
-        total = size_of(picks)
-        picks, total = _worth_it(picks, total, size_of)
+    size_of = functools.partial(measured_size, prepared, settings, name)
+    picks, total = choose(menus, budget, settings, size_of)
     choices = {pick.site.name: _choice(pick, settings) for pick in picks}
-    memory = portable_load_bytes(prepared.sites, list(choices.values()))
-    return Plan(prepared.source, settings, budget, choices, prepared.skipped, total, memory)
-
-
-def _worth_it(
-    picks: list[Candidate], total: int, size_of: Callable[[Sequence[Candidate]], int]
-) -> tuple[list[Candidate], int]:
-    """The picks, or nothing at all when what comes with them outweighs what they save."""
-    if all(pick.reason or pick.codec == "dense" for pick in picks):
-        return picks, total
-    reason = "what compressed weights bring with them would outweigh what they save"
-    untouched = [keep(pick.site, pick.reason or reason) for pick in picks]
-    least = size_of(untouched)
-    return (picks, total) if total < least else (untouched, least)
+    return Plan(
+        source=prepared.source,
+        settings=settings,
+        budget=budget,
+        choices=choices,
+        skipped=prepared.skipped,
+        bytes=total,
+        portable_load_bytes=portable_load_bytes(prepared.sites, list(choices.values())),
+        error=expected_error(menus, picks),
+    )
 
 
 def settle(plan: Plan, prepared: Prepared, *, name: str = "out.onnx") -> Plan:
@@ -199,7 +196,7 @@ def settle(plan: Plan, prepared: Prepared, *, name: str = "out.onnx") -> Plan:
     Raises:
         UsageError: The plan does not fit the model.
     """
-    settled = plan.settle(prepared.sites, Estimates(prepared.model).errors)
+    settled = plan.settle(prepared.sites, Estimates(prepared.model))
     choices = list(settled)
     return dataclasses.replace(
         settled,

@@ -63,6 +63,11 @@ class Run:
     calibration: CalibrationMode = "sequential"
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether weights are encoded for the inputs that are given."""
+        return self.data is not None and self.calibration != "off"
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time one stage."""

@@ -242,6 +242,7 @@ class Settings:
         bits: Bits per weight for all sites alike; None when a target is given.
         ratio: Input bytes over output bytes to reach.
         target_size: Output bytes to reach.
+        max_error: Largest relative error of an output.
         min_size: Smallest weight tensor to touch, in bytes.
         mode: How uses are served.
         include: Regular expressions; when there are any, only matching weights are touched.
@@ -261,6 +262,7 @@ class Settings:
     bits: int | None = None
     ratio: float | None = None
     target_size: int | None = None
+    max_error: float | None = None
     min_size: int = 16384
     mode: ModeChoice = "auto"
     include: tuple[str, ...] = ()
@@ -280,7 +282,7 @@ class Settings:
             raise UsageError(
                 f"{' and '.join(targets)} were given together", hint="choose one of them"
             )
-        for name in ("bits", "ratio", "target_size"):
+        for name in ("bits", "ratio", "target_size", "max_error"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name} is {value}", hint="it must be positive")
@@ -328,12 +330,12 @@ def _rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
 
 
 def given_settings(
-    method: str | Sequence[str],
-    target_size: int | str | None,
-    min_size: int | str,
-    include: Patterns,
-    exclude: Patterns,
-    set_: str | Rule | Sequence[str | Rule],
+    method: str | Sequence[str] = "auto",
+    target_size: int | str | None = None,
+    min_size: int | str = 16384,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    set_: str | Rule | Sequence[str | Rule] = (),
     **others: Any,
 ) -> Settings:
     """Settings from what a caller may write more loosely: one text for a list, sizes with units.

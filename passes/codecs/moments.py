@@ -11,6 +11,7 @@ __all__ = [
     "LOOK_UPS",
     "anchored",
     "damped",
+    "energy",
     "held_out_error",
     "output_error",
     "with_weight_error",
@@ -84,7 +85,7 @@ def anchored(weight: Array, stats: Stats) -> Array:
     return result
 
 
-def _energy(matrix: Array, moments: Array) -> float:
+def energy(matrix: Array, moments: Array) -> float:
     """``tr(M G M^T)`` in float64."""
     rows = max(1, _CHUNK // max(1, matrix.shape[1]))
     total = 0.0
@@ -101,7 +102,7 @@ def with_weight_error(moments: Array, weight: Array) -> Array:
         moments: float64 ``(length, length)``.
         weight: ``(rows, length)``.
     """
-    output, own = _energy(weight, moments), _energy(weight, np.eye(weight.shape[1]))
+    output, own = energy(weight, moments), energy(weight, np.eye(weight.shape[1]))
     if output <= 0.0 or own <= 0.0:
         return moments
     return np.asarray(moments + np.eye(len(moments)) * (LOOK_UPS * output / own))
@@ -118,8 +119,8 @@ def output_error(weight: Array, decoded: Array, moments: Array) -> float:
     Returns:
         The error; 0 for outputs that are all zero.
     """
-    power = _energy(weight, moments)
-    noise = _energy(np.asarray(decoded) - weight, moments)
+    power = energy(weight, moments)
+    noise = energy(np.asarray(decoded) - weight, moments)
     return float(np.sqrt(max(0.0, noise) / power)) if power > 0.0 else 0.0
 
 
@@ -138,9 +139,9 @@ def held_out_error(weight: Array, decoded: Array, stats: Stats) -> float | None:
         return None
     if stats.held_cross is None or stats.held_reference is None:
         return output_error(weight, decoded, stats.held_out)
-    power = _energy(weight, stats.held_reference)
+    power = energy(weight, stats.held_reference)
     rows = max(1, _CHUNK // max(1, weight.shape[1]))
-    noise = power + _energy(decoded, stats.held_out)
+    noise = power + energy(decoded, stats.held_out)
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows].astype(np.float64) @ stats.held_cross
         noise -= 2.0 * float(np.einsum("ij,ij->", part, decoded[start : start + rows]))

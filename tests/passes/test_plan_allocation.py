@@ -16,7 +16,7 @@ from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.codecs.dense import DenseParams
 from onnxcomp.passes.codecs.hyper import HyperParams
 from onnxcomp.passes.fitting import fit
-from onnxcomp.passes.menus import FRAMING, Menu, keep, menu, objective, sensitivity, uniform
+from onnxcomp.passes.menus import FRAMING, Menu, keep, menu, sensitivity, uniform
 from onnxcomp.passes.settings import parse_rule
 
 
@@ -87,7 +87,7 @@ def test_bits_that_do_not_pay_keep_the_weight() -> None:
 
 
 def cost(picks: Sequence[Candidate]) -> float:
-    return sum(objective(c.site, c.error) for c in picks)
+    return sum(Menu(c.site, (c,)).cost(0) for c in picks)
 
 
 def size(picks: Sequence[Candidate]) -> int:
@@ -117,12 +117,13 @@ def test_allocations_stay_in_their_budget_and_near_the_best(
     fitting = [p for p in itertools.product(*(m.options for m in menus)) if size(p) <= budget]
     best = min(cost(p) for p in fitting)
     # A walk on convex hulls misses the best plan by less than the cost of one weight.
-    assert cost(picks) <= best + max(objective(m.site, c.error) for m in menus for c in m.options)
+    assert cost(picks) <= best + max(m.cost_of(c) for m in menus for c in m.options)
     # Nothing that saves anything is left that still fits.
     room = budget - size(picks)
     for chosen, offered in zip(picks, menus, strict=True):
         for other in offered.options:
-            assert other.error >= chosen.error or other.bytes - chosen.bytes > room
+            cheaper = offered.cost_of(other) < offered.cost_of(chosen)
+            assert not cheaper or other.bytes - chosen.bytes > room
 
 
 def test_weights_count_alike_but_for_tables_that_are_only_looked_up() -> None:

@@ -96,8 +96,8 @@ def model() -> ir.Model:
 
 def test_errors_of_a_measured_codec_come_from_the_weight(model: ir.Model) -> None:
     assert isinstance(CODECS["rank+dense"], MeasuredCodec)
-    errors = Estimates(model).errors
-    found = menu(site(), ["rank+dense"], errors=errors)
+    estimator = Estimates(model)
+    found = menu(site(), ["rank+dense"], estimator=estimator)
     assert {c.params.rank: c.error < 1e-5 for c in found.options} == {  # type: ignore[attr-defined]
         64: True,
         32: True,
@@ -105,7 +105,7 @@ def test_errors_of_a_measured_codec_come_from_the_weight(model: ir.Model) -> Non
         8: False,
     }
     choice = Choice.of(found.options[1])
-    assert choice.settle(site(), errors).error == choice.error
+    assert choice.settle(site(), estimator).error == choice.error
     assert choice.settle(site()).error == 1.0
 
 
@@ -125,8 +125,10 @@ def test_equal_plans_cover_every_codec() -> None:
 
 
 def test_a_plan_mixes_codecs_where_each_is_best(model: ir.Model) -> None:
-    errors = Estimates(model).errors
-    menus = [menu(site(name), ["hyper", "rank+dense"], errors=errors) for name in ("w", "noise")]
+    estimator = Estimates(model)
+    menus = [
+        menu(site(name), ["hyper", "rank+dense"], estimator=estimator) for name in ("w", "noise")
+    ]
     picks, total = fit(menus, 160_000, lambda picks: sum(c.bytes for c in picks))
     assert [pick.codec for pick in picks] == ["rank+dense", "hyper"]
     assert 0.95 * 160_000 < total <= 160_000

@@ -1,0 +1,149 @@
+"""The planner on real models: are sizes met, and is a mixed plan better than equal settings?
+
+    python benchmarks/bench_planner.py FOLDER MINILM [--only NAME ...]
+
+FOLDER holds models/*.onnx, lm/*.onnx and eval/; MINILM is all-MiniLM-L6-v2 as ONNX. Plans are made
+with one half of some real inputs and judged by the other half. For each model:
+
+* ratios 4, 6, 8 and 10: bytes of the output under the target, or the best that was reached;
+* for 2 to 5 bits for all weights: measured error of the outputs (relative L2, the worst output) of
+  equal settings, and of mixed plans of the same bytes, made without inputs and with them;
+* expected against measured errors of single weights: rank correlations.
+
+Codes are chosen by the weights' values alone, so that plans are all that differs. Results of
+models that are not asked for are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from planner_inputs import MODELS, write_halves
+from results import RESULTS, print_table, write_results
+
+import onnxcomp
+
+RATIOS = (4, 6, 8, 10)
+BITS = (5, 4, 3, 2)
+
+
+def compile_model(model: Path, output: Path, cache: Path, **options: Any) -> onnxcomp.Result:
+    """The result, also of a run that misses its target."""
+    try:
+        return onnxcomp.optimize(
+            model, output, cache=cache, verify=False, calibration="off", **options
+        )
+    except onnxcomp.TargetMissedError as missed:
+        return missed.result
+
+
+def error_of(model: Path, small: Path, judge: Path) -> float:
+    """Relative L2 difference of the worst output on inputs that no plan has seen."""
+    outputs = onnxcomp.verify(model, small, data=judge).outputs
+    return max(metrics.rel_l2 for metrics in outputs.values())
+
+
+def at_ratios(model: Path, folder: Path, plan: Path) -> list[dict[str, Any]]:
+    """Bytes for each ratio."""
+    rows = []
+    for ratio in RATIOS:
+        output = folder / "small.onnx"
+        result = compile_model(model, output, folder / "cache", ratio=ratio, data=plan)
+        size, target = result.report.output.bytes, result.plan.budget.bytes or 0
+        rows.append({"ratio": ratio, "target": target, "bytes": size, "met": size <= target})
+    return rows
+
+
+def at_equal_bytes(model: Path, folder: Path, plan: Path, judge: Path) -> list[dict[str, Any]]:
+    """Errors of equal settings and of mixed plans of their bytes."""
+    rows = []
+    for bits in BITS:
+        output, cache = folder / "small.onnx", folder / "cache"
+        equal = compile_model(model, output, cache, bits=bits, method="hyper")
+        size = equal.report.output.bytes
+        row: dict[str, Any] = {"bits": bits, "bytes": size}
+        row["equal"] = error_of(model, output, judge)
+        for name, data in (("mixed", None), ("mixed_with_inputs", plan)):
+            mixed = compile_model(model, output, cache, target_size=size, data=data)
+            row[name] = error_of(model, output, judge)
+            row[f"{name}_bytes"] = mixed.report.output.bytes
+            if mixed.plan.error is not None:
+                row["expected"] = mixed.plan.error
+        rows.append(row)
+    return rows
+
+
+def measure(model: Path, data: Path) -> dict[str, Any]:
+    """Everything about one model."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        plan, judge = write_halves(model, data, folder)
+        return {
+            "name": model.stem,
+            "bytes": model.stat().st_size,
+            "ratios": at_ratios(model, folder, plan),
+            "equal_bytes": at_equal_bytes(model, folder, plan, judge),
+        }
+
+
+def earlier() -> dict[str, Any]:
+    """Rows of earlier runs by model."""
+    path = RESULTS / "planner.json"
+    if not path.exists():
+        return {}
+    return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["models"]}
+
+
+def print_results(rows: list[dict[str, Any]]) -> None:
+    """Print both tables."""
+    print_table(
+        ("model", *(f"{ratio}x" for ratio in RATIOS)),
+        [
+            (row["name"], *(f"{100 * r['bytes'] / r['target']:.2f} %" for r in row["ratios"]))
+            for row in rows
+        ],
+    )
+    print_table(
+        ("model", "bits", "bytes", "equal", "mixed", "mixed, with inputs", "expected"),
+        [
+            (
+                row["name"],
+                r["bits"],
+                r["bytes"],
+                f"{r['equal']:.4f}",
+                f"{r['mixed']:.4f}",
+                f"{r['mixed_with_inputs']:.4f}",
+                f"{r.get('expected', float('nan')):.4f}",
+            )
+            for row in rows
+            for r in row["equal_bytes"]
+        ],
+    )
+
+
+def main() -> None:
+    """Measure the models that are asked for, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("minilm", type=Path)
+    parser.add_argument("--only", nargs="*", default=MODELS)
+    options = parser.parse_args()
+    places = {
+        "minilm_l6_v2_embed": options.minilm,
+        "tinyllama_ref": options.folder / "lm" / "tinyllama_ref.onnx",
+    }
+    rows = earlier()
+    for name in options.only:
+        model = places.get(name, options.folder / "models" / f"{name}.onnx")
+        rows[name] = measure(model, options.folder)
+        ordered = [rows[other] for other in MODELS if other in rows]
+        write_results("planner", {"models": ordered})
+    print_results([rows[other] for other in MODELS if other in rows])
+
+
+if __name__ == "__main__":
+    main()

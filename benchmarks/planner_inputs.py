@@ -1,0 +1,90 @@
+"""Real inputs of the planner's benchmark, in two halves: one to plan on, one to judge by."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from inputs import CLASSIFIERS, REAL, Feed, speech_frames
+
+__all__ = ["MODELS", "real_inputs", "write_halves"]
+
+# Inputs of each half, and samples in one of them.
+_COUNT, _BATCH = 24, 8
+
+MODELS = (
+    "resnet20_cifar10",
+    "squeezenet_fp16",
+    "magika_standard_v3_3",
+    "silero_vad",
+    "tinyllama_ref",
+    "minilm_l6_v2_embed",
+    "mobilenetv2_224_tf2ptq_fp32",
+)
+
+
+def _speech(data: Path, model: Path) -> list[Feed]:
+    """Every twelfth frame of a recording, with the state that the original has there."""
+    session = onnxruntime.InferenceSession(model)
+    state, rate = np.zeros((2, 1, 128), np.float32), np.array(16000)
+    feeds = []
+    for number, frame in enumerate(itertools.islice(speech_frames(data), 12 * 2 * _COUNT * 2)):
+        feed = {"input": frame, "state": state, "sr": rate}
+        if number % 12 == 0:
+            feeds.append(feed)
+        _, state = session.run(None, feed)
+    return feeds
+
+
+def _sentences(data: Path, model: Path) -> list[Feed]:
+    """Sentences of the development set, some in each input."""
+    from bench_minilm import make_batches, read_pairs  # reads words with a package of its own
+    from tokenizers import Tokenizer
+
+    del model
+    tokenizer = Tokenizer.from_file(str(data / "models" / "minilm_tokenizer.json"))
+    first, _ = read_pairs(data)
+    return [feed for _, feed in make_batches(tokenizer, first[: 16 * 2 * _COUNT])][: 2 * _COUNT]
+
+
+def _text(data: Path, model: Path) -> list[Feed]:
+    """Windows of the training text and of a text that was held out, in turns."""
+    (name,) = (value.name for value in onnxruntime.InferenceSession(model).get_inputs())
+    training = np.load(data / "lm" / "calib.npy")[:_COUNT, :128]
+    held_out = np.load(data / "lm" / "eval_books.npy")[: _COUNT * 128].reshape(_COUNT, 128)
+    rows = [row for pair in zip(training, held_out, strict=True) for row in pair]
+    return [{name: row[None].astype(np.int64)} for row in rows]
+
+
+def _batched(data: Path, model: Path) -> list[Feed]:
+    name = model.stem
+    if name in REAL:
+        return list(itertools.islice(REAL[name](data), 2 * _COUNT))
+    return [feed for feed, _ in itertools.islice(CLASSIFIERS[name](data), 2 * _COUNT)]
+
+
+def real_inputs(model: Path, data: Path) -> list[Feed]:
+    """Some tens of real inputs of a model."""
+    special: dict[str, Any] = {
+        "silero_vad": _speech,
+        "minilm_l6_v2_embed": _sentences,
+        "tinyllama_ref": _text,
+    }
+    feeds = special.get(model.stem, _batched)(data, model)
+    return [
+        {key: array[:_BATCH] if array.ndim else array for key, array in feed.items()}
+        for feed in feeds
+    ]
+
+
+def write_halves(model: Path, data: Path, folder: Path) -> tuple[Path, Path]:
+    """Folders with the even and the odd inputs as .npz files."""
+    halves = (folder / "plan", folder / "judge")
+    for half in halves:
+        half.mkdir(parents=True, exist_ok=True)
+    for number, feed in enumerate(real_inputs(model, data)):
+        np.savez(halves[number % 2] / f"{number:03d}.npz", **feed)  # type: ignore[arg-type]
+    return halves

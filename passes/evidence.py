@@ -1,0 +1,131 @@
+"""What is known about a model before its plan is made: from inputs, and from this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from onnxcomp.passes.calibrate import Feed, collect, unobservable
+from onnxcomp.passes.codecs.codec import Stats, WeightSite
+from onnxcomp.passes.menus import sensitivity
+from onnxcomp.passes.probing import made_up_inputs
+from onnxcomp.passes.sensitivity import measure_sensitivities, spread
+from onnxcomp.passes.settings import Settings
+
+if TYPE_CHECKING:
+    from onnxcomp.passes.planner import Prepared
+
+__all__ = ["Evidence", "blended", "gather_evidence", "observed"]
+
+# How far a measured sensitivity is drawn to the usual guess, in logarithms. With four models of
+# speech, images and text, planned on one half of real inputs and judged on the other at a fifth and
+# an eighth of the bytes, 0.3 was never worse than 0 and up to a quarter better.
+_DOUBT = 0.3
+
+
+# Inputs whose second moments a plan is made on; encoders use all that are given.
+_FEEDS = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a plan is made on, besides the weights.
+
+    Attributes:
+        feeds: Real inputs in small batches; None where there are none.
+        calibrated: Whether weights will be encoded for these inputs.
+        sensitivities: Noise power of the outputs over that of each weight, as plans use it; empty
+            where nothing is known.
+        measured: The same, of the weights it was measured of.
+    """
+
+    feeds: Sequence[Feed] | None = None
+    calibrated: bool = False
+    sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def blended(
+    sites: Sequence[WeightSite], measured: Mapping[str, float], doubt: float = _DOUBT
+) -> dict[str, float]:
+    """Measured sensitivities, drawn towards the usual guess; the guess where there is no number.
+
+    A few inputs do not show all of a model: a branch that none of them takes is not free.
+
+    Args:
+        sites: All weights.
+        measured: Numbers by name; weights may be missing.
+        doubt: How far, from 0 to 1; at 1 only the scale is taken from the measurements.
+    """
+    known = [site for site in sites if site.name in measured]
+    if not known:
+        return {}
+    logs = [math.log(measured[site.name] / sensitivity(site)) for site in known]
+    guesses = {site.name: math.exp(sum(logs) / len(logs)) * sensitivity(site) for site in sites}
+    return {
+        name: guess if name not in measured else guess**doubt * measured[name] ** (1 - doubt)
+        for name, guess in guesses.items()
+    }
+
+
+def gather_evidence(
+    prepared: Prepared,
+    settings: Settings,
+    feeds: Callable[[], Sequence[Feed] | None],
+    *,
+    calibrated: bool,
+    mixed: bool = False,
+) -> Evidence:
+    """Look at a model with inputs, as far as a plan can make use of it.
+
+    Where a plan has to keep an error and there are no real inputs, made-up ones tell how large
+    errors of the outputs will be, but not which weights matter.
+
+    Args:
+        prepared: The model and its weights; only read.
+        settings: What is asked for.
+        feeds: Gives real inputs in small batches, or None.
+        calibrated: Whether weights will be encoded for these inputs.
+        mixed: Whether settings differ from weight to weight although no target is set.
+    """
+    mixed = mixed or settings.ratio is not None or settings.target_size is not None
+    if not mixed and settings.max_error is None:
+        return Evidence()
+    real = feeds()
+    if real is not None:
+        measured = measure_sensitivities(prepared.model, prepared.sites, real)
+        return Evidence(
+            spread(real, _FEEDS), calibrated, blended(prepared.sites, measured), measured
+        )
+    if settings.max_error is None:
+        return Evidence()
+    return Evidence(sensitivities=_scaled(prepared, settings))
+
+
+def _scaled(prepared: Prepared, settings: Settings) -> dict[str, float]:
+    """The usual guess, in the scale of errors of the outputs for made-up inputs."""
+    sites = prepared.sites
+    made_up = made_up_inputs(prepared.model, seed=settings.seed)
+    measured = measure_sensitivities(prepared.model, sites, made_up)
+    total = sum(sensitivity(site) for site in sites)
+    fallback = {site.name: sensitivity(site) / total for site in sites}
+    return blended(sites, measured, doubt=1.0) or fallback
+
+
+def observed(
+    model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed] | None
+) -> Iterator[tuple[WeightSite, Stats | None]]:
+    """All weights, each with the second moments of its inputs where they can be had.
+
+    Raises:
+        ModelError: The model does not run on the inputs, or gives NaN.
+    """
+    able = [] if feeds is None else [site for site in sites if not unobservable(model, site)]
+    names = {site.name for site in able}
+    yield from ((site, None) for site in sites if site.name not in names)
+    if able and feeds is not None:
+        yield from ((stats.site, stats) for stats in collect(model, feeds, able))
