@@ -21,7 +21,7 @@ from onnxcomp.models.torch_calls import (
     run,
 )
 from onnxcomp.passes.graph import load, save
-from onnxcomp.passes.numerics import Comparison, Metrics, export_tolerance
+from onnxcomp.passes.numerics import MINIMUM_AGREEMENT, Comparison, Metrics, export_tolerance
 from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.source import refuse_overwriting, workspace
 
@@ -131,6 +131,12 @@ def export(
     import_torch()
     output, call = Path(path), bind(module, args, kwargs)
     refuse_overwriting(frozenset(), output)
+    if dense is not None:
+        refuse_overwriting(frozenset(), Path(dense))
+        if os.path.realpath(dense) == os.path.realpath(output):
+            raise UsageError(
+                f"{output} is given twice", hint="give the exported graph another name"
+            )
     calls = [call, *(_check_call(module, check) for check in checks)]
     with workspace(output) as folder:
         with for_inference(module):
@@ -144,7 +150,7 @@ def export(
         plain = save(graph, folder / f"dense.{output.name}").files[0]
         given = [value.name or "" for value in graph.graph.inputs if not value.is_initializer()]
         samples = _samples(calls, found, inputs, outputs, given)
-        bound = module_tolerance or _bound(module, call)
+        bound = _bound(module, call) if module_tolerance is None else module_tolerance
         check = None
         if options.get("verify", True):
             check = TorchCheck(_compare(plain, samples), {}, bound, len(samples))
@@ -214,16 +220,25 @@ def _compare(model: Path, samples: Sequence[_Sample]) -> dict[str, Metrics]:
 
 def _judge(check: TorchCheck, module: str, exporter: str) -> None:
     for name, found in check.exported.items():
-        share = found.agreement if found.agreement is not None else 1.0
-        if found.problem or share < 1 or not found.rel_l2 <= check.tolerance:
-            what = (
-                found.problem or f"relative difference {found.rel_l2:.3g} > {check.tolerance:.3g}"
-            )
+        problem = _problem(found, check.tolerance)
+        if problem:
             raise VerifyError(
                 f"the graph that {exporter} exported does not compute what {module} does: "
-                f"output {name!r}: {found.problem or what}",
+                f"output {name!r}: {problem}",
                 hint="try the other exporter, or accept the difference with module_tolerance",
             )
+
+
+def _problem(found: Metrics, tolerance: float) -> str:
+    """What is wrong with an output, in words; nothing if it is within the tolerance."""
+    if found.problem:
+        return found.problem
+    if found.agreement is not None:
+        few = found.agreement < MINIMUM_AGREEMENT
+        return f"only {found.agreement:.2%} of its elements agree" if few else ""
+    if found.rel_l2 <= tolerance:
+        return ""
+    return f"relative difference {found.rel_l2:.3g} > {tolerance:.3g}"
 
 
 def _compile(

@@ -260,6 +260,11 @@ def test_errors_say_what_to_do(perceptron: Any, tmp_path: Path) -> None:
         export(perceptron, x, path, input_names=["a", "b"])
     with pytest.raises(usage, match=r"folder .* does not exist"):
         export(perceptron, x, tmp_path / "absent" / "m.onnx")
+    with pytest.raises(usage, match="given twice"):
+        export(perceptron, x, path, dense=path)
+    many = torch.randn(64, 64)
+    with pytest.raises(onnxcomp.errors.VerifyError, match=r"> 0$"):
+        export(perceptron, many, path, exporter="torchscript", module_tolerance=0.0)
     with pytest.raises(model, match="cannot export Steps with dynamo") as caught:
         export(Steps(), x, path)
     assert "torchscript" in caught.value.hint
