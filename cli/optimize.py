@@ -38,6 +38,15 @@ __all__ = ["command"]
 @click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
 @input_options
 @calibration_option
+@click.option(
+    "--eval", "evaluate", metavar="FILE:FUNCTION",
+    help="Your own measure: a Python function that gets a function that opens a session, and "
+    "returns a number; higher is better.",
+)  # fmt: skip
+@click.option(
+    "--max-drop", type=click.FloatRange(0), default=0.0, show_default=True,
+    help="How much less than the dense model's that number may be.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only plan.")
 @click.option("--report", type=OUTPUT, help="Write the result as a page here, too: report.html.")
 @click.option("--force", is_flag=True, help="Write the result even when verification fails.")

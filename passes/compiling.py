@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import load_samples
 from onnxcomp.passes.checks import check_runnable
+from onnxcomp.passes.evaluation import Evaluation
 from onnxcomp.passes.evidence import gather_evidence
-from onnxcomp.passes.graph import Saved, load, save
+from onnxcomp.passes.graph import Saved, copy_model, load, save
+from onnxcomp.passes.menus import Menu
 from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.plan import Plan
-from onnxcomp.passes.planner import Prepared, make_plan, prepare, settle
-from onnxcomp.passes.produce import planned_sites, report, write
+from onnxcomp.passes.planner import Prepared, make_menus, plan_from, prepare, settle
+from onnxcomp.passes.produce import Written, planned_sites, report, write
+from onnxcomp.passes.repair import Repair
 from onnxcomp.passes.report import OutputFile, Report
 from onnxcomp.passes.run import Run
 from onnxcomp.passes.samples import SampleSource
@@ -37,11 +41,30 @@ if TYPE_CHECKING:
 __all__ = ["compile_model", "dry_run", "plan_model", "reference_file"]
 
 
+# Plans that are tried where gates object.
+_ATTEMPTS = 5
+
+
 def reference_file(model: Any, loaded: Loaded, path: Path) -> Path:
     """The input as a file; one given in memory is written when somebody is going to run it."""
     if loaded.path is not None:
         return loaded.path
     return path if path.exists() else save(load(model), path).files[0]
+
+
+@dataclasses.dataclass(slots=True)
+class _Work:
+    """A model that is being planned.
+
+    Attributes:
+        prepared: The model and its weights.
+        plan: What was decided.
+        menus: What there was to choose from; None where the plan was given.
+    """
+
+    prepared: Prepared
+    plan: Plan
+    menus: list[Menu] | None
 
 
 def _planned(
@@ -51,19 +74,20 @@ def _planned(
     run: Run,
     samples: SampleSource,
     name: str,
-) -> tuple[Prepared, Plan]:
+) -> _Work:
     """Prepare a model, and make its plan or settle the given one."""
     with run.stage("plan"):
         prepared = prepare(loaded, settings, samples)
-        if given is None:
-            evidence = gather_evidence(prepared, settings, samples, calibrated=run.calibrates)
-            return prepared, make_plan(prepared, settings, name=name, evidence=evidence)
-        return prepared, settle(given, prepared, name=name)
+        if given is not None:
+            return _Work(prepared, settle(given, prepared, name=name), None)
+        evidence = gather_evidence(prepared, settings, samples, calibrated=run.calibrates)
+        menus = make_menus(prepared, settings, evidence)
+        return _Work(prepared, plan_from(menus, prepared, settings, name=name), menus)
 
 
 def _only_planned(
     model: Any, output: Path | None, settings: Settings, given: Plan | None, run: Run
-) -> tuple[Prepared, Plan]:
+) -> _Work:
     with run.stage("load"):
         loaded = read(model)
         if output is not None:
@@ -79,16 +103,19 @@ def _only_planned(
 
 def plan_model(model: Any, settings: Settings, run: Run) -> Plan:
     """The plan for a model, with exact bytes."""
-    return _only_planned(model, None, settings, None, run)[1]
+    return _only_planned(model, None, settings, None, run).plan
 
 
 def dry_run(
     model: Any, output: Path | None, settings: Settings, given: Plan | None, run: Run
 ) -> Result:
     """What `compile_model` would do; nothing is written."""
-    prepared, made = _only_planned(model, output, settings, given, run)
+    work = _only_planned(model, output, settings, given, run)
+    prepared, made = work.prepared, work.plan
     target = OutputFile(None if output is None else str(output), made.bytes or 0, None, ())
-    return Result(None, made, _report(prepared, made, target, planned_sites(made), None, run), None)
+    return Result(
+        None, made, _report(prepared, made, target, planned_sites(made), _Verdict(), run), None
+    )
 
 
 def _report(
@@ -96,7 +123,7 @@ def _report(
     made: Plan,
     output: OutputFile,
     sites: Sequence[Any],
-    verification: Verification | None,
+    verdict: _Verdict,
     run: Run,
 ) -> Report:
     return report(
@@ -104,9 +131,10 @@ def _report(
         None if prepared.path is None else str(prepared.path),
         output,
         sites,
-        verify=None if verification is None else verification.to_json(),
+        verify=None if verdict.verification is None else verdict.verification.to_json(),
         seconds={**run.seconds, "total": round(sum(run.seconds.values()), 4)},
         config=run.config(made.settings),
+        evaluation=None if verdict.evaluation is None else verdict.evaluation.to_json(),
     )
 
 
@@ -131,36 +159,124 @@ def compile_model(
         refuse_overwriting(loaded.files, output)
         if run.verify or run.data is not None:
             check_runnable(loaded.model)
-    cache = None if run.cache is None else PayloadCache(run.cache)
     with workspace(output) as folder:
         reference = functools.partial(
             reference_file, model, loaded, folder / f"reference.{output.name}"
         )
         source = SampleSource(run.data, reference)
-        prepared, made = _planned(loaded, settings, given, run, source, output.name)
+        work = _planned(loaded, settings, given, run, source, output.name)
+        written, verdict = _attempts(work, folder / output.name, reference, source, run)
+        accepted = verdict.passed or run.force
+        files = _publish(written.saved, output, accepted=accepted)
+    output_file = OutputFile(
+        str(files[0]), written.saved.bytes, file_hash(files[0]), tuple(str(file) for file in files)
+    )
+    done = _report(work.prepared, work.plan, output_file, written.sites, verdict, run)
+    result = Result(files[0], work.plan, done, verdict.verification)
+    return _judged(result, verdict, accepted=accepted)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What the gates say; None stands for a gate that did not run.
+
+    Attributes:
+        verification: The fidelity gate, with the limit of the error.
+        evaluation: The user's own measure.
+    """
+
+    verification: Verification | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether no gate objects."""
+        faithful = self.verification is None or self.verification.passed
+        return faithful and (self.evaluation is None or self.evaluation.passed)
+
+    @property
+    def failure(self) -> str:
+        """The first objection, on one line."""
+        if self.verification is not None and not self.verification.passed:
+            return " ".join(self.verification.failures[0].split())
+        if self.evaluation is None or self.evaluation.passed:
+            return ""
+        scores = self.evaluation
+        return f"its score is {scores.compressed:.5g}, the dense model's {scores.dense:.5g}"
+
+
+def _attempts(
+    work: _Work, path: Path, reference: Callable[[], Path], source: SampleSource, run: Run
+) -> tuple[Written, _Verdict]:
+    """Write the model and ask the gates; with other plans while they object and one is in sight."""
+    limit = _limit(work.plan.settings, run)
+    judged = limit is not None or run.evaluation is not None
+    folder = path.parent / "payloads" if run.cache is None and judged else run.cache
+    cache = None if folder is None else PayloadCache(folder)
+    repair = Repair(work.prepared, work.menus, path.name)
+    for attempt in range(_ATTEMPTS if judged and run.verify else 1):
         with run.stage("load"):
-            samples = load_samples(source, run.calibration, prepared.sites, made)
+            samples = load_samples(source, run.calibration, work.prepared.sites, work.plan)
+        fresh = work.prepared
+        if judged:
+            fresh = dataclasses.replace(fresh, model=copy_model(fresh.model))
         written = write(
-            prepared,
-            made,
-            folder / output.name,
+            fresh,
+            work.plan,
+            path,
             jobs=run.jobs,
             cache=cache,
             progress=run.progress,
             stage=run.stage,
             samples=samples,
         )
-        verification = None
-        if run.verify:
+        verdict = _Verdict()
+        if run.verify or run.evaluation is not None:
             data = run.data if samples is None else samples.witnesses
-            verification = _gate(reference(), written.saved, data, made.settings, run)
-        accepted = verification is None or verification.passed or run.force
-        files = _publish(written.saved, output, accepted=accepted)
-    output_file = OutputFile(
-        str(files[0]), written.saved.bytes, file_hash(files[0]), tuple(str(file) for file in files)
-    )
-    done = _report(prepared, made, output_file, written.sites, verification, run)
-    return _judged(Result(files[0], made, done, verification), accepted=accepted)
+            verdict = _gates(reference(), written.saved, data, work.plan.settings, run)
+        aim = None if verdict.passed else _aim(verdict, limit)
+        if aim is None or attempt == _ATTEMPTS - 1:
+            break
+        with run.stage("repair"):
+            error, wanted = aim
+            other = repair.plan(work.plan, path, source(), error=error, wanted=wanted)
+        if other is None:
+            break
+        work.plan = other
+    return written, verdict
+
+
+def _limit(settings: Settings, run: Run) -> float | None:
+    """Largest accepted error of an output; None where there is none."""
+    limits = [limit for limit in (run.tolerance, settings.max_error) if limit is not None]
+    return min(limits, default=None)
+
+
+def _aim(verdict: _Verdict, limit: float | None) -> tuple[float, float] | None:
+    """The measured error and the one to reach; None where it is not errors that are wrong."""
+    found = verdict.verification
+    if (
+        found is None
+        or not found.agreement.passed
+        or any(o.problem for o in found.outputs.values())
+    ):
+        return None
+    forms = (found.outputs, found.portable.outputs)
+    error = max((o.rel_l2 for form in forms for o in form.values()), default=0.0)
+    if limit is not None and error > limit:
+        return error, limit
+    # How a score follows from errors is not known: half the error is a step.
+    return (error, error / 2) if error > 0.0 and verdict.evaluation is not None else None
+
+
+def _gates(reference: Path, saved: Saved, data: Any, settings: Settings, run: Run) -> _Verdict:
+    """Run the result against the input, and the user's measure where that is passed."""
+    found = _gate(reference, saved, data, settings, run) if run.verify else None
+    if run.evaluation is None or (found is not None and not found.passed):
+        return _Verdict(found)
+    with run.stage("evaluate"):
+        run.evaluation.run(reference, saved.files[0])
+    return _Verdict(found, run.evaluation)
 
 
 def _gate(reference: Path, saved: Saved, data: Any, settings: Settings, run: Run) -> Verification:
@@ -168,14 +284,13 @@ def _gate(reference: Path, saved: Saved, data: Any, settings: Settings, run: Run
     from onnxcomp.passes.verify import verify
 
     with run.stage("verify"):
-        limits = [limit for limit in (run.tolerance, settings.max_error) if limit is not None]
         return verify(
             reference,
             saved.files[0],
             data=data,
             shapes=dict(run.shapes or {}),
             seed=settings.seed,
-            tolerance=min(limits, default=None),
+            tolerance=_limit(settings, run),
         )
 
 
@@ -190,13 +305,12 @@ def _publish(saved: Saved, output: Path, *, accepted: bool) -> tuple[Path, ...]:
     return save(load(saved.files[0]), rejected).files
 
 
-def _judged(result: Result, *, accepted: bool) -> Result:
+def _judged(result: Result, verdict: _Verdict, *, accepted: bool) -> Result:
     """The result, or the error that goes with it."""
     if not accepted:
-        failures = result.verify.failures if result.verify is not None else ()
-        why = " ".join(failures[0].split()) if failures else "it was not run"
         raise RejectedError(
-            f"the compressed model failed verification: {why}; it was kept as {result.path}",
+            f"the compressed model failed verification: {verdict.failure}; "
+            f"it was kept as {result.path}",
             result,
             hint="look at it with onnxcomp verify; --force publishes it all the same",
         )

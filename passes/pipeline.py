@@ -17,6 +17,7 @@ from onnxcomp.passes.calibrated import CalibrationMode, check_calibration
 from onnxcomp.passes.compiling import compile_model, plan_model
 from onnxcomp.passes.compiling import dry_run as only_plan
 from onnxcomp.passes.encode import Progress
+from onnxcomp.passes.evaluation import Evaluation, Score, load_function
 from onnxcomp.passes.frontier import FrontierPoint
 from onnxcomp.passes.frontier import frontier as points_of
 from onnxcomp.passes.graph import Saved, save
@@ -75,6 +76,8 @@ def optimize(
     calibration: CalibrationMode = "sequential",
     shapes: Mapping[str, Sequence[int]] | None = None,
     tolerance: float | None = None,
+    evaluate: str | Score | None = None,
+    max_drop: float = 0.0,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -117,7 +120,11 @@ def optimize(
             ones feeds them ("sequential"), what the dense model feeds them ("parallel"), or by
             their values alone ("off").
         shapes: Sizes of free dimensions, for made-up inputs.
-        tolerance: Largest accepted difference to the dense model; None to report it only.
+        tolerance: Largest accepted difference to the dense model; None to report it only. Where it
+            is exceeded, the weights to blame become dense again.
+        evaluate: Your own measure: a function, or ``script.py:function``. It gets a function that
+            opens a session of the model, and returns a number; higher is better.
+        max_drop: How much less than the dense model's that number may be.
         dry_run: Only plan.
         force: Publish the result even when it fails the gate.
         progress: Told about each weight.
@@ -139,14 +146,23 @@ def optimize(
     )  # fmt: skip
     check_calibration(calibration)
     run = Run(
-        worker_count(jobs), cache, verify, data, shapes, tolerance, force, progress, calibration
-    )
+        worker_count(jobs), cache, verify, data, shapes, tolerance, force, progress, calibration,
+        evaluation=_evaluation(evaluate, max_drop),
+    )  # fmt: skip
     if dry_run:
         path = None if output is None else Path(output)
         return only_plan(model, path, settings, given, run)
     if output is None:
         raise UsageError("no output is given", hint="name one with -o, or ask for a dry run")
     return compile_model(model, Path(output), settings, given, run)
+
+
+def _evaluation(evaluate: str | Score | None, max_drop: float) -> Evaluation | None:
+    if evaluate is None:
+        return None
+    if not max_drop >= 0.0:
+        raise UsageError(f"max_drop is {max_drop}", hint="it must not be negative")
+    return Evaluation(load_function(evaluate) if isinstance(evaluate, str) else evaluate, max_drop)
 
 
 def plan(

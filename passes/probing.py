@@ -65,11 +65,12 @@ class Probe:
         found = self._run(self._session, {**feed, **weights})
         return {name: array for name, array in found.items() if array.dtype.kind == "f"}
 
-    def noise(self, weights: Mapping[WeightSite, Array]) -> float:
+    def noise(self, weights: Mapping[WeightSite, Array], *, worst: bool = False) -> float:
         """Mean over outputs of ``|y' - y|^2 / |y|^2``, each summed over all inputs.
 
         Args:
             weights: Other values ``(rows, length)`` of some weights.
+            worst: Return that of the worst output instead of the mean.
         """
         stored = {site.name: self._typed(site, weight) for site, weight in weights.items()}
         power: dict[str, float] = {}
@@ -84,7 +85,7 @@ class Probe:
         shares = [wrong[name] / power[name] for name in power if power[name] > 0.0]
         if not shares:
             raise ModelError("no output is floating point and other than zero on these inputs")
-        return float(np.mean(shares))
+        return float(max(shares) if worst else np.mean(shares))
 
     def _typed(self, site: WeightSite, weight: Array) -> Array:
         kinds: dict[str, Any] = {"float32": np.float32, "float16": np.float16}

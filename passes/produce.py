@@ -173,6 +173,7 @@ def report(
     verify: Mapping[str, Any] | None,
     seconds: Mapping[str, float],
     config: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
 ) -> Report:
     """Put the report of a run together.
 
@@ -184,6 +185,7 @@ def report(
         verify: Result of the fidelity gate.
         seconds: Wall-clock seconds by stage.
         config: Settings in effect.
+        evaluation: Scores by the user's own measure.
     """
     target = None
     if plan.budget.bytes is not None:
@@ -200,4 +202,5 @@ def report(
         versions=versions(),
         config=dict(config),
         target=target,
+        evaluation=evaluation,
     )

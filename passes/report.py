@@ -127,6 +127,7 @@ class Report:
         versions: Versions of this package and of what it stands on.
         config: Settings in effect.
         target: Bytes asked for and whether they were met; None when none were.
+        evaluation: Scores of both models by the user's own measure; None without one.
     """
 
     input: InputFile
@@ -140,6 +141,7 @@ class Report:
     versions: Mapping[str, str]
     config: Mapping[str, Any]
     target: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; ``docs/result.schema.json`` describes them."""

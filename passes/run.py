@@ -12,6 +12,7 @@ from typing import Any
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.calibrated import CalibrationMode
 from onnxcomp.passes.encode import Progress
+from onnxcomp.passes.evaluation import Evaluation
 from onnxcomp.passes.settings import Settings
 
 __all__ = ["Run", "worker_count"]
@@ -49,6 +50,7 @@ class Run:
         tolerance: Largest accepted difference to the dense model; None to report it only.
         force: Whether a model that fails the gate is published.
         progress: Told about each weight.
+        evaluation: The user's own measure of a model, and how far it may drop.
         seconds: Wall-clock seconds by stage, filled in as they end.
     """
 
@@ -61,6 +63,7 @@ class Run:
     force: bool = False
     progress: Progress | None = None
     calibration: CalibrationMode = "sequential"
+    evaluation: Evaluation | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -89,5 +92,6 @@ class Run:
             "calibration": "off" if self.data is None else self.calibration,
             "shapes": {name: list(dims) for name, dims in (self.shapes or {}).items()},
             "tolerance": self.tolerance,
+            "max_drop": None if self.evaluation is None else self.evaluation.max_drop,
             "force": self.force,
         }
