@@ -62,6 +62,15 @@ inline __m256i CutFour(const __m256i* dwords) {
 struct Entries {
   __m256i parts[16];
   bool odd;  // table[2^L - 1 - s] = -table[s]: half the entries and a sign do
+  uint16_t multiplier = 0;  // of Levels, whose values are the entries then
+  uint16_t offset = 0;
+
+  explicit Entries(const Weight& weight) : Entries(weight.table, weight.format.states) {
+    if (weight.levels == nullptr) return;
+    *this = Entries(weight.levels->values, 8);
+    multiplier = weight.levels->multiplier;
+    offset = weight.levels->offset;
+  }
 
   Entries(const int8_t* table, int states) : odd(states > 6 && states <= 8) {
     if (states > 8) return;
@@ -77,6 +86,14 @@ struct Entries {
     }
   }
 };
+
+// Windows of every second of the four weights of vector V, from weight `Parity` on, as 16 bits with
+// rubbish above their L bits.
+template <int K, int L, int V, int Parity>
+inline __m256i CutWords(const __m256i* dwords) {
+  const __m256i two = Funnel<K * (4 * V + Parity + 1) - L, 2 * K + L>(dwords);
+  return _mm256_blend_epi16(two, _mm256_slli_epi32(two, 16 - 2 * K), 0xaa);
+}
 
 // Look-up of 2^L entries of one byte, L <= 8, xored with `Bias`.
 template <int L, bool Odd, int Bias>
@@ -131,9 +148,42 @@ class Lookup {
   __m256i parts_[kParts];
 };
 
+// Look-up of tables of 256 levels, xored with `Bias`.
+template <int Bias>
+class LevelLookup {
+ public:
+  explicit LevelLookup(const Entries& entries)
+      : multiplier_(_mm256_set1_epi16(static_cast<int16_t>(entries.multiplier))),
+        offset_(_mm256_set1_epi16(static_cast<int16_t>(entries.offset))),
+        values_(entries) {}
+
+  // Levels are the high bytes of the products.
+  __m256i Find(__m256i even, __m256i odd) const {
+    even = _mm256_add_epi16(_mm256_mullo_epi16(even, multiplier_), offset_);
+    odd = _mm256_add_epi16(_mm256_mullo_epi16(odd, multiplier_), offset_);
+    const __m256i upper = _mm256_set1_epi16(static_cast<int16_t>(0xff00));
+    return values_.Find(_mm256_or_si256(_mm256_srli_epi16(even, 8), _mm256_and_si256(odd, upper)));
+  }
+
+ private:
+  __m256i multiplier_;
+  __m256i offset_;
+  Lookup<8, true, Bias> values_;
+};
+
+// Entries of vector V of a step.
+template <int K, int L, int V, class Table>
+inline __m256i DecodeFour(const Table& lookup, const __m256i* dwords) {
+  if constexpr (L <= 8) {
+    return lookup.Find(CutFour<K, L, V>(dwords));
+  } else {
+    return lookup.Find(CutWords<K, L, V, 0>(dwords), CutWords<K, L, V, 1>(dwords));
+  }
+}
+
 template <int K, int L, int V, class Table>
 inline void DecodeVectors(const Table& lookup, const __m256i* dwords, uint8_t* out) {
-  const __m256i entries = lookup.Find(CutFour<K, L, V>(dwords));
+  const __m256i entries = DecodeFour<K, L, V>(lookup, dwords);
   _mm256_store_si256(reinterpret_cast<__m256i*>(out + V * kLine), entries);
   if constexpr (V + 1 < 8) DecodeVectors<K, L, V + 1>(lookup, dwords, out);
 }
@@ -162,7 +212,9 @@ inline void DecodeHalves(const Table lookup, const uint8_t* codes, int group, ui
 
 template <int K, int L, int Bias>
 void DecodeVector(const Entries& entries, const uint8_t* codes, int group, uint8_t* out) {
-  if (entries.odd) {
+  if constexpr (L > 8) {
+    DecodeHalves<K, L>(LevelLookup<Bias>(entries), codes, group, out);
+  } else if (entries.odd) {
     DecodeHalves<K, L>(Lookup<L, true, Bias>(entries), codes, group, out);
   } else {
     DecodeHalves<K, L>(Lookup<L, false, Bias>(entries), codes, group, out);
@@ -174,17 +226,25 @@ template <int Bias>
 inline void DecodeBytes(const Weight& weight, const Entries& entries, int64_t panel, int64_t group,
                         uint8_t* out) {
   using Fn = void (*)(const Entries&, const uint8_t*, int, uint8_t*);
-  static constexpr Fn kByFormat[6][3] = {
-      {DecodeVector<1, 6, Bias>, DecodeVector<1, 7, Bias>, DecodeVector<1, 8, Bias>},
-      {DecodeVector<2, 6, Bias>, DecodeVector<2, 7, Bias>, DecodeVector<2, 8, Bias>},
-      {DecodeVector<3, 6, Bias>, DecodeVector<3, 7, Bias>, DecodeVector<3, 8, Bias>},
-      {DecodeVector<4, 6, Bias>, DecodeVector<4, 7, Bias>, DecodeVector<4, 8, Bias>},
-      {nullptr, DecodeVector<5, 7, Bias>, DecodeVector<5, 8, Bias>},
-      {nullptr, nullptr, DecodeVector<6, 8, Bias>}};
+  static constexpr Fn kByFormat[6][5] = {
+      {DecodeVector<1, 6, Bias>, DecodeVector<1, 7, Bias>, DecodeVector<1, 8, Bias>,
+       DecodeVector<1, 10, Bias>, DecodeVector<1, 12, Bias>},
+      {DecodeVector<2, 6, Bias>, DecodeVector<2, 7, Bias>, DecodeVector<2, 8, Bias>,
+       DecodeVector<2, 10, Bias>, DecodeVector<2, 12, Bias>},
+      {DecodeVector<3, 6, Bias>, DecodeVector<3, 7, Bias>, DecodeVector<3, 8, Bias>,
+       DecodeVector<3, 10, Bias>, DecodeVector<3, 12, Bias>},
+      {DecodeVector<4, 6, Bias>, DecodeVector<4, 7, Bias>, DecodeVector<4, 8, Bias>,
+       DecodeVector<4, 10, Bias>, DecodeVector<4, 12, Bias>},
+      {nullptr, DecodeVector<5, 7, Bias>, DecodeVector<5, 8, Bias>, DecodeVector<5, 10, Bias>,
+       DecodeVector<5, 12, Bias>},
+      {nullptr, nullptr, DecodeVector<6, 8, Bias>, DecodeVector<6, 10, Bias>,
+       DecodeVector<6, 12, Bias>}};
   const Format& format = weight.format;
   const uint8_t* codes = weight.block(panel, group);
-  if (format.states > 8) return DecodeScalar(format, weight.table, codes, Bias, out);
-  kByFormat[format.bits - 1][format.states - 6](entries, codes, format.group, out);
+  if (format.states > 8 && weight.levels == nullptr) {
+    return DecodeScalar(format, weight.table, codes, Bias, out);
+  }
+  kByFormat[format.bits - 1][StatesIndex(format)](entries, codes, format.group, out);
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ void ProductInt8(const Weight& weight, const Activations& x, int64_t panel, int 
   static constexpr Fn kByRows[kTile] = {MultiplyInt8<1>, MultiplyInt8<2>, MultiplyInt8<3>,
                                         MultiplyInt8<4>};
   const Format& format = weight.format;
-  const Entries entries(weight.table, format.states);
+  const Entries entries(weight);
   alignas(64) uint8_t w[kMaxGroup * kLanes];
   std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   for (int p = 0; p < panels; ++p) {
@@ -141,7 +141,7 @@ void ProductExact(const Weight& weight, const Activations& x, int64_t panel, int
   static constexpr Fn kByRows[kTile] = {MultiplyExact<1>, MultiplyExact<2>, MultiplyExact<3>,
                                         MultiplyExact<4>};
   const Format& format = weight.format;
-  const Entries entries(weight.table, format.states);
+  const Entries entries(weight);
   alignas(64) float w[kMaxGroup * kLanes];
   int16_t places[kMaxGroup];
   for (int t = 0; t < format.group; ++t) places[CutPosition(format, t)] = static_cast<int16_t>(t);

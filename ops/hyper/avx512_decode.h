@@ -56,6 +56,16 @@ constexpr Cut CutOf(int bits, int unit, int width, int back) {
   return cut;
 }
 
+// The windows of every second weight of a unit, from weight `parity` on, with 16 bits each.
+constexpr uint64_t Doubled(uint64_t eight, int parity) {
+  uint64_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t offset = (eight >> (8 * (2 * i + parity))) & 0xff;
+    result |= (offset | ((offset + 8) & 63) << 8) << (16 * i);
+  }
+  return result;
+}
+
 inline __m512i Offsets(uint64_t eight) { return _mm512_set1_epi64(static_cast<int64_t>(eight)); }
 
 // Eight windows of every qword; `pairs[d]` has dword d as its upper half.
@@ -68,6 +78,22 @@ inline __m512i CutWindows(const __m512i* pairs) {
   } else {
     const __mmask64 chosen = 0x0101010101010101ull * kCut.chosen;
     return _mm512_mask_multishift_epi64_epi8(windows, chosen, Offsets(kCut.high),
+                                             pairs[kCut.next]);
+  }
+}
+
+// Four windows of every qword in words, with rubbish above their L bits.
+template <int K, int U, int L, int Parity>
+inline __m512i CutWords(const __m512i* pairs) {
+  constexpr Cut kCut = CutOf(K, U, L, 0);
+  const __m512i windows =
+      _mm512_multishift_epi64_epi8(Offsets(Doubled(kCut.low, Parity)), pairs[kCut.pair]);
+  if constexpr (kCut.next < 0) {
+    return windows;
+  } else {
+    const uint64_t every = 0x0101010101010101ull * (kCut.chosen >> Parity & 0x55);
+    return _mm512_mask_multishift_epi64_epi8(windows, every * 3,
+                                             Offsets(Doubled(kCut.high, Parity)),
                                              pairs[kCut.next]);
   }
 }
@@ -85,6 +111,7 @@ struct Entries {
   bool odd;  // table[2^L - 1 - s] = -table[s]
 
   Entries(const Weight& weight, bool bias) : data(weight.table), odd(true) {
+    if (weight.levels != nullptr) return;  // LevelLookup has its own
     const int size = 1 << weight.format.states;
     if (weight.format.states > 8) {
       for (int s = 0; s < size / 2; ++s) odd &= data[size - 1 - s] == -data[s];
@@ -194,6 +221,45 @@ class LargeLookup {
   }
 
   const int8_t* entries_;
+};
+
+// Look-up of tables of 256 levels.
+template <int L>
+class LevelLookup {
+ public:
+  explicit LevelLookup(const Levels& levels, uint8_t bias)
+      : multiplier_(_mm512_set1_epi16(static_cast<int16_t>(levels.multiplier))),
+        offset_(_mm512_set1_epi16(static_cast<int16_t>(levels.offset))) {
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(bias));
+    low_ = _mm512_xor_si512(_mm512_loadu_si512(levels.values), flip);
+    high_ = _mm512_xor_si512(_mm512_loadu_si512(levels.values + 64), flip);
+  }
+
+  template <int K, int U>
+  Unit Decode(const __m512i* lo, const __m512i* hi) const {
+    return {Find(CutWords<K, U, L, 0>(lo), CutWords<K, U, L, 1>(lo)),
+            Find(CutWords<K, U, L, 0>(hi), CutWords<K, U, L, 1>(hi))};
+  }
+
+ private:
+  // Levels are the high bytes of the products.
+  __m512i Find(__m512i even, __m512i odd) const {
+    even = _mm512_add_epi16(_mm512_mullo_epi16(even, multiplier_), offset_);
+    odd = _mm512_add_epi16(_mm512_mullo_epi16(odd, multiplier_), offset_);
+    __m512i level =
+        _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, _mm512_srli_epi16(even, 8), odd);
+    // In the upper half the level is complemented and the value negated, which is also right for
+    // unsigned values: 128 - q = 256 - (128 + q).
+    const __mmask64 upper = _mm512_movepi8_mask(level);
+    level = _mm512_mask_sub_epi8(level, upper, _mm512_set1_epi8(-1), level);
+    const __m512i value = _mm512_permutex2var_epi8(low_, level, high_);
+    return _mm512_mask_sub_epi8(value, upper, _mm512_setzero_si512(), value);
+  }
+
+  __m512i multiplier_;
+  __m512i offset_;
+  __m512i low_;
+  __m512i high_;
 };
 
 template <int L, bool Odd>

@@ -112,8 +112,18 @@ template <int K, int L>
 struct Stream {
   static void Run(const Weight& weight, const Activations& x, int64_t panel, int panels, Tile tile,
                   float* out) {
-    const Entries entries(weight, true);
-    const Lookup<L, false> lookup(entries.data);
+    if constexpr (L <= 8) {
+      const Entries entries(weight, true);
+      Panels(Lookup<L, false>(entries.data), weight, x, panel, panels, tile, out);
+    } else {
+      Panels(LevelLookup<L>(*weight.levels, 0x80), weight, x, panel, panels, tile, out);
+    }
+  }
+
+ private:
+  template <class Table>
+  static void Panels(const Table lookup, const Weight& weight, const Activations& x, int64_t panel,
+                     int panels, Tile tile, float* out) {
     for (int p = 0; p < panels; ++p, out += kLanes) {
       switch (tile.rows) {
         case 1: StreamPanel<K, 1>(lookup, weight, x, panel + p, tile, out); break;
@@ -133,7 +143,9 @@ struct DecodeTile {
     const int64_t ahead = PairAhead(weight.format, g);
     for (int p = 0; p < panels; ++p, w += kLine) {
       const uint8_t* codes = weight.block(panel + p, g);
-      if (L > 8 && entries.odd) {
+      if (L > 8 && weight.levels != nullptr) {
+        Panel(LevelLookup<(L > 8 ? L : 10)>(*weight.levels, 0x80), weight.format, codes, ahead, w);
+      } else if (L > 8 && entries.odd) {
         Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, ahead, w);
       } else {
         Panel(LookupOf<L, false>(entries.data), weight.format, codes, ahead, w);
@@ -225,10 +237,11 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
 
 void ProductInt8Avx512(const Weight& weight, const Activations& x, int64_t panel, int panels,
                        int64_t first, int64_t rows, float* out) {
-  if (rows > kStreamRows || weight.format.states > 8) {
+  const bool large = weight.format.states > 8;
+  if (rows > kStreamRows || (large && weight.levels == nullptr)) {
     return Tiles(weight, x, panel, panels, first, rows, out);
   }
-  DispatchSmall<Stream>(weight.format, weight, x, panel, panels, TileAt(x, first), out);
+  Dispatch<Stream>(weight.format, weight, x, panel, panels, TileAt(x, first), out);
 }
 
 }  // namespace onnxcomp::hyper

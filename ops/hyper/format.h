@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "hyper/levels.h"
+
 namespace onnxcomp::hyper {
 
 constexpr int kLanes = 16;      // rows of a panel
@@ -35,6 +37,7 @@ struct Weight {
   const uint8_t* codes;
   const uint16_t* scales;
   const int8_t* table;
+  const Levels* levels;  // of the table, or null where it has more or is small
 
   // The dwords of 16 rows in one group, `format.dwords` times 64 bytes.
   const uint8_t* block(int64_t panel, int64_t group) const {

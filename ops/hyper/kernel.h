@@ -32,7 +32,9 @@ class WeightReader {
   int64_t length_ = 0;
   int group_ = 0;
   bool constant_ = false;  // shapes and table were checked at creation
+  bool leveled_ = false;
   Format format_{};
+  Levels levels_{};
 };
 
 

@@ -10,6 +10,8 @@
 
 #include <arm_neon.h>
 
+#include <type_traits>
+
 #include "hyper/plain.h"
 
 namespace onnxcomp::hyper {
@@ -54,10 +56,20 @@ inline uint8x16_t CutFour(const uint32x4_t* dwords) {
   }
 }
 
+// Windows of every second of the four weights of vector V, from weight `Parity` on, as 16 bits with
+// rubbish above their L bits.
+template <int K, int L, int V, int Parity>
+inline uint16x8_t CutWords(const uint32x4_t* dwords) {
+  const uint32x4_t two = Funnel<K * (4 * V + Parity + 1) - L, 2 * K + L>(dwords);
+  return vreinterpretq_u16_u32(
+      vbslq_u32(vdupq_n_u32(0xffff), two, vshlq_n_u32(two, 16 - 2 * K)));
+}
+
 // Look-up of 2^L entries of one byte, L <= 8.
 template <int L>
 class Lookup {
  public:
+  explicit Lookup(const Weight& weight) : Lookup(weight.table) {}
   explicit Lookup(const int8_t* table) {
     const auto* entries = reinterpret_cast<const uint8_t*>(table);
     for (int i = 0; i < kParts; ++i) parts_[i] = vld1q_u8_x4(entries + 64 * i);
@@ -79,9 +91,43 @@ class Lookup {
   uint8x16x4_t parts_[kParts];
 };
 
+// Look-up of tables of 256 levels.
+class LevelLookup {
+ public:
+  explicit LevelLookup(const Weight& weight)
+      : multiplier_(vdupq_n_u16(weight.levels->multiplier)),
+        offset_(vdupq_n_u16(weight.levels->offset)),
+        values_(weight.levels->values) {}
+
+  // Levels are the high bytes of the products.
+  uint8x16_t Find(uint16x8_t even, uint16x8_t odd) const {
+    even = vmlaq_u16(offset_, even, multiplier_);
+    odd = vmlaq_u16(offset_, odd, multiplier_);
+    return values_.Find(vtrn2q_u8(vreinterpretq_u8_u16(even), vreinterpretq_u8_u16(odd)));
+  }
+
+ private:
+  uint16x8_t multiplier_;
+  uint16x8_t offset_;
+  Lookup<8> values_;
+};
+
+template <int L>
+using LookupOf = std::conditional_t<(L <= 8), Lookup<L <= 8 ? L : 8>, LevelLookup>;
+
+// Entries of vector V of a step.
 template <int K, int L, int V>
-inline void DecodeVectors(const Lookup<L>& lookup, const uint32x4_t* dwords, uint8_t* out) {
-  vst1q_u8(out + V * kLine, lookup.Find(CutFour<K, L, V>(dwords)));
+inline uint8x16_t DecodeFour(const LookupOf<L>& lookup, const uint32x4_t* dwords) {
+  if constexpr (L <= 8) {
+    return lookup.Find(CutFour<K, L, V>(dwords));
+  } else {
+    return lookup.Find(CutWords<K, L, V, 0>(dwords), CutWords<K, L, V, 1>(dwords));
+  }
+}
+
+template <int K, int L, int V>
+inline void DecodeVectors(const LookupOf<L>& lookup, const uint32x4_t* dwords, uint8_t* out) {
+  vst1q_u8(out + V * kLine, DecodeFour<K, L, V>(lookup, dwords));
   if constexpr (V + 1 < 8) DecodeVectors<K, L, V + 1>(lookup, dwords, out);
 }
 
@@ -91,8 +137,8 @@ inline uint32x4_t LoadDword(const uint8_t* codes) {
 
 // One panel's group: out[(t' / 4) * 64 + lane * 4 + t' mod 4].
 template <int K, int L>
-void DecodeVector(const int8_t* table, const uint8_t* codes, int group, uint8_t* out) {
-  const Lookup<L> lookup(table);
+void DecodeVector(const Weight& weight, const uint8_t* codes, int group, uint8_t* out) {
+  const LookupOf<L> lookup(weight);
   const uint8_t* last = codes + (group * K / 32 - 1) * kLine;
   uint32x4_t before[kQuarters];
   for (int i = 0; i < kQuarters; ++i) before[i] = LoadDword(last + 16 * i);
@@ -111,17 +157,20 @@ void DecodeVector(const int8_t* table, const uint8_t* codes, int group, uint8_t*
 
 // The bytes of one panel's group in the order of CutPosition.
 inline void DecodeBytes(const Weight& weight, int64_t panel, int64_t group, uint8_t* out) {
-  using Fn = void (*)(const int8_t*, const uint8_t*, int, uint8_t*);
-  static constexpr Fn kByFormat[6][3] = {{DecodeVector<1, 6>, DecodeVector<1, 7>, DecodeVector<1, 8>},
-                                         {DecodeVector<2, 6>, DecodeVector<2, 7>, DecodeVector<2, 8>},
-                                         {DecodeVector<3, 6>, DecodeVector<3, 7>, DecodeVector<3, 8>},
-                                         {DecodeVector<4, 6>, DecodeVector<4, 7>, DecodeVector<4, 8>},
-                                         {nullptr, DecodeVector<5, 7>, DecodeVector<5, 8>},
-                                         {nullptr, nullptr, DecodeVector<6, 8>}};
+  using Fn = void (*)(const Weight&, const uint8_t*, int, uint8_t*);
+  static constexpr Fn kByFormat[6][5] = {
+      {DecodeVector<1, 6>, DecodeVector<1, 7>, DecodeVector<1, 8>, DecodeVector<1, 10>, DecodeVector<1, 12>},
+      {DecodeVector<2, 6>, DecodeVector<2, 7>, DecodeVector<2, 8>, DecodeVector<2, 10>, DecodeVector<2, 12>},
+      {DecodeVector<3, 6>, DecodeVector<3, 7>, DecodeVector<3, 8>, DecodeVector<3, 10>, DecodeVector<3, 12>},
+      {DecodeVector<4, 6>, DecodeVector<4, 7>, DecodeVector<4, 8>, DecodeVector<4, 10>, DecodeVector<4, 12>},
+      {nullptr, DecodeVector<5, 7>, DecodeVector<5, 8>, DecodeVector<5, 10>, DecodeVector<5, 12>},
+      {nullptr, nullptr, DecodeVector<6, 8>, DecodeVector<6, 10>, DecodeVector<6, 12>}};
   const Format& format = weight.format;
   const uint8_t* codes = weight.block(panel, group);
-  if (format.states > 8) return DecodeScalar(format, weight.table, codes, 0, out);
-  kByFormat[format.bits - 1][format.states - 6](weight.table, codes, format.group, out);
+  if (format.states > 8 && weight.levels == nullptr) {
+    return DecodeScalar(format, weight.table, codes, 0, out);
+  }
+  kByFormat[format.bits - 1][StatesIndex(format)](weight, codes, format.group, out);
 }
 
 }  // namespace

@@ -48,6 +48,11 @@ void DecodeLaneOf(int group, const uint8_t* lane, const int8_t* table, T* q, int
   }
 }
 
+// Place of L among 6, 7, 8, 10, 12.
+inline int StatesIndex(const Format& format) {
+  return format.states <= 8 ? format.states - 6 : format.states / 2 - 2;
+}
+
 // q[t * stride] = table[s_t] for all weights of one row's group.
 template <class T>
 inline void DecodeLane(const Format& format, const uint8_t* lane, const int8_t* table, T* q,
@@ -66,8 +71,7 @@ inline void DecodeLane(const Format& format, const uint8_t* lane, const int8_t* 
       {nullptr, DecodeLaneOf<5, 7, T>, DecodeLaneOf<5, 8, T>, DecodeLaneOf<5, 10, T>,
        DecodeLaneOf<5, 12, T>},
       {nullptr, nullptr, DecodeLaneOf<6, 8, T>, DecodeLaneOf<6, 10, T>, DecodeLaneOf<6, 12, T>}};
-  const int states = format.states <= 8 ? format.states - 6 : format.states / 2 - 2;
-  kByFormat[format.bits - 1][states](format.group, lane, table, q, stride);
+  kByFormat[format.bits - 1][StatesIndex(format)](format.group, lane, table, q, stride);
 }
 
 // Strides 1, 2 and 4 of eight integers, at distances of 4, 2, 1 so that halves move together.

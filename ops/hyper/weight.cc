@@ -57,7 +57,9 @@ WeightReader::WeightReader(const NodeInfo& node, size_t first) : api_(node.api()
     if (values[i] == nullptr) return;  // made by another node: checked at each run
   }
   format_ = Validate(DimsOf(api_, values[0]), DimsOf(api_, values[1]), DimsOf(api_, values[2]));
-  CheckTable(DataOf<int8_t>(api_, values[2]), int64_t{1} << format_.states);
+  const auto* table = DataOf<int8_t>(api_, values[2]);
+  CheckTable(table, int64_t{1} << format_.states);
+  leveled_ = levels_.Find(table, format_.states);
   constant_ = true;
 }
 
@@ -98,7 +100,7 @@ Weight WeightReader::Read(const OrtKernelContext* context) const {
   const OrtValue* scales = InputOf(api_, context, first_ + 1);
   const OrtValue* table = InputOf(api_, context, first_ + 2);
   Weight weight{format_, DataOf<uint8_t>(api_, codes), DataOf<uint16_t>(api_, scales),
-                DataOf<int8_t>(api_, table)};
+                DataOf<int8_t>(api_, table), leveled_ ? &levels_ : nullptr};
   if (!constant_) {
     weight.format = Validate(DimsOf(api_, codes), DimsOf(api_, scales), DimsOf(api_, table));
     CheckTable(weight.table, int64_t{1} << weight.format.states);

@@ -21,16 +21,20 @@ using namespace onnxcomp::hyper;
 
 namespace {
 
+// What a table is like; forms of kernels depend on it.
+enum Kind { kAny, kOdd, kLeveled };
+constexpr const char* kKinds[] = {"any", "odd", "leveled"};
+
 struct Case {
   int bits, states, group;
   int64_t rows, length;
-  bool odd;
+  Kind kind;
 };
 
 [[noreturn]] void Differs(const Isa& isa, const Case& c, const char* what, int64_t m) {
   std::printf("%s: %s differs at k=%d L=%d g=%d, weight %lldx%lld, %s table, m=%lld\n", isa.name,
               what, c.bits, c.states, c.group, static_cast<long long>(c.rows),
-              static_cast<long long>(c.length), c.odd ? "odd" : "any", static_cast<long long>(m));
+              static_cast<long long>(c.length), kKinds[c.kind], static_cast<long long>(m));
   std::exit(1);
 }
 
@@ -39,6 +43,7 @@ struct Payload {
   std::vector<uint8_t> codes;
   std::vector<uint16_t> scales;
   std::vector<int8_t> table;
+  Levels levels{};
   Weight weight{};
 
   Payload(const Case& c, std::mt19937& random) {
@@ -60,12 +65,30 @@ struct Payload {
     }
     table.resize(size_t{1} << c.states);
     for (int8_t& entry : table) entry = static_cast<int8_t>(static_cast<int>(random() % 255) - 127);
-    if (c.odd) {
+    if (c.kind == kLeveled) Level(c.states, static_cast<uint32_t>(random() % table.size()) | 1u);
+    if (c.kind == kOdd) {
       for (size_t s = 0; s < table.size() / 2; ++s) {
         table[table.size() - 1 - s] = static_cast<int8_t>(-table[s]);
       }
     }
-    weight = Weight{f, codes.data(), scales.data(), table.data()};
+    const bool leveled = levels.Find(table.data(), c.states);
+    weight = Weight{f, codes.data(), scales.data(), table.data(), leveled ? &levels : nullptr};
+    if (leveled != (c.kind == kLeveled)) Differs(PlainIsa(), c, "Levels::Find", 0);
+  }
+
+ private:
+  // Neighbours on a winding share a value.
+  void Level(int states, uint32_t multiplier) {
+    int8_t values[256];
+    for (int v = 0; v < 128; ++v) {
+      values[v] = table[static_cast<size_t>(v)];
+      values[255 - v] = static_cast<int8_t>(-values[v]);
+    }
+    uint32_t u = (multiplier - 1) / 2;
+    for (int8_t& entry : table) {
+      entry = values[(u & ((1u << states) - 1)) >> (states - 8)];
+      u += multiplier;
+    }
   }
 };
 
@@ -234,7 +257,7 @@ void CompareRotations(const Isa& isa, std::mt19937& random) {
       if ((finite && std::memcmp(here, there, bytes * sizeof(float)) != 0) ||
           std::memcmp(a, b, bytes) != 0 || std::memcmp(&s, &t, sizeof s) != 0 ||
           sums[0] != sums[1]) {
-        Differs(isa, {0, 0, group, 0, 0, false}, "rotate or quantize", 0);
+        Differs(isa, {0, 0, group, 0, 0, kAny}, "rotate or quantize", 0);
       }
     }
   }
@@ -249,8 +272,9 @@ int Compare(const Isa& isa) {
     for (int states : {6, 7, 8, 10, 12}) {
       for (int group : {32, 64, 128, 256}) {
         if (states < bits + 2) continue;
-        for (bool odd : {false, true}) {
-          const Case c{bits, states, group, odd ? 20 : 45, 2 * group, odd};
+        for (Kind kind : {kAny, kOdd, kLeveled}) {
+          if (kind == kLeveled && states <= 8) continue;
+          const Case c{bits, states, group, kind == kAny ? 45 : 20, 2 * group, kind};
           const Payload payload(c, random);
           const std::vector<float> w = Decode(isa, payload.weight);
           if (!Same(w, Decode(PlainIsa(), payload.weight))) Differs(isa, c, "decode_panel", 0);

@@ -65,11 +65,17 @@ def random_weight(
     group: int = 128,
     seed: int = 0,
     odd: bool = False,
+    leveled: bool = False,
 ) -> Weight:
-    """Random payload; `odd` makes the table odd as the encoder's tables are."""
+    """Random payload; `odd` and `leveled` make the table so, as the encoder's tables are."""
     rng = np.random.default_rng([seed, rows, length, bits, states, group])
     geometry = hyper_format.Geometry(bits, states, group, rows, length)
     table = rng.integers(-127, 128, 1 << states).astype(np.int8)
+    if leveled:
+        multiplier = 2 * int(rng.integers(1 << (states - 1))) + 1
+        places = multiplier * np.arange(1 << states) + (multiplier - 1) // 2
+        values = np.concatenate([-table[:128], table[127::-1]])
+        table = values[(places % (1 << states)) >> (states - 8)]
     if odd:
         table[table.size // 2 :] = -table[: table.size // 2][::-1]
     return Weight(

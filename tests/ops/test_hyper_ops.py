@@ -58,15 +58,21 @@ def test_gather_takes_a_scalar_index(hyper: Any, open_session: Callable[..., Any
     np.testing.assert_array_equal(out, weight.dense()[-3])
 
 
+# What a table is like, by arguments of `random_weight`: kernels have forms of their own for each.
+TABLES: dict[str, dict[str, bool]] = {"any": {}, "odd": {"odd": True}, "leveled": {"leveled": True}}
 BATCHES = (1, 2, 3, 4, 7, 17, 30)
 
 
-@pytest.mark.parametrize("odd", [False, True])
-@pytest.mark.parametrize(("bits", "states", "group"), SETTINGS)
+@pytest.mark.parametrize(
+    ("bits", "states", "group", "kind"),
+    [(*s, kind) for s in SETTINGS for kind in TABLES if kind != "leveled" or s[1] > 8],
+)
 def test_int8_product_equals_its_formula_bit_by_bit(
-    hyper: Any, run_on_all: RunOnAll, bits: int, states: int, group: int, odd: bool
+    hyper: Any, run_on_all: RunOnAll, bits: int, states: int, group: int, kind: str
 ) -> None:
-    weight = hyper.random_weight(35, group + 9, bits=bits, states=states, group=group, odd=odd)
+    weight = hyper.random_weight(
+        35, group + 9, bits=bits, states=states, group=group, **TABLES[kind]
+    )
     model = hyper.make_model(
         "HyperMatMul", weight, (F32, [None, None]), attributes={"precision": 1}
     )
@@ -81,7 +87,10 @@ def test_int8_product_equals_its_formula_bit_by_bit(
 def test_exact_product_is_within_float32_rounding(
     hyper: Any, run_on_all: RunOnAll, bits: int, states: int, group: int
 ) -> None:
-    weight = hyper.random_weight(35, group + 9, bits=bits, states=states, group=group, odd=True)
+    kind = "leveled" if states > 8 and group > 32 else "odd"
+    weight = hyper.random_weight(
+        35, group + 9, bits=bits, states=states, group=group, **TABLES[kind]
+    )
     model = hyper.make_model("HyperMatMul", weight, (F32, [None, None]))
     rng = np.random.default_rng(bits + states + group)
     inputs = [rng.normal(size=(m, weight.length)).astype(np.float32) for m in BATCHES]
