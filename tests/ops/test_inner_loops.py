@@ -1,71 +1,116 @@
-"""The compiled inner loops: accumulators stay in registers.
+"""The compiled inner loops: registers stay registers.
 
 A compiler that copies accumulators through the stack halves the speed without breaking a result.
+Constants may be read from the stack, which costs as much as reading them from anywhere else.
 """
 
 from __future__ import annotations
 
-import functools
 import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 Loop = list[str]
+Code = list[tuple[int, str]]
 
 _JUMP = re.compile(r"\bj[a-z]+\s+([0-9a-f]+) <")
+_VECTOR = re.compile(r"%[xyz]mm")
 _STACK_STORE = re.compile(r"\bv?mov[a-z0-9]*\s+%[xyz]mm\d+,.*\((%rsp|%rbp)")
-KERNELS = [
-    ("Multiply<12, 2>(unsigned char const", "vpdpbusd", 24),
-    ("Multiply<12, 2>(float const", "vfmadd", 24),
-    ("MultiplyInt8<4>", "vpdpbusd|vpmaddubsw", 8),
-    ("MultiplyExact<4>", "vfmadd", 8),
-]
+_PRODUCT = re.compile(r"\bv(pdpbusd|pmaddubsw|fmadd)")
+_LOOKUP = re.compile(r"\bv(perm[it]2b|permb|pshufb)")
 
 
-@functools.cache
-def functions(library: Path) -> dict[str, list[tuple[int, str]]]:
-    """Instructions of every named function: (address, text)."""
+def functions(library: Path) -> list[tuple[str, Code]]:
+    """Name and instructions, (address, text), of every function that has a name."""
     command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(library)]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[str, list[tuple[int, str]]] = {}
-    current: list[tuple[int, str]] = []
+    found: list[tuple[str, Code]] = []
     for line in listing.splitlines():
         if line.endswith(">:"):
-            current = found.setdefault(line, [])
-        elif ":\t" in line:
+            found.append((line, []))
+        elif ":\t" in line and found:
             address, text = line.split(":\t", 1)
-            current.append((int(address, 16), text))
+            found[-1][1].append((int(address, 16), text))
     return found
 
 
-def busiest_loop(instructions: list[tuple[int, str]], product: str) -> Loop:
-    """The shortest backward jump's body that holds the most products."""
-    loops = []
-    for end, text in instructions:
-        jump = _JUMP.search(text)
-        if jump and int(jump[1], 16) <= end:
-            loops.append([t for at, t in instructions if int(jump[1], 16) <= at <= end])
-    return max(loops, key=lambda loop: (count(loop, product), -len(loop)), default=[])
+def inner_loops(code: Code) -> Iterator[Loop]:
+    """Bodies of backward jumps that hold no other one."""
+    jumps = [(end, _JUMP.search(text)) for end, text in code]
+    spans = [(int(jump[1], 16), end) for end, jump in jumps if jump and int(jump[1], 16) <= end]
+    for first, last in spans:
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in spans):
+            yield [text for at, text in code if first <= at <= last]
 
 
-def count(loop: Loop, product: str) -> int:
-    return sum(bool(re.search(product, text)) for text in loop)
+def count(loop: Loop, pattern: re.Pattern[str]) -> int:
+    return sum(bool(pattern.search(text)) for text in loop)
 
 
-@pytest.mark.parametrize(("name", "product", "products"), KERNELS)
-def test_accumulators_are_not_spilled(
-    library: Path, name: str, product: str, products: int
-) -> None:
+@pytest.fixture(scope="module")
+def kernels(library: Path) -> list[tuple[str, Loop]]:
+    """Inner loops that multiply or look up eight vectors and more, with their function's name."""
     if shutil.which("objdump") is None or platform.machine() != "x86_64":
         pytest.skip("needs objdump (binutils) and x86-64")
-    kernels = {title: body for title, body in functions(library).items() if name in title}
-    if not kernels:
+    loops = [
+        (name, loop)
+        for name, code in functions(library)
+        if "onnxcomp::hyper::" in name
+        for loop in inner_loops(code)
+        if max(count(loop, _PRODUCT), count(loop, _LOOKUP)) >= 8
+    ]
+    if not loops:
         pytest.skip("the library is stripped of local symbols: build it without stripping")
-    for title, body in kernels.items():
-        loop = busiest_loop(body, product)
-        assert count(loop, product) >= products, title
-        assert not [text for text in loop if _STACK_STORE.search(text)], title
+    return loops
+
+
+# Tiles over decoded weights, by the products of one step.
+TILES = [
+    ("Multiply<12, 2>(unsigned char const", 24, 1),
+    ("Multiply<12, 2>(float const", 24, 1),
+    ("MultiplyInt8<4>", 8, 3),
+    ("MultiplyExact<4>", 8, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "products", "forms"), TILES)
+def test_accumulators_of_tiles_are_not_spilled(
+    kernels: list[tuple[str, Loop]], name: str, products: int, forms: int
+) -> None:
+    loops = [loop for title, loop in kernels if name in title]
+    assert len(loops) >= forms
+    for loop in loops:
+        assert count(loop, _PRODUCT) >= products
+        assert count(loop, _STACK_STORE) == 0
+
+
+@pytest.mark.parametrize(
+    ("bits", "states"),
+    [(bits, states) for bits in range(1, 7) for states in (6, 7, 8) if states >= bits + 2],
+)
+def test_streams_for_one_row_of_activations_spill_nothing(
+    kernels: list[tuple[str, Loop]], bits: int, states: int
+) -> None:
+    one_row = [
+        loop
+        for title, loop in kernels
+        if f"Stream<{bits}, {states}>" in title and count(loop, re.compile("vpdpbusd")) == 8
+    ]
+    assert one_row
+    for loop in one_row:
+        assert count(loop, _STACK_STORE) == 0
+
+
+def test_no_hot_loop_stores_more_than_a_tenth_of_its_work_on_the_stack(
+    kernels: list[tuple[str, Loop]],
+) -> None:
+    found = "\n".join(title for title, _ in kernels)
+    for name in ("Stream<4, 7>", "Stream<4, 12>", "DecodeTile<4, 7>", "DecodeVector<4, 12, 128>"):
+        assert name in found
+    for title, loop in kernels:
+        assert count(loop, _STACK_STORE) <= count(loop, _VECTOR) / 10, title
