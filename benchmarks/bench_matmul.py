@@ -4,9 +4,15 @@ Every variant is a graph of one or more independent products with random weights
 few rows of activations the graph holds so many that no cache can keep them, as in a real model
 (`--cold-mb`); for many rows it holds one. All variants take turns; the figure is the median of the
 CPU time of a run divided by the number of products. One thread: CPU time of the calling thread.
-More threads: CPU time of the process, without spinning.
+`--threads 1,2` adds sessions of two threads: CPU time of the process, without spinning.
 
-    python benchmarks/bench_matmul.py --shapes 4096x4096,768x3072 --rows 1,4,16,128
+A run replaces the records it makes again and keeps the others, so that long series can be split;
+the README's figures are those of
+
+    bench_matmul.py --shapes 768x3072          and 4096x4096, and 4096x11008; then each with
+    bench_matmul.py --threads 1,2 --rows 1,128 --only nbits4-b128,hyper-k4-L7 --shapes ...
+
+of two to six minutes each on one core.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +36,7 @@ from onnxcomp.ops import register
 from onnxcomp.passes.codecs import hyper_format
 
 RESULTS = Path(__file__).parent / "results"
+BEST_ISA = os.environ.get("ONNXCOMP_ISA", "")  # the best one where it is empty
 Array = np.ndarray[Any, Any]
 
 
@@ -41,6 +48,13 @@ class Product(NamedTuple):
 
 
 Maker = Callable[[np.random.Generator, int, int, int], Product]
+
+
+class Variant(NamedTuple):
+    """A way to make a product, and the instruction set of our kernels ("" for the best one)."""
+
+    make: Maker
+    isa: str = ""
 
 
 def float_product(rng: np.random.Generator, i: int, length: int, rows: int) -> Product:
@@ -114,26 +128,31 @@ def hyper_product(bits: int, states: int, group: int, precision: int) -> Maker:
     return make
 
 
-def variants(wanted: str) -> dict[str, Maker]:
+def variants(wanted: str) -> dict[str, Variant]:
     """Variants by name; `wanted` is a comma-separated list of beginnings of names, or empty."""
-    result: dict[str, Maker] = {
-        "fp32": float_product,
-        "nbits4-b128": nbits_product(4, 128),
-        "nbits4-b32": nbits_product(4, 32),
-        "nbits2-b128": nbits_product(2, 128),
-        "dynamic-int8": dynamic_product,
-        "hyper-k4-L7-int8": hyper_product(4, 7, 128, 1),
-        "hyper-k3-L7-int8": hyper_product(3, 7, 128, 1),
-        "hyper-k2-L7-int8": hyper_product(2, 7, 128, 1),
-        "hyper-k2-L6-int8": hyper_product(2, 6, 128, 1),
-        "hyper-k4-L12-int8": hyper_product(4, 12, 128, 1),
-        "hyper-k4-L7-exact": hyper_product(4, 7, 128, 0),
-        "hyper-k2-L7-exact": hyper_product(2, 7, 128, 0),
+    result = {
+        "fp32": Variant(float_product),
+        "nbits4-b128": Variant(nbits_product(4, 128)),
+        "nbits4-b32": Variant(nbits_product(4, 32)),
+        "nbits2-b128": Variant(nbits_product(2, 128)),
+        "dynamic-int8": Variant(dynamic_product),
+        "hyper-k4-L7-int8": Variant(hyper_product(4, 7, 128, 1)),
+        "hyper-k3-L7-int8": Variant(hyper_product(3, 7, 128, 1)),
+        "hyper-k2-L7-int8": Variant(hyper_product(2, 7, 128, 1)),
+        "hyper-k2-L6-int8": Variant(hyper_product(2, 6, 128, 1)),
+        "hyper-k4-L12-int8": Variant(hyper_product(4, 12, 128, 1)),
+        "hyper-k2-L12-int8": Variant(hyper_product(2, 12, 128, 1)),
+        "hyper-k4-L7-exact": Variant(hyper_product(4, 7, 128, 0)),
+        "hyper-k2-L7-exact": Variant(hyper_product(2, 7, 128, 0)),
+        "avx2-hyper-k4-L7-int8": Variant(hyper_product(4, 7, 128, 1), "avx2"),
+        "avx2-hyper-k2-L7-int8": Variant(hyper_product(2, 7, 128, 1), "avx2"),
+        "avx2-hyper-k4-L12-int8": Variant(hyper_product(4, 12, 128, 1), "avx2"),
+        "avx2-hyper-k4-L7-exact": Variant(hyper_product(4, 7, 128, 0), "avx2"),
     }
     kept = [name for name in wanted.split(",") if name]
     return {
-        name: make
-        for name, make in result.items()
+        name: variant
+        for name, variant in result.items()
         if not kept or name == "fp32" or any(name.startswith(part) for part in kept)
     }
 
@@ -163,10 +182,11 @@ def build(make: Maker, length: int, rows: int, cold_bytes: int) -> tuple[onnx.Mo
     return helper.make_model(graph, opset_imports=opsets, ir_version=8), count, size
 
 
-def open_session(model: onnx.ModelProto, threads: int, mapped: bool) -> Any:
+def open_session(model: onnx.ModelProto, threads: int, mapped: bool, isa: str = "") -> Any:
     """A session on the model; `mapped` keeps weights in an external file, memory-mapped."""
     import onnxruntime
 
+    os.environ["ONNXCOMP_ISA"] = isa or BEST_ISA
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -187,83 +207,90 @@ class Bench(NamedTuple):
     session: Any
     products: int
     weight_bytes: int
+    isa: str
 
 
-def run_once(bench: Bench, feeds: Mapping[str, Array], threads: int) -> float:
-    """CPU seconds of one product."""
-    clock = time.thread_time if threads == 1 else time.process_time
-    start = clock()
-    bench.session.run(None, feeds)
-    return (clock() - start) / bench.products
+Benches = dict[tuple[str, int], Bench]  # by name of the variant and threads
 
 
-def interleave(
-    benches: Mapping[str, Bench], feeds: Mapping[str, Array], repeats: int, threads: int
-) -> dict[str, float]:
+def interleave(benches: Benches, feeds: Mapping[str, Array], repeats: int) -> dict[Any, float]:
     """Median CPU seconds of one product for every variant, all taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in benches}
+    alone = all(threads == 1 for _, threads in benches)
+    clock = time.thread_time if alone else time.process_time
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in benches}
     for turn in range(repeats + 1):
-        for name, bench in benches.items():
-            seconds = run_once(bench, feeds, threads)
+        for key, bench in benches.items():
+            start = clock()
+            bench.session.run(None, feeds)
             if turn > 0:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+                times[key].append((clock() - start) / bench.products)
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def open_benches(options: argparse.Namespace, length: int, rows: int, budget: int) -> Benches:
+    """Sessions of all variants and numbers of threads for one shape."""
+    benches: Benches = {}
+    for name, variant in variants(options.only).items():
+        model, count, size = build(variant.make, length, rows, budget)
+        for threads in options.threads:
+            session = open_session(model, threads, options.mapped, variant.isa)
+            benches[name, threads] = Bench(session, count, size, variant.isa or BEST_ISA or "auto")
+    return benches
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One record for each variant, shape and number of rows."""
+    """One record for each variant, shape, number of rows and number of threads."""
     for shape in options.shapes.split(","):
         length, rows = (int(size) for size in shape.split("x"))
         for cold in (True, False):
             batches = [m for m in options.rows if (m <= options.cold_rows) == cold]
             if not batches:
                 continue
-            budget = int(options.cold_mb * 1e6) if cold else 0
-            benches = {}
-            for name, make in variants(options.only).items():
-                model, count, size = build(make, length, rows, budget)
-                session = open_session(model, options.threads, options.mapped)
-                benches[name] = Bench(session, count, size)
+            benches = open_benches(options, length, rows, int(options.cold_mb * 1e6 * cold))
             for m in batches:
-                yield from measure_batch(options, benches, length, rows, m, cold)
+                facts = {"length": length, "rows": rows, "m": m, "cold": cold}
+                yield from measure_batch(options, benches, facts)
 
 
 def measure_batch(
-    options: argparse.Namespace,
-    benches: Mapping[str, Bench],
-    length: int,
-    rows: int,
-    m: int,
-    cold: bool,
+    options: argparse.Namespace, benches: Benches, facts: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Records of one shape and one number of rows."""
+    length, rows, m = facts["length"], facts["rows"], facts["m"]
     x = np.random.default_rng(m).standard_normal((m, length), np.float32)
-    times = interleave(benches, {"x": x}, options.repeats, options.threads)
-    for name, seconds in times.items():
+    times = interleave(benches, {"x": x}, options.repeats)
+    for (name, threads), seconds in times.items():
+        bench = benches[name, threads]
+        nbits4 = times.get(("nbits4-b128", threads))
         yield {
             "variant": name,
-            "length": length,
-            "rows": rows,
-            "m": m,
-            "cold": cold,
-            "weight_bytes": benches[name].weight_bytes,
+            **facts,
+            "threads": threads,
+            "isa": bench.isa,
+            "mapped": options.mapped,
+            "load_average": round(os.getloadavg()[0], 1),
+            "weight_bytes": bench.weight_bytes,
             "us": seconds * 1e6,
             "gigaweights_per_s": length * rows / seconds / 1e9,
-            "gigabytes_per_s": benches[name].weight_bytes / seconds / 1e9,
-            "over_fp32": times["fp32"] / seconds,
-            "over_nbits4": times["nbits4-b128"] / seconds if "nbits4-b128" in times else None,
+            "gigabytes_per_s": bench.weight_bytes / seconds / 1e9,
+            "over_fp32": times["fp32", threads] / seconds,
+            "over_nbits4": None if nbits4 is None else nbits4 / seconds,
+            # Two threads in one process: what they cost together, in times of one thread.
+            "of_one_thread": None if len(options.threads) == 1 else seconds / times[name, 1],
         }
 
 
 def show(record: Mapping[str, Any]) -> None:
     """Print one line of the table."""
-    over = record["over_nbits4"]
+    over, share = record["over_nbits4"], record["of_one_thread"]
     shape = f"{record['length']}x{record['rows']}"
     print(
         f"{shape:>11} M={record['m']:<4}{'cold' if record['cold'] else 'warm'} "
-        f"{record['variant']:<18}{record['us']:10.1f} us {record['gigaweights_per_s']:7.2f} Gw/s "
-        f"{record['gigabytes_per_s']:6.1f} GB/s {record['over_fp32']:6.2f}x fp32 "
-        f"{'' if over is None else f'{over:6.2f}x nbits4'}",
+        f"{record['threads']}T {record['variant']:<23}{record['us']:10.1f} us "
+        f"{record['gigaweights_per_s']:7.2f} Gw/s {record['gigabytes_per_s']:6.1f} GB/s "
+        f"{record['over_fp32']:6.2f}x fp32 "
+        f"{'' if over is None else f'{over:6.2f}x nbits4'}"
+        f"{'' if share is None else f'{share:6.2f} of one thread'}",
         flush=True,
     )
 
@@ -271,17 +298,20 @@ def show(record: Mapping[str, Any]) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="4096x4096,768x3072", help="length x rows, ...")
-    parser.add_argument("--rows", default="1,4,16,128", help="rows of activations, ...")
+    parser.add_argument(
+        "--shapes", default="768x3072,4096x4096,4096x11008", help="length x rows, ..."
+    )
+    parser.add_argument("--rows", default="1,4,16,128,512", help="rows of activations, ...")
     parser.add_argument("--only", default="", help="beginnings of variant names, ...")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", default="1", help="threads of a session, ...; 1 among them")
     parser.add_argument("--cold-mb", type=float, default=100, help="weights of one variant, MB")
     parser.add_argument("--cold-rows", type=int, default=16, help="cold up to this many rows")
     parser.add_argument("--mapped", action="store_true", help="weights in memory-mapped files")
     parser.add_argument("--out", type=Path, default=RESULTS / "matmul.json")
     options = parser.parse_args(arguments)
     options.rows = [int(m) for m in options.rows.split(",")]
+    options.threads = sorted({int(threads) for threads in options.threads.split(",")} | {1})
     return options
 
 
@@ -296,6 +326,23 @@ def cpu_name() -> str:
     return f"{name} family {found.get('cpu family', '?')} model {found.get('model', '?')}"
 
 
+def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record is about; threads of a run change the clock, hence `of_one_thread`."""
+    names = ("variant", "length", "rows", "m", "threads", "isa", "mapped")
+    return (*(record[name] for name in names), record["of_one_thread"] is None)
+
+
+def merged(path: Path, machine: Mapping[str, Any], records: Iterable[Any]) -> dict[str, Any]:
+    """The records of a file of the same machine, with `records` in place of those they repeat."""
+    known = {}
+    if path.exists():
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if all(document.get(name) == value for name, value in machine.items()):
+            known = {key(record): record for record in document["records"]}
+    known |= {key(record): record for record in records}
+    return {**machine, "records": list(known.values())}
+
+
 def main() -> None:
     import onnxruntime
 
@@ -304,17 +351,10 @@ def main() -> None:
     for record in measure(options):
         show(record)
         records.append(record)
-    summary = {
-        "onnxruntime": onnxruntime.__version__,
-        "cpu": cpu_name(),
-        "load_average": os.getloadavg()[0],
-        "isa": os.environ.get("ONNXCOMP_ISA", "auto"),
-        "threads": options.threads,
-        "mapped": options.mapped,
-        "records": records,
-    }
+    machine = {"onnxruntime": onnxruntime.__version__, "cpu": cpu_name()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(summary, indent=1) + "\n")
+    document = merged(options.out, machine, records)
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,13 @@ import numpy as np
 from onnxcomp.passes.codecs import native
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.codecs.hyper_format import Geometry
-from onnxcomp.passes.codecs.hyper_tables import WINDINGS, Winding, quantiles, winding_table
+from onnxcomp.passes.codecs.hyper_tables import (
+    WINDINGS,
+    Winding,
+    level_bits,
+    quantiles,
+    winding_table,
+)
 
 GROUP = 128
 
@@ -27,7 +33,7 @@ REACH = {1: 0.92, 2: 1.06, 3: 1.12, 4: 1.2, 5: 1.32, 6: 1.4}
 def sqnr(winding: Winding, bits: int, state_bits: int, weight: Array) -> float:
     """Signal to quantisation noise of the codec on `weight`, in dB."""
     geometry = Geometry(bits, state_bits, GROUP, *weight.shape)
-    table = winding_table(winding, state_bits)
+    table = winding_table(winding, state_bits, level_bits(bits, state_bits))
     codes, scales = native.hyper_encode(weight, geometry, table, winding.spread)
     error = native.hyper_decode(codes, scales, table, geometry) - weight
     return float(10 * np.log10(np.square(weight).sum() / np.square(error).sum()))
@@ -38,15 +44,15 @@ def gaussian(seed: int, weights: int) -> Array:
     return rng.standard_normal((weights // 1024, 1024), np.float32)
 
 
-def full_range(state_bits: int) -> float:
+def full_range(bits: int, state_bits: int) -> float:
     """Largest Q that clips nothing."""
-    return 127.0 / float(quantiles(state_bits).max())
+    return 127.0 / float(quantiles(level_bits(bits, state_bits)).max())
 
 
 def search(bits: int, state_bits: int, budget: int) -> tuple[Winding, float]:
     """Best winding and its score on data that took no part in the choice."""
     weights = max(16 * 1024, min(1 << 18, budget >> state_bits))
-    quantum = full_range(state_bits)
+    quantum = full_range(bits, state_bits)
     first = gaussian(1, weights)
     start = [Winding(a, quantum, quantum / REACH[bits]) for a in range(3, 1 << (state_bits - 1), 2)]
     start.sort(key=lambda w: sqnr(w, bits, state_bits, first), reverse=True)
@@ -63,11 +69,14 @@ def search(bits: int, state_bits: int, budget: int) -> tuple[Winding, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bits", type=int, nargs="*", help="only these bits per weight")
     parser.add_argument("--state-bits", type=int, nargs="*", help="only these state sizes")
     parser.add_argument("--budget", type=int, default=1 << 25, help="states x weights of a trial")
     arguments = parser.parse_args()
     for bits, state_bits in sorted(WINDINGS, key=lambda pair: (pair[1], pair[0])):
         if arguments.state_bits and state_bits not in arguments.state_bits:
+            continue
+        if arguments.bits and bits not in arguments.bits:
             continue
         best, score = search(bits, state_bits, arguments.budget)
         text = f"Winding({best.multiplier:#x}, {best.quantum}, {best.spread})"
