@@ -1,6 +1,6 @@
 """LoRITa: accuracy against kept parameters for N = 1, 2, 3 factors a layer during training.
 
-    python benchmarks/bench_lorita.py                     # about 15 minutes on two cores
+    python benchmarks/bench_lorita.py                     # about ten minutes on one core
     python benchmarks/bench_lorita.py --network mnist-mlp --factors 2 3
     python benchmarks/bench_lorita.py --full              # the paper's networks: hours on a GPU
     python benchmarks/bench_lorita.py --draw              # only the picture, from recorded results
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=[*NETWORKS, *FULL])
     parser.add_argument("--factors", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--epochs", type=int, help="instead of those of the recipe")
-    parser.add_argument("--images", type=int, default=10000, help="training images at most")
+    parser.add_argument("--images", type=int, default=6000, help="training images at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="ResNet20 and VGG16")
     parser.add_argument("--draw", action="store_true", help="draw recorded results only")

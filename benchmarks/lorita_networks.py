@@ -194,7 +194,7 @@ class Recipe:
 NETWORKS = {
     "mnist-mlp": Recipe(perceptron, mnist, 25, 2e-3, 1e-3, crops=False),
     "cifar10-cnn": Recipe(small_cnn, cifar10, 7, 4e-3, 5e-4),
-    "cifar10-vit": Recipe(SmallViT, cifar10, 10, 2e-3, 3e-4),
+    "cifar10-vit": Recipe(SmallViT, cifar10, 8, 2e-3, 3e-4),
 }
 FULL = {
     "cifar10-resnet20": Recipe(resnet20, cifar10, 300, 0.01, 1e-3, sgd=True),

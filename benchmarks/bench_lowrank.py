@@ -1,0 +1,200 @@
+"""Low-rank factors: what is lost at 75, 50 and 25 % of the weights, and what is gained in speed.
+
+    python benchmarks/bench_lowrank.py --data FOLDER [--minilm MINILM.onnx] [--kept 0.5]
+    python benchmarks/bench_lowrank.py --speed
+
+The language model is judged by the divergence of its predictions from the dense model's, MiniLM by
+STS-B; see bench_hyper_models.py. Only products within the layers are factored, all with the same
+share of their weights (ranks are multiples of 8), but for `global`, which chooses ranks in the same
+bytes. `svd` looks at the weights alone, `whitened` at the inputs that the dense model gives them,
+`anchored` at those behind the factors before and at the dense model's outputs. Rows that were
+measured before are kept. Speed: CPU time of two products against one, 4096 x 4096, interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from bench_hyper_models import Judge, LanguageModel, SentenceModel
+from bench_matmul import Bench, Maker, Product, build, float_product, interleave, open_session
+from onnx import helper
+from results import RESULTS, print_table, write_results
+
+import onnxcomp
+from onnxcomp.passes.codecs.lowrank import STEP
+from onnxcomp.passes.plan import Plan
+
+Array = npt.NDArray[Any]
+NAME = "lowrank"
+SIDE = 4096
+SHARES = (4, 8, 16)
+
+# Bits per weight of `hyper`, to compare with at equal bytes; with 2 bits the files are smaller.
+METHODS = ("svd", "whitened", "anchored", "global", "lowrank+hyper", "hyper+lowrank", "hyper")
+
+
+def factored_plan(model: Path, kept: float, widest: int) -> Plan:
+    """Every product within the layers with the same share of its weights."""
+    plan = onnxcomp.plan(model, method="dense")
+    for choice in list(plan):
+        inside = len(choice.shape) == 2 and max(choice.shape) <= widest
+        if inside and "MatMul" in choice.uses:
+            rows, length = choice.shape
+            rank = int(kept * rows * length / (rows + length)) // STEP * STEP
+            plan[choice.site] = choice.with_(codec="lowrank", rank=rank)
+    return plan
+
+
+def factored_sites(plan: Plan) -> list[str]:
+    """Names of the weights with factors."""
+    return [choice.site for choice in plan if choice.codec == "lowrank"]
+
+
+def only(names: list[str]) -> str:
+    """A pattern for exactly these weights."""
+    import re
+
+    return f"^({'|'.join(re.escape(name) for name in names)})$"
+
+
+def compile_row(
+    model: Path, output: Path, method: str, kept: float, widest: int, data: Any
+) -> onnxcomp.Result:
+    """Write one form of a model."""
+    even = factored_plan(model, kept, widest)
+    options: dict[str, Any] = {"verify": False, "jobs": 1}
+    if method == "svd":
+        return onnxcomp.optimize(model, output, plan=even, **options)
+    if method in ("whitened", "anchored"):
+        order = "parallel" if method == "whitened" else "sequential"
+        return onnxcomp.optimize(model, output, plan=even, data=data, calibration=order, **options)
+    size = onnxcomp.optimize(model, plan=even, dry_run=True).report.output.bytes
+    chosen = {"include": only(factored_sites(even)), "target_size": size, "data": data}
+    return onnxcomp.optimize(model, output, method="lowrank", **chosen, **options)
+
+
+def measure(
+    judge: Judge, model: Path, method: str, kept: float, widest: int, data: Any
+) -> dict[str, Any]:
+    """One row: bytes, seconds and quality."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.onnx"
+        start = time.process_time()
+        result = compile_row(model, path, method, kept, widest, data)
+        seconds = time.process_time() - start
+        quality = {name: round(value, 5) for name, value in judge(path).items()}
+    row = {"method": method, "kept": kept, "bytes": result.report.output.bytes}
+    return {**row, "cpu_seconds": round(seconds, 1), **quality}
+
+
+def recorded() -> dict[str, Any]:
+    """Results of earlier runs."""
+    path = RESULTS / f"{NAME}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found.pop("environment", None)
+    return {"language_model": [], "minilm": [], "speed": [], **found}
+
+
+def sweep(
+    key: str, judge: Judge, model: Path, widest: int, data: Any, arguments: argparse.Namespace
+) -> None:
+    """Measure what is not recorded yet, a row at a time."""
+    for kept in arguments.kept:
+        for method in arguments.method:
+            results = recorded()
+            others = [r for r in results[key] if (r["method"], r["kept"]) != (method, kept)]
+            if len(others) < len(results[key]) and not arguments.again:
+                continue
+            row = measure(judge, model, method, kept, widest, data)
+            print(row, flush=True)
+            results = recorded()
+            results[key] = sorted([*others, row], key=lambda r: (-r["kept"], r["method"]))
+            write_results(NAME, results)
+
+
+def thin_product(rank: int) -> Maker:
+    """Two products with factors of a rank."""
+
+    def make(rng: np.random.Generator, i: int, length: int, rows: int) -> Product:
+        nodes = [
+            helper.make_node("MatMul", ["x", f"down{i}"], [f"h{i}"]),
+            helper.make_node("MatMul", [f"h{i}", f"up{i}"], [f"y{i}"]),
+        ]
+        down = rng.standard_normal((length, rank), np.float32)
+        return Product(
+            nodes, {f"down{i}": down, f"up{i}": rng.standard_normal((rank, rows), np.float32)}
+        )
+
+    return make
+
+
+def measure_speed(repeats: int) -> list[dict[str, Any]]:
+    """CPU time of a dense product over that of two thin ones; few rows with cold weights."""
+    makers: dict[str, Callable[..., Product]] = {"dense": float_product}
+    makers |= {f"K/{share}": thin_product(SIDE // share) for share in SHARES}
+    rows = []
+    for m, cold in ((1, 400_000_000), (128, 0)):
+        benches = {}
+        for name, make in makers.items():
+            model, count, size = build(make, SIDE, SIDE, cold)
+            benches[name] = Bench(open_session(model, 1, False), count, size)
+        x = np.random.default_rng(m).standard_normal((m, SIDE), np.float32)
+        times = interleave(benches, {"x": x}, repeats, 1)
+        rows += [
+            {"m": m, "rank": name, "over_dense": round(times["dense"] / times[name], 2)}
+            for name in list(makers)[1:]
+        ]
+    return rows
+
+
+def show(results: dict[str, Any]) -> None:
+    for key, column in (("language_model", "kl"), ("minilm", "spearman")):
+        rows = [
+            [f"{r['kept']:.0%}", r["method"], r["bytes"], f"{r[column]:.4f}"] for r in results[key]
+        ]
+        print_table([key, "method", "bytes", column], rows)
+    print_table(
+        ["M", "rank", "times faster"],
+        [[r["m"], r["rank"], r["over_dense"]] for r in results["speed"]],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--minilm", type=Path)
+    parser.add_argument("--kept", nargs="+", type=float, default=[0.75, 0.5, 0.25])
+    parser.add_argument("--method", nargs="+", default=["svd", "whitened", "anchored", "global"])
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=48, help="calibration windows or sentences")
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--again", action="store_true", help="measure recorded rows again")
+    arguments = parser.parse_args()
+    if arguments.speed:
+        results = recorded()
+        results["speed"] = measure_speed(arguments.repeats)
+        write_results(NAME, results)
+    if arguments.data is not None and arguments.minilm is None:
+        folder = arguments.data / "lm"
+        model = folder / "tinyllama_ref.onnx"
+        windows = np.load(folder / "calib.npy").astype(np.int64)[: arguments.samples]
+        judge = LanguageModel(model, folder, arguments.windows)
+        sweep("language_model", judge, model, 704, {"input_ids": windows}, arguments)
+    if arguments.data is not None and arguments.minilm is not None:
+        sentences = SentenceModel(arguments.minilm, arguments.data)
+        feeds = sentences.calibration(arguments.data)[: arguments.samples]
+        sweep("minilm", sentences, arguments.minilm, 1536, feeds, arguments)
+    show(recorded())
+
+
+if __name__ == "__main__":
+    main()
