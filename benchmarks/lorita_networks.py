@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,26 +48,24 @@ def mnist(folder: Path, count: int) -> Split:
 
 
 def _jpegs(path: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some images, drawn at random: a file may be sorted by class."""
     from PIL import Image
 
     with np.load(path) as data:
-        blob, offsets, labels = data["blob"], data["offsets"], data["labels"][:count]
-    pixels = np.stack(
-        [
-            np.asarray(Image.open(io.BytesIO(blob[start:end].tobytes())).convert("RGB"))
-            for start, end in itertools.pairwise(offsets[: count + 1])
-        ]
-    )
+        blob, offsets, labels = data["blob"], data["offsets"], data["labels"]
+    chosen = np.random.default_rng(0).permutation(len(labels))[:count]
+    files = (blob[offsets[i] : offsets[i + 1]].tobytes() for i in chosen)
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(f)).convert("RGB")) for f in files])
     images = (pixels.astype(np.float32) / 255 - np.float32(_MEAN)) / np.float32(_STD)
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
-        labels.astype(np.int64)
+        labels[chosen].astype(np.int64)
     )
 
 
 def cifar10(folder: Path, count: int) -> Split:
-    """Up to 20,000 training images and the first 4,000 of the test set, from JPEG copies."""
+    """Up to 20,000 training images and 3,000 of the test set, from JPEG copies."""
     train = _jpegs(folder / "cifar10" / "cifar10_train_jpegbytes.npz", min(count, 20000))
-    return Split(*train, *_jpegs(folder / "cifar10" / "cifar10_test_jpegbytes.npz", 4000))
+    return Split(*train, *_jpegs(folder / "cifar10" / "cifar10_test_jpegbytes.npz", 3000))
 
 
 def perceptron() -> nn.Module:

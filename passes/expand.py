@@ -79,12 +79,12 @@ def expand(model: ir.Model) -> Change:
     for node in list(_nodes(model)):
         if node.metadata_props.get(WEIGHT_KEY) in records:
             work.restore(node)
-    for node in own_nodes:
-        if node.graph is not None:
-            work.replace(node)
     for node in list(_nodes(model)):
         if USE_KEY in node.metadata_props:
             work.replace_use(node)
+    for node in own_nodes:
+        if node.graph is not None:
+            work.replace(node)
     work.clean()
     notes = tuple(f"{name}: {records[name].recipe.codec} became dense" for name in work.weights)
     return Change(len(notes), notes)

@@ -169,7 +169,7 @@ class _Rewriter:
         path = [self._node(name) for name in use.path]
         dtype = _dtype_at_use(path, placement.site.dtype)
         converted = dtype != placement.site.dtype
-        if converted and not placement.codec.functions(self.stock.opset):
+        if converted and _in_parts(placement.codec, self.stock.opset):
             # Tensors of standard operators have the stored type: the Cast has to stay.
             return False
         site = dataclasses.replace(placement.site, dtype=dtype)
@@ -233,6 +233,11 @@ def _replacement(
     return _affine(node, product, site.dtype, builder)
 
 
+def _in_parts(codec: Codec, opset: int) -> bool:
+    """Whether a use becomes standard operators, or several of ours, that do not explain it."""
+    return isinstance(codec, FactoredCodec) or not codec.functions(opset)
+
+
 def _emitted(
     placement: Placement, site: WeightSite, kind: Kind, x: ir.Value | None, builder: GraphBuilder
 ) -> ir.Value:
@@ -240,7 +245,7 @@ def _emitted(
     assert x is not None
     result = placement.codec.emit(builder, site, placement.payload, kind, x)
     producer = result.producer()
-    if producer is not None and not placement.codec.functions(builder.opset):
+    if producer is not None and _in_parts(placement.codec, builder.opset):
         route = _route(result, x)
         producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, route])
     return result

@@ -9,6 +9,7 @@ from onnxcomp.passes.codecs.hash import HashCodec
 from onnxcomp.passes.codecs.hyper import HyperCodec
 from onnxcomp.passes.codecs.integer import IntegerCodec
 from onnxcomp.passes.codecs.lowrank import LowRankCodec
+from onnxcomp.passes.codecs.lowrank_hyper import LowRankHyperCodec
 from onnxcomp.passes.codecs.winding import WindingCodec
 
 __all__ = ["CODECS"]
@@ -21,6 +22,7 @@ CODECS: dict[str, Codec] = {
         IntegerCodec(),
         HalfCodec(),
         LowRankCodec(),
+        LowRankHyperCodec(),
         WindingCodec(),
         HashCodec(),
     )

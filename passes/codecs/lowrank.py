@@ -32,7 +32,14 @@ from onnxcomp.passes.codecs.codec import (
 from onnxcomp.passes.codecs.lowrank_factors import Factors
 from onnxcomp.passes.codecs.moments import damped, with_weight_error
 
-__all__ = ["ANCHORING", "LowRankCodec", "LowRankParams", "break_even", "offered_ranks"]
+__all__ = [
+    "ANCHORING",
+    "LowRankCodec",
+    "LowRankParams",
+    "break_even",
+    "fitting_target",
+    "offered_ranks",
+]
 
 V = TypeVar("V")
 
@@ -200,9 +207,7 @@ class LowRankCodec:
         rank, moments = _checked(site, params), damped(stats)
         if stats.frequencies is not None:
             moments = with_weight_error(moments, weight)
-        target = weight
-        if stats.cross is not None and stats.tokens >= ANCHORING * site.length:
-            target = lowrank_factors.anchored_weight(weight, _shrunk(stats, moments), moments)
+        target = fitting_target(weight, stats, moments)
         return _stored(site, lowrank_factors.factorize(target, rank, moments))
 
     def decode(self, site: WeightSite, payload: Payload) -> Array:
@@ -283,7 +288,16 @@ def _factors(payload: Payload) -> tuple[Array, Array]:
     return payload.tensors["up"].T, payload.tensors["down"].T
 
 
-def _shrunk(stats: Stats, moments: Array) -> Array:
-    """``C`` with what was added to ``G``: a least-squares fit that shrinks to the weight."""
-    assert stats.cross is not None
-    return np.asarray(stats.cross + (moments - stats.gram))
+def fitting_target(weight: Array, stats: Stats, moments: Array) -> Array:
+    """What factors approximate: the weight, or with enough inputs the dense model's outputs.
+
+    Args:
+        weight: ``(rows, length)``.
+        stats: Moments of the inputs.
+        moments: ``G`` with what was added to its diagonal; as much is added to ``C``, so that the
+            least-squares fit shrinks to the weight.
+    """
+    if stats.cross is None or stats.tokens < ANCHORING * weight.shape[1]:
+        return weight
+    cross = stats.cross + (moments - stats.gram)
+    return lowrank_factors.anchored_weight(weight, cross, moments)

@@ -24,6 +24,7 @@ __all__ = [
     "Subspace",
     "anchored_weight",
     "expected_error",
+    "expected_evenness",
     "factorize",
     "leading_eigenvectors",
     "spectrum",
@@ -235,22 +236,40 @@ def anchored_weight(weight: Array, cross: Array, moments: Array) -> Array:
     return np.asarray(np.linalg.solve(moments, _times(weight, cross).T).T)
 
 
+def _law(short: int, long: int) -> tuple[Array, Array]:
+    """Energies of independent normal weights from large to small, and how frequent they are.
+
+    Marchenko and Pastur's law: energies over the longer side lie between ``(1 - sqrt(b))^2`` and
+    ``(1 + sqrt(b))^2`` with ``b = short / long``.
+    """
+    root = np.sqrt(short / long)
+    angles = (np.arange(4096) + 0.5) * (np.pi / 4096)
+    energies = 1.0 + root * root + 2.0 * root * np.cos(angles)
+    # Density sqrt((b - x)(x - a)) / x, with the substitution's own sine.
+    density = np.sin(angles) ** 2 / energies
+    return energies, density / density.sum()
+
+
 @functools.lru_cache(maxsize=4096)
 def expected_error(rows: int, length: int, rank: int) -> float:
     """Relative error of the best matrix of a rank for independent normal weights.
 
-    Marchenko and Pastur's law: energies over ``max(rows, length)`` lie between ``(1 - sqrt(b))^2``
-    and ``(1 + sqrt(b))^2`` with ``b = min / max`` of the sides. Trained weights have more structure
-    and lose less.
+    Trained weights have more structure and lose less.
     """
     short, long = sorted((rows, length))
     if rank >= short:
         return 0.0
-    root = np.sqrt(short / long)
-    angles = (np.arange(4096) + 0.5) * (np.pi / 4096)
-    energies = 1.0 + root * root + 2.0 * root * np.cos(angles)  # from large to small
-    # Density sqrt((b - x)(x - a)) / x, with the substitution's own sine.
-    density = np.sin(angles) ** 2 / energies
-    share = np.cumsum(density) / density.sum()
-    energy = np.cumsum(density * energies) / (density * energies).sum()
-    return float(np.sqrt(1.0 - np.interp(rank / short, share, energy)))
+    energies, density = _law(short, long)
+    energy = np.cumsum(density * energies)
+    return float(np.sqrt(1.0 - np.interp(rank / short, np.cumsum(density), energy / energy[-1])))
+
+
+@functools.lru_cache(maxsize=4096)
+def expected_evenness(rows: int, length: int, rank: int) -> float:
+    """``(sum s)^2 / (r sum s^2)`` of the first singular values of independent normal weights."""
+    short, long = sorted((rows, length))
+    energies, density = _law(short, long)
+    kept = np.cumsum(density) <= max(rank, 1) / short
+    kept[0] = True
+    values, weights = np.sqrt(energies[kept]), density[kept]
+    return float(np.sum(values * weights) ** 2 / (weights.sum() * np.sum(values**2 * weights)))

@@ -6,6 +6,7 @@ import pytest
 
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.codecs.lowrank import LowRankCodec, LowRankParams, break_even
+from onnxcomp.passes.codecs.lowrank_hyper import LowRankHyperCodec, LowRankHyperParams
 from onnxcomp.passes.expand import expand
 from onnxcomp.passes.graph import load
 from onnxcomp.passes.record import read_record
@@ -13,6 +14,7 @@ from onnxcomp.passes.rewrite import Placement, rewrite
 from onnxcomp.passes.sites import find_sites, read_weight
 
 CODEC = LowRankCodec()
+CODED = LowRankHyperCodec()
 X2D = "float[N, 24, 12, 12] x"
 
 
@@ -201,3 +203,45 @@ def test_a_tied_table_is_stored_once_for_look_ups_and_products(tools):
     feeds = {"ids": np.array([3, 199, 0, 3])}
     for first, second in zip(tools.run(load(proto), feeds), tools.run(small, feeds), strict=True):
         np.testing.assert_allclose(first, second, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["auto", "folded", "decode"])
+def test_coded_factors_equal_their_expanded_form_with_and_without_the_library(tools, mode):
+    proto = tools.everything()
+    model = load(proto)
+    canonicalize(model)
+    sites = [s for s in find_sites(model, min_size=0).sites if CODED.refuse(s) is None]
+    params = LowRankHyperParams(32, 4)
+    placements = [
+        Placement(site, CODED, CODED.encode(site, read_weight(model, site), params), mode, params)
+        for site in sites
+    ]
+    rewrite(model, placements)
+    assert {"emb", "fc1", "fc2", "fc3", "lstm_w", "outer"} <= set(read_record(model))
+    written = tools.proto_of(model)
+    onnx.checker.check_model(written)
+    dense = load(written)
+    assert expand(dense).count == len(sites)
+    back = tools.proto_of(dense)
+    assert "onnxcomp" not in str(back)
+    onnx.checker.check_model(back, full_check=True)
+    feeds = tools.everything_feeds()
+    for first, second in zip(tools.run(model, feeds), tools.run(dense, feeds), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_two_coded_products_take_the_place_of_one(tools):
+    proto = tools.build(
+        "g (float[N, 96] x) => (float[N, 64] y) { y = MatMul (x, w) }", {"w": thin(96, 64)}
+    )
+    model = load(proto)
+    canonicalize(model)
+    [site] = find_sites(model, min_size=0).sites
+    params = LowRankHyperParams(32, 6, 8)
+    payload = CODED.encode(site, read_weight(model, site), params)
+    rewrite(model, [Placement(site, CODED, payload, "auto", params)])
+    written = tools.proto_of(model)
+    assert operators(written) == ["HyperMatMul", "HyperMatMul"]
+    dense = load(written)
+    expand(dense)
+    assert [list(n.input) for n in tools.proto_of(dense).graph.node] == [["x", "w"]]
