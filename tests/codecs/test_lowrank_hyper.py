@@ -37,7 +37,12 @@ def test_measured_errors_are_near_those_of_the_encoded_weight(make_site: SiteMak
     for item, expected in zip(params, CODEC.measure(site, weight, params), strict=True):
         decoded = CODEC.decode(site, CODEC.encode(site, weight, item))
         error = float(np.linalg.norm(decoded - weight) / np.linalg.norm(weight))
-        assert error == pytest.approx(expected, rel=0.15), item
+        # Two bits for directions far below the others' noise do worse than the estimate.
+        assert (
+            0.98 * expected
+            < error
+            < (1.02 if item.rank <= 64 and item.bits > 2 else 1.3) * expected
+        )
 
 
 def test_calibration_lowers_the_error_of_products(make_site: SiteMaker) -> None:
