@@ -94,10 +94,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("minilm", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=list(MODELS), help="measure these anew")
+    parser.add_argument("--only", nargs="+", choices=list(MODELS), help="only these models")
+    parser.add_argument("--anew", action="store_true", help="measure them even if that was done")
     options = parser.parse_args()
     wanted = options.only or list(MODELS)
-    rows = [row for row in earlier() if not (options.only and row["model"] in wanted)]
+    rows = [row for row in earlier() if not (options.anew and row["model"] in wanted)]
     done = {(row["model"], row["preset"]) for row in rows}
     for name, preset in itertools.product(wanted, PRESETS):
         if (name, preset) in done:

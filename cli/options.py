@@ -129,7 +129,11 @@ def settings_in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
 
     source = click.get_current_context().get_parameter_source
     explicit = {k: v for k, v in given.items() if source(k) is not ParameterSource.DEFAULT}
-    base = preset_options(preset) if config is None else config_options(config, preset=preset)
+    stock = bool(explicit.get("stock"))
+    if config is None:
+        base = preset_options(preset, stock=stock)
+    else:
+        base = config_options(config, preset=preset, stock=stock)
     rules = (*explicit.get("set_", ()), *base.get("set_", ()))
     chosen = merged(base, explicit) | {"set_": rules}
     known = {name: value for name, value in chosen.items() if name in given}

@@ -72,12 +72,15 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def config_options(path: str | os.PathLike[str], *, preset: str | None = None) -> dict[str, Any]:
+def config_options(
+    path: str | os.PathLike[str], *, preset: str | None = None, stock: bool = False
+) -> dict[str, Any]:
     """Arguments of `onnxcomp.optimize` that a configuration file gives.
 
     Args:
         path: The file.
         preset: A preset that takes the place of the file's own.
+        stock: Whether no operator library may be needed, whatever the file says.
 
     Raises:
         UsageError: The file cannot be read, is no YAML, or does not fit the schema; the message
@@ -94,7 +97,8 @@ def config_options(path: str | os.PathLike[str], *, preset: str | None = None) -
     if len(targets) > 1:
         raise document.error(("target",), f"{' and '.join(targets)} are given together", _ONE)
     name = preset or document.value.get("preset")
-    return merged(preset_options(name) if name else {}, found)
+    stock = stock or bool(found.get("stock"))
+    return merged(preset_options(name, stock=stock) if name else {}, found)
 
 
 def checked_options(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -18,11 +18,13 @@ class Preset:
     Attributes:
         options: Arguments of `onnxcomp.optimize` by name.
         meaning: What it does, in a line.
+        stock: What is different where no operator library may be needed: integers have 4 or 8 bits.
         measured: What came out, on four models, by ``benchmarks/bench_presets.py``.
     """
 
     options: Mapping[str, Any]
     meaning: str
+    stock: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     measured: str = ""
 
 
@@ -31,16 +33,20 @@ PRESETS: Mapping[str, Preset] = {
         {"method": "dense", "rest": "exact", "tolerance": 1e-6},
         "no value changes: copies are stored once, and half precision where it is exact",
     ),
-    "balanced": Preset({"bits": 4, "rest": "fp16"}, "4 bits per weight, half precision elsewhere"),
-    "small": Preset({"bits": 3, "rest": "fp16"}, "3 bits per weight; give samples with --data"),
-    "max": Preset(
-        {"bits": 2, "rest": "fp16"}, "2 bits per weight; needs --data, and a look at the result"
+    "balanced": Preset(
+        {"bits": 5, "rest": "fp16"}, "5 bits per weight (8 with --stock)", {"bits": 8}
     ),
+    "small": Preset({"bits": 4, "rest": "fp16"}, "4 bits per weight"),
+    "max": Preset({"bits": 3, "rest": "fp16"}, "3 bits per weight (4 with --stock)", {"bits": 4}),
 }
 
 
-def preset_options(name: str) -> dict[str, Any]:
+def preset_options(name: str, *, stock: bool = False) -> dict[str, Any]:
     """Arguments of `onnxcomp.optimize` that a preset stands for.
+
+    Args:
+        name: Its name.
+        stock: Whether no operator library may be needed.
 
     Raises:
         UsageError: There is no such preset.
@@ -49,4 +55,5 @@ def preset_options(name: str) -> dict[str, Any]:
         from onnxcomp.passes.settings import suggest  # imports the codecs; --help does without
 
         raise UsageError(f"preset {name!r} is unknown", hint=suggest(name, PRESETS))
-    return dict(PRESETS[name].options)
+    preset = PRESETS[name]
+    return {**preset.options, **(preset.stock if stock else {})}

@@ -174,6 +174,19 @@ def test_a_file_wins_over_its_preset(write: Write) -> None:
     assert config_options(path, preset="lossless")["method"] == "dense"
 
 
+def test_every_preset_can_do_without_the_library(
+    onnxcomp: Callable[..., Any], small_model: Path, write: Write
+) -> None:
+    found = {}
+    for name in PRESETS:
+        plan = onnxcomp("plan", small_model, "--preset", name, "--stock", "--json")
+        assert plan.code == 0
+        found[name] = plan.json["settings"].get("bits")
+    assert found == {"lossless": None, "balanced": 8, "small": 4, "max": 4}
+    path = write("version: 1\npreset: balanced\nstock: true\n")
+    assert config_options(path)["bits"] == 8
+
+
 def test_presets_are_known_to_schema_and_optimize() -> None:
     assert list(PRESETS) == schema()["properties"]["preset"]["enum"]
     arguments = inspect.signature(onnxcomp.optimize).parameters
@@ -206,7 +219,7 @@ def test_the_command_line_wins_over_file_and_preset(
 def test_the_effective_settings_are_in_the_report(
     onnxcomp: Callable[..., Any], small_model: Path, write: Write, tmp_path: Path
 ) -> None:
-    path = write("version: 1\npreset: balanced\nmethod: int\nverify: {tolerance: 0.5}\n")
+    path = write("version: 1\npreset: small\nmethod: int\nverify: {tolerance: 0.5}\n")
     answer = onnxcomp(
         "optimize", small_model, "-o", tmp_path / "s.onnx", "--config", path, "--json"
     )
