@@ -89,6 +89,12 @@ def earlier() -> list[dict[str, Any]]:
     return rows
 
 
+def told(rows: list[dict[str, Any]], preset: str) -> str:
+    """What `onnxcomp.passes.presets` says of a preset."""
+    own = [row for row in rows if row["preset"] == preset]
+    return "; ".join(f"{r['model']} {r['ratio']:.1f}x, {100 * r['loss']:.1f} %" for r in own)
+
+
 def main() -> None:
     """Measure what is missing, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -107,11 +113,14 @@ def main() -> None:
         path = options.data / file if file else options.minilm
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(name, preset, path, options.data, Path(folder)))
+        rows.sort(key=lambda row: (list(MODELS).index(row["model"]), row["preset"]))
         write_results(NAME, {"rows": rows})
     lines = [
         [r["model"], r["preset"], f"{r['ratio']:.2f}x", f"{100 * r['loss']:.2f} %"] for r in rows
     ]
     print_table(("model", "preset", "smaller", "loss"), lines)
+    for preset in PRESETS:
+        print(f"{preset}: {told(rows, preset)}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ EXTERNAL_DATA = click.option(
 _PLAN_OPTIONS = (
     click.option(
         "--preset", type=click.Choice(list(PRESETS)),
-        help="Settings with a name; other options win. " + " ".join(
+        help="Settings with a name; other options win. In brackets: times smaller, and inputs with "
+        "another result, of models without --data. " + " ".join(
             f"{name.capitalize()}: {preset.meaning}{preset.measured and f' ({preset.measured})'}."
             for name, preset in PRESETS.items()
         ),

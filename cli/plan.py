@@ -31,7 +31,6 @@ def command(
     terminal: Terminal,
     model: Path,
     output: Path | None,
-    data: tuple[str, ...],
     frontier: bool,
     **settings: Any,
 ) -> None:
@@ -44,7 +43,8 @@ def command(
     from onnxcomp.cli.tables import show_sites
     from onnxcomp.passes.produce import planned_sites
 
-    settings = {**settings_in_effect(settings), "data": data or None}
+    settings = settings_in_effect(settings)
+    settings["data"] = settings["data"] or None
     if frontier:
         show_frontier(terminal, onnxcomp.frontier(model, **settings))
         return

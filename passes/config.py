@@ -63,11 +63,16 @@ def template_text() -> str:
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of several layers, later ones first; a later target replaces all earlier ones."""
+    """Options of several layers, later ones first.
+
+    A later target replaces all earlier ones; a later limit of the error replaces equal bits.
+    """
     result: dict[str, Any] = {}
     for layer in layers:
         if any(layer.get(name) is not None for name in TARGETS):
             result = {name: value for name, value in result.items() if name not in TARGETS}
+        elif layer.get("max_error") is not None:
+            result.pop("bits", None)
         result |= layer
     return result
 

@@ -62,7 +62,10 @@ def test_the_template_is_valid_with_and_without_its_comments(write: Write) -> No
     text = "\n".join(opened).replace("path: calibration/*.npz ", "path: .")
     jsonschema.validate(yaml.safe_load(text), schema())
     options = checked_options(write(text))
-    assert set(options) == set(options_of(schema()["properties"])) - {"bits", "target_size"}
+    assert set(options) == set(options_of(schema()["properties"])) - ONE_TARGET
+
+
+ONE_TARGET = {"bits", "target_size", "max_error"}
 
 
 def is_setting(line: str) -> bool:
@@ -165,6 +168,11 @@ def test_check_finds_what_the_schema_cannot(write: Write, text: str, message: st
 def test_a_later_target_replaces_an_earlier_one() -> None:
     assert merged({"bits": 3, "rest": "fp16"}, {"ratio": 8}) == {"ratio": 8, "rest": "fp16"}
     assert merged({"ratio": 8}, {"mode": "fused"}) == {"ratio": 8, "mode": "fused"}
+    assert merged({"bits": 3, "rest": "fp16"}, {"max_error": 0.1}) == {
+        "rest": "fp16",
+        "max_error": 0.1,
+    }
+    assert merged({"ratio": 8}, {"max_error": 0.1}) == {"ratio": 8, "max_error": 0.1}
     assert merged({"ratio": 8}, {"bits": 2}, {"target_size": 9}) == {"target_size": 9}
 
 
@@ -270,3 +278,12 @@ def test_config_check_fails_with_one_line(onnxcomp: Callable[..., Any], write: W
     assert answer.code == 2
     assert "line 2: unknown setting 'metod'" in answer.err
     assert "did you mean 'method'?" in answer.err
+
+
+def test_presets_say_what_was_measured() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "presets.json"
+    rows = json.loads(results.read_text())["rows"]
+    for name, preset in PRESETS.items():
+        own = [row for row in rows if row["preset"] == name]
+        words = [f"{r['model']} {r['ratio']:.1f}x, {100 * r['loss']:.1f} %" for r in own]
+        assert len(own) >= 2 and preset.measured == "; ".join(words)
