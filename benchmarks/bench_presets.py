@@ -3,9 +3,9 @@
     python benchmarks/bench_presets.py MINILM.onnx --data FOLDER [--only NAME ...]
 
 FOLDER holds models/, lm/ and eval/. Losses are disagreements with the dense model: of the class of
-photographs (SqueezeNet, 200 images), of the decision about speech (Silero VAD, one recording), of
-the likeliest next token (a language model, 10 windows of 256), and 1 - cosine of embeddings
-(MiniLM, 256 sentences). Nothing is calibrated. Rows that were measured before are kept.
+photographs (SqueezeNet, a float16 model, 200 images), of the decision about speech (Silero VAD, one
+recording), of the likeliest next token (a language model, 10 windows of 256), and 1 - cosine of
+embeddings (MiniLM, 256 sentences). Nothing is calibrated. Rows that were measured before are kept.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def sentences(dense: Any, small: Any, data: Path) -> float:
 
 
 MODELS: dict[str, tuple[str, Loss]] = {
-    "SqueezeNet": ("models/squeezenet_fp16.onnx", classes("squeezenet_fp16", 200)),
+    "SqueezeNet float16": ("models/squeezenet_fp16.onnx", classes("squeezenet_fp16", 200)),
     "Silero VAD": ("models/silero_vad_16k_op15.onnx", speech),
     "language model": ("lm/tinyllama_ref.onnx", classes("tinyllama_ref", 10)),
     "MiniLM": ("", sentences),

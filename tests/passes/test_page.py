@@ -209,3 +209,38 @@ def test_low_rank_weights_bring_their_spectra(tmp_path: Path) -> None:
     write_page(values, tmp_path / "r.html")
     document, complaints = rendered(tmp_path / "r.html", 800)
     assert complaints == [] and "Spectra" in " ".join(parsed(document).text["h2"])
+
+
+CLICKS = """{
+const names = () => [...document.querySelectorAll("table.sites td.name")]
+  .map((cell) => cell.firstChild.textContent);
+const head = (name) => [...document.querySelectorAll("table.sites th button")]
+  .find((button) => button.textContent === name);
+const found = { all: names() };
+head("before").click(); found.largest = names();
+head("before").click(); found.smallest = names();
+const input = document.querySelector("input"), select = document.querySelector("select");
+input.value = "GATHER table_word"; input.dispatchEvent(new Event("input")); found.none = names();
+input.value = "gather"; input.dispatchEvent(new Event("input")); found.gather = names();
+input.value = ""; input.dispatchEvent(new Event("input"));
+select.value = "dense"; select.dispatchEvent(new Event("change")); found.dense = names();
+document.body.replaceChildren(JSON.stringify(found));
+}"""
+
+
+def test_the_table_sorts_searches_and_filters(result: dict[str, Any], tmp_path: Path) -> None:
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page(result))  # our clicks are no part of it
+    path = tmp_path / "clicked.html"
+    path.write_text(text.replace("</body>", f"<script>{CLICKS}</script></body>"))
+    document, complaints = rendered(path, 1200)
+    assert complaints == []
+    found = json.loads("".join(parsed(document).text["body"]))
+    sites = result["sites"]
+    sizes = {site["name"]: site["bytes_before"] for site in sites}
+    assert found["all"] == [site["name"] for site in sites]
+    assert [sizes[n] for n in found["largest"]] == sorted(sizes.values(), reverse=True)
+    assert [sizes[n] for n in found["smallest"]] == sorted(sizes.values())
+    assert found["none"] == []
+    wanted = {site["name"] for site in sites if "Gather" in site["uses"]}
+    assert set(found["gather"]) == wanted and wanted
+    assert set(found["dense"]) == {site["name"] for site in sites if site["method"] == "dense"}
