@@ -8,6 +8,7 @@ layout is wrong is encoded again and replaced.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -27,8 +28,8 @@ __all__ = ["PayloadCache"]
 
 log = logging.getLogger(__name__)
 
-# Changes whenever an encoder gives other bytes for the same weight and parameters.
-FORMAT = 1
+# Changes whenever the files do; what is in them also follows from the code of the encoders.
+FORMAT = 2
 
 _ATTRIBUTES = "__attributes__"
 
@@ -36,8 +37,32 @@ _ATTRIBUTES = "__attributes__"
 _DIGEST = hashlib.sha256().digest_size
 
 
+@functools.cache
+def code_version() -> str:
+    """A hash of the code that payloads follow from: the codecs and the native encoders."""
+    from onnxcomp.passes.codecs import native
+
+    digest = hashlib.sha256()
+    files = sorted(Path(native.__file__).parent.glob("*.py"))
+    library = native.library_path()
+    for file in [*files, *([] if library is None else [library])]:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _running(process: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
+
+
 class PayloadCache:
-    """A folder of payloads.
+    """A folder of payloads. Files that a killed run has begun are removed when it is opened.
 
     Args:
         folder: Made when it does not exist.
@@ -52,9 +77,14 @@ class PayloadCache:
                 f"the cache {str(self.folder)!r} cannot be made: {error.strerror}",
                 hint="name another folder with --cache, or do without",
             ) from error
+        for part in self.folder.glob("*.part"):
+            owner = part.name.split(".")[1]
+            if not owner.isdecimal() or not _running(int(owner)):
+                with contextlib.suppress(OSError):
+                    part.unlink()
 
     def key(self, site: WeightSite, weight: Array, codec: Codec, params: Params) -> str:
-        """Name of the payload: a hash of weight, codec, parameters and format version.
+        """Name of the payload: a hash of weight, codec, parameters and the encoders' code.
 
         Args:
             site: Where the weight lives; its name does not matter, its element type does.
@@ -62,7 +92,14 @@ class PayloadCache:
             codec: The codec.
             params: Its settings.
         """
-        facts = [FORMAT, codec.name, params.to_json(), list(weight.shape), site.dtype]
+        facts = [
+            FORMAT,
+            code_version(),
+            codec.name,
+            params.to_json(),
+            list(weight.shape),
+            site.dtype,
+        ]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(weight).data)
         return digest.hexdigest()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -35,6 +37,9 @@ _CHUNK = 1 << 20
 
 # Characters of an output's name in that of its workspace, which must stay a valid name.
 _PREFIX = 40
+
+# What ends the name of a workspace.
+_TOKEN = re.compile("[0-9a-f]{8}")
 
 # Errors that say that an output cannot be written where it was asked for.
 _UNWRITABLE = (
@@ -119,11 +124,22 @@ def _unwritable(output: Path, error: OSError) -> UsageError:
 
 @contextlib.contextmanager
 def workspace(output: Path) -> Iterator[Path]:
-    """A folder beside the output, on the same file system, gone when the block is left."""
+    """A folder beside the output, on the same file system, gone when the block is left.
+
+    Folders that killed runs with the same output have left behind are removed.
+    """
     folder = output.with_name(f".{output.name[:_PREFIX]}.{secrets.token_hex(4)}")
+    with contextlib.ExitStack() as stack:
+        yield from _held(folder, output, stack)
+
+
+def _held(folder: Path, output: Path, stack: contextlib.ExitStack) -> Iterator[Path]:
     try:
         try:
-            folder.mkdir(mode=0o700)
+            with _alone_in(output.parent):
+                _remove_abandoned(output)
+                folder.mkdir(mode=0o700)
+                _lock(folder, stack)
         except OSError as error:
             raise _unwritable(output, error) from error
         yield folder
@@ -134,6 +150,32 @@ def workspace(output: Path) -> Iterator[Path]:
     finally:
         with uninterrupted():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock a folder until the stack is left, or this process ends in whatever way."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove workspaces for this output that nobody holds: their runs were killed."""
+    start = f".{output.name[:_PREFIX]}."
+    for folder in output.parent.glob(f"{glob.escape(start)}*"):
+        if not _TOKEN.fullmatch(folder.name[len(start) :]) or not folder.is_dir():
+            continue
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            if not folder.is_symlink() and _lock(folder, stack):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:

@@ -1,0 +1,120 @@
+"""kill -9 at ten random moments of compiling a model of 300 MB, and the run that finishes it.
+
+    python benchmarks/bench_killed.py [--kills 10] [--megabytes 300] [--bits 2]
+
+Prints for every run how long it lived and how many weights the cache held after it; fails where
+the last run gives other bytes than a run that nobody disturbed, or leaves stray files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from results import print_table, write_results
+
+# Rows and columns of every weight: 16.8 MB.
+_SIDE = 2048
+
+
+def write_model(path: Path, megabytes: int) -> None:
+    """A chain of products with random weights, in a file with external data."""
+    count = max(1, megabytes * 10**6 // (4 * _SIDE**2))
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(
+            rng.standard_normal((_SIDE, _SIDE), dtype=np.float32) / 45, f"weight{number}"
+        )
+        for number in range(count)
+    ]
+    nodes = [
+        helper.make_node("MatMul", [f"x{n}", f"weight{n}"], [f"x{n + 1}"], name=f"product{n}")
+        for n in range(count)
+    ]
+    kind = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x0", kind, ["n", _SIDE])],
+        [helper.make_tensor_value_info(f"x{count}", kind, ["n", _SIDE])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
+
+
+def start(model: Path, output: Path, cache: Path, bits: int) -> subprocess.Popen[bytes]:
+    """A run in a process of its own."""
+    words = ["optimize", str(model), "-o", str(output), "--bits", str(bits), "--no-verify", "-q"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "onnxcomp", *words, "-m", "hyper", "--cache", str(cache)]
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of all files, hidden ones and folders included by name."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.iterdir())
+    }
+
+
+def measure(folder: Path, kills: int, bits: int) -> list[dict[str, Any]]:
+    """Kill runs, let the last one end, and compare."""
+    model = folder / "model.onnx"
+    rows: list[dict[str, Any]] = []
+    begun = time.perf_counter()
+    for name in ("undisturbed", "killed"):
+        (folder / name).mkdir()
+    if start(model, folder / "undisturbed/out.onnx", folder / "cache0", bits).wait():
+        raise SystemExit("the undisturbed run failed")
+    whole = time.perf_counter() - begun
+    rng, cache = random.Random(0), folder / "cache"
+    for number in range(kills + 1):
+        run = start(model, folder / "killed/out.onnx", cache, bits)
+        begun = time.perf_counter()
+        try:
+            code = run.wait(None if number == kills else rng.uniform(0.1, 1.0) * whole)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            code = run.wait()
+        lived = round(time.perf_counter() - begun, 2)
+        payloads = len(list(cache.glob("*.payload"))) if cache.exists() else 0
+        rows.append({"seconds": lived, "code": code, "payloads": payloads})
+    if hashes(folder / "killed") != hashes(folder / "undisturbed"):
+        raise SystemExit("the files differ, or stray ones are left")
+    if list(cache.glob("*.part")):
+        raise SystemExit("parts of files are left in the cache")
+    return rows
+
+
+def main() -> None:
+    """Make the model, and kill."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--megabytes", type=int, default=300)
+    parser.add_argument("--bits", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model.onnx", options.megabytes)
+        rows = measure(folder, options.kills, options.bits)
+    print_table(
+        ("run", "seconds", "exit code", "weights in the cache"),
+        [(n, row["seconds"], row["code"], row["payloads"]) for n, row in enumerate(rows, 1)],
+    )
+    write_results("killed", {"megabytes": options.megabytes, "runs": rows})
+
+
+if __name__ == "__main__":
+    main()
