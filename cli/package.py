@@ -43,7 +43,7 @@ def common_options(function: F) -> F:
     return function
 
 
-@command.command("dir")
+@command.command("dir", short_help="A self-contained folder.")
 @common_options
 @input_options
 @with_terminal
@@ -58,7 +58,7 @@ def folder(
     show(terminal, model, "dir", data=data or None, shapes=dict(shapes), **settings)
 
 
-@command.command("triton")
+@command.command("triton", short_help="A model for Triton Inference Server.")
 @common_options
 @click.option("--name", help="Name of the model in the repository; else that of the file.")
 @click.option(
@@ -85,7 +85,7 @@ def triton(terminal: Terminal, model: Path, **settings: Any) -> None:
     show(terminal, model, "triton", **settings)
 
 
-@command.command("genai")
+@command.command("genai", short_help="A folder for onnxruntime-genai.")
 @common_options
 @click.option(
     "--like", type=FOLDER, help="Folder of the original, with genai_config.json; else MODEL's own."
