@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from onnxcomp.cli.options import FILE, input_options
-from onnxcomp.cli.terminal import Terminal, with_terminal
+from onnxcomp.cli.options import FILE, OUTPUT, input_options
+from onnxcomp.cli.terminal import Terminal, percent_text, with_terminal
 
 __all__ = ["command", "show_verification"]
 
@@ -23,6 +23,13 @@ __all__ = ["command", "show_verification"]
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
 @click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
+@click.option(
+    "--bisect", is_flag=True,
+    help="Where --tolerance is exceeded, find the weights that are to blame.",
+)  # fmt: skip
+@click.option(
+    "-o", "--output", type=OUTPUT, help="With --bisect: write the model with these weights dense."
+)
 @with_terminal
 def command(
     terminal: Terminal,
@@ -31,6 +38,8 @@ def command(
     data: tuple[str, ...],
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     tolerance: float | None,
+    bisect: bool,
+    output: Path | None,
     **settings: Any,
 ) -> None:
     """Run REFERENCE and COMPRESSED on the same inputs and compare their outputs.
@@ -44,11 +53,18 @@ def command(
 
     if tolerance is not None:
         settings["tolerance"] = tolerance
-    result = onnxcomp.verify(
-        reference, compressed, data=data or None, shapes=dict(shapes), **settings
-    )
-    document = result.to_json()
+    settings |= {"data": data or None, "shapes": dict(shapes)}
+    if bisect:
+        if tolerance is None:
+            raise click.UsageError("--bisect needs --tolerance")
+        mended = onnxcomp.mend(reference, compressed, output, **settings)
+        result, document = mended.verification, mended.to_json()
+    else:
+        result = onnxcomp.verify(reference, compressed, **settings)
+        document = result.to_json()
     show_verification(terminal, document)
+    for name in document.get("bisect", {}).get("blamed", ()):
+        terminal.say(f"to blame: {name}")
     terminal.finish(document, verdict(document))
     if not result.passed:
         raise click.exceptions.Exit(onnxcomp.errors.VerifyError.exit_code)
@@ -69,7 +85,9 @@ def show_verification(terminal: Terminal, document: Mapping[str, Any]) -> None:
     """Print the differences of every output, with the library and without."""
     forms = (("library", document), ("portable", document["portable"]))
     rows = [row for form, part in forms for row in _rows(form, part.get("outputs", {}))]
-    columns = ("form", "output", "relative L2", "SNR", "cosine", "max abs")
+    columns = ["form", "output", "relative L2", "SNR", "cosine", "max abs", "same class"]
+    if rows and all(row[-1] == "-" for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     if rows:
         terminal.table(columns, rows, left=2)
     for failure in document["failures"]:
@@ -87,6 +105,7 @@ def _rows(
             snr_text(metrics["snr_db"]),
             _number(metrics["cosine"], ".6f"),
             _number(metrics["max_abs"], ".3g"),
+            percent_text(metrics.get("label_agreement")),
         )
 
 

@@ -43,7 +43,7 @@ from onnxcomp.passes.scopes import (
     scopes,
 )
 
-__all__ = ["decode_site", "expand"]
+__all__ = ["decode_site", "expand", "stored_payload"]
 
 _DAMAGED = "expand the file that onnxcomp wrote, before other tools changed it"
 
@@ -106,9 +106,7 @@ def _decode(record: Record, values: Mapping[str, ir.Value]) -> Array:
             f"weight {record.site.name!r} was stored by an unknown codec: {record.recipe.codec}",
             hint="update onnxcomp",
         )
-    own = {key: own_name(record.site.name, key) for key in record.recipe.tensors}
-    shared = {key: shared_name(key) for key in record.recipe.shared}
-    payload = Payload(_arrays(own, values), _arrays(shared, values), record.recipe.attributes)
+    payload = stored_payload(record, values)
     site, shape = record.site, (record.site.rows, record.site.length)
     try:
         decoded = codec.decode(site, payload)
@@ -119,6 +117,21 @@ def _decode(record: Record, values: Mapping[str, ir.Value]) -> Array:
             f"the tensors of compressed weight {site.name!r} are damaged: {error}", hint=_DAMAGED
         ) from error
     return decoded
+
+
+def stored_payload(record: Record, values: Mapping[str, ir.Value]) -> Payload:
+    """What a compressed model stores for one weight.
+
+    Args:
+        record: The weight.
+        values: Initializers of the model by name.
+
+    Raises:
+        ModelError: A tensor is missing.
+    """
+    own = {key: own_name(record.site.name, key) for key in record.recipe.tensors}
+    shared = {key: shared_name(key) for key in record.recipe.shared}
+    return Payload(_arrays(own, values), _arrays(shared, values), record.recipe.attributes)
 
 
 def _arrays(names: Mapping[str, str], values: Mapping[str, ir.Value]) -> dict[str, Array]:

@@ -28,6 +28,7 @@ from onnxcomp.passes.settings import ExternalData, ModeChoice, Patterns, Rule, g
 from onnxcomp.passes.source import publish, read, refuse_overwriting, workspace
 
 if TYPE_CHECKING:
+    from onnxcomp.passes.bisecting import Mended
     from onnxcomp.passes.inspect import Inspection
     from onnxcomp.passes.verify import Verification
 
@@ -39,6 +40,7 @@ __all__ = [
     "expand",
     "frontier",
     "inspect",
+    "mend",
     "optimize",
     "plan",
     "verify",
@@ -278,3 +280,20 @@ def verify(reference: PathLike, compressed: PathLike, **options: Any) -> Verific
     from onnxcomp.passes.verify import verify as verify_models
 
     return verify_models(reference, compressed, **options)
+
+
+def mend(
+    reference: PathLike, compressed: PathLike, output: PathLike | None = None, **options: Any
+) -> Mended:
+    """Find the weights that are to blame for the error of a compressed model, and give them back.
+
+    Args:
+        reference: Path of the original.
+        compressed: Path of the compressed model.
+        output: Path of the mended model; None to find the weights only.
+        options: Arguments of `onnxcomp.passes.bisecting.mend`: tolerance, data, shapes, ...
+    """
+    from onnxcomp.passes.bisecting import mend as mend_model
+
+    place = None if output is None else Path(output)
+    return mend_model(Path(reference), Path(compressed), place, **options)

@@ -124,6 +124,28 @@ def test_an_error_that_cannot_be_kept_is_a_rejection(model: Path, tmp_path: Path
     assert (tmp_path / "out.rejected.onnx").exists()
 
 
+def test_a_finished_model_is_mended(model: Path, data: Path, tmp_path: Path) -> None:
+    small, fixed = tmp_path / "small.onnx", tmp_path / "fixed.onnx"
+    oc.optimize(model, small, bits=4, **OPTIONS)
+    words = ["verify", str(model), str(small), "--data", str(data), "--tolerance", "0.1", "--json"]
+    assert CliRunner().invoke(main, words).exit_code == 4
+    done = CliRunner().invoke(main, [*words, "--bisect", "-o", str(fixed)])
+    assert done.exit_code == 0
+    document = json.loads(done.stdout)
+    assert document["bisect"]["blamed"] == ["fragile"]
+    assert document["bisect"]["bytes"] == fixed.stat().st_size
+    assert oc.verify(model, fixed, data=data, tolerance=0.1).passed
+    before, after = ({t.name for t in onnx.load(p).graph.initializer} for p in (small, fixed))
+    assert "fragile" in after - before
+    assert {name for name in before if name.startswith("a/")} <= after
+    nothing = oc.mend(model, fixed, tolerance=0.1, data=data)
+    assert nothing.blamed == () and nothing.path is None
+    with pytest.raises(UsageError, match="no compressed weights"):
+        oc.mend(small, model, tolerance=0.1)
+    with pytest.raises(UsageError, match="is the input"):
+        oc.mend(model, small, model, tolerance=0.1, data=data)
+
+
 SCRIPT = """
 import numpy as np
 
