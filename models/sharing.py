@@ -1,0 +1,535 @@
+"""Training with hashed parameter sharing: weights are signed copies of a small memory.
+
+`share` replaces layers before training; the training loop stays the user's own. What is trained,
+saved and exported is the memory; where a weight lies in it is computed (ops/hash/spec.md), so that
+no index is stored anywhere. `onnxcomp optimize` finds the shared weights of an exported model again
+and stores them as they were trained.
+
+The two remedies of STABLE-RPS (Desai, Shrivastava: In Defense of Parameter Sharing for
+Model-Compression, arXiv 2310.11611): slots are used equally often, in order (the map `fold`), so that a memory as
+large as the weights is the dense model; and gradients are scaled (`SharedMemory.scaling`), so that a
+step does not depend on the scale at which the memory was initialised. The gradient of an entry is
+then the mean over its uses, where an optimizer without scaling sees the sum: with SGD use a learning
+rate between the square root of the compression and the compression times the dense one. Adam and
+its like are indifferent to the scale of gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.hash_format import LANES, TILE, Geometry, mix, reduce, seeds
+
+__all__ = [
+    "SharedConv2d",
+    "SharedEmbedding",
+    "SharedLayer",
+    "SharedLinear",
+    "SharedMemory",
+    "share",
+]
+
+Scaling = Literal["count", "none"]
+Include = str | Callable[[str, nn.Module], bool] | None
+
+# Layers with fewer weights stay dense: they are few bytes, and padded to whole tiles.
+_LEAST = 4096
+
+
+class _Expand(torch.autograd.Function):
+    """Signed copies of slots; the backward pass adds them up in one order, whatever the device."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: torch.Tensor, slots: torch.Tensor, signs: torch.Tensor, runs: Any
+    ) -> torch.Tensor:
+        ctx.save_for_backward(slots, signs)
+        ctx.shape, ctx.runs = values.shape, runs
+        return values.index_select(0, slots) * signs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        _, signs = ctx.saved_tensors
+        signed = gradients[0] * signs
+        total = signed.new_zeros(ctx.shape)
+        for first, slot, count in ctx.runs:
+            total[slot : slot + count] += signed[first : first + count]
+        return total, None, None, None
+
+
+class SharedMemory(nn.Module):
+    """The entries that the weights of many layers share.
+
+    Args:
+        slots: Slots of 256 entries, a tile of 16 x 16 weights each.
+        seed: Seed of rotations and signs; saved with the state.
+        std: Standard deviation of the entries at the start. With scaling it makes no difference.
+        scaling: "count": the gradient of a slot is divided by ``A^2 / c``, c the number of its uses
+            and A the sum of their layers' scales; "none": it is the plain sum over the uses.
+        device: Where the entries lie.
+        dtype: Element type of the entries.
+
+    Attributes:
+        values: The entries, ``(slots, 256)``.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        *,
+        seed: int = 0,
+        std: float = 0.04,
+        scaling: Scaling = "count",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if slots < 1:
+            raise UsageError(
+                f"a memory of {slots} slots", hint="one slot holds a tile of 16 x 16 weights"
+            )
+        if scaling not in ("count", "none"):
+            raise UsageError(f"scaling={scaling!r}", hint='choose "count" or "none"')
+        self.slots, self.seed, self.std, self.scaling = slots, seed, std, scaling
+        self.tiles = 0
+        self.values = nn.Parameter(torch.empty(slots, TILE, device=device, dtype=dtype))
+        uses = torch.zeros(2, slots, device=device, dtype=torch.float64)
+        self.register_buffer("uses", uses, persistent=False)
+        self.uses: torch.Tensor
+        self.reset_parameters()
+        self.values.register_hook(self._scaled)
+
+    def reset_parameters(self) -> None:
+        """Uniform entries of standard deviation `std`."""
+        bound = math.sqrt(3.0) * self.std
+        nn.init.uniform_(self.values, -bound, bound)
+
+    def take(self, tiles: int) -> int:
+        """Number of the first of `tiles` tiles that nobody has taken before."""
+        first = self.tiles
+        self.tiles += tiles
+        return first
+
+    def count(self, slots: torch.Tensor, scale: float) -> None:
+        """Note uses of slots by a layer of this scale."""
+        ones = torch.ones_like(slots, dtype=torch.float64)
+        self.uses[0].index_add_(0, slots, ones)
+        self.uses[1].index_add_(0, slots, ones * scale)
+
+    def _scaled(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Divide by ``A^2 / c``: a step changes weights as if every use had the mean gradient."""
+        if self.scaling == "none":
+            return gradient
+        count, total = self.uses
+        factor = torch.where(count > 0, count / total.square().clamp_min(1e-30), 1.0)
+        return gradient * factor.to(gradient.dtype)[:, None]
+
+    def get_extra_state(self) -> torch.Tensor:
+        """What entries mean depends on the seed and on the number of tiles: int64 (2,)."""
+        return torch.tensor([self.seed, self.tiles])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Refuse a state that was trained for other places.
+
+        Raises:
+            UsageError: Another seed, or other layers.
+        """
+        seed, tiles = state.tolist()
+        if (seed, tiles) != (self.seed, self.tiles):
+            raise UsageError(
+                f"the state is of a memory of seed {seed} and {tiles} tiles, this one has seed "
+                f"{self.seed} and {self.tiles} tiles",
+                hint="build the same layers in the same order, with the same seed",
+            )
+
+    def extra_repr(self) -> str:
+        """For print."""
+        return f"slots={self.slots}, tiles={self.tiles}, seed={self.seed}, {self.scaling}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedMemory:
+        # A copied parameter has lost its hook.
+        copy = type(self)(self.slots, seed=self.seed, std=self.std, scaling=self.scaling)
+        memo[id(self)] = copy
+        copy.tiles, copy.training = self.tiles, self.training
+        copy.values = nn.Parameter(
+            self.values.detach().clone(), requires_grad=self.values.requires_grad
+        )
+        copy.uses = self.uses.clone()
+        copy.values.register_hook(copy._scaled)
+        return copy
+
+
+class SharedLayer(nn.Module):
+    """A layer whose weight lies in a `SharedMemory`.
+
+    Args:
+        rows: Rows of the weight as a matrix.
+        length: Its columns.
+        scale: What entries are multiplied by.
+        memory: Where the weight lies. A layer that gets none has one of its own; one that is given
+            belongs to the model, which must keep it as a submodule.
+        base: Number of the first tile; None for tiles that nobody else has. Two layers with the
+            same base, rows and columns have the same weight.
+    """
+
+    def __init__(
+        self, rows: int, length: int, scale: float, memory: SharedMemory, base: int | None
+    ) -> None:
+        super().__init__()
+        self.rows, self.length, self.scale = rows, length, scale
+        self.geometry = Geometry(rows, length)
+        # Not a submodule: its entries would appear in the state once for every layer.
+        object.__setattr__(self, "_memory", memory)
+        self.base = memory.take(self.geometry.tiles) if base is None else base
+        slots, signs, self._runs = _places(memory, self.base, self.geometry.tiles)
+        device = memory.values.device
+        self.register_buffer("slots", slots.to(device), persistent=False)
+        self.register_buffer("signs", signs.to(device), persistent=False)
+        self.slots: torch.Tensor
+        self.signs: torch.Tensor
+        memory.count(self.slots, scale)
+
+    @property
+    def memory(self) -> SharedMemory:
+        """Where the weight lies."""
+        memory: SharedMemory = self._memory
+        return memory
+
+    def matrix(self) -> torch.Tensor:
+        """The weight as it is used, ``(rows, length)``."""
+        values = self.memory.values
+        signs = self.signs.to(values.dtype)
+        if values.requires_grad and torch.is_grad_enabled() and not _exporting():
+            tiles = _Expand.apply(values, self.slots, signs, self._runs)
+        else:
+            tiles = values.index_select(0, self.slots) * signs
+        g = self.geometry
+        panels = tiles.reshape(g.panels, g.blocks * LANES, LANES).transpose(1, 2)
+        matrix = panels.reshape(g.panels * LANES, g.blocks * LANES)
+        return matrix[: self.rows, : self.length] * self.scale
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedLayer:
+        import copy
+
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        for key, value in self.__dict__.items():
+            made.__dict__[key] = copy.deepcopy(value, memo)
+        return made
+
+
+def _exporting() -> bool:
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+
+
+def _places(
+    memory: SharedMemory, base: int, tiles: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[tuple[int, int, int], ...]]:
+    """Slots and signs of tiles, and runs (first tile, slot, count) of consecutive slots."""
+    import numpy as np
+
+    rotate, sign = seeds(memory.seed)
+    numbers = base + np.arange(tiles, dtype=np.int64)
+    partition, offset = numbers // memory.slots, numbers % memory.slots
+    rotation = reduce(mix(partition + rotate), memory.slots) * (partition != 0)
+    slots = (offset + rotation) % memory.slots
+    minus = (mix(numbers + sign) >= 2**30) & (partition != 0)
+    breaks = np.flatnonzero(np.diff(slots) != 1) + 1
+    firsts = [0, *breaks.tolist()]
+    ends = [*breaks.tolist(), tiles]
+    runs = tuple((a, int(slots[a]), b - a) for a, b in zip(firsts, ends, strict=True))
+    signs = torch.from_numpy(np.where(minus, -1.0, 1.0).astype(np.float32))[:, None]
+    return torch.from_numpy(slots), signs, runs
+
+
+def _memory_of(memory: SharedMemory | None, rows: int, length: int, share_of: float) -> SharedMemory:
+    """The given memory, or one of the layer's own at this compression."""
+    if memory is not None:
+        return memory
+    return SharedMemory(max(1, math.ceil(Geometry(rows, length).tiles / share_of)))
+
+
+class SharedLinear(SharedLayer):
+    """`torch.nn.Linear` with a shared weight.
+
+    Args:
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        bias: Whether there is a bias; it is not shared.
+        memory: See `SharedLayer`.
+        compression: Weights for each entry of a memory of its own.
+        base: See `SharedLayer`.
+        std: Standard deviation of the weights at the start; None for that of `torch.nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        memory: SharedMemory | None = None,
+        compression: float = 16.0,
+        base: int | None = None,
+        std: float | None = None,
+    ) -> None:
+        own = _memory_of(memory, out_features, in_features, compression)
+        std = 1.0 / math.sqrt(3.0 * in_features) if std is None else std
+        super().__init__(out_features, in_features, std / own.std, own, base)
+        if memory is None:
+            self.shared_memory = own
+        bound = 1.0 / math.sqrt(in_features)
+        self.bias = _bias(out_features, bound, own) if bias else None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``(out_features, in_features)``."""
+        return self.matrix()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        return F.linear(x, self.matrix(), self.bias)
+
+    def extra_repr(self) -> str:
+        """For print."""
+        return f"{self.length}, {self.rows}, bias={self.bias is not None}"
+
+
+def _bias(size: int, bound: float, memory: SharedMemory) -> nn.Parameter:
+    values = torch.empty(size, device=memory.values.device, dtype=memory.values.dtype)
+    return nn.Parameter(nn.init.uniform_(values, -bound, bound))
+
+
+class SharedConv2d(SharedLayer):
+    """`torch.nn.Conv2d` with a shared weight, ``out_channels`` rows.
+
+    Args:
+        layer: Its sizes, stride, padding, dilation and groups are taken over, its weight is not.
+        memory: See `SharedLayer`.
+        compression: Weights for each entry of a memory of its own.
+        base: See `SharedLayer`.
+        std: Standard deviation of the weights at the start; None for that of `torch.nn.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Conv2d,
+        *,
+        memory: SharedMemory | None = None,
+        compression: float = 16.0,
+        base: int | None = None,
+        std: float | None = None,
+    ) -> None:
+        self_shape = tuple(layer.weight.shape)
+        rows, length = self_shape[0], math.prod(self_shape[1:])
+        own = _memory_of(memory, rows, length, compression)
+        std = 1.0 / math.sqrt(3.0 * length) if std is None else std
+        super().__init__(rows, length, std / own.std, own, base)
+        if memory is None:
+            self.shared_memory = own
+        self.shape, self.groups = self_shape, layer.groups
+        self.stride, self.dilation, self.padding = layer.stride, layer.dilation, layer.padding
+        self.padding_mode = layer.padding_mode
+        self._reversed_padding = list(layer._reversed_padding_repeated_twice)
+        self.bias = None
+        if layer.bias is not None:
+            self.bias = _bias(rows, 1.0 / math.sqrt(length), own)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``(out_channels, in_channels / groups, height, width)``."""
+        return self.matrix().reshape(self.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``(n, in_channels, h, w)`` to ``(n, out_channels, h', w')``."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding, mode=self.padding_mode), 0
+        return F.conv2d(
+            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def extra_repr(self) -> str:
+        """For print."""
+        return f"{self.shape}, stride={self.stride}, bias={self.bias is not None}"
+
+
+class SharedEmbedding(SharedLayer):
+    """`torch.nn.Embedding` with a shared table.
+
+    Args:
+        num_embeddings: Rows of the table.
+        embedding_dim: Columns of the table.
+        padding_idx: A row whose look-ups have no gradient.
+        memory: See `SharedLayer`.
+        compression: Weights for each entry of a memory of its own.
+        base: See `SharedLayer`.
+        std: Standard deviation of the table at the start; None for 1, that of `torch.nn.Embedding`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        memory: SharedMemory | None = None,
+        compression: float = 16.0,
+        base: int | None = None,
+        std: float | None = None,
+    ) -> None:
+        own = _memory_of(memory, num_embeddings, embedding_dim, compression)
+        scale = (1.0 if std is None else std) / own.std
+        super().__init__(num_embeddings, embedding_dim, scale, own, base)
+        if memory is None:
+            self.shared_memory = own
+        self.padding_idx = padding_idx
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``(num_embeddings, embedding_dim)``."""
+        return self.matrix()
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """Indices of any shape to ``indices.shape + (embedding_dim,)``."""
+        return F.embedding(indices, self.matrix(), self.padding_idx)
+
+    def extra_repr(self) -> str:
+        """For print."""
+        return f"{self.rows}, {self.length}"
+
+
+def share(
+    module: nn.Module,
+    compression: float = 16.0,
+    *,
+    include: Include = None,
+    memory: Literal["global", "module"] = "global",
+    seed: int = 0,
+    scaling: Scaling = "count",
+) -> nn.Module:
+    """Replace Linear, Conv2d and Embedding layers by ones with shared weights, before training.
+
+    The new layers start from random weights of the old ones' kind, not from the old weights.
+    Layers that are the same module stay the same module; a weight that two layers have in common
+    (an embedding and the head above it) stays common. Layers below 4,096 weights stay dense.
+
+    Args:
+        module: Changed in place.
+        compression: Weights for each entry of the memory, 1 or more.
+        include: Which layers: a regular expression searched for in their names, or a function of
+            name and layer; None for all.
+        memory: One memory for all layers, a submodule of the first of them, or one for each.
+        seed: Seed of rotations and signs.
+        scaling: See `SharedMemory`.
+
+    Returns:
+        The module.
+
+    Raises:
+        UsageError: No layer is found, or the compression is below 1.
+    """
+    if compression < 1.0:
+        raise UsageError(f"compression={compression}", hint="it is 1 or more")
+    found = list(_layers(module, include))
+    if not found:
+        raise UsageError(
+            "no layer to share weights of",
+            hint=f"Linear, Conv2d and Embedding layers of {_LEAST} weights or more can share",
+        )
+    shapes = {id(layer.weight): _extent(layer) for _, _, layer in found}
+    tiles = sum(Geometry(*extent).tiles for extent in shapes.values())
+    pool = None
+    if memory == "global":
+        weight = found[0][2].weight
+        pool = SharedMemory(
+            max(1, math.ceil(tiles / compression)),
+            seed=seed,
+            scaling=scaling,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+    _replace(found, pool, compression, seed, scaling)
+    return module
+
+
+def _layers(module: nn.Module, include: Include) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parents, names and layers that can share."""
+    for path, parent in list(module.named_modules()):
+        for name, layer in list(parent.named_children()):
+            full = f"{path}.{name}" if path else name
+            if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
+                continue
+            if layer.weight.numel() >= _LEAST and _included(include, full, layer):
+                yield parent, name, layer
+
+
+def _included(include: Include, name: str, layer: nn.Module) -> bool:
+    if callable(include):
+        return include(name, layer)
+    return include is None or re.search(include, name) is not None
+
+
+def _extent(layer: Any) -> tuple[int, int]:
+    """Rows and columns of a layer's weight."""
+    shape = layer.weight.shape
+    return int(shape[0]), math.prod(shape[1:])
+
+
+def _replace(
+    found: list[tuple[nn.Module, str, Any]],
+    pool: SharedMemory | None,
+    compression: float,
+    seed: int,
+    scaling: Scaling,
+) -> None:
+    """Put shared layers in the place of the found ones; common weights stay common."""
+    made: dict[int, SharedLayer] = {}
+    by_weight: dict[int, SharedLayer] = {}
+    for parent, name, layer in found:
+        if id(layer) not in made:
+            twin = by_weight.get(id(layer.weight))
+            rows, length = _extent(layer)
+            memory = twin.memory if twin is not None else pool
+            if memory is None:
+                slots = max(1, math.ceil(Geometry(rows, length).tiles / compression))
+                memory = SharedMemory(
+                    slots, seed=seed, scaling=scaling, device=layer.weight.device,
+                    dtype=layer.weight.dtype,
+                )  # fmt: skip
+            made[id(layer)] = _shared(layer, memory, twin)
+            if len(made) == 1 or (pool is None and twin is None):
+                made[id(layer)].shared_memory = memory
+            by_weight.setdefault(id(layer.weight), made[id(layer)])
+        setattr(parent, name, made[id(layer)])
+
+
+def _shared(layer: Any, memory: SharedMemory, twin: SharedLayer | None) -> SharedLayer:
+    """The shared layer for a dense one, with the weight of `twin` where there is one."""
+    base = None if twin is None else twin.base
+    std = None if twin is None else twin.scale * memory.std
+    if isinstance(layer, nn.Linear):
+        bias = layer.bias is not None
+        made: SharedLayer = SharedLinear(
+            layer.in_features, layer.out_features, bias, memory=memory, base=base, std=std
+        )
+    elif isinstance(layer, nn.Conv2d):
+        made = SharedConv2d(layer, memory=memory, base=base, std=std)
+    else:
+        made = SharedEmbedding(
+            layer.num_embeddings,
+            layer.embedding_dim,
+            layer.padding_idx,
+            memory=memory,
+            base=base,
+            std=std,
+        )
+    return made.train(layer.training)
