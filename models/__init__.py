@@ -8,6 +8,10 @@
 
     lorita(module, factors=2)      # train with weight decay on the factors, then collapse
 
+    from onnxcomp.models import share
+
+    share(module, 16)              # train with 16 weights for each parameter
+
 Importing this package imports neither torch nor ONNX; names are imported when they are first used,
 and say what is missing.
 """
@@ -27,16 +31,28 @@ if TYPE_CHECKING:
         truncate,
     )
     from onnxcomp.models.exporting import ExportResult, TorchCheck, export
+    from onnxcomp.models.sharing import (
+        SharedConv2d,
+        SharedEmbedding,
+        SharedLinear,
+        SharedMemory,
+        share,
+    )
 
 __all__ = [
     "ComposedConv2d",
     "ComposedLinear",
     "ExportResult",
+    "SharedConv2d",
+    "SharedEmbedding",
+    "SharedLinear",
+    "SharedMemory",
     "TorchCheck",
     "collapse",
     "export",
     "lorita",
     "parameter_groups",
+    "share",
     "truncate",
 ]
 
@@ -51,6 +67,11 @@ _HOMES = {
     "lorita": "composed",
     "parameter_groups": "composed",
     "truncate": "composed",
+    "SharedConv2d": "sharing",
+    "SharedEmbedding": "sharing",
+    "SharedLinear": "sharing",
+    "SharedMemory": "sharing",
+    "share": "sharing",
 }
 
 

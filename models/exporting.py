@@ -23,6 +23,7 @@ from onnxcomp.models.torch_calls import (
 from onnxcomp.passes.graph import load, save
 from onnxcomp.passes.numerics import MINIMUM_AGREEMENT, Comparison, Metrics, export_tolerance
 from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
+from onnxcomp.passes.sharing import write_note
 from onnxcomp.passes.source import refuse_overwriting, workspace
 
 __all__ = ["ExportResult", "TorchCheck", "export"]
@@ -129,6 +130,8 @@ def export(
         RejectedError: As from `optimize`.
     """
     import_torch()
+    from onnxcomp.models.sharing import memories, multiplied_out
+
     output, call = Path(path), bind(module, args, kwargs)
     refuse_overwriting(frozenset(), output)
     if dense is not None:
@@ -143,10 +146,13 @@ def export(
             found = [run(module, one) for one in calls]
             inputs = _names(input_names, list(call.inputs), "input_names")
             outputs = _names(output_names, list(found[0]), "output_names")
-            graph = export_graph(
-                exporter, module, call, folder, input_names=inputs, output_names=outputs,
-                dynamic_shapes=dynamic_shapes, opset=opset,
-            )  # fmt: skip
+            with multiplied_out(module):
+                graph = export_graph(
+                    exporter, module, call, folder, input_names=inputs, output_names=outputs,
+                    dynamic_shapes=dynamic_shapes, opset=opset,
+                )  # fmt: skip
+        if shared := memories(module):
+            write_note(graph, shared)
         plain = save(graph, folder / f"dense.{output.name}").files[0]
         given = [value.name or "" for value in graph.graph.inputs if not value.is_initializer()]
         samples = _samples(calls, found, inputs, outputs, given)

@@ -1,32 +1,33 @@
 """Training with hashed parameter sharing: weights are signed copies of a small memory.
 
 `share` replaces layers before training; the training loop stays the user's own. What is trained,
-saved and exported is the memory; where a weight lies in it is computed (ops/hash/spec.md), so that
-no index is stored anywhere. `onnxcomp optimize` finds the shared weights of an exported model again
-and stores them as they were trained.
+saved is the memory; where a weight lies in it is computed (ops/hash/spec.md), so that no index is
+stored anywhere. `onnxcomp.models.export` multiplies weights out and leaves a note in the model, by
+which the compiler finds the memory again and stores it, bit for bit as it was trained.
 
 The two remedies of STABLE-RPS (Desai, Shrivastava: In Defense of Parameter Sharing for
-Model-Compression, arXiv 2310.11611): slots are used equally often, in order (the map `fold`), so that a memory as
-large as the weights is the dense model; and gradients are scaled (`SharedMemory.scaling`), so that a
-step does not depend on the scale at which the memory was initialised. The gradient of an entry is
-then the mean over its uses, where an optimizer without scaling sees the sum: with SGD use a learning
-rate between the square root of the compression and the compression times the dense one. Adam and
-its like are indifferent to the scale of gradients.
+Model-Compression, arXiv 2310.11611): slots are used equally often, in order (the map `fold`), so
+that a memory as large as the weights is the dense model; and gradients are scaled
+(`SharedMemory.scaling`), so that a step does not depend on the scale at which the memory was
+initialised. The gradient of an entry is then the mean over its uses, where an optimizer without
+scaling sees the sum: with SGD use a learning rate between the square root of the compression and
+the compression times the dense one. Adam and its like are indifferent to the scale of gradients.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.hash_format import LANES, TILE, Geometry, mix, reduce, seeds
+from onnxcomp.passes.sharing import Layer, Memory
 
 __all__ = [
     "SharedConv2d",
@@ -34,6 +35,8 @@ __all__ = [
     "SharedLayer",
     "SharedLinear",
     "SharedMemory",
+    "memories",
+    "multiplied_out",
     "share",
 ]
 
@@ -49,20 +52,25 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: torch.Tensor, slots: torch.Tensor, signs: torch.Tensor, runs: Any
+        ctx: Any,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        signs: torch.Tensor,
+        runs: Any,
+        factors: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(slots, signs)
+        ctx.save_for_backward(signs, factors)
         ctx.shape, ctx.runs = values.shape, runs
         return values.index_select(0, slots) * signs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        _, signs = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        signs, factors = ctx.saved_tensors
         signed = gradients[0] * signs
         total = signed.new_zeros(ctx.shape)
         for first, slot, count in ctx.runs:
             total[slot : slot + count] += signed[first : first + count]
-        return total, None, None, None
+        return total if factors is None else total * factors, None, None, None, None
 
 
 class SharedMemory(nn.Module):
@@ -105,7 +113,6 @@ class SharedMemory(nn.Module):
         self.register_buffer("uses", uses, persistent=False)
         self.uses: torch.Tensor
         self.reset_parameters()
-        self.values.register_hook(self._scaled)
 
     def reset_parameters(self) -> None:
         """Uniform entries of standard deviation `std`."""
@@ -124,13 +131,16 @@ class SharedMemory(nn.Module):
         self.uses[0].index_add_(0, slots, ones)
         self.uses[1].index_add_(0, slots, ones * scale)
 
-    def _scaled(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Divide by ``A^2 / c``: a step changes weights as if every use had the mean gradient."""
+    def factors(self) -> torch.Tensor | None:
+        """What gradients of slots are multiplied by, ``(slots, 1)``: ``c / A^2``; None for 1.
+
+        A step then changes the weights as if every use had the mean gradient.
+        """
         if self.scaling == "none":
-            return gradient
+            return None
         count, total = self.uses
-        factor = torch.where(count > 0, count / total.square().clamp_min(1e-30), 1.0)
-        return gradient * factor.to(gradient.dtype)[:, None]
+        factors = torch.where(count > 0, count / total.square().clamp_min(1e-30), 1.0)
+        return factors.to(self.values.dtype)[:, None]
 
     def get_extra_state(self) -> torch.Tensor:
         """What entries mean depends on the seed and on the number of tiles: int64 (2,)."""
@@ -153,18 +163,6 @@ class SharedMemory(nn.Module):
     def extra_repr(self) -> str:
         """For print."""
         return f"slots={self.slots}, tiles={self.tiles}, seed={self.seed}, {self.scaling}"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedMemory:
-        # A copied parameter has lost its hook.
-        copy = type(self)(self.slots, seed=self.seed, std=self.std, scaling=self.scaling)
-        memo[id(self)] = copy
-        copy.tiles, copy.training = self.tiles, self.training
-        copy.values = nn.Parameter(
-            self.values.detach().clone(), requires_grad=self.values.requires_grad
-        )
-        copy.uses = self.uses.clone()
-        copy.values.register_hook(copy._scaled)
-        return copy
 
 
 class SharedLayer(nn.Module):
@@ -196,6 +194,8 @@ class SharedLayer(nn.Module):
         self.slots: torch.Tensor
         self.signs: torch.Tensor
         memory.count(self.slots, scale)
+        self.register_buffer("_dense", None, persistent=False)
+        self._dense: torch.Tensor | None
 
     @property
     def memory(self) -> SharedMemory:
@@ -205,10 +205,13 @@ class SharedLayer(nn.Module):
 
     def matrix(self) -> torch.Tensor:
         """The weight as it is used, ``(rows, length)``."""
+        if self._dense is not None:
+            return self._dense
         values = self.memory.values
         signs = self.signs.to(values.dtype)
-        if values.requires_grad and torch.is_grad_enabled() and not _exporting():
-            tiles = _Expand.apply(values, self.slots, signs, self._runs)
+        if values.requires_grad and torch.is_grad_enabled():
+            factors = self.memory.factors()
+            tiles = _Expand.apply(values, self.slots, signs, self._runs, factors)
         else:
             tiles = values.index_select(0, self.slots) * signs
         g = self.geometry
@@ -216,18 +219,24 @@ class SharedLayer(nn.Module):
         matrix = panels.reshape(g.panels * LANES, g.blocks * LANES)
         return matrix[: self.rows, : self.length] * self.scale
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedLayer:
-        import copy
 
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        for key, value in self.__dict__.items():
-            made.__dict__[key] = copy.deepcopy(value, memo)
-        return made
+@contextlib.contextmanager
+def multiplied_out(module: nn.Module) -> Iterator[None]:
+    """Give shared layers their dense weights, as exporters of torch like to see them.
 
-
-def _exporting() -> bool:
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()
+    Inside, layers compute the same with weights of their own that have no gradient.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, SharedLayer)]
+    common: dict[tuple[int, int], torch.Tensor] = {}
+    with torch.no_grad():
+        for layer in layers:
+            key = (id(layer.memory), layer.base)
+            layer._dense = common.setdefault(key, layer.matrix().contiguous())
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._dense = None
 
 
 def _places(
@@ -250,11 +259,13 @@ def _places(
     return torch.from_numpy(slots), signs, runs
 
 
-def _memory_of(memory: SharedMemory | None, rows: int, length: int, share_of: float) -> SharedMemory:
+def _memory_of(
+    memory: SharedMemory | None, rows: int, length: int, compression: float
+) -> SharedMemory:
     """The given memory, or one of the layer's own at this compression."""
     if memory is not None:
         return memory
-    return SharedMemory(max(1, math.ceil(Geometry(rows, length).tiles / share_of)))
+    return SharedMemory(max(1, math.ceil(Geometry(rows, length).tiles / compression)))
 
 
 class SharedLinear(SharedLayer):
@@ -296,7 +307,7 @@ class SharedLinear(SharedLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        return F.linear(x, self.matrix(), self.bias)
+        return nn.functional.linear(x, self.matrix(), self.bias)
 
     def extra_repr(self) -> str:
         """For print."""
@@ -352,8 +363,8 @@ class SharedConv2d(SharedLayer):
         """``(n, in_channels, h, w)`` to ``(n, out_channels, h', w')``."""
         padding: Any = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding, mode=self.padding_mode), 0
-        return F.conv2d(
+            x, padding = nn.functional.pad(x, self._reversed_padding, mode=self.padding_mode), 0
+        return nn.functional.conv2d(
             x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
 
@@ -400,11 +411,26 @@ class SharedEmbedding(SharedLayer):
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """Indices of any shape to ``indices.shape + (embedding_dim,)``."""
-        return F.embedding(indices, self.matrix(), self.padding_idx)
+        return nn.functional.embedding(indices, self.matrix(), self.padding_idx)
 
     def extra_repr(self) -> str:
         """For print."""
         return f"{self.rows}, {self.length}"
+
+
+def memories(module: nn.Module) -> tuple[Memory, ...]:
+    """What the compiler has to know of a module's shared weights, to find them in its graph."""
+    layers: dict[int, tuple[SharedMemory, dict[int, Layer]]] = {}
+    for layer in module.modules():
+        if isinstance(layer, SharedLayer):
+            memory = layer.memory
+            scale = float(torch.tensor(layer.scale, dtype=torch.float32))
+            found = Layer(layer.rows, layer.length, layer.base, scale)
+            layers.setdefault(id(memory), (memory, {}))[1].setdefault(layer.base, found)
+    return tuple(
+        Memory(memory.slots, memory.seed, tuple(found.values()))
+        for memory, found in layers.values()
+    )
 
 
 def share(
@@ -532,4 +558,5 @@ def _shared(layer: Any, memory: SharedMemory, twin: SharedLayer | None) -> Share
             base=base,
             std=std,
         )
-    return made.train(layer.training)
+    made.train(layer.training)
+    return made

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.sites import COMPRESSED_PART
 
 __all__ = [
     "InputFile",
@@ -104,8 +105,13 @@ _NO_WEIGHTS = frozenset({"int32", "int64", "uint32", "uint64", "bool", "string"}
 
 
 def coverage(sites: Iterable[SiteReport], min_size: int) -> float:
-    """Bytes of compressed weight tensors over bytes of all of `min_size` or more; 1 without any."""
-    weights = [site for site in sites if site.dtype not in _NO_WEIGHTS]
+    """Bytes of compressed weight tensors over bytes of all of `min_size` or more; 1 without any.
+
+    Parts of weights that were compressed before are no weights.
+    """
+    weights = [
+        site for site in sites if site.dtype not in _NO_WEIGHTS and site.reason != COMPRESSED_PART
+    ]
     large = [site for site in weights if site.bytes_before >= min_size]
     total = sum(site.bytes_before for site in large)
     return sum(site.bytes_before for site in large if site.compressed) / total if total else 1.0

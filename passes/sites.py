@@ -30,9 +30,12 @@ from onnxcomp.passes.tracing import (
     view_of,
 )
 
-__all__ = ["MIN_SIZE", "Sites", "Skipped", "find_sites", "read_weight"]
+__all__ = ["COMPRESSED_PART", "MIN_SIZE", "Sites", "Skipped", "find_sites", "read_weight"]
 
 MIN_SIZE = 16384
+
+# Why a tensor stays as it is that is not dense any more.
+COMPRESSED_PART = "part of a weight already compressed by onnxcomp"
 _LEAST_OPSET = 7
 
 # Elements tested for NaN and infinity at a time.
@@ -127,7 +130,7 @@ class _Search:
         """Tensors that are no plain weights."""
         quantised = [leaf for leaf in found if _QUANTISED.search(leaf.node.op_type)]
         if value.name in self.compressed or any(leaf.node.domain == DOMAIN for leaf in found):
-            return "part of a weight already compressed by onnxcomp"
+            return COMPRESSED_PART
         if isinstance(tensor, SparseTensor):
             return "sparse initializer"
         if quantised:

@@ -14,6 +14,7 @@ from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.graph import Change
 from onnxcomp.passes.linear_chains import fold_linear_chains
 from onnxcomp.passes.settings import Settings
+from onnxcomp.passes.sharing import SharedWeights
 
 __all__ = [
     "GRAPH_PASSES",
@@ -121,7 +122,7 @@ class LinearChains:
 
 
 # In the order in which they run.
-GRAPH_PASSES: tuple[GraphPass, ...] = (Canonicalize(), LinearChains())
+GRAPH_PASSES: tuple[GraphPass, ...] = (Canonicalize(), SharedWeights(), LinearChains())
 
 
 def run_passes(

@@ -117,6 +117,16 @@ def _sharing(site: WeightSite, params: HashParams) -> Sharing:
     return Sharing(1 if params.map == "roast" else slots, rotate, sign)
 
 
+def _memory_of(payload: Payload) -> Array:
+    """The weight's own memory, or the one it shares with others."""
+    shared = (array for key, array in payload.shared.items() if key.startswith("hash.memory."))
+    memory = payload.tensors.get("memory")
+    memory = next(shared, None) if memory is None else memory
+    if memory is None:
+        raise ValueError("there is no memory")
+    return memory
+
+
 def _codes_of(payload: Payload) -> Array | None:
     return payload.tensors.get("codes")
 
@@ -277,7 +287,7 @@ class HashCodec:
 
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """Expand to ``(rows, length)`` float32."""
-        memory, scale = payload.tensors["memory"], payload.tensors["scale"]
+        memory, scale = _memory_of(payload), payload.tensors["scale"]
         keys = [key for key in payload.shared if key.startswith("hash.map.")]
         if len(keys) != 1 or memory.ndim != 2 or memory.shape[1] not in CHUNKS or not len(memory):
             raise ValueError(f"memory {memory.shape} and {len(keys)} maps do not fit")
