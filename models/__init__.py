@@ -31,13 +31,13 @@ if TYPE_CHECKING:
         truncate,
     )
     from onnxcomp.models.exporting import ExportResult, TorchCheck, export
-    from onnxcomp.models.sharing import (
+    from onnxcomp.models.shared_layers import (
         SharedConv2d,
         SharedEmbedding,
         SharedLinear,
         SharedMemory,
-        share,
     )
+    from onnxcomp.models.sharing import share
 
 __all__ = [
     "ComposedConv2d",
@@ -67,10 +67,10 @@ _HOMES = {
     "lorita": "composed",
     "parameter_groups": "composed",
     "truncate": "composed",
-    "SharedConv2d": "sharing",
-    "SharedEmbedding": "sharing",
-    "SharedLinear": "sharing",
-    "SharedMemory": "sharing",
+    "SharedConv2d": "shared_layers",
+    "SharedEmbedding": "shared_layers",
+    "SharedLinear": "shared_layers",
+    "SharedMemory": "shared_layers",
     "share": "sharing",
 }
 

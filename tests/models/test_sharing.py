@@ -19,14 +19,14 @@ from torch import nn  # noqa: E402
 
 from onnxcomp.errors import ModelError, UsageError  # noqa: E402
 from onnxcomp.models import export, share  # noqa: E402
-from onnxcomp.models.sharing import (  # noqa: E402
+from onnxcomp.models.shared_layers import (  # noqa: E402
     SharedConv2d,
     SharedEmbedding,
     SharedLayer,
     SharedLinear,
     SharedMemory,
-    multiplied_out,
 )
+from onnxcomp.models.sharing import multiplied_out  # noqa: E402
 from onnxcomp.passes.codecs import hash_format  # noqa: E402
 from onnxcomp.passes.codecs.hash_format import Geometry, Sharing, seeds  # noqa: E402
 
