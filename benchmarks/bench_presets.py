@@ -78,7 +78,7 @@ def measure(name: str, preset: str, path: Path, data: Path, folder: Path) -> dic
         "preset": preset,
         "ratio": round(report["ratio"], 3),
         "bytes": report["output"]["bytes"],
-        "loss": round(MODELS[name][1](*sessions, data), 5),
+        "loss": round(max(0.0, MODELS[name][1](*sessions, data)), 5),
     }
 
 
@@ -101,12 +101,17 @@ def main() -> None:
     parser.add_argument("minilm", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(MODELS), help="only these models")
+    parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(PRESETS))
     parser.add_argument("--anew", action="store_true", help="measure them even if that was done")
     options = parser.parse_args()
     wanted = options.only or list(MODELS)
-    rows = [row for row in earlier() if not (options.anew and row["model"] in wanted)]
+    rows = [
+        row
+        for row in earlier()
+        if not (options.anew and row["model"] in wanted and row["preset"] in options.presets)
+    ]
     done = {(row["model"], row["preset"]) for row in rows}
-    for name, preset in itertools.product(wanted, PRESETS):
+    for name, preset in itertools.product(wanted, options.presets):
         if (name, preset) in done:
             continue
         file = MODELS[name][0]

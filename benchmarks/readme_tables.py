@@ -167,6 +167,21 @@ def language_model() -> Iterator[str]:
     yield markdown(columns, rows)
 
 
+def presets() -> Iterator[str]:
+    """What the presets mean."""
+    rows = read("presets")["rows"]
+    names = ("lossless", "balanced", "small", "max")
+    cells = {(r["model"], r["preset"]): f"{r['ratio']:.1f}x, {100 * r['loss']:.1f} %" for r in rows}
+    models = dict.fromkeys(row["model"] for row in rows)
+    yield (
+        "Presets without calibration data: times smaller, and loss: share of inputs with another\n"
+        "result than the original's (class, decision, likeliest token), for MiniLM the mean of\n"
+        "1 - cosine. SqueezeNet's original is in float16: `benchmarks/bench_presets.py`.\n"
+    )
+    table = [(model, *(cells[model, name] for name in names)) for model in models]
+    yield markdown(("model", *names), table)
+
+
 def share(value: float | None) -> str:
     """A share in percent; empty where there is none."""
     return "" if value is None else f"{100 * value:.1f} %"
@@ -174,7 +189,7 @@ def share(value: float | None) -> str:
 
 def tables() -> str:
     """All tables with the sentences before them."""
-    return "\n".join([*minilm(), *language_model(), *products(), *demo(), *models()])
+    return "\n".join([*minilm(), *language_model(), *products(), *demo(), *models(), *presets()])
 
 
 def put_into(text: str) -> str:
