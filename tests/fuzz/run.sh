@@ -1,12 +1,14 @@
 #!/bin/sh
-# Long runs: sanitized tests of kernels and codecs, mutated payloads, mutated models, sessions.
+# Long runs: sanitized tests of kernels and codecs, mutated payloads, mutated models,
+# coverage-guided mutations (pip install atheris), sessions.
 #
-#   tests/fuzz/run.sh [build|tests|kernels|models|sessions ...]     all of them by default
+#   tests/fuzz/run.sh [build|tests|kernels|models|reader|sessions ...]     all of them by default
 #
 # BUILD      where the sanitized libraries go            (build/sanitized)
 # PYTHON     interpreter that can import onnxcomp        (python)
 # PAYLOADS   mutated payloads for the kernels            (1000000)
 # MODELS     mutated models for reader and rewriter      (100000)
+# READER     seconds of coverage-guided fuzzing          (300)
 # SESSIONS   sessions opened and closed                  (1000)
 # SEED       first seed of both                          (1)
 set -eu
@@ -44,11 +46,19 @@ models() {
   "$PYTHON" tests/fuzz/models.py --count "${MODELS:-100000}" --seed "$SEED"
 }
 
+reader() {
+  if "$PYTHON" -c "import atheris" 2>/dev/null; then
+    "$PYTHON" tests/fuzz/reader.py --seconds "${READER:-300}" --seed "$SEED"
+  else
+    echo "skipped: pip install atheris"
+  fi
+}
+
 sessions() {
   "$PYTHON" tests/fuzz/sessions.py --count "${SESSIONS:-1000}"
 }
 
-[ $# -gt 0 ] || set -- build tests kernels models sessions
+[ $# -gt 0 ] || set -- build tests kernels models reader sessions
 for step in "$@"; do
   echo "== $step"
   "$step"

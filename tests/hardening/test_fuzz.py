@@ -32,6 +32,17 @@ def test_mutated_models_end_in_errors_of_this_package_or_in_none() -> None:
     assert outcomes["done"] > 20 and outcomes["ModelError"] > 20
 
 
+def test_mutations_that_reach_new_lines_end_in_errors_of_this_package_or_in_none(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("atheris", reason="atheris is not installed")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    line = [sys.executable, str(FUZZ / "reader.py"), "--seconds", "10", "--keep", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    cases = _figures(done)["cases"]
+    assert isinstance(cases, int) and cases > 20
+
+
 def test_mutated_payloads_end_in_a_status_or_in_an_output(tmp_path: Path) -> None:
     """Without a sanitizer in the library this sees crashes, and reads that leave the page."""
     compiler = shutil.which("g++") or shutil.which("c++")
