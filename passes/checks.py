@@ -28,7 +28,9 @@ _ELEMENTS = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UN
 
 
 def check_attributes(model: onnx.ModelProto) -> None:
-    """Refuse attributes that are there twice or have another type than their operator defines.
+    """Refuse attributes that are there twice or of another type than their operator defines.
+
+    Names of nodes and operators must be text.
 
     Raises:
         ModelError: There is such a node.
@@ -38,6 +40,7 @@ def check_attributes(model: onnx.ModelProto) -> None:
     version = versions.get("", versions.get("ai.onnx", 1))
     for nodes in bodies:
         for node in _nested(nodes):
+            _check_names(node)
             kinds = _kinds(node.op_type, version) if node.domain in ("", "ai.onnx") else {}
             names = set()
             for attribute in node.attribute:
@@ -55,6 +58,16 @@ def _nested(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from _nested(attribute.g.node)
             for graph in attribute.graphs:
                 yield from _nested(graph.node)
+
+
+def _check_names(node: onnx.NodeProto) -> None:
+    for text in (node.name, node.op_type, node.domain):
+        # Protobuf gives back what is no UTF-8 as bytes.
+        if not isinstance(text, str):
+            raise ModelError(
+                f"a node or operator has a name that is no text: {text!r}",
+                hint="the file is damaged; export the model again",
+            )
 
 
 @functools.lru_cache(maxsize=1024)

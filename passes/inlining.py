@@ -125,7 +125,7 @@ def _rename(function: ir.Function, names: Names) -> None:
     """Give the nodes and values of a body names that the model does not have."""
     prefix = f"{function.domain}::{function.name}/"
     for node in function.all_nodes():
-        node.name = names.node(prefix + (node.name or node.op_type))
+        node.name = names.node(f"{prefix}{node.name or node.op_type}")
         for value in node.outputs:
             if value.name:
-                value.name = names.value(prefix + value.name)
+                value.name = names.value(f"{prefix}{value.name}")

@@ -3,8 +3,8 @@
     python tests/fuzz/reader.py [--seconds S] [--seed N] [--keep FOLDER]
 
 Starts from the models of `models.py` and keeps those mutations that reach new lines of the package.
-A quarter of them change bytes as libFuzzer likes, the others change the message as `models.py` does. Only
-errors of onnxcomp may come out, and nothing may take longer than ten seconds.
+A quarter of them change bytes as libFuzzer likes, the others change the message as `models.py`
+does. Only errors of onnxcomp may come out, and nothing may take longer than ten seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,12 +51,15 @@ class Reader:
         """Run one input; anything but an error of onnxcomp ends the whole run."""
         self._path.write_bytes(data)
         self.cases += 1
+        signal.setitimer(signal.ITIMER_PROF, models.HANG)
         try:
             models.WORK[self.cases % len(models.WORK)](self._path)
         except CompressionError as error:
             self.refused += 1
             if not error.message or type(error) is CompressionError:
                 raise AssertionError(f"an error without a class: {error!r}") from error
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         # libFuzzer ends the process as it likes: what is known is written down at once.
         os.pwrite(self._figures, f"{self.cases} {self.refused}".encode(), 0)
 
@@ -73,11 +77,13 @@ def mutated(data: bytes, max_size: int, seed: int) -> bytes:
 def fuzz(folder: Path, seconds: int, seed: int, keep: Path) -> None:
     """Fuzz in this process, which libFuzzer ends."""
     faulthandler.enable()
+    faulthandler.register(signal.SIGPROF, chain=True)  # a case that hangs: its traceback, the end
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (models.MEMORY, models.MEMORY))
-    options = {"max_total_time": seconds, "seed": seed, "timeout": models.HANG}
-    options |= {"rss_limit_mb": 0, "max_len": 1 << 16, "verbosity": 0}
+    # The alarm of libFuzzer does not go well with Python: `Reader` looks after the time itself.
+    options = {"max_total_time": seconds, "seed": seed, "timeout": 0}
+    options |= {"rss_limit_mb": 0, "max_len": 1 << 16, "verbosity": 0, "mutate_depth": 2}
     line = [f"-{key}={value}" for key, value in options.items()]
     line += [f"-artifact_prefix={keep.resolve()}{os.sep}", str(folder / "corpus")]
     atheris.Setup([sys.argv[0], *line], Reader(folder), custom_mutator=mutated)
@@ -102,7 +108,7 @@ def main() -> int:
         for index, data in enumerate(models.sources(folder)):
             (corpus / f"{index}.onnx").write_bytes(data)
         child = subprocess.run(
-            [sys.executable, *sys.argv, "--folder", name], stdout=subprocess.DEVNULL, check=False
+            [sys.executable, *sys.argv, "--folder", name], stdout=sys.stderr, check=False
         )
         cases, refused = map(int, (folder / "figures").read_text().split())
         figures = {"cases": cases, "refused": refused, "corpus": len(list(corpus.iterdir()))}

@@ -333,3 +333,15 @@ def test_names_with_control_characters_do_not_reach_the_terminal(
     assert sorted(item.name for item in tmp_path.iterdir()) == ["in", "out.onnx"]
     model.graph.node[0].input[0] = evil + "absent"
     assert "\x1b" not in onnxcomp("inspect", tools.save(tmp_path / "in", model)).refused(5)
+
+
+@pytest.mark.parametrize("name", [b"MatMul", b"first"])
+def test_names_that_are_no_text(
+    onnxcomp: Callable[..., Any], tools: Any, tmp_path: Path, name: bytes
+) -> None:
+    model = tools.two_products()
+    model.graph.node[0].name = "first"
+    data = model.SerializeToString()
+    assert name in data
+    (tmp_path / "in.onnx").write_bytes(data.replace(name, b"\xd6" * len(name)))
+    assert "no text" in onnxcomp("inspect", tmp_path / "in.onnx").refused(5)
