@@ -26,6 +26,15 @@ _FOLDER = Path(__file__).parent
 _SCRIPTS = ("elements.js", "charts.js", "table.js", "page.js")
 
 # What the page reads of a result; docs/result.schema.json has all of it.
+_NEEDED_OF_SITES: Mapping[str, type] = {
+    "name": str,
+    "shape": list,
+    "uses": list,
+    "method": str,
+    "params": dict,
+    "bytes_before": int,
+    "bytes_after": int,
+}
 _NEEDED: Mapping[str, type | tuple[type, ...]] = {
     "input": dict,
     "output": dict,
@@ -91,8 +100,16 @@ def _title(result: Mapping[str, Any]) -> str:
 
 
 def _check(result: Mapping[str, Any]) -> None:
-    for key, kind in _NEEDED.items():
-        if not isinstance(result, Mapping) or not isinstance(result.get(key), kind):
+    _check_keys(result, _NEEDED)
+    for name in ("input", "output"):
+        _check_keys(result[name], {"bytes": int})
+    for site in result["sites"]:
+        _check_keys(site, _NEEDED_OF_SITES)
+
+
+def _check_keys(values: Any, needed: Mapping[str, Any]) -> None:
+    for key, kind in needed.items():
+        if not isinstance(values, Mapping) or not isinstance(values.get(key), kind):
             raise UsageError(
                 f"this is not the result of optimize: {key!r} is missing or wrong",
                 hint="write one with onnxcomp optimize MODEL -o OUT --json > result.json",

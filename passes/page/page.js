@@ -3,6 +3,8 @@
 const result = JSON.parse(document.getElementById("result").textContent);
 const sites = result.sites;
 const encoded = sites.filter((site) => site.bytes_after < site.bytes_before);
+const weights = encoded.reduce((sum, site) => sum + site.shape.reduce((product, size) => product * size, 1), 0);
+const mean = weights ? (8 * encoded.reduce((sum, site) => sum + site.bytes_after, 0)) / weights : 0;
 const file = (path) => (path || "model in memory").split(/[\\/]/).pop();
 const all = (key) => sites.reduce((sum, site) => sum + site[key], 0);
 const methods = [...new Set(sites.map((site) => site.method))]

@@ -8,7 +8,7 @@ function table(sites) {
     ["before", (s) => s.bytes_before, true], ["after", (s) => s.bytes_after, true],
     ["ratio", (s) => s.bytes_before / Math.max(1, s.bytes_after), true],
     ["weight error", (s) => s.weight_error ?? -1, true], ["output error", (s) => s.output_error ?? -1, true],
-    ["why", (s) => s.reason || s.note || "", false],
+    ["why", why, false],
   ].filter(([name, value]) => !["weight error", "output error", "why"].includes(name) || sites.some((s) => value(s) !== -1 && value(s) !== ""));
   const has = new Set(columns.map((column) => column[0]));
   const state = { column: null, down: true, text: "", method: "", shown: STEP };
@@ -28,7 +28,7 @@ function table(sites) {
   }
   function chosen() {
     const words = state.text.toLowerCase().split(/\s+/).filter(Boolean);
-    const hay = (s) => [s.name, s.uses.join(" "), s.method, settings(s.params), s.mode, s.dtype, s.reason, s.note].join(" ").toLowerCase();
+    const hay = (s) => [s.name, s.uses.join(" "), s.method, settings(s.params), s.mode, s.dtype, why(s)].join(" ").toLowerCase();
     const found = sites.filter((s) => (!state.method || s.method === state.method) && words.every((word) => hay(s).includes(word)));
     if (!state.column) return found;
     const value = columns.find((c) => c[0] === state.column)[1], sign = state.down ? -1 : 1;
@@ -53,6 +53,15 @@ function table(sites) {
     html("div", { class: "scroll" }, html("table", { class: "cards sites" }, html("thead", {}, html("tr", {}, heads)), body)), more);
 }
 
+const bits = (site) => (8 * site.bytes_after) / Math.max(1, site.shape.reduce((product, size) => product * size, 1));
+
+// Why a tensor stays as it is; of a stored one, what share of the budget it got.
+function why(site) {
+  const stored = site.bytes_after < site.bytes_before;
+  const share = stored && mean > 0 ? `${bits(site).toFixed(1)} bits per weight, ${mean.toFixed(1)} on average` : "";
+  return [site.reason, share, site.note].filter(Boolean).join("; ");
+}
+
 function row(site, has) {
   const swatch = html("i"), smaller = site.bytes_after < site.bytes_before;
   swatch.style.background = colour(site.method);
@@ -66,5 +75,5 @@ function row(site, has) {
     number("ratio", smaller ? times(site.bytes_before / site.bytes_after) : "1×"),
     has.has("weight error") && number("weight error", percent(site.weight_error)),
     has.has("output error") && number("output error", percent(site.output_error)),
-    has.has("why") && html("td", { class: "why" }, [site.reason, site.note].filter(Boolean).join("; ")));
+    has.has("why") && html("td", { class: "why" }, why(site)));
 }

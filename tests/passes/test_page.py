@@ -116,6 +116,12 @@ def test_numbers_json_cannot_hold_become_null(result: dict[str, Any]) -> None:
     assert json.loads(data)["sites"][0]["weight_error"] is None
 
 
+def test_a_damaged_site_is_refused(result: dict[str, Any]) -> None:
+    for change in ({"shape": 3}, {"name": None}, {"bytes_after": "x"}):
+        with pytest.raises(UsageError, match=next(iter(change))):
+            page({**result, "sites": [{**result["sites"][0], **change}]})
+
+
 @pytest.mark.parametrize("wrong", [{}, [], {"sites": 3}, {"error": {"kind": "UsageError"}}])
 def test_something_else_is_refused(wrong: Any) -> None:
     with pytest.raises(UsageError, match="not the result of optimize"):
