@@ -135,7 +135,7 @@ def _options(document: Document, folder: Path) -> Iterator[tuple[str, Any]]:
             yield option, tuple(_rules(document, value))
         elif option == "data":
             yield option, _paths(document, path, value, folder)
-        elif option == "cache":
+        elif option in ("cache", "evaluate"):
             yield option, str(folder / value)
         else:
             yield option, tuple(value) if isinstance(value, list) else value

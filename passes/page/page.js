@@ -27,6 +27,10 @@ function head() {
     const passed = result.verify.passed;
     figures.push([passed ? "verified" : "FAILED", "with the library and without", [passed ? "good" : "bad"]]);
   } else figures.push(["not verified", "the result was not run", ["warn"]]);
+  if (result.evaluation) {
+    const score = (value) => (value === null ? "–" : String(Number(value.toPrecision(4)))), { dense, compressed, passed } = result.evaluation;
+    figures.push([score(compressed), `score by --eval, ${score(dense)} before`, passed ? ["good", "close enough"] : ["bad", "dropped too far"]]);
+  }
   return html("header", {},
     html("h1", {}, file(result.output.path || result.input.path)),
     html("p", { class: "soft small" }, `made from ${file(result.input.path)} by onnxcomp ${result.versions.onnxcomp || ""}`),

@@ -133,7 +133,7 @@ rules:
   - {op: Conv, mode: folded}
 data: {path: [calib/*.npz, "ids=x.npy"]}
 output: {portable: false}
-verify: {run: false, tolerance: 0.1}
+verify: {run: false, tolerance: 0.1, evaluate: "a/m.py:score", max_drop: 0}
 run: {cache: c}
 """
     options = checked_options(write(text))
@@ -148,6 +148,7 @@ run: {cache: c}
     )  # fmt: skip
     assert (options["portable"], options["verify"], options["tolerance"]) == (False, False, 0.1)
     assert options["cache"] == f"{folder}/c"
+    assert (options["evaluate"], options["max_drop"]) == (f"{folder}/a/m.py:score", 0)
 
 
 @pytest.mark.parametrize(
