@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onnxcomp.cli.options import FILE
+from onnxcomp.cli.prune import groups_verdict, show_groups
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 from onnxcomp.cli.values import size
 
@@ -32,8 +33,12 @@ _MOST_COMMON = 12
     show_default=True,
     help="Smallest tensor that counts as compressible.",
 )
+@click.option("--groups", is_flag=True, help="Show what pruning could take out, and why other "
+              "channels stay. Runs the model on made-up inputs.")  # fmt: skip
 @with_terminal
-def command(terminal: Terminal, model: Path, other: Path | None, min_size: int) -> None:
+def command(
+    terminal: Terminal, model: Path, other: Path | None, min_size: int, groups: bool
+) -> None:
     """Show what is in a model: interface, operators, and every tensor with its uses and bytes.
 
     For a compressed model also how each weight is stored. Tensors that cannot be compressed are
@@ -41,6 +46,10 @@ def command(terminal: Terminal, model: Path, other: Path | None, min_size: int) 
     """
     from onnxcomp.passes.inspect import diff, inspect_model
 
+    if groups:
+        listed = show_groups(terminal, model)
+        terminal.finish(listed, groups_verdict(listed))
+        return
     found = inspect_model(model, min_size=min_size)
     if other is None:
         show_inspection(terminal, found)

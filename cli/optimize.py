@@ -13,9 +13,11 @@ from onnxcomp.cli.options import (
     calibration_option,
     input_options,
     plan_options,
+    prune_options,
     settings_in_effect,
 )
 from onnxcomp.cli.progress import progress
+from onnxcomp.cli.prune import prune_text, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = ["command"]
 @click.argument("model", type=FILE)
 @click.option("-o", "--output", type=OUTPUT, help="The new model.")
 @plan_options
+@prune_options
 @click.option("--plan", type=FILE, help="Carry out this plan; its settings are used.")
 @click.option("--jobs", type=click.IntRange(1), help="Threads; all processors by default.")
 @click.option("--cache", type=click.Path(file_okay=False), help="Keep encoded weights here.")
@@ -89,6 +92,8 @@ def show_result(terminal: Terminal, result: Result) -> None:
     from onnxcomp.cli.tables import show_sites
     from onnxcomp.cli.verify import show_verification
 
+    if result.report.prune is not None:
+        show_pruned(terminal, result.report.prune)
     show_sites(terminal, result.report.sites, {choice.site: choice for choice in result.plan})
     if result.verify is not None:
         show_verification(terminal, result.verify.to_json())
@@ -105,6 +110,7 @@ def verdict(result: Result) -> str:
         f"{bytes_text(report.input.bytes)} -> {bytes_text(report.output.bytes)}"
         f" ({report.ratio:.2f}x)",
         f"{100 * report.coverage:.1f} % of weight bytes compressed",
+        *prune_text(report.prune),
         *target_text(report),
         "dry run: nothing written" if result.path is None else f"{result.path}",
     ]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from onnxcomp.cli.prune import PRUNE_OPTIONS
 from onnxcomp.cli.values import ratio, rule, shape, size
 from onnxcomp.passes.presets import PRESETS
 
@@ -20,6 +21,7 @@ __all__ = [
     "data_options",
     "input_options",
     "plan_options",
+    "prune_options",
     "settings_in_effect",
 ]
 
@@ -149,6 +151,11 @@ def data_options(function: F) -> F:
 def calibration_option(function: F) -> F:
     """The option that says what calibration inputs are used for."""
     return _CALIBRATION(function)
+
+
+def prune_options(function: F) -> F:
+    """Options that say how much is pruned before weights are encoded."""
+    return _with(function, PRUNE_OPTIONS)
 
 
 def plan_options(function: F) -> F:

@@ -78,6 +78,8 @@ def _planned(
     """Prepare a model, and make its plan or settle the given one."""
     with run.stage("plan"):
         prepared = prepare(loaded, settings, samples)
+        if _has_new_shapes(prepared):
+            samples = SampleSource(None, Path)  # inputs of the original do not fit
         if given is not None:
             return _Work(prepared, settle(given, prepared, name=name), None)
         evidence = gather_evidence(prepared, settings, samples, calibrated=run.calibrates)
@@ -135,6 +137,7 @@ def _report(
         seconds={**run.seconds, "total": round(sum(run.seconds.values()), 4)},
         config=run.config(made.settings),
         evaluation=None if verdict.evaluation is None else verdict.evaluation.to_json(),
+        prune=prepared.facts.get("prune"),
     )
 
 
@@ -210,6 +213,10 @@ def _attempts(
 ) -> tuple[Written, _Verdict]:
     """Write the model and ask the gates; with other plans while they object and one is in sight."""
     limit = _limit(work.plan.settings, run)
+    new_shapes = _has_new_shapes(work.prepared)
+    if new_shapes:  # inputs of the original do not fit: what is left before encoding stands for it
+        original = save(work.prepared.model, path.with_name(f"pruned.{path.name}")).files[0]
+        reference, source = (lambda: original), SampleSource(None, lambda: original)
     judged = limit is not None or run.evaluation is not None
     folder = path.parent / "payloads" if run.cache is None and judged else run.cache
     cache = None if folder is None else PayloadCache(folder)
@@ -232,7 +239,7 @@ def _attempts(
         )
         verdict = _Verdict()
         if run.verify or run.evaluation is not None:
-            data = run.data if samples is None else samples.witnesses
+            data = None if new_shapes else run.data if samples is None else samples.witnesses
             verdict = _gates(reference(), written.saved, data, work.plan.settings, run)
         aim = None if verdict.passed else _aim(verdict, limit)
         if aim is None or attempt == _ATTEMPTS - 1:
@@ -244,6 +251,12 @@ def _attempts(
             break
         work.plan = other
     return written, verdict
+
+
+def _has_new_shapes(prepared: Prepared) -> bool:
+    """Whether pruning has changed shapes of inputs."""
+    pruned = prepared.facts.get("prune")
+    return pruned is not None and bool(pruned["inputs"])
 
 
 def _limit(settings: Settings, run: Run) -> float | None:
@@ -313,6 +326,15 @@ def _judged(result: Result, verdict: _Verdict, *, accepted: bool) -> Result:
             f"it was kept as {result.path}",
             result,
             hint="look at it with onnxcomp verify; --force publishes it all the same",
+        )
+    pruned = result.report.prune
+    if pruned is not None and not pruned["met"]:
+        what = "of the parameters that can go" if pruned["unit"] == "parameters" else "of the FLOPs"
+        raise TargetMissedError(
+            f"{result.path}: pruning took {100 * pruned['reached']:.1f} % {what}, "
+            f"{100 * pruned['asked']:.1f} % were asked for",
+            result,
+            hint="onnxcomp inspect --groups shows what can go and why the rest stays",
         )
     wanted = result.plan.budget.bytes
     if wanted is not None and result.report.output.bytes > wanted:

@@ -24,7 +24,14 @@ from onnxcomp.passes.graph import Saved, save
 from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.run import Run, worker_count
-from onnxcomp.passes.settings import ExternalData, ModeChoice, Patterns, Rule, given_settings
+from onnxcomp.passes.settings import (
+    ExternalData,
+    ModeChoice,
+    Patterns,
+    Rule,
+    Score,
+    given_settings,
+)
 from onnxcomp.passes.source import publish, read, refuse_overwriting, workspace
 
 if TYPE_CHECKING:
@@ -71,6 +78,10 @@ def optimize(
     seed: int = 0,
     stock: bool = False,
     rest: str = "keep",
+    prune_ratio: float | None = None,
+    target_flops: float | None = None,
+    prune_score: Score | None = None,
+    prune_caches: bool | None = None,
     jobs: int | None = None,
     cache: PathLike | None = None,
     verify: bool = True,
@@ -112,6 +123,12 @@ def optimize(
         stock: Whether only codecs are used whose models need no operator of ours.
         rest: What becomes of weights that no method makes smaller: "keep", "fp16", or "exact"
             for half precision where no value changes.
+        prune_ratio: Share of the parameters of layers that can shrink to take out before weights
+            are encoded.
+        target_flops: Instead: share of the model's FLOPs that is to be left.
+        prune_score: What decides which channels go: "obs", "numerical", "wanda", "flap" or
+            "magnitude"; without data always "magnitude".
+        prune_caches: Whether inputs and outputs that hold a KV cache may shrink.
         jobs: Threads; None for all processors. The bytes do not depend on it.
         cache: Folder of payloads of earlier runs.
         verify: Whether the result is run and compared.
@@ -144,7 +161,8 @@ def optimize(
         method, target_size, min_size, include, exclude, set_,
         bits=bits, ratio=ratio, max_error=max_error, mode=mode, precision=precision,
         external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
-        stock=stock, rest=rest,
+        stock=stock, rest=rest, prune_ratio=prune_ratio, target_flops=target_flops,
+        prune_score=prune_score, prune_caches=prune_caches,
     )  # fmt: skip
     check_calibration(calibration)
     run = Run(

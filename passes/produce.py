@@ -174,6 +174,7 @@ def report(
     seconds: Mapping[str, float],
     config: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None = None,
+    prune: Mapping[str, Any] | None = None,
 ) -> Report:
     """Put the report of a run together.
 
@@ -186,6 +187,7 @@ def report(
         seconds: Wall-clock seconds by stage.
         config: Settings in effect.
         evaluation: Scores by the user's own measure.
+        prune: What pruning did.
     """
     target = None
     if plan.budget.bytes is not None:
@@ -203,4 +205,5 @@ def report(
         config=dict(config),
         target=target,
         evaluation=evaluation,
+        prune=prune,
     )

@@ -134,6 +134,7 @@ class Report:
         config: Settings in effect.
         target: Bytes asked for and whether they were met; None when none were.
         evaluation: Scores of both models by the user's own measure; None without one.
+        prune: What pruning did; None where there was none.
     """
 
     input: InputFile
@@ -148,6 +149,7 @@ class Report:
     config: Mapping[str, Any]
     target: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
+    prune: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; ``docs/result.schema.json`` describes them."""

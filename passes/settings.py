@@ -36,6 +36,10 @@ ParamValue = int | float | str
 
 MODES: tuple[ModeChoice, ...] = ("auto", "fused", "folded", "decode")
 REST = ("keep", "fp16", "exact")
+Score = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
+SCORES: tuple[Score, ...] = ("obs", "numerical", "wanda", "flap", "magnitude")
+
+_HOW_MUCH = "give --prune-ratio 0.3 (of the parameters) or --target-flops 0.7 (that stay)"
 EXTERNAL_DATA: tuple[ExternalData, ...] = ("auto", "always", "never")
 
 # Which operators a codec uses does not depend on the opset.
@@ -256,6 +260,10 @@ class Settings:
         stock: Whether only codecs are used whose models need no operator of ours.
         rest: What becomes of weights that no method makes smaller: "keep", "fp16", or "exact" for
             half precision where no value changes.
+        prune_ratio: Share of the parameters of layers that can shrink to prune; None for none.
+        target_flops: Share of the FLOPs that pruning is to leave; None for no such target.
+        prune_score: What decides which channels go; None for the default.
+        prune_caches: Whether inputs and outputs that hold a cache may shrink.
     """
 
     method: tuple[str, ...] = ("auto",)
@@ -275,6 +283,10 @@ class Settings:
     seed: int = 0
     stock: bool = False
     rest: str = "keep"
+    prune_ratio: float | None = None
+    target_flops: float | None = None
+    prune_score: Score | None = None
+    prune_caches: bool | None = None
 
     def __post_init__(self) -> None:
         targets = [n for n in ("bits", "ratio", "target_size") if getattr(self, n) is not None]
@@ -292,8 +304,23 @@ class Settings:
         _one_of("external_data", self.external_data, EXTERNAL_DATA)
         _one_of("precision", self.precision, ("exact", "int8"))
         _one_of("rest", self.rest, REST)
+        _one_of("prune_score", self.prune_score or SCORES[0], SCORES)
+        self._check_pruning()
         for pattern in (*self.include, *self.exclude):
             _check_pattern(pattern)
+
+    def _check_pruning(self) -> None:
+        shares = {"prune_ratio": self.prune_ratio, "target_flops": self.target_flops}
+        given = {name: share for name, share in shares.items() if share is not None}
+        if len(given) > 1:
+            raise UsageError(
+                "prune_ratio and target_flops were given together", hint="choose one of them"
+            )
+        for name, share in given.items():
+            if not 0.0 < share < 1.0:
+                raise UsageError(f"{name} is {share}", hint="it is a share between 0 and 1")
+        if not given and (self.prune_score or self.prune_caches):
+            raise UsageError("how to prune is given, but not how much", hint=_HOW_MUCH)
 
     def to_json(self) -> dict[str, Any]:
         """Settings by name; what is unset is left out, so that files stay readable."""
@@ -340,11 +367,20 @@ def given_settings(
 ) -> Settings:
     """Settings from what a caller may write more loosely: one text for a list, sizes with units.
 
+    The method "prune" stands for a pass over the graph: other methods then store what is left, or
+    none where it is the only one.
+
     Raises:
         UsageError: Something is out of range or cannot be read.
     """
+    methods = (method,) if isinstance(method, str) else tuple(method)
+    stored = tuple(part for item in methods for part in split_methods(item) if part != "prune")
+    if len(stored) < sum(len(split_methods(item)) for item in methods):
+        methods = stored or ("dense",)
+        if others.get("prune_ratio") is None and others.get("target_flops") is None:
+            raise UsageError("the method prune was asked for, but not how much", hint=_HOW_MUCH)
     return Settings(
-        method=(method,) if isinstance(method, str) else tuple(method),
+        method=methods,
         target_size=None if target_size is None else parse_size(target_size),
         min_size=parse_size(min_size),
         include=_patterns(include),

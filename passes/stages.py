@@ -13,6 +13,7 @@ from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.graph import Change
 from onnxcomp.passes.linear_chains import fold_linear_chains
+from onnxcomp.passes.prune.graph_pass import Prune
 from onnxcomp.passes.settings import Settings
 from onnxcomp.passes.sharing import SharedWeights
 
@@ -122,7 +123,7 @@ class LinearChains:
 
 
 # In the order in which they run.
-GRAPH_PASSES: tuple[GraphPass, ...] = (Canonicalize(), SharedWeights(), LinearChains())
+GRAPH_PASSES: tuple[GraphPass, ...] = (Canonicalize(), SharedWeights(), LinearChains(), Prune())
 
 
 def run_passes(

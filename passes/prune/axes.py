@@ -118,19 +118,22 @@ class Analysis:
         return np.asarray(self.relations.classes[atoms])
 
 
-def analyse(model: ir.Model, feeds: Sequence[Feed], *, freeze_inputs: bool = False) -> Analysis:
+def analyse(
+    model: ir.Model, feeds: Sequence[Feed], *, freeze_inputs: bool = False, caches: bool = True
+) -> Analysis:
     """Find out which channels of a model stand or fall together.
 
     Args:
         model: A canonical model; not changed.
         feeds: Inputs it accepts, preferably two of different sizes.
         freeze_inputs: Whether initializers that are listed as inputs may shrink.
+        caches: Whether inputs that hold a cache may shrink.
 
     Raises:
         ModelError: ONNX Runtime cannot run the model on the inputs.
     """
     seen = probe(model, feeds)
-    walk = Walk(model, seen, freeze_inputs=freeze_inputs)
+    walk = Walk(model, seen, freeze_inputs=freeze_inputs, caches=caches)
     for node in model.graph:
         _visit(walk, node)
     _keep_outputs(walk)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -17,10 +16,9 @@ from onnxcomp.passes.prune.cost import Ledger
 from onnxcomp.passes.prune.groups import Group
 from onnxcomp.passes.prune.obs import Surgeon, damping
 from onnxcomp.passes.prune.select import Step, clusters, floor_of, greedy, merge, step_size
+from onnxcomp.passes.settings import Score
 
-__all__ = ["Score", "by_obs", "by_rank", "removed"]
-
-Score = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
+__all__ = ["by_obs", "by_rank", "removed"]
 
 
 def by_obs(

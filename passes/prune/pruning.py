@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,24 +19,23 @@ import onnx_ir as ir
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.prune.axes import Analysis, analyse
-from onnxcomp.passes.prune.choose import Score, by_obs, by_rank, removed
+from onnxcomp.passes.prune.choose import by_obs, by_rank, removed
 from onnxcomp.passes.prune.compensate import Fit, Sums, best_fit
 from onnxcomp.passes.prune.consumers import Consumer, find_consumers
 from onnxcomp.passes.prune.cost import Ledger, measure
 from onnxcomp.passes.prune.feeds import probe_feeds
-from onnxcomp.passes.prune.groups import Groups, find_groups
+from onnxcomp.passes.prune.groups import Group, Groups, find_groups
 from onnxcomp.passes.prune.observe import Walk, moments
 from onnxcomp.passes.prune.prepare import prepare, tidy
 from onnxcomp.passes.prune.probe import probe
 from onnxcomp.passes.prune.report import FitReport, GroupReport, PruneReport
 from onnxcomp.passes.prune.rewrite import remove
 from onnxcomp.passes.prune.select import Step
+from onnxcomp.passes.settings import SCORES, Score
 
-__all__ = ["SCORES", "PruneOptions", "prune"]
+__all__ = ["PruneOptions", "prune"]
 
 log = logging.getLogger(__name__)
-
-SCORES = ("obs", "numerical", "wanda", "flap", "magnitude")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +51,10 @@ class PruneOptions:
         compensate: "fit" to fit what stays, "bias" for biases only, "none".
         least: Share of each group that always stays.
         round_to: Groups of 64 channels or more lose this many at a time.
+        caches: Whether inputs and outputs that hold a cache may shrink.
         freeze_inputs: Whether initializers that are also inputs may shrink.
+        include: Regular expressions; when given, only groups with a matching weight shrink.
+        exclude: Regular expressions of weights that keep their shape.
     """
 
     ratio: float | None = None
@@ -61,7 +64,10 @@ class PruneOptions:
     compensate: Literal["fit", "bias", "none"] = "fit"
     least: float = 0.1
     round_to: int = 8
+    caches: bool = True
     freeze_inputs: bool = False
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
 
     def check(self) -> None:
         """Raise `UsageError` for values out of range."""
@@ -115,8 +121,8 @@ def prune(
     options.check()
     prepare(model, biases=bool(feeds) and options.compensate == "bias")
     inputs = probe_feeds(model, feeds[0] if feeds else None)
-    analysis = analyse(model, inputs, freeze_inputs=options.freeze_inputs)
-    groups = find_groups(analysis)
+    analysis = analyse(model, inputs, freeze_inputs=options.freeze_inputs, caches=options.caches)
+    groups = _allowed(find_groups(analysis), options)
     before = measure(model, analysis.seen)
     ledger = Ledger(analysis, groups, options.unit)
     consumers = find_consumers(analysis)
@@ -147,6 +153,18 @@ def prune(
         inputs=changed,
         kept=groups.kept,
     )
+
+
+def _allowed(groups: Groups, options: PruneOptions) -> Groups:
+    """Groups whose weights the patterns let change."""
+
+    def wanted(group: Group) -> bool:
+        def matches(patterns: Sequence[str]) -> bool:
+            return any(re.search(p, name) for p in patterns for name in group.weights)
+
+        return (not options.include or matches(options.include)) and not matches(options.exclude)
+
+    return dataclasses.replace(groups, groups=tuple(g for g in groups.groups if wanted(g)))
 
 
 def _choose(

@@ -56,9 +56,12 @@ class Walk:
         model: The canonical model.
         seen: Sizes of its values.
         freeze_inputs: Whether initializers that are listed as inputs may change.
+        caches: Whether inputs that hold a cache may shrink.
     """
 
-    def __init__(self, model: ir.Model, seen: Probe, *, freeze_inputs: bool = False) -> None:
+    def __init__(
+        self, model: ir.Model, seen: Probe, *, freeze_inputs: bool = False, caches: bool = True
+    ) -> None:
         self.model = model
         self.seen = seen
         self.atoms = Atoms()
@@ -69,6 +72,7 @@ class Walk:
         self.claimed: set[tuple[ir.Node, int]] = set()
         self.caches: set[ir.Value] = set()
         self._freeze_inputs = freeze_inputs
+        self._caches = caches
 
     # --- what is known about values ---
 
@@ -241,6 +245,8 @@ class Walk:
             return self.bind(node, index, axes, atoms)
         if node.op_type == "Concat" and self.bind_cache(node, index, axes, atoms):
             return None
+        if value.is_graph_input() and node.op_type == "Concat":
+            return f"the input {value.name} keeps its shape"
         if len(axes) > 1:
             return f"{value.name} is computed"
         self.patches.append(lambda rewriter: rewriter.pick(node, index, axes[0], atoms))
@@ -253,6 +259,8 @@ class Walk:
         """
         value = node.inputs[index]
         if value is None or not value.is_graph_input() or value.is_initializer():
+            return False
+        if not self._caches:
             return False
         readers = {use.node for use in value.uses() if use.node.op_type != "Shape"}
         sizes = value.shape

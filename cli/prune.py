@@ -1,0 +1,98 @@
+"""Pruning on the command line: its options, and tables of what can go and what went."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from onnxcomp.cli.terminal import Terminal
+
+__all__ = ["PRUNE_OPTIONS", "groups_verdict", "prune_text", "show_groups", "show_pruned"]
+
+_SHARE = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
+
+PRUNE_OPTIONS = (
+    click.option("--prune-ratio", type=_SHARE, help="First take out channels, neurons and heads: "
+                 "this share of the parameters of layers that can shrink."),
+    click.option("--target-flops", type=_SHARE, help="Instead: prune until this share of the "
+                 "model's FLOPs is left."),
+    click.option(
+        "--prune-score", type=click.Choice(["obs", "numerical", "wanda", "flap", "magnitude"]),
+        help="What decides which channels go; obs by default, magnitude without --data.",
+    ),
+    click.option("--prune-caches", is_flag=True, default=None, help="Pruning may change the shapes "
+                 "of inputs and outputs that hold a KV cache."),
+)  # fmt: skip
+
+
+def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
+    """Print what was taken out where, and what that saves."""
+    rows = [
+        (group["name"], group["kind"], str(group["before"]), str(group["after"]))
+        for group in pruned["groups"]
+    ]
+    if rows:
+        terminal.table(("made by", "kind", "before", "after"), rows, left=2)
+    before, after = pruned["before"], pruned["after"]
+    labels = {"parameters": "parameters", "flops": "FLOPs", "cache_bytes": "cache bytes a position"}
+    parts = [
+        f"{label} {before[key]:,} -> {after[key]:,}" for key, label in labels.items() if before[key]
+    ]
+    terminal.say("; ".join(parts))
+    for change in pruned["inputs"]:
+        terminal.say(f"{change['name']} changes from {change['before']} to {change['after']}")
+    if pruned["calibrated"]:
+        fitted = [fit for fit in pruned["fits"] if fit["used"] != "mask"]
+        terminal.say(f"{len(fitted)} of {len(pruned['fits'])} products were fitted to the data")
+    else:
+        terminal.say("no --data: weights alone decided, and nothing was fitted to make up for it")
+
+
+def prune_text(pruned: Mapping[str, Any] | None) -> list[str]:
+    """How much was pruned, for the verdict; nothing where there was no pruning."""
+    if pruned is None:
+        return []
+    what = "parameters" if pruned["unit"] == "parameters" else "FLOPs"
+    met = "" if pruned["met"] else f" of {100 * pruned['asked']:.1f} % asked for"
+    return [f"{100 * pruned['reached']:.1f} % of {what} pruned{met}"]
+
+
+def show_groups(terminal: Terminal, model: Path) -> dict[str, Any]:
+    """Print what pruning could take out of a model; the same as plain values."""
+    from onnxcomp.passes.prune.listing import list_groups
+
+    found = list_groups(model)
+    rows = [
+        (group["name"], group["kind"], str(group["size"]), f"{group['parameters']:,}")
+        for group in found["groups"]
+    ]
+    if rows:
+        terminal.table(("made by", "kind", "size", "parameters of one"), rows, left=2)
+    _show_kept(terminal, found["kept"])
+    return found
+
+
+def groups_verdict(found: Mapping[str, Any]) -> str:
+    """One line: how much of the model can shrink."""
+    if not found["groups"]:
+        return "nothing in this model can be pruned"
+    share = found["parameters"] / max(1, found["cost"]["parameters"])
+    return (
+        f"{len(found['groups'])} groups; layers with {found['parameters']:,} parameters "
+        f"({100 * share:.0f} %) can shrink"
+    )
+
+
+def _show_kept(terminal: Terminal, kept: Sequence[Mapping[str, str]]) -> None:
+    if terminal.verbose:
+        rows = [(item["name"], item["reason"]) for item in kept]
+        if rows:
+            terminal.table(("keeps its channels", "reason"), rows, left=2)
+        return
+    for reason, count in collections.Counter(item["reason"] for item in kept).most_common():
+        terminal.say(f"{count} {'keeps' if count == 1 else 'keep'} all channels: {reason}")
