@@ -45,12 +45,16 @@ class Surgeon:
         weight: float64 ``(rows, length)``.
         gram: Second moments of the inputs, float64 ``(length, length)``.
         gamma: What is added to their diagonal.
+        energy: Mean square of what losses are relative to; None for the outputs.
     """
 
-    def __init__(self, weight: Array, gram: Array, gamma: float) -> None:
+    def __init__(
+        self, weight: Array, gram: Array, gamma: float, energy: float | None = None
+    ) -> None:
         self.weight = weight.copy()
         self._inverse = inverse(gram + gamma * np.eye(len(gram)))
-        self.energy = max(float(np.einsum("ij,ij->", weight @ gram, weight)), 1e-30)
+        own = energy or float(np.einsum("ij,ij->", weight @ gram, weight))
+        self.energy = max(own, 1e-30)
 
     def losses(self, columns: Array) -> Array:
         """Loss of each candidate on its own.

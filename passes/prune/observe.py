@@ -18,15 +18,15 @@ from onnxcomp.passes.segments import Chain
 __all__ = ["Walk", "moments"]
 
 
-def _wanted(consumer: Consumer, addend: bool) -> list[str]:
+def _wanted(consumer: Consumer) -> list[str]:
     names = [consumer.reads]
-    if addend and consumer.addend is not None and consumer.addend.name not in names:
+    if consumer.addend is not None and consumer.addend.name not in names:
         names.append(consumer.addend.name or "")
     return names
 
 
-def _ordered(chain: Chain, consumers: Sequence[Consumer], addend: bool) -> list[Consumer]:
-    return sorted(consumers, key=lambda consumer: chain.position(_wanted(consumer, addend)))
+def _ordered(chain: Chain, consumers: Sequence[Consumer]) -> list[Consumer]:
+    return sorted(consumers, key=lambda consumer: chain.position(_wanted(consumer)))
 
 
 def _check(consumer: Consumer, *sums: Sums) -> None:
@@ -45,18 +45,45 @@ def moments(
 ) -> Iterator[tuple[Consumer, Sums]]:
     """Means of the inputs of each product and of their squares, in the model as it is.
 
+    `Sums.power` is that of what is read next: the output together with what is added to it.
+
     Raises:
         ModelError: The model does not run, or inputs are not finite.
     """
-    groups = [_wanted(consumer, False) for consumer in consumers]
+    groups = [_wanted(consumer) for consumer in consumers]
     chain = Chain(analysis.model, list(feeds), groups, folder)
-    for consumer in _ordered(chain, consumers, False):
-        length = len(consumer.classes) * consumer.block
-        sums = Sums(length, 0)
-        for values in chain.advance(_wanted(consumer, False)):
-            sums.add(consumer.vectors(values[consumer.reads]), None)
+    for consumer in _ordered(chain, consumers):
+        weight, bias = _dense(consumer)
+        sums = Sums(weight.shape[1], 0)
+        for values in chain.advance(_wanted(consumer)):
+            x = consumer.vectors(values[consumer.reads])
+            sums.add(x, None)
+            sums.power += _power(consumer, values, x.astype(np.float32) @ weight.T + bias)
         _check(consumer, sums)
         yield consumer, sums.means()
+
+
+def _power(consumer: Consumer, values: Mapping[str, Array], outputs: Array) -> float:
+    """Sum of the squares of outputs together with what is added to them."""
+    if consumer.addend is not None:
+        added = np.asarray(values[consumer.addend.name or ""])
+        aligned = consumer.outputs(added, len(outputs))
+        if aligned is not None and aligned.shape == outputs.shape:
+            outputs = outputs + aligned
+        else:  # positions were sampled, or it is broadcast: taken as independent
+            mean = float(np.square(added, dtype=np.float64).mean())
+            return float(np.square(outputs, dtype=np.float64).sum()) + mean * outputs.size
+    return float(np.square(outputs, dtype=np.float64).sum())
+
+
+def _dense(consumer: Consumer) -> tuple[Array, Array]:
+    """The weight ``(rows, length)`` and the bias ``(rows,)``, zero without one, in float32."""
+    tensor = consumer.weight.const_value
+    assert tensor is not None
+    weight = consumer.matrix(tensor.numpy()).astype(np.float32)
+    if consumer.bias is not None and consumer.bias.const_value is not None:
+        return weight, consumer.bias.const_value.numpy().astype(np.float32)
+    return weight, np.zeros(len(weight), np.float32)
 
 
 class Walk:
@@ -78,11 +105,11 @@ class Walk:
         feeds: Sequence[Feed],
         folder: Path | None = None,
     ) -> None:
-        groups = [_wanted(consumer, True) for consumer in consumers]
+        groups = [_wanted(consumer) for consumer in consumers]
         self._feeds = list(feeds)
         self._chain = Chain(analysis.model, self._feeds, groups, folder)
         self._dense = Chain(analysis.model, self._feeds, groups, folder)
-        self._consumers = _ordered(self._chain, consumers, True)
+        self._consumers = _ordered(self._chain, consumers)
         own = {consumer.name for consumer in consumers}
         for name, array in _masked_members(analysis, gone, own).items():
             self._chain.replace(name, array)
@@ -97,20 +124,13 @@ class Walk:
             yield consumer, *self._observe(consumer)
 
     def _observe(self, consumer: Consumer) -> tuple[Sums, Sums]:
-        tensor = consumer.weight.const_value
-        assert tensor is not None
-        weight = consumer.matrix(tensor.numpy()).astype(np.float32)
-        bias = None
-        if consumer.bias is not None and consumer.bias.const_value is not None:
-            bias = consumer.bias.const_value.numpy().astype(np.float32)
+        weight, bias = _dense(consumer)
         seen, held = (Sums(weight.shape[1], len(weight)) for _ in range(2))
-        names = _wanted(consumer, True)
+        names = _wanted(consumer)
         runs = zip(self._chain.advance(names), self._dense.advance(names), strict=True)
         for number, (values, exact) in enumerate(runs):
             x = consumer.vectors(values[consumer.reads])
-            target = consumer.vectors(exact[consumer.reads]).astype(np.float32) @ weight.T
-            if bias is not None:
-                target += bias
+            target = consumer.vectors(exact[consumer.reads]).astype(np.float32) @ weight.T + bias
             shift = _shift(consumer, values, exact, len(x))
             if shift is not None and shift.shape == target.shape:
                 target += shift
