@@ -1,0 +1,293 @@
+"""Structured pruning: what is lost, by score and share, and what is gained in time.
+
+    python benchmarks/bench_prune.py --data FOLDER [--parts language,resnet,mobilenet,latency]
+                                     [--seconds 300] [--only TEXT]
+
+The language model (lm/tinyllama_ref.onnx) loses 10 to 50 % of the parameters of its blocks; judged
+by the Kullback-Leibler divergence of its predictions from the dense model's on held-out books and
+Shakespeare. ResNet20 and MobileNetV2 lose 20 to 50 % of their FLOPs; judged by accuracy. Nothing
+is trained. Calibration and evaluation data are disjoint. Rows that the result file has are not
+made again; a run ends after --seconds, and the next one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from inputs import CIFAR_MEAN, CIFAR_STD, cifar, mobilenet
+from PIL import Image
+from results import RESULTS, print_table, write_results
+
+from onnxcomp.passes.canonicalize import canonicalize
+from onnxcomp.passes.graph import load, save
+from onnxcomp.passes.prune.pruning import PruneOptions, prune
+
+Array = npt.NDArray[Any]
+Feeds = Sequence[Mapping[str, Array]]
+Row = dict[str, Any]
+
+CONTEXT = 256
+CALIBRATION_WINDOWS = 32
+WINDOWS = 12
+SCORES = ("obs", "numerical", "wanda", "flap", "magnitude")
+RATIOS = (0.2, 0.5, 0.1, 0.3)
+
+
+def session(path: Path, *, profile: str = "") -> onnxruntime.InferenceSession:
+    """A session with one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class LanguageModel:
+    """Judges forms of the language model by the dense one."""
+
+    name = "language"
+
+    def __init__(self, data: Path) -> None:
+        self.path = data / "lm" / "tinyllama_ref.onnx"
+        tokens = np.load(data / "lm" / "calib.npy").astype(np.int64)[:CALIBRATION_WINDOWS]
+        self.feeds = [{"input_ids": tokens[i : i + 2]} for i in range(0, len(tokens), 2)]
+        sets = [np.load(data / "lm" / f"eval_{name}.npy") for name in ("books", "shakespeare")]
+        parts = [part[: WINDOWS * CONTEXT].reshape(-1, CONTEXT) for part in sets]
+        self.tokens = np.concatenate(parts).astype(np.int64)
+        self._dense: list[Array] | None = None
+
+    def _predictions(self, path: Path) -> Iterator[Array]:
+        run = session(path)
+        for start in range(0, len(self.tokens), 4):
+            logits = run.run(["logits"], {"input_ids": self.tokens[start : start + 4]})[0]
+            logits = logits - logits.max(axis=-1, keepdims=True)
+            yield logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+    def judge(self, path: Path) -> dict[str, float]:
+        """Divergence in nats and agreement of the most probable token."""
+        if self._dense is None:
+            self._dense = list(self._predictions(self.path))
+        divergence, agreement, count = 0.0, 0, 0
+        for own, dense in zip(self._predictions(path), self._dense, strict=True):
+            divergence += float((np.exp(dense) * (dense - own)).sum(dtype=np.float64))
+            agreement += int((own.argmax(-1) == dense.argmax(-1)).sum())
+            count += own.shape[0] * own.shape[1]
+        return {"kl": divergence / count, "agreement": agreement / count}
+
+
+class ResNet:
+    """ResNet20 on CIFAR-10: training images to calibrate, test images to judge."""
+
+    name = "resnet"
+
+    def __init__(self, data: Path) -> None:
+        self.path = data / "models" / "resnet20_cifar10.onnx"
+        self.feeds = [{"input": pixels} for pixels in _training_images(data, 500)]
+        self._test = [(_normal(images), labels) for images, labels in cifar(data)]
+
+    def judge(self, path: Path) -> dict[str, float]:
+        """Share of 2,000 test images that are classified correctly."""
+        run = session(path)
+        right = sum(
+            int((run.run(None, {"input": x})[0].argmax(-1) == labels).sum())
+            for x, labels in self._test
+        )
+        return {"accuracy": right / sum(len(labels) for _, labels in self._test)}
+
+
+def _normal(images: Array) -> Array:
+    pixels = (images.astype(np.float32) / 255 - CIFAR_MEAN) / CIFAR_STD
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+
+
+def _training_images(data: Path, count: int) -> Iterator[Array]:
+    with np.load(data / "eval" / "cifar10" / "cifar10_train_jpegbytes.npz") as file:
+        blob, offsets = file["blob"].tobytes(), file["offsets"]
+    for start in range(0, count, 25):
+        parts = [blob[offsets[i] : offsets[i + 1]] for i in range(start, start + 25)]
+        images = [np.asarray(Image.open(io.BytesIO(part)).convert("RGB")) for part in parts]
+        yield _normal(np.stack(images))
+
+
+class MobileNet:
+    """MobileNetV2: every fifth of 250 images to calibrate, the others to judge."""
+
+    name = "mobilenet"
+
+    def __init__(self, data: Path) -> None:
+        self.path = data / "models" / "mobilenetv2_224_tf2ptq_fp32.onnx"
+        images = [pair for number, pair in enumerate(mobilenet(data)) if number % 2 == 0]
+        self.feeds = [feed for feed, _ in images[::5]]
+        self._test = [pair for number, pair in enumerate(images) if number % 5]
+
+    def judge(self, path: Path) -> dict[str, float]:
+        """Share of 200 images that are classified correctly."""
+        run = session(path)
+        right = sum(int(run.run(None, feed)[0].argmax() == label[0]) for feed, label in self._test)
+        return {"accuracy": right / len(self._test)}
+
+
+def pruned(case: Any, options: PruneOptions, output: Path, feeds: Feeds) -> Row:
+    """Prune a model; what was done."""
+    model = load(case.path)
+    canonicalize(model)
+    start = time.process_time()
+    report = prune(model, options, feeds=feeds)
+    save(model, output)
+    return {
+        "removed": report.reached,
+        "parameters": report.after.parameters,
+        "flops": report.after.flops / report.before.flops,
+        "bytes": output.stat().st_size,
+        "cpu_seconds": round(time.process_time() - start, 1),
+    }
+
+
+def language_jobs() -> Iterator[tuple[str, PruneOptions]]:
+    """Names and options of the rows of the language model."""
+    for compensate in ("fit", "none"):
+        for ratio in RATIOS:
+            for score in SCORES:
+                how = "bias" if score == "flap" and compensate == "none" else compensate
+                yield (
+                    f"{ratio} {score} {how}",
+                    PruneOptions(ratio=ratio, score=score, compensate=how),  # type: ignore[arg-type]
+                )
+
+
+def image_jobs() -> Iterator[tuple[str, PruneOptions]]:
+    """Names and options of the rows of the image models."""
+    for share in (0.8, 0.7, 0.5):
+        for score, how in (
+            ("obs", "fit"),
+            ("obs", "none"),
+            ("wanda", "fit"),
+            ("magnitude", "none"),
+        ):
+            yield (
+                f"{share} {score} {how}",
+                PruneOptions(target_flops=share, score=score, compensate=how),  # type: ignore[arg-type]
+            )
+
+
+def fill(
+    rows: dict[str, Row],
+    case: Any,
+    jobs: Iterator[tuple[str, PruneOptions]],
+    only: str,
+    late: Callable[[], bool],
+) -> None:
+    """Make the rows that are missing until time is up."""
+    for name, options in jobs:
+        key = f"{case.name} {name}"
+        if key in rows or only not in key or late():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "pruned.onnx"
+            done = pruned(case, options, output, case.feeds)
+            rows[key] = done | case.judge(output)
+        print(key, rows[key], flush=True)
+        write_results("prune", {"rows": rows})
+
+
+def _product_times(
+    path: Path, feed: Mapping[str, Array], folder: Path, runs: int
+) -> dict[str, float]:
+    """Median microseconds of each node that multiplies, by node name."""
+    run = session(path, profile=str(folder / path.stem))
+    for _ in range(runs):
+        run.run(None, dict(feed))
+    events = json.loads(Path(run.end_profiling()).read_text())
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        name = event.get("name", "")
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            found[name.removesuffix("_kernel_time")].append(event["dur"])
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def latency(rows: dict[str, Row], case: LanguageModel, only: str) -> None:
+    """Time of the blocks' products at 128 positions, dense and pruned, taken in turns."""
+    for ratio in (0.2, 0.5):
+        key = f"latency {ratio}"
+        if key in rows or only not in key:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "pruned.onnx"
+            pruned(case, PruneOptions(ratio=ratio, least=0.1), output, case.feeds[:8])
+            rows[key] = _compare(case, output, Path(folder))
+        print(key, rows[key], flush=True)
+        write_results("prune", {"rows": rows})
+
+
+def _compare(case: LanguageModel, output: Path, folder: Path) -> Row:
+    feed = {"input_ids": case.tokens[:1, :128]}
+    flops = [_product_flops(path) for path in (case.path, output)]
+    changed = [name for name in flops[0] if flops[0][name] != flops[1].get(name)]
+    ratios = []
+    for _ in range(7):
+        times = [_product_times(path, feed, folder, 40) for path in (case.path, output)]
+        ratios.append(sum(times[1][n] for n in changed) / sum(times[0][n] for n in changed))
+    share = sum(flops[1][n] for n in changed) / sum(flops[0][n] for n in changed)
+    return {"time": statistics.median(ratios), "flops": share, "products": len(changed)}
+
+
+def _product_flops(path: Path) -> dict[str, int]:
+    """Multiplications for one position, by the name of a MatMul with a weight."""
+    model = load(path)
+    return {
+        node.name or "": int(node.inputs[1].const_value.size)  # type: ignore[union-attr]
+        for node in model.graph
+        if node.op_type == "MatMul" and node.inputs[1] is not None and node.inputs[1].const_value
+    }
+
+
+def show(rows: Mapping[str, Row]) -> None:
+    """Print all rows."""
+    keys = ("removed", "flops", "kl", "agreement", "accuracy", "time", "cpu_seconds")
+    table = [
+        [name, *(f"{row[key]:.4f}" if key in row else "" for key in keys)]
+        for name, row in sorted(rows.items())
+    ]
+    print_table(["row", *keys], table)
+
+
+def main() -> None:
+    """Make rows, print them, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--parts", default="language,resnet,mobilenet,latency")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--only", default="")
+    given = parser.parse_args()
+    path = RESULTS / "prune.json"
+    rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    end = time.monotonic() + given.seconds
+    for part in given.parts.split(","):
+        if part == "latency":
+            latency(rows, LanguageModel(given.data), given.only)
+        elif part == "language":
+            late = lambda: time.monotonic() > end  # noqa: E731
+            fill(rows, LanguageModel(given.data), language_jobs(), given.only, late)
+        else:
+            kind = {"resnet": ResNet, "mobilenet": MobileNet}[part]
+            fill(rows, kind(given.data), image_jobs(), given.only, lambda: time.monotonic() > end)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

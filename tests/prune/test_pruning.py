@@ -1,0 +1,222 @@
+"""Whole runs of pruning: shares that are met, data or none, codecs behind it, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import onnxcomp
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.canonicalize import canonicalize
+from onnxcomp.passes.graph import load, save
+from onnxcomp.passes.prune.pruning import PruneOptions, prune
+from onnxcomp.passes.prune.report import PruneReport
+from onnxcomp.runtime.evaluate import run_model
+
+from .graphs import GRAPHS, Draft
+
+SCORES = ["obs", "numerical", "wanda", "flap", "magnitude"]
+
+
+def wide(bias: bool = True) -> onnx.ModelProto:
+    """Two hidden layers whose neurons are correlated, so that fits make up for lost ones."""
+    d = Draft()
+    h = d.add("Relu", d.linear("x", 8, 64, bias))
+    h = d.add("Relu", d.linear(h, 64, 48, bias))
+    return d.model({"x": ["n", 8]}, {d.linear(h, 48, 4, bias): ["n", 4]})
+
+
+def feeds(count: int = 20, rows: int = 64) -> list[dict[str, Any]]:
+    """Inputs for `wide`."""
+    rng = np.random.default_rng(1)
+    return [{"x": rng.standard_normal((rows, 8)).astype(np.float32)} for _ in range(count)]
+
+
+def run(
+    proto: onnx.ModelProto, options: PruneOptions, data: Any = (), folder: Path | None = None
+) -> tuple[PruneReport, float]:
+    """The report, and the relative squared error of the first output."""
+    model = load(proto)
+    canonicalize(model)
+    report = prune(model, options, feeds=data)
+    if folder is None:
+        return report, 0.0
+    before, after = folder / "before.onnx", folder / "after.onnx"
+    onnx.save(proto, before)
+    save(model, after)
+    held = {"x": np.random.default_rng(7).standard_normal((200, 8)).astype(np.float32)}
+    exact, own = (next(iter(run_model(path, [held])[0].values())) for path in (before, after))
+    return report, float(np.square(exact - own).sum() / np.square(exact).sum())
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_every_score_reaches_the_ratio_and_fits_help(score: Any, tmp_path: Path) -> None:
+    proto = wide()
+    errors = {}
+    for how in ("fit", "none"):
+        options = PruneOptions(ratio=0.3, score=score, compensate=how)  # type: ignore[arg-type]
+        report, errors[how] = run(proto, options, feeds(), tmp_path)
+        assert report.met and 0.3 <= report.reached < 0.45
+        assert report.after.parameters < report.before.parameters
+        assert report.after.flops < report.before.flops
+        assert report.calibrated and report.score == score
+    assert errors["fit"] < errors["none"]
+    assert all(fit.after <= fit.before for fit in report.fits)
+
+
+def test_biases_alone_make_up_for_means(tmp_path: Path) -> None:
+    errors = [
+        run(
+            wide(bias=False),
+            PruneOptions(ratio=0.3, score="flap", compensate=how),
+            feeds(),
+            tmp_path,
+        )
+        for how in ("bias", "none")  # type: ignore[arg-type]
+    ]
+    assert errors[0][1] < errors[1][1]
+
+
+def test_the_default_is_better_than_magnitude(tmp_path: Path) -> None:
+    errors = {
+        score: run(wide(), PruneOptions(ratio=0.4, score=score), feeds(), tmp_path)[1]
+        for score in ("obs", "magnitude")  # type: ignore[arg-type]
+    }
+    assert errors["obs"] < errors["magnitude"]
+
+
+def test_without_data_weights_alone_decide() -> None:
+    report, _ = run(wide(), PruneOptions(ratio=0.3))
+    assert report.met and not report.calibrated
+    assert report.score == "magnitude" and report.fits == ()
+
+
+def test_uniform_allocation_takes_the_same_share_of_every_group() -> None:
+    options = PruneOptions(ratio=0.4, score="wanda", allocation="uniform", round_to=1)
+    report, _ = run(wide(), options, feeds(4))
+    shares = [group.after / group.before for group in report.groups]
+    assert max(shares) - min(shares) < 0.05
+
+
+def test_sizes_of_large_groups_stay_multiples() -> None:
+    report, _ = run(wide(), PruneOptions(ratio=0.4, round_to=16), feeds(4))
+    assert [group.after % 16 for group in report.groups if group.before == 64] == [0]
+
+
+def test_a_target_for_flops_is_met() -> None:
+    proto = GRAPHS["convolutions"]()
+    report, _ = run(proto, PruneOptions(target_flops=0.7))
+    assert report.met and report.unit == "flops"
+    assert report.after.flops <= 0.7 * report.before.flops
+
+
+def test_floors_can_forbid_a_ratio() -> None:
+    report, _ = run(wide(), PruneOptions(ratio=0.9, least=0.5))
+    assert not report.met
+    assert 0.3 < report.reached < 0.9
+    assert all(group.after >= group.before / 2 for group in report.groups)
+
+
+def test_patterns_say_what_may_shrink() -> None:
+    proto = wide()
+    whole, _ = run(proto, PruneOptions(ratio=0.2))
+    first = whole.groups[0].name
+    only, _ = run(proto, PruneOptions(ratio=0.2, include=(f"^{first}$",)))
+    assert [group.name for group in only.groups] == [first]
+    without, _ = run(proto, PruneOptions(ratio=0.2, exclude=(f"^{first}$",)))
+    assert first not in [name for group in without.groups for name in group.weights]
+
+
+def test_caches_shrink_only_when_they_may() -> None:
+    proto = GRAPHS["attention with a cache"]()
+    allowed, _ = run(proto, PruneOptions(ratio=0.3))
+    assert {name for name, _, _ in allowed.inputs} >= {"past_key", "past_value"}
+    assert allowed.after.cache_bytes < allowed.before.cache_bytes
+    kept, _ = run(proto, PruneOptions(ratio=0.3, caches=False))
+    assert kept.inputs == () and kept.groups == ()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PruneOptions(),
+        PruneOptions(ratio=0.2, target_flops=0.5),
+        PruneOptions(ratio=1.2),
+        PruneOptions(target_flops=0.0),
+        PruneOptions(ratio=0.2, score="size"),  # type: ignore[arg-type]
+    ],
+)
+def test_options_out_of_range_are_refused(options: PruneOptions) -> None:
+    with pytest.raises(UsageError):
+        run(wide(), options)
+
+
+def test_optimize_prunes_first_and_encodes_what_is_left(tmp_path: Path) -> None:
+    onnx.save(wide(), tmp_path / "m.onnx")
+    inputs = {"x": np.concatenate([feed["x"] for feed in feeds()])}
+    np.savez(tmp_path / "data.npz", **inputs)
+    result = onnxcomp.optimize(
+        tmp_path / "m.onnx", tmp_path / "s.onnx", method="prune+int", prune_ratio=0.25,
+        min_size=1024, data=tmp_path / "data.npz",
+    )  # fmt: skip
+    assert result.verify is not None and result.verify.passed
+    assert result.report.prune is not None and result.report.prune["met"]
+    assert {site.method for site in result.report.sites if site.compressed} == {"int"}
+    widths = {site.shape for site in result.report.sites if len(site.shape) == 2}
+    assert (8, 64) not in widths
+
+
+def test_pruning_alone_leaves_weights_dense(tmp_path: Path) -> None:
+    onnx.save(wide(), tmp_path / "m.onnx")
+    result = onnxcomp.optimize(
+        tmp_path / "m.onnx", tmp_path / "s.onnx", method="prune", prune_ratio=0.25
+    )
+    assert not any(site.compressed for site in result.report.sites)
+    assert result.report.output.bytes < result.report.input.bytes
+    again = onnxcomp.optimize(
+        tmp_path / "m.onnx", tmp_path / "t.onnx", method="prune", prune_ratio=0.25, jobs=1
+    )
+    assert again.report.output.sha256 == result.report.output.sha256
+
+
+def test_a_ratio_that_cannot_be_met_is_written_and_said(tmp_path: Path) -> None:
+    onnx.save(wide(), tmp_path / "m.onnx")
+    with pytest.raises(onnxcomp.TargetMissedError, match=r"99\.0 % were asked for") as caught:
+        onnxcomp.optimize(
+            tmp_path / "m.onnx", tmp_path / "s.onnx", method="prune", prune_ratio=0.99
+        )
+    assert caught.value.exit_code == 3
+    assert caught.value.result.report.prune is not None
+    assert (tmp_path / "s.onnx").exists()
+
+
+def test_a_model_without_channels_is_left_as_it_is(tmp_path: Path) -> None:
+    d = Draft()
+    onnx.save(d.model({"x": ["n", 8]}, {d.linear("x", 8, 4): ["n", 4]}), tmp_path / "m.onnx")
+    with pytest.raises(onnxcomp.TargetMissedError, match=r"0\.0 %"):
+        onnxcomp.optimize(tmp_path / "m.onnx", tmp_path / "s.onnx", method="prune", prune_ratio=0.2)
+    before, after = (onnx.load(tmp_path / name) for name in ("m.onnx", "s.onnx"))
+    assert [node.op_type for node in before.graph.node] == [n.op_type for n in after.graph.node]
+
+
+def test_how_much_to_prune_must_be_said(tmp_path: Path) -> None:
+    onnx.save(wide(), tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="how much"):
+        onnxcomp.optimize(tmp_path / "m.onnx", tmp_path / "s.onnx", method="prune")
+    with pytest.raises(UsageError, match="how much"):
+        onnxcomp.optimize(tmp_path / "m.onnx", tmp_path / "s.onnx", prune_score="wanda")
+
+
+def test_a_cache_may_change_its_shape_in_a_run(tmp_path: Path) -> None:
+    onnx.save(GRAPHS["attention with a cache"](), tmp_path / "m.onnx")
+    result = onnxcomp.optimize(
+        tmp_path / "m.onnx", tmp_path / "s.onnx", method="prune", prune_ratio=0.3,
+        prune_caches=True,
+    )  # fmt: skip
+    assert result.report.prune is not None
+    assert {change["name"] for change in result.report.prune["inputs"]} >= {"past_key"}
+    assert result.verify is not None and result.verify.passed
