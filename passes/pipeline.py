@@ -28,8 +28,8 @@ from onnxcomp.passes.settings import (
     ExternalData,
     ModeChoice,
     Patterns,
+    PruneScore,
     Rule,
-    Score,
     given_settings,
 )
 from onnxcomp.passes.source import publish, read, refuse_overwriting, workspace
@@ -80,7 +80,7 @@ def optimize(
     rest: str = "keep",
     prune_ratio: float | None = None,
     target_flops: float | None = None,
-    prune_score: Score | None = None,
+    prune_score: PruneScore | None = None,
     prune_caches: bool | None = None,
     jobs: int | None = None,
     cache: PathLike | None = None,

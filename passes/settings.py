@@ -36,8 +36,8 @@ ParamValue = int | float | str
 
 MODES: tuple[ModeChoice, ...] = ("auto", "fused", "folded", "decode")
 REST = ("keep", "fp16", "exact")
-Score = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
-SCORES: tuple[Score, ...] = ("obs", "numerical", "wanda", "flap", "magnitude")
+PruneScore = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
+SCORES: tuple[PruneScore, ...] = ("obs", "numerical", "wanda", "flap", "magnitude")
 
 _HOW_MUCH = "give --prune-ratio 0.3 (of the parameters) or --target-flops 0.7 (that stay)"
 EXTERNAL_DATA: tuple[ExternalData, ...] = ("auto", "always", "never")
@@ -285,7 +285,7 @@ class Settings:
     rest: str = "keep"
     prune_ratio: float | None = None
     target_flops: float | None = None
-    prune_score: Score | None = None
+    prune_score: PruneScore | None = None
     prune_caches: bool | None = None
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from onnxcomp.passes.prune.cost import Ledger
 from onnxcomp.passes.prune.groups import Group
 from onnxcomp.passes.prune.obs import Surgeon, damping
 from onnxcomp.passes.prune.select import Step, clusters, floor_of, greedy, merge, step_size
-from onnxcomp.passes.settings import Score
+from onnxcomp.passes.settings import PruneScore
 
 __all__ = ["by_obs", "by_rank", "removed"]
 
@@ -75,7 +75,7 @@ def by_rank(
     seen: Mapping[str, Sums],
     ledger: Ledger,
     share: float,
-    score: Score,
+    score: PruneScore,
     *,
     uniform: bool,
     least: float,
@@ -113,7 +113,7 @@ def by_rank(
     return taken
 
 
-def _columns(consumer: Consumer, sums: Sums | None, score: Score, share: float) -> Array:
+def _columns(consumer: Consumer, sums: Sums | None, score: PruneScore, share: float) -> Array:
     """Score of each column of a product."""
     tensor = consumer.weight.const_value
     assert tensor is not None
@@ -132,7 +132,7 @@ def _ranked(
     group: Group,
     consumers: Sequence[Consumer],
     columns: Mapping[str, Array],
-    score: Score,
+    score: PruneScore,
     width: int,
 ) -> _Ranked:
     candidates = group.slots[0]
@@ -184,7 +184,7 @@ def _head_weight(analysis: Analysis, group: Group) -> float:
     return 1.0
 
 
-def _keys(ranked: _Ranked, uniform: bool, score: Score) -> Iterator[float]:
+def _keys(ranked: _Ranked, uniform: bool, score: PruneScore) -> Iterator[float]:
     count = len(ranked.steps)
     if uniform:
         yield from ((place + 0.5) / count for place in range(count))

@@ -31,7 +31,7 @@ from onnxcomp.passes.prune.probe import probe
 from onnxcomp.passes.prune.report import FitReport, GroupReport, PruneReport
 from onnxcomp.passes.prune.rewrite import remove
 from onnxcomp.passes.prune.select import Step
-from onnxcomp.passes.settings import SCORES, Score
+from onnxcomp.passes.settings import SCORES, PruneScore
 
 __all__ = ["PruneOptions", "prune"]
 
@@ -59,7 +59,7 @@ class PruneOptions:
 
     ratio: float | None = None
     target_flops: float | None = None
-    score: Score = "obs"
+    score: PruneScore = "obs"
     allocation: Literal["auto", "knapsack", "uniform"] = "auto"
     compensate: Literal["fit", "bias", "none"] = "fit"
     least: float = 0.1
@@ -188,7 +188,7 @@ def _choose(
     uniform = options.allocation == "uniform" or (
         options.allocation == "auto" and options.score in ("wanda", "magnitude")
     )
-    score: Score = options.score if feeds else "magnitude"
+    score: PruneScore = options.score if feeds else "magnitude"
     return by_rank(
         analysis, groups.groups, needed, found, ledger, share, score,
         uniform=uniform, least=options.least, round_to=options.round_to,
