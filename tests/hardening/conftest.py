@@ -96,14 +96,15 @@ def spawn(command: Callable[..., Any]) -> Callable[..., Answer]:
 def two_products(
     first: Array | None = None, *, opset: int | None = 17, ir_version: int = 8, seed: int = 0
 ) -> onnx.ModelProto:
-    """``y = x @ w @ v`` with w (64, 256) and v (256, 64)."""
+    """``y = relu(x @ w) @ v`` with w (64, 256) and v (256, 64)."""
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((64, 256)).astype(np.float32) if first is None else first
     v = rng.standard_normal((256, 64)).astype(np.float32)
     graph = helper.make_graph(
         [
             helper.make_node("MatMul", ["x", "w"], ["h"], "first"),
-            helper.make_node("MatMul", ["h", "v"], ["y"], "second"),
+            helper.make_node("Relu", ["h"], ["r"], "between"),
+            helper.make_node("MatMul", ["r", "v"], ["y"], "second"),
         ],
         "products",
         [helper.make_tensor_value_info("x", 1, ["n", w.shape[0]])],
