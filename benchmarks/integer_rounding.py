@@ -1,9 +1,10 @@
 """The integer rivals: ONNX Runtime's MatMulNBits by rounding, and by GPTQ, in real files.
 
-`round_model` runs ONNX Runtime's own quantiser (block 128, float32 scales). `gptq_model` puts codes
-found by the GPTQ of the integer codec (damping 0.01) into the same file, so that 2 bits are covered
-too. ONNX Runtime has no look-up in 2-bit tables, so in all models tables of Gather are rounded in
-place and counted as if they were stored like the other weights.
+`round_model` runs ONNX Runtime's own quantisers (block 128, float32 scales): round to nearest, HQQ,
+and k-quant. Its GPTQ needs a package of its own: `gptq_model` puts codes found by the GPTQ of the
+integer codec (damping 0.01) into the same file, for 4 and 2 bits. ONNX Runtime has no look-up in
+2-bit tables, so in all models tables of Gather are rounded in place and counted as if they were
+stored like the other weights.
 """
 
 from __future__ import annotations
@@ -62,20 +63,39 @@ def _with_rounded_tables(model: Path, bits: int, symmetric: bool) -> tuple[onnx.
     return proto, saved
 
 
-def round_model(model: Path, output: Path, bits: int, *, symmetric: bool) -> int:
-    """Write the model with MatMulNBits rounded to nearest.
+def _algorithm(name: str, bits: int, symmetric: bool) -> Any:
+    """Settings of one of ONNX Runtime's quantisers."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+
+    if name == "hqq":  # runs on torch
+        return quantizer.HQQWeightOnlyQuantConfig(block_size=BLOCK, bits=bits)
+    if name == "k_quant":
+        return quantizer.KQuantWeightOnlyQuantConfig()
+    return quantizer.DefaultWeightOnlyQuantConfig(
+        block_size=BLOCK, is_symmetric=symmetric, bits=bits
+    )
+
+
+def round_model(
+    model: Path, output: Path, bits: int, *, symmetric: bool, algorithm: str = "default"
+) -> int:
+    """Write the model with MatMulNBits by one of ONNX Runtime's quantisers.
+
+    Args:
+        model: The dense model.
+        output: The file.
+        bits: 2, 4 or 8.
+        symmetric: Without zero points.
+        algorithm: "default" rounds to nearest; "hqq"; "k_quant".
 
     Returns:
         Bytes of the file, tables counted as codes.
     """
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        MatMulNBitsQuantizer,
-    )
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)
     proto, saved = _with_rounded_tables(model, bits, symmetric)
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=symmetric, bits=bits)
+    config = _algorithm(algorithm, bits, symmetric)
     quantizer = MatMulNBitsQuantizer(proto, bits=bits, algo_config=config)
     quantizer.process()
     quantizer.model.save_model_to_file(str(output), use_external_data_format=False)

@@ -1,0 +1,170 @@
+"""Judges of whole models: how far a compressed form is from the dense model, on real inputs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from bench_minilm import embed, make_batches, quality, read_pairs
+from inputs import CLASSIFIERS
+from tokenizers import Tokenizer
+
+import onnxcomp
+from onnxcomp.passes.calibrate import split_batches
+
+__all__ = ["ImageModel", "Judge", "LanguageModel", "SentenceModel"]
+
+Feeds = Sequence[dict[str, npt.NDArray[Any]]]
+
+
+class Judge(Protocol):
+    """What all judges have.
+
+    Attributes:
+        model: The dense model.
+        loss: Name of the number that says how far a form is from it.
+    """
+
+    model: Path
+    loss: str
+
+    def __call__(self, path: Path) -> dict[str, float]:
+        """Numbers of one form."""
+        ...
+
+    def calibration(self, data: Path) -> Feeds:
+        """Inputs to calibrate with; none of them is judged by."""
+        ...
+
+
+Array = npt.NDArray[Any]
+CONTEXT, BATCH = 256, 4
+SETS = ("books", "shakespeare")
+TRAINING_PAIRS = 1500
+HELD = 8
+
+
+def _log_probabilities(session: Any, tokens: Array) -> Iterator[Array]:
+    """Natural logarithms of predictions, float32 ``(batch, context, vocabulary)``."""
+    for start in range(0, len(tokens), BATCH):
+        logits = session.run(None, {"input_ids": tokens[start : start + BATCH]})[0]
+        logits = logits.astype(np.float32)
+        logits -= logits.max(axis=-1, keepdims=True)
+        yield logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+class LanguageModel:
+    """Judges forms of the language model by the dense one.
+
+    Windows of 256 tokens, not overlapping; divergence is that of Kullback and Leibler.
+
+    Args:
+        model: The dense model.
+        folder: Where the token files are.
+        windows: Windows of each set.
+    """
+
+    loss = "kl"
+
+    def __init__(self, model: Path, folder: Path, windows: int) -> None:
+        self.model = model
+        self.tokens: dict[str, tuple[Array, Array]] = {}
+        for name in SETS:
+            ids = np.load(folder / f"eval_{name}.npy").astype(np.int64).reshape(-1)
+            count = min(windows, (len(ids) - 1) // CONTEXT)
+            shape = (count, CONTEXT)
+            used = count * CONTEXT
+            self.tokens[name] = ids[:used].reshape(shape), ids[1 : used + 1].reshape(shape)
+        session = onnxruntime.InferenceSession(model)
+        self.dense = {
+            name: np.concatenate(list(_log_probabilities(session, fed)))
+            for name, (fed, _) in self.tokens.items()
+        }
+
+    def __call__(self, path: Path) -> dict[str, float]:
+        """Divergence, agreement and perplexity on each set."""
+        session = onnxcomp.InferenceSession(path)
+        result: dict[str, float] = {}
+        for name, (fed, wanted) in self.tokens.items():
+            divergence = surprise = 0.0
+            agreeing = 0
+            for index, found in enumerate(_log_probabilities(session, fed)):
+                part = slice(index * BATCH, index * BATCH + len(found))
+                exact, targets = self.dense[name][part], wanted[part]
+                divergence += float((np.exp(exact) * (exact - found)).sum(dtype=np.float64))
+                agreeing += int((exact.argmax(-1) == found.argmax(-1)).sum())
+                picked = np.take_along_axis(found, targets[..., None], -1)
+                surprise -= float(picked.sum(dtype=np.float64))
+            result[f"{name}_kl"] = divergence / wanted.size
+            result[f"{name}_agreement"] = agreeing / wanted.size
+            result[f"{name}_perplexity"] = float(np.exp(surprise / wanted.size))
+        result["kl"] = float(np.mean([result[f"{name}_kl"] for name in SETS]))
+        return result
+
+    def calibration(self, data: Path) -> Feeds:
+        """Windows of the training text."""
+        tokens = np.load(data / "lm" / "calib.npy").astype(np.int64)
+        feeds = split_batches([{"input_ids": tokens}], {"input_ids": ("batch", "tokens")})
+        return [dict(feed) for feed in feeds]
+
+
+class SentenceModel:
+    """Judges forms of MiniLM by STS-B and by the dense model."""
+
+    loss = "one_minus_cosine"
+
+    def __init__(self, model: Path, data: Path) -> None:
+        self.model = model
+        self.tokenizer = Tokenizer.from_file(str(data / "models" / "minilm_tokenizer.json"))
+        sentences, self.scores = read_pairs(data)
+        self.batches = make_batches(self.tokenizer, sentences)
+        self.dense = embed(onnxruntime.InferenceSession(model), self.batches)
+
+    def __call__(self, path: Path) -> dict[str, float]:
+        """Spearman correlation and mean 1 - cosine."""
+        found = embed(onnxcomp.InferenceSession(path), self.batches)
+        return quality(found, self.dense, self.scores)
+
+    def calibration(self, data: Path) -> Feeds:
+        """Training sentences that are not among the evaluated ones."""
+        evaluated = set(read_pairs(data)[0])
+        file = data / "eval" / "stsb" / "stsb-en-train.csv"
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.reader(lines))
+        step = max(1, len(rows) // TRAINING_PAIRS)
+        sentences = [text for row in rows[::step] for text in row[:2]]
+        unseen = list(dict.fromkeys(text for text in sentences if text not in evaluated))
+        return [feed for _, feed in make_batches(self.tokenizer, unseen)]
+
+
+class ImageModel:
+    """Judges forms of an image classifier: one image in `HELD` is kept to calibrate with."""
+
+    loss = "disagreement"
+
+    def __init__(self, model: Path, data: Path, images: int) -> None:
+        self.model = model
+        every = list(CLASSIFIERS[model.stem](data))[: images * HELD // (HELD - 1)]
+        self._kept = [feed for number, (feed, _) in enumerate(every) if number % HELD == 0]
+        self._judged = [feed for number, (feed, _) in enumerate(every) if number % HELD]
+        self.dense = self._predictions(onnxruntime.InferenceSession(model))
+
+    def _predictions(self, session: Any) -> Array:
+        found = [session.run(None, feed)[0].reshape(-1) for feed in self._judged]
+        return np.stack(found).astype(np.float64)
+
+    def __call__(self, path: Path) -> dict[str, float]:
+        """Share of images with another class than the dense model's, and divergence."""
+        found = self._predictions(onnxcomp.InferenceSession(path))
+        other = float((found.argmax(1) != self.dense.argmax(1)).mean())
+        ratios = np.log(np.maximum(self.dense, 1e-9) / np.maximum(found, 1e-9))
+        return {"disagreement": other, "kl": float((self.dense * ratios).sum(1).mean())}
+
+    def calibration(self, data: Path) -> Feeds:
+        """The images kept."""
+        return self._kept
