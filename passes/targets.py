@@ -10,6 +10,7 @@ from onnxcomp.passes.allocate import allocate
 from onnxcomp.passes.choices import Candidate
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
+from onnxcomp.passes.filters import with_better_filters
 from onnxcomp.passes.fitting import fit, with_dense
 from onnxcomp.passes.menus import Menu, keep, uniform, uniform_bits
 from onnxcomp.passes.plan import Budget
@@ -55,7 +56,10 @@ def choose(
         return _worth_it(picks, size_of(picks), size_of)
     bits = budget.bits or DEFAULT_BITS
     _check_bits(bits, method_names(settings.method, CODECS, stock=settings.stock))
-    picks = [uniform(menu, _bits_of_rule(menu, settings, bits)) for menu in menus]
+    fixed = {menu.site.name: _fixed_bits(menu, settings) for menu in menus}
+    wanted = [fixed[menu.site.name] or uniform_bits(menu, bits) for menu in menus]
+    picks = [uniform(menu, own) for menu, own in zip(menus, wanted, strict=True)]
+    picks = with_better_filters(menus, picks, [name for name, own in fixed.items() if own])
     return _worth_it(picks, size_of(picks), size_of)
 
 
@@ -78,11 +82,11 @@ def smallest_within(menus: Sequence[Menu], max_error: float) -> list[Candidate]:
     return best
 
 
-def _bits_of_rule(menu: Menu, settings: Settings, bits: int) -> int:
+def _fixed_bits(menu: Menu, settings: Settings) -> int | None:
+    """Bits that a rule gives to a weight."""
     fixed = rule_of(menu.site, settings).params
     names = {CODECS[candidate.codec].width for candidate in menu.options}
-    given = (int(fixed[name]) for name in names if name is not None and name in fixed)
-    return next(given, uniform_bits(menu, bits))
+    return next((int(fixed[name]) for name in names if name is not None and name in fixed), None)
 
 
 def _check_bits(bits: int, methods: Sequence[str]) -> None:

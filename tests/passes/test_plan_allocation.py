@@ -15,6 +15,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.codecs.dense import DenseParams
 from onnxcomp.passes.codecs.hyper import HyperParams
+from onnxcomp.passes.filters import ROOM, with_better_filters
 from onnxcomp.passes.fitting import fit
 from onnxcomp.passes.menus import FRAMING, Menu, keep, menu, sensitivity, uniform
 from onnxcomp.passes.settings import parse_rule
@@ -190,3 +191,38 @@ def test_what_is_kept_stays_kept_in_a_fit() -> None:
     picks, _ = fit([kept, menu(site("w"), ["hyper"])], 600_000, lambda p: size(p))
     assert picks[0].reason == "holds NaN"
     assert picks[0].params == DenseParams()
+
+
+def filters(*extents: tuple[int, int]) -> list[Menu]:
+    use = Use("n", "Conv", 1, "dense")
+    return [
+        menu(
+            WeightSite(
+                f"f{index}", (rows, length, 1, 1), "float32", (use,), "", rows, length, False
+            ),
+            ["hyper"],
+        )
+        for index, (rows, length) in enumerate(extents)
+    ]
+
+
+def test_the_smallest_filters_get_more_bits_for_few_bytes() -> None:
+    menus = filters((64, 32), (512, 512), (256, 128), (512, 1024))
+    picks = [uniform(m, 4) for m in menus]
+    found = with_better_filters(menus, picks, [])
+    assert [params(c).bits for c in found] == [6, 4, 4, 4]
+    extra = sum(c.bytes for c in found) - sum(c.bytes for c in picks)
+    assert 0 < extra <= ROOM * sum(c.bytes for c in picks)
+    assert with_better_filters(menus, picks, ["f0"]) == picks
+
+
+def test_products_and_the_widest_codes_stay_as_they_are() -> None:
+    products = [
+        menu(site(rows=32, length=64), ["hyper"]),
+        menu(site(rows=512, length=512), ["hyper"]),
+    ]
+    picks = [uniform(m, 4) for m in products]
+    assert with_better_filters(products, picks, []) == picks
+    menus = filters((64, 32), (512, 512))
+    most = [uniform(m, 6) for m in menus]
+    assert with_better_filters(menus, most, []) == most
