@@ -15,12 +15,16 @@ __all__ = ["command", "milliseconds_text", "show_bench"]
 
 
 @click.command("bench")
-@click.argument("models", type=FILE, nargs=-1, required=True)
+@click.argument("models", type=FILE, nargs=-1)
 @input_options
 @click.option("--threads", type=click.IntRange(1), help="Threads of one operator.")
 @click.option(
     "--portable", is_flag=True, help="Measure compressed models without the library, too."
 )
+@click.option(
+    "--costs", is_flag=True,
+    help="Measure what products cost on this machine, for --max-slowdown; needs no model.",
+)  # fmt: skip
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="Time for each model.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
 @with_terminal
@@ -29,6 +33,7 @@ def command(
     models: tuple[Path, ...],
     data: tuple[str, ...],
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    costs: bool,
     **settings: Any,
 ) -> None:
     """Measure models on the same inputs, each in a process of its own, taking turns.
@@ -37,9 +42,34 @@ def command(
     """
     from onnxcomp.runtime.bench import bench
 
+    if costs:
+        show_costs(terminal)
+        return
+    if not models:
+        raise click.UsageError("name at least one model, or give --costs")
     document = bench(models, data=data or None, shapes=dict(shapes), **settings)
     show_bench(terminal, document["models"])
     terminal.finish(document, bench_verdict(document["models"]))
+
+
+def show_costs(terminal: Terminal) -> None:
+    """Measure this machine, keep the numbers, and print what some products take."""
+    from onnxcomp.passes.costs import costs_path, measure_costs
+
+    def told(key: str, done: int, total: int) -> None:
+        if not terminal.quiet:
+            click.echo(f"measuring {key}, {done} of {total}", err=True)
+
+    table = measure_costs(told)
+    points = ((1, 384, 384), (1, 1024, 1024), (16, 1024, 1024), (128, 1024, 1024))
+    rows = [
+        (key, *(milliseconds_text(1e3 * (table.seconds(key, *point) or 0.0)) for point in points))
+        for key in table.coefficients
+    ]
+    columns = ("weights", *(f"{m} x {length} x {rows}" for m, rows, length in points))
+    terminal.table(columns, rows)
+    path = costs_path()
+    terminal.finish({"path": str(path), **table.to_json()}, f"kept in {path}")
 
 
 def show_bench(terminal: Terminal, models: Sequence[Mapping[str, Any]]) -> None:

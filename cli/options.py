@@ -62,6 +62,10 @@ _PLAN_OPTIONS = (
         "--max-error", type=click.FloatRange(0, min_open=True),
         help="Largest relative error of an output; without a target: as small as it allows.",
     ),
+    click.option(
+        "--max-slowdown", type=click.FloatRange(0, min_open=True),
+        help="How many times as long as MODEL the output may run, as measured.",
+    ),
     click.option("--include", metavar="RE", multiple=True, help="Touch only weights that match."),
     click.option("--exclude", metavar="RE", multiple=True, help="Leave weights alone that match."),
     click.option(

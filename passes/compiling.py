@@ -25,6 +25,7 @@ from onnxcomp.passes.report import OutputFile, Report
 from onnxcomp.passes.run import Run
 from onnxcomp.passes.samples import SampleSource
 from onnxcomp.passes.settings import Settings
+from onnxcomp.passes.slowdown import Slowdown, measure_slowdown
 from onnxcomp.passes.source import (
     Loaded,
     file_hash,
@@ -34,6 +35,7 @@ from onnxcomp.passes.source import (
     rejected_path,
     workspace,
 )
+from onnxcomp.passes.timing import Timing
 
 if TYPE_CHECKING:
     from onnxcomp.passes.verify import Verification
@@ -60,11 +62,13 @@ class _Work:
         prepared: The model and its weights.
         plan: What was decided.
         menus: What there was to choose from; None where the plan was given.
+        timing: What settings cost in time; None where that does not matter.
     """
 
     prepared: Prepared
     plan: Plan
     menus: list[Menu] | None
+    timing: Timing | None = None
 
 
 def _planned(
@@ -84,7 +88,8 @@ def _planned(
             return _Work(prepared, settle(given, prepared, name=name), None)
         evidence = gather_evidence(prepared, settings, samples, calibrated=run.calibrates)
         menus = make_menus(prepared, settings, evidence)
-        return _Work(prepared, plan_from(menus, prepared, settings, name=name), menus)
+        made = plan_from(menus, prepared, settings, name=name, timing=evidence.timing)
+        return _Work(prepared, made, menus, evidence.timing)
 
 
 def _only_planned(
@@ -138,6 +143,7 @@ def _report(
         config=run.config(made.settings),
         evaluation=None if verdict.evaluation is None else verdict.evaluation.to_json(),
         prune=prepared.facts.get("prune"),
+        speed=None if verdict.slowdown is None else verdict.slowdown.to_json(),
     )
 
 
@@ -186,22 +192,27 @@ class _Verdict:
     Attributes:
         verification: The fidelity gate, with the limit of the error.
         evaluation: The user's own measure.
+        slowdown: Times of both models.
     """
 
     verification: Verification | None = None
     evaluation: Evaluation | None = None
+    slowdown: Slowdown | None = None
 
     @property
     def passed(self) -> bool:
         """Whether no gate objects."""
         faithful = self.verification is None or self.verification.passed
-        return faithful and (self.evaluation is None or self.evaluation.passed)
+        others = (self.evaluation, self.slowdown)
+        return faithful and all(gate is None or gate.passed for gate in others)
 
     @property
     def failure(self) -> str:
         """The first objection, on one line."""
         if self.verification is not None and not self.verification.passed:
             return " ".join(self.verification.failures[0].split())
+        if self.slowdown is not None and not self.slowdown.passed:
+            return self.slowdown.failure
         if self.evaluation is None or self.evaluation.passed:
             return ""
         scores = self.evaluation
@@ -217,11 +228,12 @@ def _attempts(
     if new_shapes:  # inputs of the original do not fit: what is left before encoding stands for it
         original = save(work.prepared.model, path.with_name(f"pruned.{path.name}")).files[0]
         reference, source = (lambda: original), SampleSource(None, lambda: original)
-    judged = limit is not None or run.evaluation is not None
+    slow = work.plan.settings.max_slowdown
+    judged = limit is not None or slow is not None or run.evaluation is not None
     folder = path.parent / "payloads" if run.cache is None and judged else run.cache
     cache = None if folder is None else PayloadCache(folder)
-    repair = Repair(work.prepared, work.menus, path.name)
-    for attempt in range(_ATTEMPTS if judged and run.verify else 1):
+    repair = Repair(work.prepared, work.menus, path.name, timing=work.timing)
+    for attempt in range(_ATTEMPTS if judged else 1):
         with run.stage("load"):
             samples = load_samples(source, run.calibration, work.prepared.sites, work.plan)
         fresh = work.prepared
@@ -238,15 +250,13 @@ def _attempts(
             samples=samples,
         )
         verdict = _Verdict()
-        if run.verify or run.evaluation is not None:
+        if run.verify or judged:
             data = None if new_shapes else run.data if samples is None else samples.witnesses
             verdict = _gates(reference(), written.saved, data, work.plan.settings, run)
-        aim = None if verdict.passed else _aim(verdict, limit)
-        if aim is None or attempt == _ATTEMPTS - 1:
+        if verdict.passed or attempt == _ATTEMPTS - 1:
             break
         with run.stage("repair"):
-            error, wanted = aim
-            other = repair.plan(work.plan, path, source(), error=error, wanted=wanted)
+            other = _other_plan(repair, work.plan, path, verdict, limit, source)
         if other is None:
             break
         work.plan = other
@@ -257,6 +267,23 @@ def _has_new_shapes(prepared: Prepared) -> bool:
     """Whether pruning has changed shapes of inputs."""
     pruned = prepared.facts.get("prune")
     return pruned is not None and bool(pruned["inputs"])
+
+
+def _other_plan(
+    repair: Repair,
+    made: Plan,
+    path: Path,
+    verdict: _Verdict,
+    limit: float | None,
+    source: SampleSource,
+) -> Plan | None:
+    """The plan to try after one that a gate objected to; None where none is in sight."""
+    if verdict.slowdown is not None and not verdict.slowdown.passed:
+        return repair.faster(made, verdict.slowdown)
+    aim = _aim(verdict, limit)
+    if aim is None:
+        return None
+    return repair.plan(made, path, source(), error=aim[0], wanted=aim[1])
 
 
 def _limit(settings: Settings, run: Run) -> float | None:
@@ -284,12 +311,21 @@ def _aim(verdict: _Verdict, limit: float | None) -> tuple[float, float] | None:
 
 def _gates(reference: Path, saved: Saved, data: Any, settings: Settings, run: Run) -> _Verdict:
     """Run the result against the input, and the user's measure where that is passed."""
-    found = _gate(reference, saved, data, settings, run) if run.verify else None
-    if run.evaluation is None or (found is not None and not found.passed):
-        return _Verdict(found)
-    with run.stage("evaluate"):
-        run.evaluation.run(reference, saved.files[0])
-    return _Verdict(found, run.evaluation)
+    verdict = _Verdict(_gate(reference, saved, data, settings, run) if run.verify else None)
+    if not verdict.passed:
+        return verdict
+    if run.evaluation is not None:
+        with run.stage("evaluate"):
+            run.evaluation.run(reference, saved.files[0])
+        verdict = dataclasses.replace(verdict, evaluation=run.evaluation)
+    if settings.max_slowdown is None or not verdict.passed:
+        return verdict
+    with run.stage("time"):
+        small = saved.files[0]
+        slowdown = measure_slowdown(
+            reference, small, settings.max_slowdown, data, run.shapes, settings.seed
+        )
+    return dataclasses.replace(verdict, slowdown=slowdown)
 
 
 def _gate(reference: Path, saved: Saved, data: Any, settings: Settings, run: Run) -> Verification:

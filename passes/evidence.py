@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -13,8 +13,10 @@ from onnxcomp.passes.calibrate import Feed, collect, unobservable
 from onnxcomp.passes.codecs.codec import Stats, WeightSite
 from onnxcomp.passes.menus import sensitivity
 from onnxcomp.passes.probing import made_up_inputs
+from onnxcomp.passes.samples import SampleSource
 from onnxcomp.passes.sensitivity import measure_sensitivities, spread
 from onnxcomp.passes.settings import Settings
+from onnxcomp.passes.timing import Timing, measure_timing
 
 if TYPE_CHECKING:
     from onnxcomp.passes.planner import Prepared
@@ -41,12 +43,14 @@ class Evidence:
         sensitivities: Noise power of the outputs over that of each weight, as plans use it; empty
             where nothing is known.
         measured: The same, of the weights it was measured of.
+        timing: What settings cost in time; None where that does not matter.
     """
 
     feeds: Sequence[Feed] | None = None
     calibrated: bool = False
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    timing: Timing | None = None
 
 
 def blended(
@@ -75,7 +79,7 @@ def blended(
 def gather_evidence(
     prepared: Prepared,
     settings: Settings,
-    feeds: Callable[[], Sequence[Feed] | None],
+    samples: SampleSource,
     *,
     calibrated: bool,
     mixed: bool = False,
@@ -88,14 +92,30 @@ def gather_evidence(
     Args:
         prepared: The model and its weights; only read.
         settings: What is asked for.
-        feeds: Gives real inputs in small batches, or None.
+        samples: Gives real inputs, where there are any.
         calibrated: Whether weights will be encoded for these inputs.
         mixed: Whether settings differ from weight to weight although no target is set.
     """
+    found = _errors(prepared, settings, samples, calibrated=calibrated, mixed=mixed)
+    if settings.max_slowdown is None:
+        return found
+    timing = measure_timing(prepared.model, prepared.sites, samples.whole())
+    return dataclasses.replace(found, timing=timing)
+
+
+def _errors(
+    prepared: Prepared,
+    settings: Settings,
+    samples: SampleSource,
+    *,
+    calibrated: bool,
+    mixed: bool,
+) -> Evidence:
+    """What inputs tell about errors."""
     mixed = mixed or settings.ratio is not None or settings.target_size is not None
     if not mixed and settings.max_error is None:
         return Evidence()
-    real = feeds()
+    real = samples()
     if real is not None:
         measured = measure_sensitivities(prepared.model, prepared.sites, real)
         return Evidence(

@@ -84,6 +84,7 @@ class Menu:
             far as known; None for the guess of `sensitivity`.
         measured: The same as it was measured, to predict by; None where that is `sensitivity`.
         price: What a second counts in the objective.
+        fastest: Seconds from which on it counts, so that costs are not negative.
     """
 
     site: WeightSite
@@ -91,6 +92,7 @@ class Menu:
     sensitivity: float | None = None
     measured: float | None = None
     price: float = 0.0
+    fastest: float = 0.0
 
     def with_options(self, options: Iterable[Candidate]) -> Menu:
         """The menu with other candidates."""
@@ -108,7 +110,7 @@ class Menu:
 
     def cost_of(self, candidate: Candidate) -> float:
         """Objective of a candidate: its noise, and its time at the price of time."""
-        return self.noise(candidate) + self.price * candidate.time
+        return self.noise(candidate) + self.price * (candidate.time - self.fastest)
 
     def cost(self, index: int) -> float:
         """Objective of one option."""

@@ -65,6 +65,7 @@ def optimize(
     ratio: float | None = None,
     target_size: int | str | None = None,
     max_error: float | None = None,
+    max_slowdown: float | None = None,
     min_size: int | str = 16384,
     mode: ModeChoice = "auto",
     include: Patterns = (),
@@ -109,6 +110,8 @@ def optimize(
         target_size: Most bytes of the output: a number, or text such as "120MB".
         max_error: Largest relative L2 error of an output. With a target it is a limit; without one
             the output is made as small as it allows.
+        max_slowdown: How many times as long as the original the output may run, by measurement; 0.5
+            asks for twice the speed. What products cost is measured once on a machine.
         min_size: Bytes below which a tensor is left alone.
         mode: How uses of weights are served.
         include: Regular expressions; when given, only matching weights are touched.
@@ -154,15 +157,15 @@ def optimize(
         TargetMissedError: No plan meets the target; the smallest output was written.
         RejectedError: The result failed the gate and was kept as ``*.rejected.onnx``.
     """
-    if plan is not None and (bits, ratio, target_size, max_error) != (None,) * 4:
+    if plan is not None and (bits, ratio, target_size, max_error, max_slowdown) != (None,) * 5:
         raise UsageError("a plan and a target were given together", hint="choose one of them")
     given = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
     settings = given.settings if given is not None else given_settings(
         method, target_size, min_size, include, exclude, set_,
-        bits=bits, ratio=ratio, max_error=max_error, mode=mode, precision=precision,
-        external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
-        stock=stock, rest=rest, prune_ratio=prune_ratio, target_flops=target_flops,
-        prune_score=prune_score, prune_caches=prune_caches,
+        bits=bits, ratio=ratio, max_error=max_error, max_slowdown=max_slowdown, mode=mode,
+        precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
+        portable=portable, seed=seed, stock=stock, rest=rest, prune_ratio=prune_ratio,
+        target_flops=target_flops, prune_score=prune_score, prune_caches=prune_caches,
     )  # fmt: skip
     check_calibration(calibration)
     run = Run(
@@ -193,6 +196,7 @@ def plan(
     ratio: float | None = None,
     target_size: int | str | None = None,
     max_error: float | None = None,
+    max_slowdown: float | None = None,
     min_size: int | str = 16384,
     mode: ModeChoice = "auto",
     include: Patterns = (),
@@ -219,8 +223,9 @@ def plan(
     """
     settings = given_settings(
         method, target_size, min_size, include, exclude, set_,
-        bits=bits, ratio=ratio, max_error=max_error, mode=mode, precision=precision,
-        external_data=external_data, freeze_inputs=freeze_inputs, portable=portable, seed=seed,
+        bits=bits, ratio=ratio, max_error=max_error, max_slowdown=max_slowdown, mode=mode,
+        precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
+        portable=portable, seed=seed,
         stock=stock, rest=rest,
     )  # fmt: skip
     check_calibration(calibration)

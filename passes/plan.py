@@ -34,24 +34,29 @@ class Budget:
         bytes: Most bytes the output may have, external data included.
         ratio: The ratio `bytes` came from, for messages.
         max_error: Largest relative error of an output.
+        max_slowdown: How many times as long as the original the output may run.
     """
 
     bits: int | None = None
     bytes: int | None = None
     ratio: float | None = None
     max_error: float | None = None
+    max_slowdown: float | None = None
 
     @classmethod
     def of(cls, settings: Settings, input_bytes: int, default_bits: int = 4) -> Budget:
         """The budget of a run on a model of `input_bytes` bytes."""
-        error = settings.max_error
+        base = cls(max_error=settings.max_error, max_slowdown=settings.max_slowdown)
         if settings.ratio is not None:
-            return cls(None, int(input_bytes / settings.ratio), settings.ratio, error)
+            size = int(input_bytes / settings.ratio)
+            return dataclasses.replace(base, bytes=size, ratio=settings.ratio)
         if settings.target_size is not None:
-            return cls(bytes=parse_size(settings.target_size), max_error=error)
-        if settings.bits is None and error is not None:
-            return cls(max_error=error)
-        return cls(bits=default_bits if settings.bits is None else settings.bits, max_error=error)
+            return dataclasses.replace(base, bytes=parse_size(settings.target_size))
+        if settings.bits is None and settings.max_error is not None:
+            return base
+        return dataclasses.replace(
+            base, bits=default_bits if settings.bits is None else settings.bits
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The attributes that are set."""
@@ -121,6 +126,8 @@ class Plan:
         bytes: Bytes of the output, exactly; None after a change until it is applied.
         portable_load_bytes: Expected peak memory, beyond that of any session, to load the output
             without the operator library; None after a change until it is applied.
+        slowdown: How many times as long as the original the output is expected to run; None where
+            times were not measured.
         error: Expected relative error of the outputs, from what noise in each weight does to them;
             None where that was not measured.
     """
@@ -133,6 +140,7 @@ class Plan:
     bytes: int | None = None
     portable_load_bytes: int | None = None
     error: float | None = None
+    slowdown: float | None = None
 
     def __getitem__(self, name: str) -> Choice:
         if name not in self.choices:
@@ -146,7 +154,7 @@ class Plan:
                 hint=f"start from plan[{name!r}].with_(...)",
             )
         self.choices[name] = choice
-        self.bytes = self.portable_load_bytes = self.error = None
+        self.bytes = self.portable_load_bytes = self.error = self.slowdown = None
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices.values())
@@ -190,7 +198,12 @@ class Plan:
             for name, site in known.items()
         }
         return dataclasses.replace(
-            self, choices=settled, bytes=None, portable_load_bytes=None, error=None
+            self,
+            choices=settled,
+            bytes=None,
+            portable_load_bytes=None,
+            error=None,
+            slowdown=None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -203,6 +216,7 @@ class Plan:
             "bytes": self.bytes,
             "portable_load_bytes": self.portable_load_bytes,
             "error": None if self.error is None else float(f"{self.error:.4g}"),
+            "slowdown": None if self.slowdown is None else float(f"{self.slowdown:.4g}"),
             "sites": [choice.to_json() for choice in self],
             "skipped": [tensor.to_json() for tensor in self.skipped],
         }
@@ -235,6 +249,7 @@ class Plan:
             bytes=values.get("bytes"),
             portable_load_bytes=values.get("portable_load_bytes"),
             error=values.get("error"),
+            slowdown=values.get("slowdown"),
         )
 
     def dumps(self) -> str:
@@ -282,7 +297,7 @@ class Plan:
 
 _PLAN_KEYS = frozenset(
     {"version", "source", "settings", "budget", "bytes", "portable_load_bytes", "error"}
-    | {"sites", "skipped"}
+    | {"slowdown", "sites", "skipped"}
 )
 
 

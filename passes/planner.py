@@ -25,6 +25,7 @@ from onnxcomp.passes.sizing import planned_size, portable_load_bytes
 from onnxcomp.passes.source import Loaded
 from onnxcomp.passes.stages import Context, no_feeds, run_passes
 from onnxcomp.passes.targets import DEFAULT_BITS, choose, expected_error, rule_of
+from onnxcomp.passes.timing import Timing
 
 __all__ = ["Prepared", "make_menus", "make_plan", "measured_size", "plan_from", "prepare", "settle"]
 
@@ -136,7 +137,7 @@ def measured_size(
 def make_menus(prepared: Prepared, settings: Settings, evidence: Evidence) -> list[Menu]:
     """What there is to choose from for every site, with all that is expected of it."""
     methods = method_names(settings.method, CODECS, stock=settings.stock)
-    estimates = Estimates(prepared.model, calibrated=evidence.calibrated)
+    estimates = Estimates(prepared.model, calibrated=evidence.calibrated, timer=evidence.timing)
     found: dict[str, Menu] = {}
     for site, stats in observed(prepared.model, prepared.sites, evidence.feeds):
         estimates.look_at(stats)
@@ -166,17 +167,27 @@ def make_plan(
     Raises:
         UsageError: A method, a rule or the number of bits does not exist.
     """
-    menus = make_menus(prepared, settings, Evidence() if evidence is None else evidence)
-    return plan_from(menus, prepared, settings, name=name)
+    known = Evidence() if evidence is None else evidence
+    menus = make_menus(prepared, settings, known)
+    return plan_from(menus, prepared, settings, name=name, timing=known.timing)
 
 
 def plan_from(
-    menus: Sequence[Menu], prepared: Prepared, settings: Settings, *, name: str = "out.onnx"
+    menus: Sequence[Menu],
+    prepared: Prepared,
+    settings: Settings,
+    *,
+    name: str = "out.onnx",
+    timing: Timing | None = None,
 ) -> Plan:
     """`make_plan` for menus that are made already."""
     budget = Budget.of(settings, prepared.source.bytes, DEFAULT_BITS)
     size_of = functools.partial(measured_size, prepared, settings, name)
-    picks, total = choose(menus, budget, settings, size_of)
+    limit = None
+    if timing is not None and settings.max_slowdown is not None:
+        limit = (settings.max_slowdown - 1.0) * timing.dense_seconds
+    picks, total = choose(menus, budget, settings, size_of, limit)
+    added = sum(pick.time for pick in picks)
     choices = {pick.site.name: _choice(pick, settings) for pick in picks}
     return Plan(
         source=prepared.source,
@@ -187,6 +198,7 @@ def plan_from(
         bytes=total,
         portable_load_bytes=portable_load_bytes(prepared.sites, list(choices.values())),
         error=expected_error(menus, picks),
+        slowdown=None if timing is None else max(0.0, 1.0 + added / timing.dense_seconds),
     )
 
 

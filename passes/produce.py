@@ -175,6 +175,7 @@ def report(
     config: Mapping[str, Any],
     evaluation: Mapping[str, Any] | None = None,
     prune: Mapping[str, Any] | None = None,
+    speed: Mapping[str, Any] | None = None,
 ) -> Report:
     """Put the report of a run together.
 
@@ -188,6 +189,7 @@ def report(
         config: Settings in effect.
         evaluation: Scores by the user's own measure.
         prune: What pruning did.
+        speed: Times of both models.
     """
     target = None
     if plan.budget.bytes is not None:
@@ -206,4 +208,5 @@ def report(
         target=target,
         evaluation=evaluation,
         prune=prune,
+        speed=speed,
     )

@@ -17,6 +17,9 @@ from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.planner import Prepared, plan_from, settle
 from onnxcomp.passes.probing import Probe, made_up_inputs
 from onnxcomp.passes.sensitivity import spread
+from onnxcomp.passes.settings import Settings
+from onnxcomp.passes.slowdown import Slowdown
+from onnxcomp.passes.timing import Timing
 
 __all__ = ["Repair"]
 
@@ -40,14 +43,22 @@ class Repair:
         prepared: The model and its weights; only read.
         menus: What there was to choose from; None where the plan was given.
         name: File name of the output.
+        timing: What settings cost in time.
     """
 
     def __init__(
-        self, prepared: Prepared, menus: Sequence[Menu] | None, name: str = "out.onnx"
+        self,
+        prepared: Prepared,
+        menus: Sequence[Menu] | None,
+        name: str = "out.onnx",
+        *,
+        timing: Timing | None = None,
     ) -> None:
         self._prepared, self._name = prepared, name
         self._menus = None if menus is None else list(menus)
         self._aim: float | None = None
+        self._timing = timing
+        self._pace: float | None = None
 
     def plan(
         self,
@@ -88,6 +99,27 @@ class Repair:
         reason = f"rolled back: outputs differed by {error:.3g}, {wanted:.3g} are allowed"
         return self._without(made, {site.name for site in blamed}, reason)
 
+    def faster(self, made: Plan, measured: Slowdown) -> Plan | None:
+        """A plan that is expected to be faster than one that was too slow; None without menus."""
+        if self._menus is None or self._timing is None:
+            return None
+        pace = measured.max_slowdown if self._pace is None else self._pace
+        self._pace = pace * (measured.max_slowdown / measured.factor) * _MARGIN
+        settings = dataclasses.replace(made.settings, max_slowdown=self._pace)
+        return self._planned(made, settings)
+
+    def _planned(self, made: Plan, settings: Settings) -> Plan:
+        """A plan for stricter settings than those that were asked for."""
+        assert self._menus is not None
+        if self._aim is not None:
+            settings = dataclasses.replace(settings, max_error=self._aim)
+        if self._pace is not None:
+            settings = dataclasses.replace(settings, max_slowdown=self._pace)
+        found = plan_from(
+            self._menus, self._prepared, settings, name=self._name, timing=self._timing
+        )
+        return dataclasses.replace(found, settings=made.settings, budget=made.budget)
+
     def _free(self, made: Plan) -> bool:
         """Whether the plan may become as large as its error needs."""
         budget = made.budget
@@ -104,9 +136,7 @@ class Repair:
         if factor >= 1.0 or aim <= 0.0:
             return None
         self._aim = aim * factor * _MARGIN
-        settings = dataclasses.replace(made.settings, max_error=self._aim)
-        found = plan_from(self._menus, self._prepared, settings, name=self._name)
-        return dataclasses.replace(found, settings=made.settings, budget=made.budget)
+        return self._planned(made, made.settings)
 
     def _without(self, made: Plan, names: set[str], reason: str) -> Plan:
         """A plan in which some weights are dense, and the budget goes to the others."""
@@ -115,7 +145,7 @@ class Repair:
                 menu.with_options([keep(menu.site, reason)]) if menu.site.name in names else menu
                 for menu in self._menus
             ]
-            return plan_from(self._menus, self._prepared, made.settings, name=self._name)
+            return self._planned(made, made.settings)
         sites = {site.name: site for site in self._prepared.sites}
         choices = dict(made.choices)
         choices.update({name: Choice.kept_dense(sites[name], reason) for name in names})

@@ -135,6 +135,7 @@ class Report:
         target: Bytes asked for and whether they were met; None when none were.
         evaluation: Scores of both models by the user's own measure; None without one.
         prune: What pruning did; None where there was none.
+        speed: Times of both models; None where they did not matter.
     """
 
     input: InputFile
@@ -150,6 +151,7 @@ class Report:
     target: Mapping[str, Any] | None = None
     evaluation: Mapping[str, Any] | None = None
     prune: Mapping[str, Any] | None = None
+    speed: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; ``docs/result.schema.json`` describes them."""

@@ -22,6 +22,19 @@ class SampleSource:
     def __init__(self, data: Any, model: Callable[[], Path]) -> None:
         self._data, self._model = data, model
         self._feeds: list[Feed] | None = None
+        self._whole: list[Feed] | None = None
+
+    def whole(self) -> list[Feed] | None:
+        """The inputs as they were given; None where there are none.
+
+        Raises:
+            UsageError: A file cannot be read, or a name, shape or type does not fit the model.
+        """
+        if self._data is not None and self._whole is None:
+            from onnxcomp.runtime.inputs import load_inputs
+
+            self._whole = list(load_inputs(self._data, self._model()))
+        return self._whole
 
     def __call__(self) -> list[Feed] | None:
         """The inputs by name; None where there are none.
@@ -29,13 +42,10 @@ class SampleSource:
         Raises:
             UsageError: A file cannot be read, or a name, shape or type does not fit the model.
         """
-        if self._data is None:
-            return None
-        if self._feeds is None:
-            from onnxcomp.runtime.inputs import load_inputs
+        whole = self.whole()
+        if whole is not None and self._feeds is None:
             from onnxcomp.runtime.signature import read_signature
 
-            path = self._model()
-            dims = {spec.name: spec.dims for spec in read_signature(path)}
-            self._feeds = split_batches(load_inputs(self._data, path), dims)
+            dims = {spec.name: spec.dims for spec in read_signature(self._model())}
+            self._feeds = split_batches(whole, dims)
         return self._feeds

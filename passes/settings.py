@@ -247,6 +247,7 @@ class Settings:
         ratio: Input bytes over output bytes to reach.
         target_size: Output bytes to reach.
         max_error: Largest relative error of an output.
+        max_slowdown: How many times as long as the original the output may run.
         min_size: Smallest weight tensor to touch, in bytes.
         mode: How uses are served.
         include: Regular expressions; when there are any, only matching weights are touched.
@@ -271,6 +272,7 @@ class Settings:
     ratio: float | None = None
     target_size: int | None = None
     max_error: float | None = None
+    max_slowdown: float | None = None
     min_size: int = 16384
     mode: ModeChoice = "auto"
     include: tuple[str, ...] = ()
@@ -294,7 +296,7 @@ class Settings:
             raise UsageError(
                 f"{' and '.join(targets)} were given together", hint="choose one of them"
             )
-        for name in ("bits", "ratio", "target_size", "max_error"):
+        for name in ("bits", "ratio", "target_size", "max_error", "max_slowdown"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name} is {value}", hint="it must be positive")

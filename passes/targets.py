@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,9 @@ __all__ = ["DEFAULT_BITS", "choose", "expected_error", "rule_of"]
 
 # Bits per weight where neither bits nor a target is asked for.
 DEFAULT_BITS = 4
+
+# Prices of time that are tried, going up and then between two of them.
+_PRICES = 20
 
 # Halvings of the range of bytes in which the least size for an error is looked for.
 _HALVINGS = 24
@@ -42,13 +46,77 @@ def expected_error(menus: Sequence[Menu], picks: Sequence[Candidate]) -> float |
 
 
 def choose(
-    menus: Sequence[Menu], budget: Budget, settings: Settings, size_of: SizeOf
+    menus: Sequence[Menu],
+    budget: Budget,
+    settings: Settings,
+    size_of: SizeOf,
+    seconds: float | None = None,
 ) -> tuple[list[Candidate], int]:
     """One candidate for each menu, and the bytes of the output.
+
+    Args:
+        menus: One for each weight.
+        budget: What the plan has to meet.
+        settings: What is asked for.
+        size_of: Exact bytes of the output written with some candidates.
+        seconds: Most seconds that a run may take longer; None where that does not matter.
 
     Raises:
         UsageError: No method offers the number of bits.
     """
+    picks, total = _chosen(menus, budget, settings, size_of)
+    if seconds is None or sum(pick.time for pick in picks) <= seconds:
+        return picks, total
+    if budget.bytes is None:
+        picks = _fast_enough(picks, seconds)
+        return picks, size_of(picks)
+    menus = _priced(menus, sum(pick.bytes for pick in picks), seconds)
+    return fit(menus, budget.bytes, size_of)
+
+
+def _fast_enough(picks: Sequence[Candidate], seconds: float) -> list[Candidate]:
+    """The picks, those dense that save most time for their bytes, until the rest is fast enough."""
+    found = list(picks)
+    slow = [number for number, pick in enumerate(found) if pick.time > 0.0]
+    slow.sort(key=lambda n: -found[n].time / max(1, found[n].site.nbytes - found[n].bytes))
+    for number in slow:
+        if sum(pick.time for pick in found) <= seconds:
+            break
+        found[number] = keep(found[number].site, "compressed it would run too slowly")
+    return found
+
+
+def _priced(menus: Sequence[Menu], size: int, seconds: float) -> list[Menu]:
+    """The menus with the least price of time at which plans of a size are fast enough.
+
+    Where no price is high enough, the plan is the fastest that there is.
+    """
+    complete = [with_dense(menu) for menu in menus]
+    fastest = [
+        dataclasses.replace(menu, fastest=min(c.time for c in menu.options)) for menu in complete
+    ]
+
+    def priced(price: float) -> tuple[list[Menu], bool]:
+        found = [dataclasses.replace(menu, price=price) for menu in fastest]
+        return found, sum(pick.time for pick in allocate(found, size)) <= seconds
+
+    noise = sum(menu.noise(max(menu.options, key=lambda c: c.error)) for menu in menus)
+    spans = [max(abs(c.time) for c in menu.options) for menu in menus]
+    unit = noise / max(sum(spans), 1e-12)
+    low, high = 0.0, 1e-6 * unit
+    for _ in range(_PRICES):
+        if priced(high)[1]:
+            break
+        low, high = high, 4.0 * high
+    for _ in range(_PRICES):
+        middle = (low + high) / 2
+        low, high = (low, middle) if priced(middle)[1] else (middle, high)
+    return priced(high)[0]
+
+
+def _chosen(
+    menus: Sequence[Menu], budget: Budget, settings: Settings, size_of: SizeOf
+) -> tuple[list[Candidate], int]:
     if budget.bytes is not None:
         return fit(menus, budget.bytes, size_of)
     if budget.max_error is not None and budget.bits is None:
