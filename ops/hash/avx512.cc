@@ -97,6 +97,7 @@ void StreamInt8(const Weight& weight, const Activations& x, int64_t panel, int64
       const int8_t* four = codes + (minus ? x.negated : 0);
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) {
+        __builtin_prefetch(tile + q * 64 + 2048);
         const __m512i weights = Raise(Quad(tile + q * 64));
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i, four += 4) {
@@ -188,6 +189,7 @@ void TilesInt8(const Weight& weight, const Activations& x, int64_t panel, int pa
     const int count = BlocksOf(weight, span);
     for (int p = 0; p < panels; ++p) {
       DecodeQuads(weight, steps[p].At(span * kSpan), count, w + p * 64);
+      FetchSpan(weight, panel + p, span + 1);
     }
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const Rows tile = RowsAt(x, first + m, span);

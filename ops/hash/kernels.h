@@ -39,8 +39,10 @@ inline int BlocksOf(const Weight& weight, int64_t span) {
 template <int M, class T>
 inline void SumTile(const T* tile, const float* x, Line* sums) {
   constexpr int kChains = M == 1 ? 4 : M == 2 ? 2 : 1;  // to hide the latency of an addition
+  constexpr int kAhead = 2048 / static_cast<int>(sizeof(T));  // slots mostly follow one another
 #pragma GCC unroll 16
   for (int t = 0; t < kLanes; ++t) {
+    if (t * kLanes * sizeof(T) % 64 == 0) __builtin_prefetch(tile + t * kLanes + kAhead);
     const Line weights = Widen(tile + t * kLanes);
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
@@ -174,6 +176,18 @@ MultiplyFn MultiplyFor(int rows) {
   return MultiplyOf<NP>(rows, std::make_integer_sequence<int, kTileRows>());
 }
 
+// Asks for the tiles of a span, for the time when it is decoded.
+inline void FetchSpan(const Weight& weight, int64_t panel, int64_t span) {
+  if (weight.chunk != kTile || span * kSpan >= weight.blocks) return;
+  const int sizes[] = {4, 2, 1};
+  const int64_t bytes = kTile * sizes[static_cast<int>(weight.type)];
+  Walk walk(weight, weight.map.base + panel * weight.blocks + span * kSpan);
+  for (int b = BlocksOf(weight, span); b > 0; --b, walk.Next()) {
+    const char* tile = static_cast<const char*>(weight.memory) + walk.slot() * bytes;
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(tile + line, 0, 2);
+  }
+}
+
 // Many rows of activations: a span of columns is decoded into the first-level cache and used by
 // all rows. With int8 activations their integers are exact in float32: 128 * 127 * 127 < 2^24.
 void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels, int64_t first,
@@ -184,6 +198,7 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
     const int count = BlocksOf(weight, span);
     for (int p = 0; p < panels; ++p) {
       DecodeAny(weight, panel + p, span * kSpan, count, w + p * kLanes, 2 * kLanes);
+      FetchSpan(weight, panel + p, span + 1);
     }
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const Rows tile = RowsAt(x, first + m, span);

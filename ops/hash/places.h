@@ -3,6 +3,8 @@
 // Internal linkage throughout: each translation unit gets its own copy, compiled with its own flags.
 #pragma once
 
+#include <algorithm>
+
 #include "hash/format.h"
 
 namespace onnxcomp::hash {
@@ -36,6 +38,19 @@ class Walk {
 
   int64_t slot() const { return slot_; }
   int64_t partition() const { return partition_; }
+
+  // Chunks from here on, at most `most`, whose slots are consecutive.
+  int64_t Stretch(int64_t most) const {
+    const int64_t left = std::min(run_ - offset_, slots_ - slot_);
+    return std::min(left, most);
+  }
+
+  // Moves on inside a stretch, or to its end.
+  void Skip(int64_t count) {
+    offset_ += count - 1;
+    slot_ += count - 1;
+    Next();
+  }
 
   void Next() {
     if (++offset_ == run_) {
@@ -83,9 +98,13 @@ class Steps {
       minus[b] = (Mix(key + static_cast<uint32_t>(b)) >> 30) & is_signed;
     }
     Walk walk(weight_, tile);
-    for (int64_t b = 0; b < end_ - begin_; ++b, walk.Next()) {
-      const uint64_t sign = walk.partition() == 0 ? 0 : minus[b];
-      steps_[b] = static_cast<uint64_t>(walk.slot()) * 2 + sign;
+    for (int64_t b = 0, count = 0; b < end_ - begin_; b += count, walk.Skip(count)) {
+      count = walk.Stretch(end_ - begin_ - b);
+      const uint32_t hashed = walk.partition() == 0 ? 0 : 1;
+      const auto first = static_cast<uint64_t>(walk.slot());
+      for (int64_t i = 0; i < count; ++i) {
+        steps_[b + i] = (first + static_cast<uint64_t>(i)) * 2 + (minus[b + i] & hashed);
+      }
     }
   }
 
