@@ -143,6 +143,24 @@ def products() -> Iterator[str]:
     yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
 
 
+def shared_products() -> Iterator[str]:
+    """Speed of products with shared weights."""
+    results = read("hash")
+    over = {(row["variant"], row["m"]): row["over"] for row in results["records"]}
+    heights = sorted({m for _, m in over})
+    names = {"hyper": "hyper, 4 bits, int8"}
+    rows = [
+        (names.get(name, name), *(f"{over[name, m]:.2f}" for m in heights))
+        for name in dict.fromkeys(name for name, _ in over)
+    ]
+    yield (
+        "The same product with a weight that was trained as signed copies of a memory, by\n"
+        "element type and size of the memory that all layers share; a dense weight of float32\n"
+        "has 67 MB: `benchmarks/bench_hash.py`.\n"
+    )
+    yield markdown(("memory", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
+
+
 def language_model() -> Iterator[str]:
     """Plain and calibrated codes beside integer rounding."""
     results = read("hyper_models")["language_model"]
@@ -189,7 +207,17 @@ def share(value: float | None) -> str:
 
 def tables() -> str:
     """All tables with the sentences before them."""
-    return "\n".join([*minilm(), *language_model(), *products(), *demo(), *models(), *presets()])
+    return "\n".join(
+        [
+            *minilm(),
+            *language_model(),
+            *products(),
+            *shared_products(),
+            *demo(),
+            *models(),
+            *presets(),
+        ]
+    )
 
 
 def put_into(text: str) -> str:
