@@ -343,6 +343,51 @@ def merged(path: Path, machine: Mapping[str, Any], records: Iterable[Any]) -> di
     return {**machine, "records": list(known.values())}
 
 
+class Bar(NamedTuple):
+    """A goal for one figure of one variant: at least, or at most for shares of threads."""
+
+    variant: str
+    m: int
+    figure: str
+    must: float
+
+
+# What the project set out with for a weight of 4096x4096, by rows of activations.
+INT8 = ("hyper-k4-L7-int8", "hyper-k3-L7-int8", "hyper-k2-L7-int8", "hyper-k2-L6-int8")
+BARS = (
+    Bar("hyper-k4-L7-int8", 1, "over_fp32", 8),
+    Bar("hyper-k4-L7-int8", 1, "over_nbits4", 1.15),
+    Bar("hyper-k3-L7-int8", 1, "over_fp32", 10),
+    Bar("hyper-k2-L7-int8", 1, "over_fp32", 11),
+    Bar("hyper-k2-L6-int8", 1, "over_fp32", 11),
+    *(Bar(name, 16, "over_fp32", 3.2) for name in INT8),
+    *(Bar(name, 16, "over_nbits4", 1.25) for name in INT8),
+    *(Bar(name, 128, "over_fp32", 3.4) for name in INT8),
+    *(Bar(name, 128, "over_nbits4", 1.7) for name in INT8),
+    Bar("hyper-k4-L7-exact", 1, "over_fp32", 3.5),
+    Bar("hyper-k4-L7-exact", 128, "over_fp32", 1.0),
+    Bar("avx2-hyper-k4-L7-int8", 1, "over_fp32", 2.5),
+    Bar("hyper-k4-L7-int8", 1, "of_one_thread", 1.25),
+    Bar("hyper-k4-L7-int8", 128, "of_one_thread", 1.05),
+)
+
+
+def judged(records: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Every bar whose figure is among the records, and whether it is met."""
+    square = [record for record in records if record["length"] == record["rows"] == 4096]
+    for bar in BARS:
+        threads = 2 if bar.figure == "of_one_thread" else 1
+        for record in square:
+            found = record[bar.figure]
+            about = (record["variant"], record["m"], record["threads"])
+            alone = record["of_one_thread"] is None
+            if about != (bar.variant, bar.m, threads) or alone != (threads == 1):
+                continue
+            met = found <= bar.must if threads == 2 else found >= bar.must
+            what = f"{bar.variant} {bar.figure.replace('_', ' ')} at M={bar.m}"
+            yield {"what": what, "found": round(found, 3), "must": bar.must, "met": met}
+
+
 def main() -> None:
     import onnxruntime
 
@@ -354,6 +399,11 @@ def main() -> None:
     machine = {"onnxruntime": onnxruntime.__version__, "cpu": cpu_name()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     document = merged(options.out, machine, records)
+    document["bars"] = list(judged(document["records"]))
+    for bar in document["bars"]:
+        print(
+            "met   " if bar["met"] else "MISSED", f"{bar['what']}: {bar['found']} of {bar['must']}"
+        )
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -122,25 +122,66 @@ SPEED_NAMES = {
 }
 
 
+def speed_name(variant: str) -> str:
+    """A row's name."""
+    narrow = variant.removeprefix("avx2-")
+    return SPEED_NAMES.get(variant, narrow + (", AVX2 only" if narrow != variant else ""))
+
+
+def speed_rows(records: Sequence[Any], cells: Sequence[tuple[int, int, int]]) -> list[list[str]]:
+    """Speeds over float32 of every variant, by (length, rows, m)."""
+    speed = {(r["variant"], r["length"], r["rows"], r["m"]): r["over_fp32"] for r in records}
+    variants = [v for v in dict.fromkeys(r["variant"] for r in records) if v != "fp32"]
+    return [
+        [speed_name(variant), *(f"{speed[(variant, *cell)]:.2f}" for cell in cells)]
+        for variant in variants
+    ]
+
+
 def products() -> Iterator[str]:
     """Speed of one product."""
     results = read("matmul")
-    square = [row for row in results["records"] if row["length"] == row["rows"] == 4096]
-    heights = sorted({row["m"] for row in square})
-    speed = {(row["variant"], row["m"]): row["over_fp32"] for row in square}
-    variants = list(dict.fromkeys(row["variant"] for row in square))
-    rows = [
-        (SPEED_NAMES.get(variant, variant), *(f"{speed[variant, m]:.2f}" for m in heights))
-        for variant in variants
-    ]
-    chip, load = results["cpu"], round(results["load_average"])
+    alone = [row for row in results["records"] if row["of_one_thread"] is None]
+    loads = [row["load_average"] for row in results["records"]]
     yield (
         "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
-        f"in ONNX Runtime {results['onnxruntime']}: CPU time of one thread of an {chip},\n"
-        f"a machine with a load of {load}; weights are not in the cache at few rows. `k4-L7` is\n"
-        "4 bits and 2^7 states: `benchmarks/bench_matmul.py`.\n"
+        f"in ONNX Runtime {results['onnxruntime']} (1.00): CPU time of one thread of an\n"
+        f"{results['cpu']}, a machine with a load of {min(loads):.0f} to {max(loads):.0f};\n"
+        "weights are not in the cache at few rows. `k4-L7` is 4 bits and 2^7 states:\n"
+        "`benchmarks/bench_matmul.py`.\n"
     )
-    yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
+    heights = sorted({row["m"] for row in alone})
+    cells = [(4096, 4096, m) for m in heights]
+    columns = ("product", *(f"{m} row" + "s" * (m > 1) for m in heights))
+    yield markdown(columns, speed_rows(alone, cells))
+    yield "The same with weights of other shapes, at 1, 16 and 128 rows.\n"
+    shapes = ((768, 3072), (4096, 11008))
+    cells = [(*shape, m) for shape in shapes for m in (1, 16, 128)]
+    columns = ("product", *(f"{length}x{rows}, {m}" for length, rows, m in cells))
+    yield markdown(columns, speed_rows(alone, cells))
+    yield from two_threads(results["records"])
+    missed = [bar for bar in results["bars"] if not bar["met"]]
+    texts = [
+        f"{bar['what']}: {bar['found']:.2f} where {bar['must']} was the goal" for bar in missed
+    ]
+    goals = len(results["bars"])
+    yield (
+        f"Of {goals} goals for the weight of 4096x4096 (`bars` in `results/matmul.json`), missed:\n"
+        f"{'; '.join(texts) or 'none'}.\n"
+    )
+
+
+def two_threads(records: Sequence[Any]) -> Iterator[str]:
+    """What two threads cost together, in CPU time of one."""
+    both = [row for row in records if row["threads"] == 2]
+    share = {(r["variant"], r["length"], r["rows"], r["m"]): r["of_one_thread"] for r in both}
+    cells = list(dict.fromkeys((r["length"], r["rows"], r["m"]) for r in both))
+    rows = [
+        [SPEED_NAMES.get(variant, variant), *(f"{share[(variant, *cell)]:.2f}" for cell in cells)]
+        for variant in dict.fromkeys(r["variant"] for r in both)
+    ]
+    yield "CPU time of two threads together, in times of one thread.\n"
+    yield markdown(("product", *(f"{length}x{n}, {m}" for length, n, m in cells)), rows)
 
 
 def shared_products() -> Iterator[str]:
