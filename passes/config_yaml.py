@@ -172,3 +172,6 @@ def _check_range(document: Document, value: float, schema: Mapping[str, Any], pa
         raise document.error(path, f"{path[-1]} is {value}", f"it must be at least {least}")
     if above is not None and not value > above:
         raise document.error(path, f"{path[-1]} is {value}", f"it must be more than {above}")
+    below = schema.get("exclusiveMaximum")
+    if below is not None and not value < below:
+        raise document.error(path, f"{path[-1]} is {value}", f"it must be less than {below}")

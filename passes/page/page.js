@@ -53,7 +53,8 @@ function sizes() {
     }));
     const sum = small.reduce((total, site) => total + site[own], 0);
     if (small.length) found.push({ name: `${small.length} small`, size: sum, method: "dense", words: "tensors of less than 0.2 % each" });
-    found.push({ name: "graph", size: rest[key], method: "", words: "nodes, functions, names and shared tensors" });
+    const cut = key === "before" && result.prune;
+    found.push({ name: cut ? "graph and what was pruned" : "graph", size: rest[key], method: "", words: "nodes, functions, names and shared tensors" });
     return found;
   };
   return section("Size", "Bars are to scale; each map fills its frame. A rectangle is a tensor, coloured by the method that stores it.",
@@ -125,6 +126,19 @@ function frontier() {
     ]));
 }
 
+function pruned() {
+  const prune = result.prune;
+  if (!prune || !prune.groups.length) return null;
+  const count = (value) => value.toLocaleString("en"), { before, after } = prune;
+  const rows = prune.groups.map((group) => html("tr", {}, html("td", { class: "name" }, group.name), html("td", {}, group.kind),
+    html("td", { class: "number", "data-label": "before" }, count(group.before)), html("td", { class: "number", "data-label": "after" }, count(group.after))));
+  return section("Pruned", `${percent(prune.reached)} of the ${prune.unit} went. Parameters ${count(before.parameters)} → ${count(after.parameters)}, ` +
+    `FLOPs ${count(before.flops)} → ${count(after.flops)}. Scores: ${prune.score}.`,
+    html("details", {}, html("summary", {}, `${rows.length} groups of channels`), html("table", { class: "cards" },
+      html("thead", {}, html("tr", {}, ["made by", "kind", "before", "after"].map((name, i) => html("th", { class: i > 1 ? "number" : null }, name)))),
+      html("tbody", {}, rows))));
+}
+
 function spectra() {
   const shown = sites.filter((site) => Array.isArray(site.spectrum) && site.spectrum.some(([, v]) => v > 0));
   if (!shown.length) return null;
@@ -194,5 +208,5 @@ function facts() {
 document.getElementById("page").replaceChildren(...[
   head(), sizes(),
   [ratios(), network()].every(Boolean) ? html("div", { class: "two" }, ratios(), network()) : ratios() || network(),
-  frontier(), spectra(), speed(), outputs(), table(sites), facts(), hint,
+  frontier(), pruned(), spectra(), speed(), outputs(), table(sites), facts(), hint,
 ].filter(Boolean));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from onnxcomp.passes.config import (
     template_text,
 )
 from onnxcomp.passes.presets import PRESETS, preset_options
+from onnxcomp.passes.settings import Settings
 
 Write = Callable[[str], Path]
 
@@ -52,6 +54,9 @@ def test_the_schema_is_one_and_its_options_are_arguments_of_optimize() -> None:
     assert len(set(names)) == len(names)
     assert set(names) <= set(inspect.signature(onnxcomp.optimize).parameters)
     assert set(TARGETS) <= set(names)
+    # A setting that decides about bytes must be reachable from a file.
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    assert fields - {"rules"} <= set(names) and "set_" in names
 
 
 def test_the_template_is_valid_with_and_without_its_comments(write: Write) -> None:
@@ -65,7 +70,7 @@ def test_the_template_is_valid_with_and_without_its_comments(write: Write) -> No
     assert set(options) == set(options_of(schema()["properties"])) - ONE_TARGET
 
 
-ONE_TARGET = {"bits", "target_size", "max_error"}
+ONE_TARGET = {"bits", "target_size", "max_error", "max_slowdown", "target_flops"}
 
 
 def is_setting(line: str) -> bool:
@@ -95,6 +100,7 @@ WRONG = [
     ("version: 1\n  mode: auto\n", 2, "", "indentation"),
     ("version: 1\ntarget: {ratio: 8, bits: 4}\n", 2, "together", "choose one"),
     ("version: 1\ndata:\n  path: none/*.npz\n", 3, "no file matches", "start at this file"),
+    ("version: 1\nprune:\n  ratio: 1\n", 3, "ratio is 1", "less than 1"),
     ("version: 1\ndata:\n  shapes: {x: [1, -2]}\n", 3, "is -2", "at least 0"),
     ("- 1\n", None, "not a mapping", "config init"),
     ("", None, "not a mapping", "config init"),

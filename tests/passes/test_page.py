@@ -250,3 +250,13 @@ def test_the_table_sorts_searches_and_filters(result: dict[str, Any], tmp_path: 
     wanted = {site["name"] for site in sites if "Gather" in site["uses"]}
     assert set(found["gather"]) == wanted and wanted
     assert set(found["dense"]) == {site["name"] for site in sites if site["method"] == "dense"}
+
+
+def test_what_was_pruned_has_its_place(tmp_path: Path) -> None:
+    from onnxcomp.models.character_kinds import model_path
+
+    done = onnxcomp.optimize(model_path(), tmp_path / "p.onnx", method="dense", prune_ratio=0.2)
+    write_page(done.report.to_json(), tmp_path / "r.html")
+    document, complaints = rendered(tmp_path / "r.html", 800)
+    assert complaints == [] and "Pruned" in " ".join(parsed(document).text["h2"])
+    assert "graph and what was pruned" in document
