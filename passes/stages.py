@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.graph import Change
+from onnxcomp.passes.indexed import IndexedWeights
 from onnxcomp.passes.linear_chains import fold_linear_chains
 from onnxcomp.passes.prune.graph_pass import Prune
 from onnxcomp.passes.settings import Settings
@@ -123,7 +124,13 @@ class LinearChains:
 
 
 # In the order in which they run.
-GRAPH_PASSES: tuple[GraphPass, ...] = (Canonicalize(), SharedWeights(), LinearChains(), Prune())
+GRAPH_PASSES: tuple[GraphPass, ...] = (
+    IndexedWeights(),
+    Canonicalize(),
+    SharedWeights(),
+    LinearChains(),
+    Prune(),
+)
 
 
 def run_passes(
