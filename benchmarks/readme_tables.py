@@ -241,6 +241,50 @@ def presets() -> Iterator[str]:
     yield markdown(("model", *names), table)
 
 
+def restored() -> Iterator[str]:
+    """Error of restored weights, and the speed of the encoder."""
+    rows = read("hyper_quality")["rows"]
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for row in rows:
+        found.setdefault(row["codec"], {})[row["bits"]] = row
+    wanted = [(2, "normal"), (3, "normal"), *((4, kind) for kind in ("normal", "laplace"))]
+    wanted += [(4, "student4"), (4, "trained")]
+    yield (
+        "Weights after they were stored and restored: signal-to-noise ratio in dB, for normal,\n"
+        "Laplace and Student-t (4) weights and those of the language model. RTN rounds to nearest\n"
+        "in groups (g) of 128 with one float16 scale, on -n .. n, on -n-1 .. n as ONNX Runtime does,\n"
+        "with a zero point, or in the best range; `winding` is Hyper-Compression in its best box;\n"
+        "the bound is Shannon's: `benchmarks/bench_hyper_quality.py`.\n"
+    )
+    cells = [
+        (codec, *(_one_digit(by_bits.get(bits, {}).get(kind)) for bits, kind in wanted))
+        for codec, by_bits in found.items()
+    ]
+    columns = ("codec", *(f"{bits} bits, {kind}" for bits, kind in wanted))
+    yield markdown(columns, cells)
+    encode = read("encode")
+    speeds = {
+        (row["state_bits"], row["bits"], row["isa"]): row["speed"] for row in encode["encoder"]
+    }
+    isa = encode["encoder"][0]["isa"]
+    yield (
+        f"The encoder ({isa}), million weights per second of one core, by states (first column)\n"
+        "and bits per weight: `benchmarks/bench_encode.py`.\n"
+    )
+    states = sorted({key[0] for key in speeds})
+    yield markdown(
+        ("states", *map(str, range(1, 7))),
+        [
+            (f"2^{s}", *(_one_digit(speeds.get((s, bits, isa))) for bits in range(1, 7)))
+            for s in states
+        ],
+    )
+
+
+def _one_digit(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
 def share(value: float | None) -> str:
     """A share in percent; empty where there is none."""
     return "" if value is None else f"{100 * value:.1f} %"
@@ -252,6 +296,7 @@ def tables() -> str:
         [
             *minilm(),
             *language_model(),
+            *restored(),
             *products(),
             *shared_products(),
             *demo(),
