@@ -48,6 +48,8 @@ def show(terminal: Terminal, entry: dict[str, Any]) -> None:
     rows = [(p["name"], p["type"], str(p["default"]), p["meaning"]) for p in entry["params"]]
     if rows:
         terminal.table(("parameter", "type", "default", "meaning"), rows, left=4)
+    if entry["qualities"]:
+        terminal.table(("quality", "what it stands for"), list(entry["qualities"].items()), left=2)
     terminal.table(
         ("settings", "bits per weight", "ratio", "expected error"),
         [
@@ -64,6 +66,7 @@ def show(terminal: Terminal, entry: dict[str, Any]) -> None:
 
 def describe(codec: Codec) -> dict[str, Any]:
     """Everything `codecs` prints about one codec."""
+    from onnxcomp.passes.codecs.codec import GradedCodec
     from onnxcomp.passes.settings import is_stock
 
     site = sample_site()
@@ -72,6 +75,7 @@ def describe(codec: Codec) -> dict[str, Any]:
         "summary": codec.summary,
         "stock": is_stock(codec),
         "params": parameters(codec.params_type),
+        "qualities": dict(codec.qualities) if isinstance(codec, GradedCodec) else {},
         "settings": [
             {
                 "params": params.to_json(),

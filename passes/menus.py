@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.choices import Candidate, Estimate, Estimator
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
+from onnxcomp.passes.codecs.codec import Codec, GradedCodec, Params, WeightSite
 from onnxcomp.passes.settings import Rule, suggest, typed_params
 
 __all__ = [
@@ -45,6 +45,9 @@ _RAW = 16
 # Bits that are worth as much: a bit is a factor of four in squared error. One more is taken where
 # the number of bits is not offered.
 _RAW_BITS = 3
+
+# Key of a rule that stands for named settings of a codec.
+QUALITY = "quality"
 
 # Relative differences of cost that mean nothing: the errors are expectations.
 NOISE = 0.003
@@ -122,13 +125,27 @@ def keep(site: WeightSite, reason: str) -> Candidate:
     return Candidate(site, "dense", CODECS["dense"].params_type(), site.nbytes, 0.0, reason=reason)
 
 
-def _settings_of(codec: Codec, site: WeightSite, fixed: Mapping[str, object]) -> list[Params]:
+def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Params]:
+    """What a codec offers, at a named quality."""
+    if not isinstance(codec, GradedCodec):
+        raise UsageError(f"codec {codec.name!r} has no qualities", hint="leave quality= away")
+    if quality not in codec.qualities:
+        hint = suggest(str(quality), codec.qualities)
+        raise UsageError(f"quality {quality!r} of {codec.name} is unknown", hint=hint)
+    return [codec.graded(params, str(quality)) for params in offered]
+
+
+def _settings_of(
+    codec: Codec, site: WeightSite, fixed: Mapping[str, object], quality: object = None
+) -> list[Params]:
     """Settings a codec offers for a site, with some parameters held fixed.
 
     A fixed number of bits picks among what is offered; any other value is taken at its word, with
     the other parameters as offered.
     """
     offered = list(codec.candidates(site))
+    if quality is not None:
+        offered = _graded(codec, offered, quality)
     if codec.width is not None and codec.width in fixed:
         wanted = fixed[codec.width]
         offered = [p for p in offered if getattr(p, codec.width) == wanted] or offered
@@ -155,8 +172,9 @@ def predicted(codec: Codec, site: WeightSite, params: Sequence[Params]) -> list[
 def _candidates(
     codec: Codec, site: WeightSite, fixed: Mapping[str, object], estimator: Estimator
 ) -> list[Candidate]:
-    typed_params(codec.params_type, fixed, codec.name)
-    offered = _settings_of(codec, site, fixed)
+    own = {name: value for name, value in fixed.items() if name != QUALITY}
+    typed_params(codec.params_type, own, codec.name)
+    offered = _settings_of(codec, site, own, fixed.get(QUALITY))
     return [
         Candidate(site, codec.name, params, codec.size(site, params), found.error, found)
         for params, found in zip(offered, estimator(codec, site, offered), strict=True)

@@ -25,6 +25,7 @@ __all__ = [
     "CalibratedCodec",
     "Codec",
     "FactoredCodec",
+    "GradedCodec",
     "Kind",
     "LoadMemory",
     "MeasuredCodec",
@@ -364,6 +365,21 @@ class SpectralCodec(Codec, Protocol):
 
     def spectrum(self, weight: Array) -> Array:
         """All singular values of ``(rows, length)``, largest first."""
+        ...
+
+
+@runtime_checkable
+class GradedCodec(Codec, Protocol):
+    """A codec with named settings: more speed, or less error, at equal bytes.
+
+    Attributes:
+        qualities: What each name stands for.
+    """
+
+    qualities: ClassVar[Mapping[str, str]]
+
+    def graded(self, params: Params, quality: str) -> Params:
+        """The settings of that name, as near to `params` as they exist."""
         ...
 
 

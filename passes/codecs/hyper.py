@@ -138,6 +138,11 @@ class HyperCodec:
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
     anchored: ClassVar[Literal[True]] = True
+    qualities: ClassVar[Mapping[str, str]] = {
+        "fast": "state_bits=6: least time to encode, and on CPUs without AVX-512 to run",
+        "balanced": "state_bits=7, the default",
+        "best": "state_bits=12: 8 to 17 % less error power at 2 to 4 bits; slow to encode, and to run",
+    }
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -169,6 +174,13 @@ class HyperCodec:
         if hyper.group not in hyper_format.GROUPS:
             sizes = ", ".join(map(str, hyper_format.GROUPS))
             raise UsageError(f"hyper: group={hyper.group}", hint=f"groups are one of {sizes}")
+
+    def graded(self, params: Params, quality: str) -> HyperParams:
+        """The settings with the states of that quality, where they exist for so many bits."""
+        hyper = _typed(params)
+        state_bits = {"fast": 6, "best": 12}.get(quality, hyper.state_bits)
+        known = (hyper.bits, state_bits) in WINDINGS
+        return dataclasses.replace(hyper, state_bits=state_bits) if known else hyper
 
     def candidates(self, site: WeightSite) -> Sequence[HyperParams]:
         """Settings smaller than the dense tensor, from most to fewest bytes."""

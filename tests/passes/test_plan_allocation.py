@@ -72,6 +72,18 @@ def test_a_fixed_parameter_leaves_all_numbers_of_bits(name: str, value: int) -> 
         assert getattr(params(picked), name) == value
 
 
+def test_a_rule_names_a_quality() -> None:
+    states = {"fast": [6, 6, 7], "balanced": [7, 7, 7], "best": [12, 12, 12]}
+    for quality, wanted in states.items():
+        offered = menu(site(), ["hyper"], parse_rule(f"w:quality={quality}"))
+        assert [params(uniform(offered, bits)).state_bits for bits in (2, 4, 5)] == wanted
+    both = menu(site(), ["hyper"], parse_rule("w:quality=best,bits=3"))
+    assert {(params(c).bits, params(c).state_bits) for c in both.options} == {(3, 12)}
+    for wrong in ("w:quality=bst", "w:method=winding,quality=best"):
+        with pytest.raises(UsageError, match="qualit"):
+            menu(site(), ["hyper"], parse_rule(wrong))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6])
 def test_equal_bits_take_the_default_group(bits: int) -> None:
     picked = uniform(menu(site(), ["hyper"]), bits)
