@@ -253,8 +253,8 @@ def restored() -> Iterator[str]:
         "Weights after they were stored and restored: signal-to-noise ratio in dB, for normal,\n"
         "Laplace and Student-t (4) weights and those of the language model. RTN rounds to nearest\n"
         "in groups (g) of 128 with one float16 scale, on -n .. n, on -n-1 .. n as ONNX Runtime\n"
-        "does, with a zero point, or in the best range; `winding` is Hyper-Compression in its best\n"
-        "box; the bound is Shannon's: `benchmarks/bench_hyper_quality.py`.\n"
+        "does, with a zero point, or in the best range; `winding` is Hyper-Compression in its\n"
+        "best box; the bound is Shannon's: `benchmarks/bench_hyper_quality.py`.\n"
     )
     cells = [
         (codec, *(_one_digit(by_bits.get(bits, {}).get(kind)) for bits, kind in wanted))
