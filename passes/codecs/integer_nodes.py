@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -145,7 +145,7 @@ class Form:
             zeros = self._joined(payload, _zeros_of, self.blocks)
         return Integers(self._joined(payload, str, self.block), scales, zeros)
 
-    def _joined(self, payload: Payload, name: Any, count: int) -> Array:
+    def _joined(self, payload: Payload, name: Callable[[str], str], count: int) -> Array:
         parts = [payload.tensors[name(part)] for part in self._parts]
         if self.halves:
             high, low = (unpacked(part, count) for part in parts)
@@ -259,7 +259,7 @@ class _Nodes:
             return matrix
         return self._node("Reshape", matrix, self._shape(site.rows, site.length))
 
-    def _values(self, select: Any) -> Any:
+    def _values(self, select: Callable[[Any], Any]) -> Any:
         """``(codes - zeros) * scales`` of selected rows, ``(selected, length)``."""
         form = self._form
         steps = self._node("Sub", self._codes(select), self._zeros(select))
@@ -277,7 +277,7 @@ class _Nodes:
     def _in_blocks(self, value: Any, width: int) -> Any:
         return self._node("Reshape", value, self._shape(-1, self._form.blocks, width))
 
-    def _codes(self, select: Any) -> Any:
+    def _codes(self, select: Callable[[Any], Any]) -> Any:
         """Integers as float32 ``(selected, blocks, block)``."""
         tensor, form = self._builder.tensor, self._form
         if form.halves:
@@ -289,7 +289,7 @@ class _Nodes:
             return self._in_blocks(self._spread(codes, 1), form.block)
         return self._node("Cast", codes, to=_FLOAT)
 
-    def _zeros(self, select: Any) -> Any:
+    def _zeros(self, select: Callable[[Any], Any]) -> Any:
         """Zero points as float32, ``(selected, blocks, 1)`` or one for all."""
         tensor, form = self._builder.tensor, self._form
         if not form.zero_points:

@@ -243,6 +243,14 @@ def test_the_effective_settings_are_in_the_report(
     assert config["tolerance"] == 0.5 and config["method"] == ["int"]
 
 
+def test_a_file_gives_arguments_in_python(small_model: Path, write: Write, tmp_path: Path) -> None:
+    text = "version: 1\npreset: small\nmethod: int\nrules: [{op: Gather, params: {bits: 8}}]\n"
+    options = config_options(write(text))
+    result = onnxcomp.optimize(small_model, tmp_path / "s.onnx", **options)
+    bits = {site.name: site.params["bits"] for site in result.report.sites}
+    assert bits == {"table": 8, "up": 4, "down": 4}
+
+
 def test_the_lossless_preset_changes_no_output(
     onnxcomp: Callable[..., Any], small_model: Path, tmp_path: Path
 ) -> None:
