@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs import CODECS, winding_format, winding_search
 from onnxcomp.passes.codecs.codec import Array, Payload
 from onnxcomp.passes.codecs.winding import WindingCodec, WindingParams
-from onnxcomp.passes.codecs.winding_format import GRIDS, positions, trajectory
+from onnxcomp.passes.codecs.winding_format import GRIDS, Trajectory, positions, trajectory
 
 CODEC = WindingCodec()
 
@@ -195,3 +196,22 @@ def test_nobody_gets_it_who_does_not_ask_for_it(tmp_path: Any) -> None:
     assert {choice.codec for choice in asked} == {"winding"}
     result = onnxcomp.optimize(model, tmp_path / "o.onnx", method="winding", bits=5, mode="decode")
     assert result.verify is not None and result.verify.passed
+
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("winding_*.npz"))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_files_decode_to_the_bit(path: Path) -> None:
+    with np.load(path) as archive:
+        golden = {name: archive[name] for name in archive.files}
+    _, points, order = (int(size) for size in golden["sizes"])
+    first, second = (int(step) for step in golden["generator"])
+    extent = golden["weight"].shape
+    assert golden["extent"].tolist() == list(extent)
+    found = winding_format.decode(golden, Trajectory(points - 1, (first, second), order), extent)
+    assert found.tobytes() == golden["decoded"].tobytes()
+
+
+def test_there_is_a_golden_file_for_every_grid() -> None:
+    assert {path.stem.split("_")[2] for path in GOLDEN} == set(GRIDS)
