@@ -7,8 +7,10 @@ The language model is judged by the divergence of its predictions from the dense
 STS-B; see bench_hyper_models.py. Only products within the layers are factored, all with the same
 share of their weights (ranks are multiples of 8), but for `global`, which chooses ranks in the same
 bytes. `svd` looks at the weights alone, `whitened` at the inputs that the dense model gives them,
-`anchored` at those behind the factors before and at the dense model's outputs. Rows that were
-measured before are kept. Speed: CPU time of two products against one, 4096 x 4096, interleaved.
+`anchored` at those behind the factors before and at the dense model's outputs. `lowrank+hyper`,
+`hyper`, `hyper+lowrank` and `chosen`: factors of half of the weights in 4 bits, all ranks in 2 bits,
+those with a repair of rank 32, and what a plan takes of the first two in the bytes of the first. Rows that were measured before are kept. Speed: CPU time of
+two products against one, 4096 x 4096, interleaved.
 """
 
 from __future__ import annotations
@@ -37,19 +39,23 @@ NAME = "lowrank"
 SIDE = 4096
 SHARES = (4, 8, 16)
 
-# Bits per weight of `hyper`, to compare with at equal bytes; with 2 bits the files are smaller.
-METHODS = ("svd", "whitened", "anchored", "global", "lowrank+hyper", "hyper+lowrank", "hyper")
+METHODS = ("svd", "whitened", "anchored", "global")
+# In few bits, at half of the weights: factors, all ranks, and what a plan chooses of the two.
+CODED = ("lowrank+hyper", "hyper", "hyper+lowrank", "chosen")
+FACTOR_BITS, WHOLE_BITS = 4, 2
 
 
-def factored_plan(model: Path, kept: float, widest: int) -> Plan:
+def factored_plan(
+    model: Path, kept: float, widest: int, codec: str = "lowrank", step: int = STEP, **params: int
+) -> Plan:
     """Every product within the layers with the same share of its weights."""
     plan = onnxcomp.plan(model, method="dense")
     for choice in list(plan):
         inside = len(choice.shape) == 2 and max(choice.shape) <= widest
         if inside and "MatMul" in choice.uses:
             rows, length = choice.shape
-            rank = int(kept * rows * length / (rows + length)) // STEP * STEP
-            plan[choice.site] = choice.with_(codec="lowrank", rank=rank)
+            rank = round(kept * rows * length / (rows + length) / step - 0.2) * step
+            plan[choice.site] = choice.with_(codec=codec, rank=max(step, rank), **params)
     return plan
 
 
@@ -76,9 +82,23 @@ def compile_row(
     if method in ("whitened", "anchored"):
         order = "parallel" if method == "whitened" else "sequential"
         return onnxcomp.optimize(model, output, plan=even, data=data, calibration=order, **options)
-    size = onnxcomp.optimize(model, plan=even, dry_run=True).report.output.bytes
-    chosen = {"include": only(factored_sites(even)), "target_size": size, "data": data}
-    return onnxcomp.optimize(model, output, method="lowrank", **chosen, **options)
+    options["include"] = only(factored_sites(even))
+    options["data"] = data
+    if method == "hyper":
+        return onnxcomp.optimize(model, output, method="hyper", bits=WHOLE_BITS, **options)
+    if method == "hyper+lowrank":
+        rule = f".*:bits={WHOLE_BITS},rank=32"
+        return onnxcomp.optimize(model, output, method=method, set_=rule, **options)
+    if method == "global":
+        size = onnxcomp.optimize(model, plan=even, dry_run=True).report.output.bytes
+        return onnxcomp.optimize(model, output, method="lowrank", target_size=size, **options)
+    coded = factored_plan(model, kept, widest, "lowrank+hyper", 32, bits=FACTOR_BITS)
+    if method == "lowrank+hyper":
+        del options["include"]
+        return onnxcomp.optimize(model, output, plan=coded, **options)
+    size = onnxcomp.optimize(model, plan=coded, dry_run=True).report.output.bytes
+    both = ["hyper", "lowrank+hyper"]
+    return onnxcomp.optimize(model, output, method=both, target_size=size, **options)
 
 
 def measure(
@@ -92,6 +112,8 @@ def measure(
         seconds = time.process_time() - start
         quality = {name: round(value, 5) for name, value in judge(path).items()}
     row = {"method": method, "kept": kept, "bytes": result.report.output.bytes}
+    taken = [site.method for site in result.report.sites if site.method in CODED]
+    row |= {"taken": {name: taken.count(name) for name in set(taken)}} if taken else {}
     return {**row, "cpu_seconds": round(seconds, 1), **quality}
 
 
@@ -172,9 +194,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--kept", nargs="+", type=float, default=[0.75, 0.5, 0.25])
-    parser.add_argument("--method", nargs="+", default=["svd", "whitened", "anchored", "global"])
-    parser.add_argument("--windows", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=48, help="calibration windows or sentences")
+    parser.add_argument("--method", nargs="+", default=METHODS, choices=[*METHODS, *CODED])
+    parser.add_argument("--windows", type=int, default=10)
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows or batches")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--again", action="store_true", help="measure recorded rows again")

@@ -234,8 +234,11 @@ def _replacement(
 
 
 def _in_parts(codec: Codec, opset: int) -> bool:
-    """Whether a use becomes standard operators, or several of ours, that do not explain it."""
-    return isinstance(codec, FactoredCodec) or not codec.functions(opset)
+    """Whether a use becomes standard operators, or several of ours, none of which explains it.
+
+    Codecs made of others, with ``+`` in their name, make several.
+    """
+    return "+" in codec.name or not codec.functions(opset)
 
 
 def _emitted(

@@ -7,6 +7,7 @@ from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.half import HalfCodec
 from onnxcomp.passes.codecs.hash import HashCodec
 from onnxcomp.passes.codecs.hyper import HyperCodec
+from onnxcomp.passes.codecs.hyper_lowrank import HyperLowRankCodec
 from onnxcomp.passes.codecs.integer import IntegerCodec
 from onnxcomp.passes.codecs.lowrank import LowRankCodec
 from onnxcomp.passes.codecs.lowrank_hyper import LowRankHyperCodec
@@ -23,6 +24,7 @@ CODECS: dict[str, Codec] = {
         HalfCodec(),
         LowRankCodec(),
         LowRankHyperCodec(),
+        HyperLowRankCodec(),
         WindingCodec(),
         HashCodec(),
     )

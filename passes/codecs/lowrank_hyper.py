@@ -33,7 +33,7 @@ from onnxcomp.passes.codecs.hyper import HyperCodec, HyperParams
 from onnxcomp.passes.codecs.lowrank import fitting_target
 from onnxcomp.passes.codecs.moments import damped
 
-__all__ = ["LowRankHyperCodec", "LowRankHyperParams"]
+__all__ = ["LowRankHyperCodec", "LowRankHyperParams", "PartBuilder", "part_of"]
 
 V = TypeVar("V")
 
@@ -89,21 +89,29 @@ def _factor_site(site: WeightSite, part: str, rank: int) -> WeightSite:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _PartBuilder(Generic[V]):
-    """The builder of a factor: its tensors have the factor's name in front."""
+class PartBuilder(Generic[V]):
+    """The builder of one part of a payload, whose tensors have the part's name in front.
+
+    Attributes:
+        whole: The builder of the whole payload.
+        part: Name of the part.
+    """
 
     whole: Builder[V]
     part: str
 
     @property
     def opset(self) -> int:
+        """As of the whole."""
         return self.whole.opset
 
     def tensor(self, key: str) -> V:
+        """The part's own codes or scales, or a shared tensor."""
         own = key in ("codes", "scales")
         return self.whole.tensor(f"{self.part}.{key}" if own else key)
 
     def constant(self, key: str, array: Array) -> V:
+        """As of the whole."""
         return self.whole.constant(key, array)
 
     def node(
@@ -114,10 +122,11 @@ class _PartBuilder(Generic[V]):
         *,
         domain: str = "",
     ) -> V:
+        """As of the whole."""
         return self.whole.node(op_type, inputs, attributes, domain=domain)
 
 
-def _part_of(payload: Payload, part: str) -> Payload:
+def part_of(payload: Payload, part: str) -> Payload:
     """One factor of a payload, as the hyper codec knows it.
 
     Raises:
@@ -327,8 +336,7 @@ class LowRankHyperCodec:
         """The product of the decoded factors in float32."""
         rank = _rank_of(payload)
         right, left = (
-            _HYPER.decode(_factor_site(site, part, rank), _part_of(payload, part))
-            for part in _PARTS
+            _HYPER.decode(_factor_site(site, part, rank), part_of(payload, part)) for part in _PARTS
         )
         return np.asarray(left @ right)
 
@@ -347,8 +355,8 @@ class LowRankHyperCodec:
         x: V | None,
     ) -> V:
         factor = _factor_site(site, part, _rank_of(payload))
-        own: Builder[V] = _PartBuilder(builder, part)
-        return _HYPER.emit(own, factor, _part_of(payload, part), kind, x)
+        own: Builder[V] = PartBuilder(builder, part)
+        return _HYPER.emit(own, factor, part_of(payload, part), kind, x)
 
     def factors(self, builder: Builder[V], site: WeightSite, payload: Payload) -> tuple[V, V]:
         """Both factors, decoded when a session starts."""
