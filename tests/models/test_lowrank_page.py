@@ -1,8 +1,10 @@
-"""The program in docs/lowrank.md runs as printed."""
+"""The program in docs/lowrank.md runs as printed, and its tables are those of the result files."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,15 @@ def test_the_recipe_of_the_page_runs() -> None:
     exec(compile(program, str(PAGE), "exec"), names)
     model: object = names["model"]
     assert [type(layer).__name__ for layer in model] == ["Linear", "ReLU", "Linear"]  # type: ignore[attr-defined]
+
+
+def test_the_tables_of_the_page_are_those_of_the_result_files() -> None:
+    program = (
+        "import sys; sys.path.insert(0, 'benchmarks'); import lowrank_tables\n"
+        "text = lowrank_tables.PAGE.read_text(encoding='utf-8')\n"
+        "sys.exit(lowrank_tables.put_into(text) != text)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=PAGE.parents[1], capture_output=True, text=True
+    )
+    assert run.returncode == 0, f"run benchmarks/lowrank_tables.py --write\n{run.stderr}"

@@ -1,0 +1,98 @@
+"""The tables of docs/lowrank.md, from ``benchmarks/results``.
+
+python benchmarks/lowrank_tables.py            prints them
+python benchmarks/lowrank_tables.py --write    puts them into docs/lowrank.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from readme_tables import ROOT, markdown, read
+
+__all__ = ["put_into", "tables"]
+
+BEGIN = "<!-- tables: benchmarks/lowrank_tables.py -->\n"
+END = "<!-- end of tables -->"
+PAGE = ROOT / "docs" / "lowrank.md"
+
+WORDS = {
+    "svd": "by the weights alone",
+    "whitened": "for the dense model's inputs",
+    "anchored": "for the inputs there are and the dense model's outputs",
+    "global": "the same, ranks chosen by a plan",
+    "lowrank+hyper": "`lowrank+hyper`, 4 bits",
+    "hyper": "`hyper`, 2 bits",
+    "hyper+lowrank": "`hyper+lowrank`, 2 bits and rank 32",
+    "chosen": "what a plan takes of `hyper` and `lowrank+hyper`",
+}
+
+
+def language_model(rows: list[Mapping[str, Any]]) -> str:
+    """Divergence of the language model's predictions."""
+    order = list(WORDS)
+    ordered = sorted(rows, key=lambda row: (-row["kept"], order.index(row["method"])))
+    cells = [
+        (
+            WORDS[row["method"]],
+            f"{row['kept']:.0%}",
+            f"{row['bytes'] / 1e6:.2f} MB",
+            f"{row['kl']:.4f}",
+            f"{row['books_perplexity']:.2f}",
+        )
+        for row in ordered
+    ]
+    return markdown(("factors", "weights", "file", "KL divergence", "perplexity, books"), cells)
+
+
+def speed(rows: list[Mapping[str, Any]]) -> str:
+    """Times faster than the dense product."""
+    ranks = list(dict.fromkeys(row["rank"] for row in rows))
+    cells = [
+        (str(m), *(f"{row['over_dense']:.2f}" for row in rows if row["m"] == m))
+        for m in dict.fromkeys(row["m"] for row in rows)
+    ]
+    return markdown(("rows of activations", *(f"rank {rank}" for rank in ranks)), cells)
+
+
+def lorita() -> str:
+    """Accuracy of networks trained with factors, after truncation."""
+    rows = read("lorita")["results"]
+    shares = [cut["kept"] for cut in rows[0]["truncated"] if cut["mode"] == "global"]
+    cells = []
+    for row in rows:
+        for mode in ("local", "global", "iterative"):
+            found = [cut["accuracy"] for cut in row["truncated"] if cut["mode"] == mode]
+            name = (row["network"], str(row["factors"]), mode)
+            cells.append((*name, *(f"{value:.3f}" for value in (row["accuracy"], *found))))
+    return markdown(("network", "N", "truncated", "all", *(f"{s:.0%}" for s in shares)), cells)
+
+
+def tables() -> Iterator[str]:
+    """All tables with their titles."""
+    results = read("lowrank")
+    yield "A small language model, its products within the layers factored:\n\n"
+    yield language_model(results["language_model"]) + "\n"
+    yield "Times faster than a dense product of 4096 x 4096, one thread, ONNX Runtime:\n\n"
+    yield speed(results["speed"]) + "\n"
+    yield "Test accuracy against kept weights; N factors a layer, equal weight decay:\n\n"
+    yield lorita()
+
+
+def put_into(text: str) -> str:
+    """A page with its tables replaced."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}{''.join(tables())}{END}{tail}"
+
+
+def main() -> None:
+    print("".join(tables()))
+    if "--write" in sys.argv:
+        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
