@@ -68,9 +68,13 @@ class _Closure:
         ]
         self.rows: dict[int, list[tuple[int, int]]] = defaultdict(list)
         self.elements: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        # What must stay altogether binds nothing: large splits of box coordinates are among them.
+        # Splits that stay altogether are not followed, large ones of box coordinates among them:
+        # it is enough that their rows stay.
         frozen = np.array(sorted(relations.frozen), np.int64)
-        self.splits = [split for split in self.splits if not np.isin(split[1], frozen).all()]
+        whole = [bool(np.isin(elements, frozen).all()) for _, elements in self.splits]
+        stuck = [split[0] for split, stays in zip(self.splits, whole, strict=True) if stays]
+        self.frozen = set(relations.frozen) | {int(own) for rows in stuck for own in rows}
+        self.splits = [split for split, stays in zip(self.splits, whole, strict=True) if not stays]
         for number, (rows, elements) in enumerate(self.splits):
             for row, own in enumerate(rows):
                 self.rows[int(own)].append((number, row))
@@ -140,7 +144,7 @@ def find_groups(analysis: Analysis) -> Groups:
         if inner in relations.frozen_inner or classes & row_classes:
             continue
         closed = closure.close(classes)
-        if not members.of(closed) or any(own in relations.frozen for own in closed):
+        if not members.of(closed) or closed & closure.frozen:
             continue
         if closure.is_even(closed):
             kind = "inner" if closure.touched(closed) else "channels"
@@ -149,8 +153,7 @@ def find_groups(analysis: Analysis) -> Groups:
             uneven[closed] = None
     for own in sorted(row_classes):
         closed = closure.close([own])
-        stays = any(c in relations.frozen for c in closed)
-        if members.of(closed) and not stays and closure.is_even(closed):
+        if members.of(closed) and not closed & closure.frozen and closure.is_even(closed):
             alone["heads", members.of(closed)][closed] = None
     found = [_group(members, kind, [list(c)], touched) for (kind, touched), c in alone.items()]
     found += _bundles(closure, members, list(uneven))

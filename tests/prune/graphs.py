@@ -129,6 +129,14 @@ def shuffled() -> onnx.ModelProto:
     return d.model({"x": ["n", 4, 5, 5]}, {y: ["n", 3, 5, 5]})
 
 
+def grouped_output() -> onnx.ModelProto:
+    """A grouped convolution whose groups are outputs of the model: none of them may go."""
+    d = Draft()
+    a = d.add("Relu", d.add("Conv", "x", d.weight(12, 4, 1, 1), d.weight(12)))
+    y = d.add("Conv", a, d.weight(6, 4, 1, 1), d.weight(6), group=3)
+    return d.model({"x": ["n", 4, 5, 5]}, {y: ["n", 6, 5, 5]})
+
+
 def _heads(d: Draft, x: str, count: int, size: int) -> str:
     """``(b, t, count * size) -> (b, count, t, size)``; the batch and steps are computed."""
     shape = d.add("Shape", x)
@@ -235,6 +243,7 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "convolutions": convolutions,
     "flattened": flattened,
     "shuffled": shuffled,
+    "groups as an output": grouped_output,
     "attention": attention,
     "attention with shared keys": lambda: attention(4, 2),
     "attention with one key": lambda: attention(4, 1),
