@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.passes.cache import PayloadCache
-from onnxcomp.passes.calibrated import load_samples
+from onnxcomp.passes.calibrated import Samples, load_samples
 from onnxcomp.passes.checks import check_runnable
 from onnxcomp.passes.evaluation import Evaluation
 from onnxcomp.passes.evidence import gather_evidence
@@ -251,7 +251,7 @@ def _attempts(
         )
         verdict = _Verdict()
         if run.verify or judged:
-            data = None if new_shapes else run.data if samples is None else samples.witnesses
+            data = None if new_shapes else _witnesses(work.prepared, samples, source, run)
             verdict = _gates(reference(), written.saved, data, work.plan.settings, run)
         if verdict.passed or attempt == _ATTEMPTS - 1:
             break
@@ -261,6 +261,13 @@ def _attempts(
             break
         work.plan = other
     return written, verdict
+
+
+def _witnesses(prepared: Prepared, samples: Samples | None, source: SampleSource, run: Run) -> Any:
+    """What models are compared on: a few of the inputs that something was fitted to."""
+    if samples is None and "prune" in prepared.facts and run.data is not None:
+        samples = Samples(source() or ())
+    return run.data if samples is None else samples.witnesses
 
 
 def _has_new_shapes(prepared: Prepared) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import numpy as np
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibrate import HELD_OUT, Feed
 from onnxcomp.passes.codecs.codec import Array
+from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.prune.axes import Analysis
 from onnxcomp.passes.prune.compensate import Sums
 from onnxcomp.passes.prune.consumers import Consumer
 from onnxcomp.passes.segments import Chain
 
 __all__ = ["Walk", "moments"]
+
+log = logging.getLogger(__name__)
 
 
 def _wanted(consumer: Consumer) -> list[str]:
@@ -60,6 +64,11 @@ def moments(
             sums.add(x, None)
             sums.power += _power(consumer, values, x.astype(np.float32) @ weight.T + bias)
         _check(consumer, sums)
+        if sums.count < ENOUGH * weight.shape[1]:
+            log.warning(
+                "%s: %d input vectors for %d columns; %d or more are needed for good fits",
+                *(consumer.name, sums.count, weight.shape[1], ENOUGH * weight.shape[1]),
+            )
         yield consumer, sums.means()
 
 
