@@ -16,6 +16,7 @@ from onnxcomp.passes.graph import copy_model, load, save
 from onnxcomp.passes.prune.axes import Analysis, analyse
 from onnxcomp.passes.prune.feeds import probe_feeds
 from onnxcomp.passes.prune.groups import Groups, find_groups
+from onnxcomp.passes.prune.prepare import prepare
 from onnxcomp.passes.prune.rewrite import remove, take
 
 Array = Any
@@ -92,6 +93,7 @@ class Case:
     def __init__(self, source: Any, feeds: list[dict[str, Array]] | None = None) -> None:
         self.model = load(source)
         canonicalize(self.model)
+        prepare(self.model)
         self.feeds = feeds or probe_feeds(self.model)
         self.analysis = analyse(self.model, self.feeds, freeze_inputs=True)
         self.groups = find_groups(self.analysis)
