@@ -120,9 +120,8 @@ OrtStatus* MakeDomain(const char*, OrtCustomOpDomain** out) {
   *out = reinterpret_cast<OrtCustomOpDomain*>(&registered);
   return nullptr;
 }
-// Cases are made for the family hyper alone.
 OrtStatus* DomainAdd(OrtCustomOpDomain*, const OrtCustomOp* op) {
-  if (std::strncmp(op->GetName(op), "Hyper", 5) == 0) registered.push_back(op);
+  registered.push_back(op);
   return nullptr;
 }
 OrtStatus* AddDomain(OrtSessionOptions*, OrtCustomOpDomain*) { return nullptr; }
@@ -342,6 +341,8 @@ struct Case {
   Node node;
   const OrtCustomOp* op;
   std::string name;
+  size_t first = 0;  // index of the first input that describes the weight
+  size_t parts = 0;  // and how many there are
   int mutations = 0;
 };
 
@@ -411,9 +412,20 @@ void MutateAttribute(Random& random, Node& node) {
   }
 }
 
-void Mutate(Random& random, Case& made, size_t first) {
+// Overwrites one element, of whatever size, with something odd.
+void MutateElement(Random& random, Value& value) {
+  if (value.count() == 0) return;
+  const size_t size = SizeOf(value.type);
+  const int64_t odd = random.Chance(0.5) ? random.Odd() : random.Between(INT64_MIN, INT64_MAX);
+  const auto at = static_cast<size_t>(random.Between(0, value.count() - 1));
+  std::memcpy(value.data() + at * size, &odd, size);
+}
+
+void Mutate(Random& random, Case& made) {
   Node& node = made.node;
-  const auto pick = [&] { return first + static_cast<size_t>(random.Between(0, 2)); };
+  const auto last = static_cast<int64_t>(made.parts) - 1;
+  const auto pick = [&] { return made.first + static_cast<size_t>(random.Between(0, last)); };
+  const bool hyper = made.name.rfind("Hyper", 0) == 0;
   switch (random.Between(0, 7)) {
     case 0:
     case 1:
@@ -426,24 +438,43 @@ void Mutate(Random& random, Case& made, size_t first) {
       MutateDims(random, node.inputs[0]);
       break;
     case 4: {  // any table length
-      Resize(random, node.inputs[first + 2], {int64_t{1} << random.Between(0, 13)});
+      const size_t at = hyper ? made.first + 2 : pick();
+      Resize(random, node.inputs[at], {int64_t{1} << random.Between(0, 13)});
       break;
     }
     case 5: {
-      Value& table = node.inputs[first + 2];
-      if (table.count() > 0) table.data()[random.Between(0, table.count() - 1)] = -128;
+      Value& table = node.inputs[hyper ? made.first + 2 : pick()];
+      if (!hyper) {
+        MutateElement(random, table);
+      } else if (table.count() > 0) {
+        table.data()[random.Between(0, table.count() - 1)] = -128;
+      }
       break;
     }
     case 6:
-      if (first == 1 && node.inputs[0].type == onnxcomp::kInt64 && node.inputs[0].count() > 0) {
-        const int64_t odd = random.Odd();
-        std::memcpy(node.inputs[0].data(), &odd, sizeof odd);
-      }
+      MutateElement(random, node.inputs[random.Chance(0.5) ? 0 : pick()]);
       break;
     default:
       node.failing_parallel = true;
   }
   ++made.mutations;
+}
+
+// The input that meets the weight: activations with `length` columns, or row numbers.
+void AddOperand(Random& random, Case& made, int64_t rows, int64_t length) {
+  made.first = 1;
+  Dims dims;
+  for (int64_t n = random.Between(0, 2); n > 0; --n) dims.push_back(random.Between(0, 7));
+  if (random.Chance(0.005)) dims = {random.Between(100, 400)};
+  const bool gather = made.name.find("Gather") != std::string::npos;
+  if (!gather) dims.push_back(length);
+  made.node.inputs.emplace_back(made.op->GetInputType(made.op, 0), dims);
+  Value& x = made.node.inputs[0];
+  FillFloats(random, x, 0.05);
+  for (int64_t i = 0; gather && i < x.count(); ++i) {
+    const int64_t index = random.Between(-rows, rows - 1);
+    std::memcpy(x.data() + i * static_cast<int64_t>(SizeOf(x.type)), &index, SizeOf(x.type));
+  }
 }
 
 // A table without -128; in many cases as encoders write it, which kernels may use: odd, or large and
@@ -471,53 +502,104 @@ void FillTable(Random& random, Value& table, int states) {
   for (int64_t s = 0; s < size / 2; ++s) entries[size - 1 - s] = static_cast<char>(-entries[s]);
 }
 
+void AddWeightOfHyper(Random& random, Case& made, int64_t rows, int64_t length, size_t shift) {
+  Node& node = made.node;
+  const int64_t group = random.Pick<int64_t>({32, 64, 128, 256});
+  const int64_t bits = random.Between(1, 6);
+  int states = 0;
+  do states = random.Pick({6, 7, 8, 10, 12});
+  while (states < bits + 2);
+  const int64_t panels = (rows + 15) / 16, groups = (length + group - 1) / group;
+  node.inputs.emplace_back(onnxcomp::kUint8, Dims{panels, groups, group * bits / 32, 16, 4}, shift);
+  node.inputs.emplace_back(onnxcomp::kFloat16, Dims{panels, groups, 16, 1}, shift & ~size_t{1});
+  node.inputs.emplace_back(onnxcomp::kInt8, Dims{int64_t{1} << states}, shift);
+  made.parts = 3;
+  for (size_t i = 0; i < 2; ++i) random.Fill(node.inputs[made.first + i]);
+  FillTable(random, node.inputs[made.first + 2], states);
+  node.attributes["group"] = {false, group, {}};
+}
+
+void SetInts(Value& value, const Dims& ints) {
+  std::memcpy(value.data(), ints.data(), ints.size() * sizeof(int64_t));
+}
+
+void AddWeightOfHash(Random& random, Case& made, int64_t rows, int64_t length) {
+  Node& node = made.node;
+  const int64_t chunk = int64_t{4} << random.Between(0, 6);
+  const int64_t slots = random.Between(1, random.Chance(0.5) ? 5 : 300);
+  const int64_t panels = (rows + 15) / 16, blocks = (length + 15) / 16;
+  const bool coded = random.Chance(0.5);
+  const int type = made.op->GetInputType(made.op, made.first);
+  node.inputs.emplace_back(type, Dims{slots, chunk});
+  node.inputs.emplace_back(onnxcomp::kFloat, Dims{1});
+  node.inputs.emplace_back(onnxcomp::kUint8,
+                           coded ? Dims{panels, blocks, 256 / chunk} : Dims{1, 1, 1});
+  node.inputs.emplace_back(onnxcomp::kInt64, Dims{6});
+  made.parts = 4;
+  FillFloats(random, node.inputs[made.first], 0.01);
+  *reinterpret_cast<float*>(node.inputs[made.first + 1].data()) = 0.25f;
+  Value& codes = node.inputs[made.first + 2];
+  std::memset(codes.data(), 0, codes.bytes());
+  if (coded) random.Fill(codes);
+  const auto word = [&] { return random.Between(0, (int64_t{1} << 31) - 1); };
+  SetInts(node.inputs[made.first + 3], {random.Between(0, 100), random.Chance(0.5) ? slots : 1,
+                                        word(), word(), word(), random.Between(0, 1)});
+}
+
+void AddWeightOfWinding(Random& random, Case& made, int64_t rows, int64_t length) {
+  Node& node = made.node;
+  const int64_t bits = random.Between(1, 16), full = int64_t{1} << bits;
+  const int64_t points = random.Between((full + 3) / 4, full);
+  const int64_t classes = (full + points - 1) / points;
+  const int64_t groups = random.Between(1, 3);
+  const int64_t blocks = (rows * length + 16 * groups - 1) / (16 * groups);
+  node.inputs.emplace_back(onnxcomp::kUint8, Dims{groups, blocks, bits});
+  node.inputs.emplace_back(onnxcomp::kFloat16, Dims{groups, 1, 1});
+  node.inputs.emplace_back(onnxcomp::kFloat, Dims{2});
+  node.inputs.emplace_back(onnxcomp::kFloat, Dims{classes});
+  node.inputs.emplace_back(onnxcomp::kInt64, Dims{2});
+  node.inputs.emplace_back(onnxcomp::kInt64, Dims{3});
+  made.parts = 6;
+  for (size_t i = 0; i < 4; ++i) FillFloats(random, node.inputs[i], 0.05);
+  const int64_t order = int64_t{1} << 31;
+  SetInts(node.inputs[4], {random.Between(0, order), random.Between(0, order)});
+  SetInts(node.inputs[5], {full, points, random.Between(1, order)});
+}
+
 Case MakeCase(Random& random) {
   Case made;
   made.op = registered[static_cast<size_t>(
       random.Between(0, static_cast<int64_t>(registered.size()) - 1))];
   made.name = made.op->GetName(made.op);
   Node& node = made.node;
-  const size_t first = made.name == "HyperDecode" ? 0 : 1;
-  const int64_t group = random.Pick<int64_t>({32, 64, 128, 256});
-  const int64_t bits = random.Between(1, 6);
-  int states = 0;
-  do states = random.Pick({6, 7, 8, 10, 12});
-  while (states < bits + 2);
   const int64_t rows = random.Between(1, 50);
   const int64_t length = random.Between(1, random.Chance(0.2) ? 600 : 200);
-  const int64_t panels = (rows + 15) / 16, groups = (length + group - 1) / group;
-  if (first == 1) {
-    Dims dims;
-    for (int64_t n = random.Between(0, 2); n > 0; --n) dims.push_back(random.Between(0, 7));
-    if (random.Chance(0.005)) dims = {random.Between(100, 400)};
-    if (made.name == "HyperMatMul") dims.push_back(length);
-    node.inputs.emplace_back(made.op->GetInputType(made.op, 0), dims);
-    Value& x = node.inputs[0];
-    FillFloats(random, x, 0.05);
-    if (made.name == "HyperGather") {
-      for (int64_t i = 0; i < x.count(); ++i) {
-        const int64_t index = random.Between(-rows, rows - 1);
-        std::memcpy(x.data() + i * static_cast<int64_t>(SizeOf(x.type)), &index, SizeOf(x.type));
-      }
-    }
-  }
+  if (made.name.find("Decode") == std::string::npos) AddOperand(random, made, rows, length);
   const size_t shift = random.Chance(0.3) ? static_cast<size_t>(random.Between(1, 63)) : 0;
-  node.inputs.emplace_back(onnxcomp::kUint8, Dims{panels, groups, group * bits / 32, 16, 4}, shift);
-  node.inputs.emplace_back(onnxcomp::kFloat16, Dims{panels, groups, 16, 1}, shift & ~size_t{1});
-  node.inputs.emplace_back(onnxcomp::kInt8, Dims{int64_t{1} << states}, shift);
-  for (size_t i = first; i < first + 2; ++i) random.Fill(node.inputs[i]);
-  FillTable(random, node.inputs[first + 2], states);
+  if (made.name.rfind("Hyper", 0) == 0) {
+    AddWeightOfHyper(random, made, rows, length, shift);
+  } else if (made.name.rfind("Hash", 0) == 0) {
+    AddWeightOfHash(random, made, rows, length);
+  } else if (made.name.rfind("Winding", 0) == 0) {
+    AddWeightOfWinding(random, made, rows, length);
+  } else {
+    std::fprintf(stderr, "%s: no cases are made for this operator\n", made.name.c_str());
+    std::exit(2);
+  }
   const bool constant = random.Chance(0.8);
-  for (size_t i = 0; i < node.inputs.size(); ++i) node.constant.push_back(constant && i >= first);
+  for (size_t i = 0; i < node.inputs.size(); ++i) {
+    node.constant.push_back(constant && i >= made.first);
+  }
   node.attributes["extent"] = {true, 0, {rows, length}};
-  node.attributes["group"] = {false, group, {}};
-  if (made.name == "HyperMatMul") {
+  if (made.name.find("MatMul") != std::string::npos) {
+    const bool int8 = node.inputs[1].type != onnxcomp::kFloat &&
+                      (node.inputs[1].type != onnxcomp::kFloat16) && random.Chance(0.5);
     node.attributes["dtype"] = {false, node.inputs[0].type, {}};
-    node.attributes["precision"] = {false, random.Between(0, 1), {}};
+    node.attributes["precision"] = {false, int8 ? 1 : 0, {}};
   }
   if (made.name == "HyperGather") node.attributes["columns"] = {true, 0, {length}};
   if (random.Chance(0.6)) {
-    for (int64_t n = random.Between(1, 3); n > 0; --n) Mutate(random, made, first);
+    for (int64_t n = random.Between(1, 3); n > 0; --n) Mutate(random, made);
   }
   node.output.type = made.op->GetOutputType(made.op, 0);
   return made;
