@@ -127,7 +127,7 @@ def stored_payload(record: Record, values: Mapping[str, ir.Value]) -> Payload:
         values: Initializers of the model by name.
 
     Raises:
-        ModelError: A tensor is missing.
+        ModelError: A tensor is missing or damaged.
     """
     own = {key: own_name(record.site.name, key) for key in record.recipe.tensors}
     shared = {key: shared_name(key) for key in record.recipe.shared}
@@ -140,7 +140,10 @@ def _arrays(names: Mapping[str, str], values: Mapping[str, ir.Value]) -> dict[st
         value = values.get(name)
         if value is None or value.const_value is None:
             raise ModelError(f"the compressed model lacks its tensor {name!r}", hint=_DAMAGED)
-        arrays[key] = np.asarray(value.const_value.numpy())
+        try:
+            arrays[key] = np.asarray(value.const_value.numpy())
+        except (ValueError, TypeError) as error:  # content and shape do not fit together
+            raise ModelError(f"the tensor {name!r} is damaged: {error}", hint=_DAMAGED) from error
     return arrays
 
 
@@ -219,6 +222,8 @@ class _Expander:
     def restore(self, node: ir.Node) -> None:
         """A whole weight was decoded here: read the dense one instead."""
         weight = self.weight(node.metadata_props[WEIGHT_KEY])
+        if node.outputs[0].is_graph_output():
+            raise ModelError(f"node {node.name!r} is damaged: it returns a weight", hint=_DAMAGED)
         node.outputs[0].replace_all_uses_with(weight)
         self._remove(node)
 
