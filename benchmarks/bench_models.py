@@ -1,12 +1,16 @@
-"""Every model of a folder at one setting: size, agreement with the original, in both forms.
+"""Every model of a folder at one setting: size, agreement with the original, load time and memory.
 
     python benchmarks/bench_models.py FOLDER [--bits 4] [--only NAME ...]
+
+With ``--only`` the rows of other models stay what they were.
 
 FOLDER holds models/*.onnx, lm/*.onnx and eval/. For each model: bytes, ratio, share of the weight
 bytes that is compressed, signal-to-noise ratio of the outputs against the original with the
 operator library and without, agreement of the top-1 class where the model is a classifier, and
 whether inputs, outputs, opset and metadata are what they were. Inputs are real where the folder has
-any for the model, else those that the compiler makes up.
+any for the model, else those that the compiler makes up. Load time is CPU time of one thread, and
+memory is what the process grows by when it loads a model; each in a process of its own for the
+original and for the compressed model with the operator library and without.
 """
 
 from __future__ import annotations
@@ -14,7 +18,10 @@ from __future__ import annotations
 import argparse
 import collections
 import itertools
+import json
 import math
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,9 +31,10 @@ import numpy as np
 import onnx
 import onnxruntime
 from inputs import CLASSIFIERS, REAL, Batches, Feed, speech_frames
-from results import compile_model, print_table, write_results
+from results import RESULTS, compile_model, print_table, write_results
 
 import onnxcomp
+from onnxcomp.runtime.session import needs_library
 
 Session = Any
 
@@ -144,6 +152,40 @@ def on_real_inputs(name: str, sessions: dict[str, Session], data: Path) -> dict[
     return {"real": False}
 
 
+LOAD = """
+import json, sys, time
+from onnxcomp.runtime.bench_worker import resident_bytes
+from onnxcomp.runtime.session import import_runtime, open_session
+path, library = sys.argv[1], sys.argv[2] == "library"
+import_runtime()
+before, start = resident_bytes()["rss_bytes"], time.process_time()
+session = open_session(path, library=library, threads=1)
+spent, loaded = time.process_time() - start, resident_bytes()["rss_bytes"]
+print(json.dumps({"load_ms": 1e3 * spent, "rss_bytes": loaded - before}))
+"""
+REPEATS = 3
+
+
+def loading(path: Path, form: str) -> dict[str, float]:
+    """CPU milliseconds to load a model and bytes its session takes; the least of some tries."""
+    line = [sys.executable, "-c", LOAD, str(path), form]
+    tries = [
+        json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+        for _ in range(REPEATS)
+    ]
+    return {key: round(min(found[key] for found in tries), 1) for key in tries[0]}
+
+
+def loads(dense: Path, small: Path, library: bool) -> dict[str, dict[str, float]]:
+    """`loading` of the original and of both forms of the compressed model."""
+    portable = loading(small, "portable")
+    return {
+        "dense": loading(dense, "dense"),
+        "library": loading(small, "library") if library else portable,
+        "portable": portable,
+    }
+
+
 def open_sessions(dense: Path, small: Path) -> dict[str, Session]:
     """The original, the compressed model with the library, and the same file without it."""
     options = onnxruntime.SessionOptions()
@@ -188,6 +230,7 @@ def measure(path: Path, data: Path, folder: Path, bits: int) -> dict[str, Any]:
     )
     portable = visible(small, sessions["portable"])
     row["changed"] = sorted({*differences(before, after), *differences(before, portable)})
+    row["loads"] = loads(path, small, needs_library(small))
     return {**row, **on_real_inputs(path.stem, sessions, data)}
 
 
@@ -223,9 +266,11 @@ def print_results(rows: list[dict[str, Any]]) -> None:
                 percent(row.get("agree_library")),
                 percent(row.get("agree_portable")),
                 ", ".join(row.get("changed", ["not loaded"])) or "same",
+                three(row, "load_ms", 1),
+                three(row, "rss_bytes", 1e6),
             )
         )
-    print_table((*columns, "top-1 agree", "portable", "signature"), table)
+    print_table((*columns, "top-1 agree", "portable", "signature", "load ms", "MB"), table)
 
 
 def decibels(value: float | None) -> str:
@@ -233,9 +278,22 @@ def decibels(value: float | None) -> str:
     return "exact" if value is None or math.isinf(value) else f"{value:.1f}"
 
 
+def three(row: dict[str, Any], key: str, unit: float) -> str:
+    """A number of the original and of both forms."""
+    return " / ".join(f"{found[key] / unit:.1f}" for found in row.get("loads", {}).values())
+
+
 def percent(value: float | None) -> str:
     """A share for the table."""
     return "" if value is None else f"{100 * value:.2f} %"
+
+
+def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an earlier run, with new ones in their places and behind them."""
+    old = json.loads(path.read_text(encoding="utf-8"))["models"] if path.exists() else []
+    new = {row["name"]: row for row in rows}
+    kept = [new.pop(row["name"], row) for row in old]
+    return [*kept, *new.values()]
 
 
 def main() -> None:
@@ -255,10 +313,10 @@ def main() -> None:
             rows.append(measure(path, data, Path(name), options.bits))
             print(f"{path.name}: exit {rows[-1]['exit_code']}", flush=True)
     print_results(rows)
-    suffix = "" if not options.only else "_some"
-    print(
-        write_results(f"models_{options.bits}bit{suffix}", {"bits": options.bits, "models": rows})
-    )
+    name = f"models_{options.bits}bit"
+    if options.only:
+        rows = merged(RESULTS / f"{name}.json", rows)
+    print(write_results(name, {"bits": options.bits, "models": rows}))
 
 
 if __name__ == "__main__":

@@ -97,20 +97,35 @@ def models() -> Iterator[str]:
             f"{row['bytes_before'] / 1e3:.0f} KB",
             f"{row['ratio']:.2f}",
             share(row["coverage"]),
-            "exact" if row["snr_db"] is None else f"{row['snr_db']:.1f} dB",
+            decibels(row["snr_db"]),
+            decibels(row["snr_db_portable"]),
             share(row.get("agree_library")),
             "real" if row["real"] else "made up",
+            loads(row, "load_ms", 1),
+            loads(row, "rss_bytes", 1e6),
         )
         for row in read("models_4bit")["models"]
     ]
     yield (
         "Models of other projects at 4 bits: share of the weight bytes that is compressed, worst\n"
-        "signal-to-noise ratio of an output, and agreement of the top class with the original, on\n"
-        "real inputs where we have them, else on made-up ones: `benchmarks/bench_models.py`.\n"
+        "signal-to-noise ratio of an output with the library and without, agreement of the top\n"
+        "class with the original, on real inputs where we have them, else on made-up ones; CPU\n"
+        "time to load and memory of the session, of the original, with the library, and without:\n"
+        "`benchmarks/bench_models.py`.\n"
     )
-    yield markdown(
-        ("model", "float32 file", "ratio", "covered", "output", "same class", "inputs"), rows
-    )
+    columns = ("model", "float32 file", "ratio", "covered", "library", "any runtime", "same class")
+    yield markdown((*columns, "inputs", "load, ms", "memory, MB"), rows)
+
+
+def decibels(value: float | None) -> str:
+    """A signal-to-noise ratio; without noise there is none."""
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
+def loads(row: dict[str, Any], key: str, unit: float) -> str:
+    """A number of the original and of both forms of the compressed model."""
+    forms = ("dense", "library", "portable")
+    return " / ".join(f"{row['loads'][form][key] / unit:.0f}" for form in forms)
 
 
 SPEED_NAMES = {
