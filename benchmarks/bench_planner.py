@@ -1,6 +1,6 @@
 """The planner on real models: are sizes met, and is a mixed plan better than equal settings?
 
-    python benchmarks/bench_planner.py FOLDER MINILM [--only NAME ...]
+    python benchmarks/bench_planner.py FOLDER MINILM [--only NAME ...] [--ranks]
 
 FOLDER holds models/*.onnx, lm/*.onnx and eval/; MINILM is all-MiniLM-L6-v2 as ONNX. Plans are made
 with one half of some real inputs and judged by the other half. For each model:
@@ -8,7 +8,8 @@ with one half of some real inputs and judged by the other half. For each model:
 * ratios 4, 6, 8 and 10: bytes of the output under the target, or the best that was reached;
 * for 2 to 5 bits for all weights: measured error of the outputs (relative L2, the worst output) of
   equal settings, and of mixed plans of the same bytes, made without inputs and with them;
-* expected against measured errors of single weights: rank correlations.
+* with --ranks alone: expected against measured noise of the outputs with one weight compressed, and
+  expected against measured times of products, over all weights of some models.
 
 Codes are chosen by the weights' values alone, so that plans are all that differs. Results of
 models that are not asked for are kept.
@@ -23,12 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from planner_inputs import MODELS, write_halves
+from planner_ranks import error_ranks, pooled, time_ranks
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
 
 RATIOS = (4, 6, 8, 10)
 BITS = (5, 4, 3, 2)
+
+# Models whose weights are compared one by one: of errors, and of times of products.
+ERROR_RANKS = ("resnet20_cifar10", "silero_vad", "squeezenet_fp16")
+TIME_RANKS = ("magika_standard_v3_3", "tinyllama_ref", "minilm_l6_v2_embed")
 
 
 def compile_model(model: Path, output: Path, cache: Path, **options: Any) -> onnxcomp.Result:
@@ -91,11 +97,47 @@ def measure(model: Path, data: Path) -> dict[str, Any]:
 
 
 def earlier() -> dict[str, Any]:
-    """Rows of earlier runs by model."""
+    """Results of earlier runs."""
     path = RESULTS / "planner.json"
-    if not path.exists():
-        return {}
-    return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["models"]}
+    found: dict[str, Any] = {"models": [], "ranks": {}}
+    if path.exists():
+        found |= json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def ranks(model: Path, data: Path) -> dict[str, Any]:
+    """Rank correlations of one model."""
+    with tempfile.TemporaryDirectory() as name:
+        plan, judge = write_halves(model, data, Path(name))
+        found = {}
+        if model.stem in ERROR_RANKS:
+            found["error"] = error_ranks(model, plan, judge)
+        if model.stem in TIME_RANKS:
+            found["time"] = time_ranks(model, judge)
+        return found
+
+
+def print_ranks(found: dict[str, Any]) -> None:
+    """Print one line for each model."""
+    for what in ("error", "time"):
+        rows = [kinds[what] for kinds in found.values() if what in kinds]
+        if rows:
+            print(f"{what}, all points of {len(rows)} models: rank correlation {pooled(rows):.3f}")
+    columns = ("model", "what", "points", "rank correlation", "measured / expected")
+    print_table(
+        columns,
+        [
+            (
+                name,
+                what,
+                row["points"],
+                f"{row['rank_correlation']:.3f}",
+                f"{row['median_measured_over_expected']:.2f}",
+            )
+            for name, kinds in found.items()
+            for what, row in kinds.items()
+        ],
+    )
 
 
 def print_results(rows: list[dict[str, Any]]) -> None:
@@ -131,18 +173,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("minilm", type=Path)
     parser.add_argument("--only", nargs="*", default=MODELS)
+    parser.add_argument("--ranks", action="store_true")
     options = parser.parse_args()
     places = {
         "minilm_l6_v2_embed": options.minilm,
         "tinyllama_ref": options.folder / "lm" / "tinyllama_ref.onnx",
     }
-    rows = earlier()
     for name in options.only:
         model = places.get(name, options.folder / "models" / f"{name}.onnx")
-        rows[name] = measure(model, options.folder)
-        ordered = [rows[other] for other in MODELS if other in rows]
-        write_results("planner", {"models": ordered})
-    print_results([rows[other] for other in MODELS if other in rows])
+        if not options.ranks:
+            row = measure(model, options.folder)
+            rows = {row["name"]: row for row in earlier()["models"]} | {name: row}
+            ordered = [rows[other] for other in MODELS if other in rows]
+            write_results("planner", {"models": ordered, "ranks": earlier()["ranks"]})
+        elif name in (*ERROR_RANKS, *TIME_RANKS):
+            found = earlier()["ranks"] | {name: ranks(model, options.folder)}
+            write_results("planner", {"models": earlier()["models"], "ranks": found})
+    print_results(earlier()["models"])
+    print_ranks(earlier()["ranks"])
 
 
 if __name__ == "__main__":

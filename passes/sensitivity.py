@@ -20,8 +20,11 @@ __all__ = ["block_noise", "measure_sensitivities", "spread"]
 
 log = logging.getLogger(__name__)
 
-# Inputs that are looked at.
-_FEEDS = 8
+# Inputs that are looked at, and small ones, of which more are needed to say as much.
+_FEEDS, _SMALL_FEEDS = 8, 32
+
+# Elements up to which an input is small.
+_SMALL = 1 << 13
 
 # Relative size of the noise: between the errors of four and of three bits per weight, so that what
 # is not linear in the error shows as it will.
@@ -80,7 +83,9 @@ def measure_sensitivities(
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            probe = Probe(model, sites, spread(feeds, _FEEDS), Path(folder))
+            small = sum(array.size for array in feeds[0].values()) <= _SMALL
+            chosen = spread(feeds, _SMALL_FEEDS if small else _FEEDS)
+            probe = Probe(model, sites, chosen, Path(folder))
             for site in sites:
                 weight = block_noise(read_weight(model, site), rng)
                 found[site.name] = probe.noise({site: weight}) / _NOISE**2
