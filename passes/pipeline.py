@@ -182,6 +182,11 @@ def optimize(
 
 def _evaluation(evaluate: str | Score | None, max_drop: float) -> Evaluation | None:
     if evaluate is None:
+        if max_drop:
+            raise UsageError(
+                f"max_drop is {max_drop}, but nothing is measured",
+                hint="give a function to evaluate",
+            )
         return None
     if not max_drop >= 0.0:
         raise UsageError(f"max_drop is {max_drop}", hint="it must not be negative")

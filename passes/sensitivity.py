@@ -34,7 +34,7 @@ _NOISE = 0.1
 _BLOCK = 128
 
 # Bytes of dense weights above which a model is not opened for this.
-_LARGEST = 1 << 31
+_LARGEST = 1 << 30
 
 
 def block_noise(weight: Array, rng: np.random.Generator, relative: float = _NOISE) -> Array:

@@ -223,6 +223,11 @@ def test_a_function_that_fails_is_a_usage_error(model: Path, script: Path, tmp_p
         oc.optimize(model, tmp_path / "out.onnx", evaluate=f"{script}:broken", **OPTIONS)
 
 
+def test_a_drop_without_a_measure_is_a_usage_error(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing is measured"):
+        oc.optimize(model, tmp_path / "out.onnx", max_drop=0.1)
+
+
 def sites(count: int) -> list[WeightSite]:
     use = Use("n", "MatMul", 1, "matmul")
     return [WeightSite(f"w{i}", (4, 4), "float32", (use,), "", 4, 4, True) for i in range(count)]
