@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxcomp.errors import ModelError
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import Samples, load_samples
 from onnxcomp.passes.checks import check_runnable
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_model", "dry_run", "plan_model", "reference_file"]
 
+
+log = logging.getLogger(__name__)
 
 # Plans that are tried where gates object.
 _ATTEMPTS = 5
@@ -290,7 +294,11 @@ def _other_plan(
     aim = _aim(verdict, limit)
     if aim is None:
         return None
-    return repair.plan(made, path, source(), error=aim[0], wanted=aim[1])
+    try:
+        return repair.plan(made, path, source(), error=aim[0], wanted=aim[1])
+    except ModelError as error:  # of the probe: an output may hold no floating point
+        log.warning("weights to blame cannot be found: %s", error.message)
+        return None
 
 
 def _limit(settings: Settings, run: Run) -> float | None:

@@ -65,17 +65,24 @@ class Probe:
         found = self._run(self._session, {**feed, **weights})
         return {name: array for name, array in found.items() if array.dtype.kind == "f"}
 
-    def noise(self, weights: Mapping[WeightSite, Array], *, worst: bool = False) -> float:
+    def noise(
+        self,
+        weights: Mapping[WeightSite, Array],
+        *,
+        worst: bool = False,
+        inputs: slice = slice(None),
+    ) -> float:
         """Mean over outputs of ``|y' - y|^2 / |y|^2``, each summed over all inputs.
 
         Args:
             weights: Other values ``(rows, length)`` of some weights.
             worst: Return that of the worst output instead of the mean.
+            inputs: Which inputs to run.
         """
         stored = {site.name: self._typed(site, weight) for site, weight in weights.items()}
         power: dict[str, float] = {}
         wrong: dict[str, float] = {}
-        for feed, exact in zip(self._feeds, self._exact, strict=True):
+        for feed, exact in zip(self._feeds[inputs], self._exact[inputs], strict=True):
             found = self._outputs(feed, stored)
             for name, array in exact.items():
                 wide = array.astype(np.float64)

@@ -21,7 +21,11 @@ __all__ = ["block_noise", "measure_sensitivities", "spread"]
 log = logging.getLogger(__name__)
 
 # Inputs that are looked at, and small ones, of which more are needed to say as much.
-_FEEDS, _SMALL_FEEDS = 8, 32
+_FEEDS, _SMALL_FEEDS = 16, 32
+
+# Draws of noise for each weight, each on a share of the inputs: one draw says little about a weight
+# that acts in few directions.
+_DRAWS = 2
 
 # Elements up to which an input is small.
 _SMALL = 1 << 13
@@ -86,9 +90,13 @@ def measure_sensitivities(
             small = sum(array.size for array in feeds[0].values()) <= _SMALL
             chosen = spread(feeds, _SMALL_FEEDS if small else _FEEDS)
             probe = Probe(model, sites, chosen, Path(folder))
+            draws = min(_DRAWS, len(chosen))
             for site in sites:
-                weight = block_noise(read_weight(model, site), rng)
-                found[site.name] = probe.noise({site: weight}) / _NOISE**2
+                total = 0.0
+                for draw in range(draws):
+                    weight = block_noise(read_weight(model, site), rng)
+                    total += probe.noise({site: weight}, inputs=slice(draw, None, draws))
+                found[site.name] = total / draws / _NOISE**2
         except ModelError as error:
             log.warning("sensitivities are not measured: %s", error.message)
             return {}
