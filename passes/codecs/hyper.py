@@ -141,7 +141,7 @@ class HyperCodec:
     qualities: ClassVar[Mapping[str, str]] = {
         "fast": "state_bits=6: least time to encode, and on CPUs without AVX-512 to run",
         "balanced": "state_bits=7, the default",
-        "best": "state_bits=12: 8 to 17 % less error power at 2 to 4 bits; slow to run",
+        "best": "state_bits=12: 8 to 16 % less error power up to 4 bits; slow to encode",
     }
 
     def refuse(self, site: WeightSite) -> str | None:
