@@ -168,11 +168,11 @@ def measure_speed(repeats: int) -> list[dict[str, Any]]:
         benches = {}
         for name, make in makers.items():
             model, count, size = build(make, SIDE, SIDE, cold)
-            benches[name] = Bench(open_session(model, 1, False), count, size)
+            benches[name, 1] = Bench(open_session(model, 1, False), count, size, "")
         x = np.random.default_rng(m).standard_normal((m, SIDE), np.float32)
-        times = interleave(benches, {"x": x}, repeats, 1)
+        times = interleave(benches, {"x": x}, repeats)
         rows += [
-            {"m": m, "rank": name, "over_dense": round(times["dense"] / times[name], 2)}
+            {"m": m, "rank": name, "over_dense": round(times["dense", 1] / times[name, 1], 2)}
             for name in list(makers)[1:]
         ]
     return rows
