@@ -96,13 +96,15 @@ CASES: dict[str, Case] = {
     "Loop with captured and own weights": (
         "float[3, 48] x", {"w": (48, 48)},
         "y = Loop <body = step (int64 i, bool c, float[3, 48] s) => "
-        "(bool d, float[3, 48] t) { d = Identity (c) p = MatMul (s, w) q = MatMul (p, own) "
+        "(bool d, float[3, 48] t) { d = Identity (c) p = MatMul (s, w) r = Relu (p) "
+        "q = MatMul (r, own) "
         "t = Tanh (q) }> (trips, go, x)", 2,
     ),
     "Scan with captured and own weights": (
         "float[4, 48] x", {"w": (48, 48), "start": (1, 48)},
         "last, y = Scan <num_scan_inputs = 1, body = step (float[1, 48] s, float[48] e) => "
-        "(float[1, 48] t, float[1, 48] u) { a = Add (s, e) p = MatMul (a, w) q = MatMul (p, own) "
+        "(float[1, 48] t, float[1, 48] u) { a = Add (s, e) p = MatMul (a, w) r = Relu (p) "
+        "q = MatMul (r, own) "
         "t = Tanh (q) u = Identity (t) }> (start, x)", 2,
     ),
 }  # fmt: skip
