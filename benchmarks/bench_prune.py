@@ -237,7 +237,7 @@ def latency(rows: dict[str, Row], case: LanguageModel, only: str) -> None:
 def _compare(case: LanguageModel, output: Path, folder: Path) -> Row:
     feed = {"input_ids": case.tokens[:1, :128]}
     flops = [_product_flops(path) for path in (case.path, output)]
-    changed = [name for name in flops[0] if flops[0][name] != flops[1].get(name)]
+    changed = [name for name in flops[0] if flops[1].get(name, flops[0][name]) != flops[0][name]]
     ratios = []
     for _ in range(7):
         times = [_product_times(path, feed, folder, 40) for path in (case.path, output)]

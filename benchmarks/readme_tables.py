@@ -296,6 +296,50 @@ def restored() -> Iterator[str]:
     )
 
 
+def pruning() -> Iterator[str]:
+    """Structured pruning by score, on the language model and on ResNet20."""
+    rows = read("prune")["rows"]
+    ratios = [r for r in ("0.1", "0.2", "0.3", "0.5") if f"language {r} obs fit" in rows]
+    cells = []
+    for score in ("obs", "wanda", "numerical", "flap", "magnitude"):
+        for how in ("fit", "bias", "none"):
+            found = [rows.get(f"language {ratio} {score} {how}") for ratio in ratios]
+            if any(found):
+                values = ["" if row is None else f"{row['kl']:.4f}" for row in found]
+                cells.append((score, {"fit": "fitted"}.get(how, how), *values))
+    yield (
+        "Structured pruning of the same language model: divergence from the dense predictions (nats)\n"
+        "when a share of the parameters of its blocks is gone, nothing trained. `obs` is the\n"
+        "default; the others are other methods' scores with their own allocation, here with the\n"
+        "same fits: `benchmarks/bench_prune.py`.\n"
+    )
+    timed = rows.get("latency 0.2")
+    if timed is not None:
+        yield (
+            f"With 20 % fewer, products that shrank take {100 * (1 - timed['time']):.0f} % less time "
+            f"for {100 * (1 - timed['flops']):.0f} % fewer\noperations at 128 positions "
+            "(one thread, dense and pruned in turns).\n"
+        )
+    columns = ("score", "rest", *(f"{100 * float(ratio):.0f} % fewer" for ratio in ratios))
+    yield markdown(columns, cells)
+    yield from _pruned_images(rows)
+
+
+def _pruned_images(rows: Any) -> Iterator[str]:
+    names = {"resnet": "ResNet20, CIFAR-10", "mobilenet": "MobileNetV2, ImageNet crops"}
+    shares = ("0.8", "0.7", "0.5")
+    kinds = dict.fromkeys((key.split()[0], *key.split()[2:]) for key in rows if key[0] in "rm")
+    cells = []
+    for model, score, how in kinds:
+        found = [rows.get(f"{model} {part} {score} {how}") for part in shares]
+        values = ["" if row is None else f"{100 * row['accuracy']:.1f} %" for row in found]
+        cells.append((names[model], score, {"fit": "fitted"}.get(how, how), *values))
+    if cells:
+        yield "The same for image models: accuracy with a share of the FLOPs left, nothing trained.\n"
+        columns = ("model", "score", "rest", *(f"{100 * float(p):.0f} % of FLOPs" for p in shares))
+        yield markdown(columns, cells)
+
+
 def _one_digit(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
@@ -317,6 +361,7 @@ def tables() -> str:
             *demo(),
             *models(),
             *presets(),
+            *pruning(),
         ]
     )
 
