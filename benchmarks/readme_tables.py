@@ -308,16 +308,18 @@ def pruning() -> Iterator[str]:
                 values = ["" if row is None else f"{row['kl']:.4f}" for row in found]
                 cells.append((score, {"fit": "fitted"}.get(how, how), *values))
     yield (
-        "Structured pruning of the same language model: divergence from the dense predictions (nats)\n"
-        "when a share of the parameters of its blocks is gone, nothing trained. `obs` is the\n"
-        "default; the others are other methods' scores with their own allocation, here with the\n"
-        "same fits: `benchmarks/bench_prune.py`.\n"
+        "Structured pruning of the same language model: divergence from the dense predictions\n"
+        "(nats) when a share of the parameters of its blocks is gone, nothing trained. `obs` is\n"
+        "the default, and the only one that also takes positions inside heads; the others are\n"
+        "other methods' scores with their own allocation, here with the same fits:\n"
+        "`benchmarks/bench_prune.py`.\n"
     )
     timed = rows.get("latency 0.2")
     if timed is not None:
         yield (
-            f"With 20 % fewer, products that shrank take {100 * (1 - timed['time']):.0f} % less time "
-            f"for {100 * (1 - timed['flops']):.0f} % fewer\noperations at 128 positions "
+            "With 20 % fewer, products that shrank take "
+            f"{100 * (1 - timed['time']):.0f} % less time for "
+            f"{100 * (1 - timed['flops']):.0f} % fewer\noperations at 128 positions "
             "(one thread, dense and pruned in turns).\n"
         )
     columns = ("score", "rest", *(f"{100 * float(ratio):.0f} % fewer" for ratio in ratios))
@@ -335,7 +337,7 @@ def _pruned_images(rows: Any) -> Iterator[str]:
         values = ["" if row is None else f"{100 * row['accuracy']:.1f} %" for row in found]
         cells.append((names[model], score, {"fit": "fitted"}.get(how, how), *values))
     if cells:
-        yield "The same for image models: accuracy with a share of the FLOPs left, nothing trained.\n"
+        yield "The same for image models: accuracy with a share of the FLOPs left.\n"
         columns = ("model", "score", "rest", *(f"{100 * float(p):.0f} % of FLOPs" for p in shares))
         yield markdown(columns, cells)
 
