@@ -351,6 +351,59 @@ def share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
+def planner() -> Iterator[str]:
+    """Mixed plans beside equal settings."""
+    results = read("planner")["models"]
+    yield (
+        "Plans on real inputs, one half to plan on and the other to judge by: relative L2 error\n"
+        "of the worst output with equal bits for all weights, and with mixed plans of the same\n"
+        "bytes, made without inputs and with them; last, the error that the plan expected (of all\n"
+        "outputs in the mean). Codes are not calibrated: `benchmarks/bench_planner.py`.\n"
+    )
+    rows = [
+        (
+            row["name"],
+            f"{at['bytes'] / 1e3:.0f} KB",
+            str(at["bits"]),
+            f"{at['equal']:.3f}",
+            f"{at['mixed']:.3f}",
+            f"{at['mixed_with_inputs']:.3f}",
+            f"{at['expected']:.3f}" if "expected" in at else "",
+        )
+        for row in results
+        for at in row["equal_bytes"]
+    ]
+    columns = ("model", "file", "bits", "equal bits", "mixed", "mixed, inputs", "expected")
+    yield markdown(columns, rows)
+    ratios = [str(at["ratio"]) for at in results[0]["ratios"]]
+    yield (
+        "Bytes of the output for `--ratio`, in percent of what was asked for; above 100 no plan\n"
+        "is small enough, and the exit code is 3: small tensors and names alone are too much.\n"
+    )
+    cells = [
+        (row["name"], *(f"{100 * at['bytes'] / at['target']:.2f}" for at in row["ratios"]))
+        for row in results
+    ]
+    yield markdown(("model", *(f"{ratio}x" for ratio in ratios)), cells)
+    yield (
+        "Expected against measured, weight by weight: noise of the outputs with one weight in 2,\n"
+        "3 or 4 bits, and times of products on codes by the costs of the machine.\n"
+    )
+    ranks = [
+        (
+            name,
+            {"error": "noise of the outputs", "time": "time"}[what],
+            str(row["points"]),
+            f"{row['rank_correlation']:.2f}",
+            f"{row['median_measured_over_expected']:.2f}",
+        )
+        for name, kinds in read("planner")["ranks"].items()
+        for what, row in kinds.items()
+    ]
+    columns = ("model", "what", "points", "rank correlation", "measured / expected, median")
+    yield markdown(columns, ranks)
+
+
 def tables() -> str:
     """All tables with the sentences before them."""
     return "\n".join(
@@ -362,6 +415,7 @@ def tables() -> str:
             *shared_products(),
             *demo(),
             *models(),
+            *planner(),
             *presets(),
             *pruning(),
         ]
