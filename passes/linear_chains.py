@@ -148,6 +148,8 @@ class _Folder:
         node = value.producer()
         if node is None or not _is(node, "Add"):
             return None if node is None else self._link(node)
+        if len(node.inputs) < 2:
+            return None
         for product, vector in (tuple(node.inputs[:2]), tuple(node.inputs[1::-1])):
             producer = None if product is None else product.producer()
             if product is None or vector is None or producer is None or not _only_use(product):
@@ -197,7 +199,7 @@ class _Folder:
         producer = None if value is None else value.producer()
         if producer is not None and _is(producer, "Transpose"):
             perm = tuple(producer.attributes.get_ints("perm", (1, 0)))
-            value = producer.inputs[0] if perm == (1, 0) else None
+            value = producer.inputs[0] if perm == (1, 0) and producer.inputs else None
         tensor = self._constant(value)
         axes = 0 if tensor is None else len(shape_of(tensor))
         return value if axes == 2 or (axes > 2 and node.op_type == "Conv") else None
