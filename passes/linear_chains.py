@@ -4,7 +4,9 @@
 ``Conv(Conv(x, A), B) -> Conv(x, BA)`` where one of the two windows is 1 x 1. Models trained with
 factors (LoRITa) are full of such chains, others have some by accident. A chain is folded where the
 product has no more weights than its parts: two thin factors stay what they are. Products are
-computed in float64. Visits the main graph and all subgraphs; function bodies are not visited.
+computed in float64, piece by piece; folded weights stay in memory until the model is written, so
+that there is a limit to all of them. Visits the main graph and all subgraphs; function bodies are
+not visited.
 """
 
 from __future__ import annotations
@@ -35,6 +37,12 @@ from onnxcomp.passes.tensors import shape_of
 __all__ = ["fold_linear_chains"]
 
 Array = npt.NDArray[Any]
+
+# Rows and columns of a product that are computed at a time.
+_PIECE = 256
+
+# Bytes of folded weights that are held in memory; chains beyond are left as they are.
+_MOST_HELD = 256 << 20
 
 _LARGEST = {ir.DataType.FLOAT16: 65504.0}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -76,9 +84,10 @@ class _Link:
     Attributes:
         nodes: Its nodes, first to last: the product, and the Add of a bias behind it.
         weight: What the product reads: an initializer, or the transpose of one.
-        matrix: Float64 ``(k, n)``; of a convolution ``(out, in, ...)``.
+        matrix: ``(k, n)`` as it is stored, not copied; of a convolution ``(out, in, ...)``.
         bias: Float64 ``(n,)``; None without one.
         constants: Initializers it reads.
+        factor: What products with the matrix are multiplied by.
     """
 
     nodes: tuple[ir.Node, ...]
@@ -86,6 +95,7 @@ class _Link:
     matrix: Array
     bias: Array | None
     constants: tuple[ir.Value, ...]
+    factor: float = 1.0
 
     @property
     def product(self) -> ir.Node:
@@ -122,6 +132,7 @@ class _Folder:
         self._include, self._exclude = include, exclude
         self._listed_are_free = model.ir_version >= LISTING_IR and not freeze_inputs
         self._names = Names(model)
+        self._held = 0
 
     def fold_next(self) -> str | None:
         """Fold one pair of maps; what was done, or None where nothing is left to do."""
@@ -168,19 +179,19 @@ class _Folder:
         source, weight = self._source(node), node.inputs[1] if len(node.inputs) > 1 else None
         if source is None or source.const_value is None or weight is None:
             return None
-        matrix = np.asarray(source.const_value.numpy()).astype(np.float64)
+        matrix, factor = np.asarray(source.const_value.numpy()), 1.0
         matrix = matrix if source is weight else matrix.T
         if node.op_type == "Gemm":
             matrix = matrix.T if node.attributes.get_int("transB", False) else matrix
-            matrix = matrix * node.attributes.get_float("alpha", 1.0)
+            factor = node.attributes.get_float("alpha", 1.0)
         given = node.inputs[2] if len(node.inputs) > 2 else None
         if given is None:
-            return _Link((node,), weight, matrix, None, (source,))
+            return _Link((node,), weight, matrix, None, (source,), factor)
         bias = self._vector(given, matrix.shape[0 if node.op_type == "Conv" else 1], axes=2)
         if bias is None:
             return None
         bias = bias * node.attributes.get_float("beta", 1.0)
-        return _Link((node,), weight, matrix, bias, (source, given))
+        return _Link((node,), weight, matrix, bias, (source, given), factor)
 
     def _constant(self, value: ir.Value | None) -> ir.TensorProtocol | None:
         """The tensor of an initializer that nobody can override."""
@@ -225,10 +236,12 @@ class _Folder:
         if sum(tensor.nbytes for tensor in tensors) < self._min_size:
             return False
         gone = [link for link in (first, second) if _goes(link)]
+        if self._held + matrix.size * tensors[0].dtype.itemsize > _MOST_HELD:
+            return False
         same = first.constants[0] is second.constants[0]
         if same or tensors[0].dtype != tensors[1].dtype:
             return False
-        largest = float(np.abs(matrix).max(initial=0.0))
+        largest = max(float(matrix.max(initial=0.0)), -float(matrix.min(initial=0.0)))
         limit = _LARGEST.get(tensors[0].dtype, float(np.finfo(np.float32).max))
         return largest <= limit and matrix.size <= sum(link.matrix.size for link in gone)
 
@@ -249,6 +262,7 @@ class _Folder:
         assert tensor is not None and tail.graph is not None
         name = f"{second.constants[0].name}/folded"
         weight = self._initializer(name, matrix, tensor.dtype)
+        self._held += weight.const_value.nbytes if weight.const_value is not None else 0
         kind = "Gemm" if "Gemm" in (head.op_type, tail.op_type) else tail.op_type
         inputs: list[ir.Value | None] = [head.inputs[0], weight]
         if bias is not None and kind != "MatMul":
@@ -274,7 +288,8 @@ class _Folder:
         return f"{first.constants[0].name} and {second.constants[0].name} became {weight.name}"
 
     def _initializer(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
-        tensor = ir.Tensor(np.ascontiguousarray(array).astype(dtype.numpy()), dtype=dtype)
+        stored = np.ascontiguousarray(array).astype(dtype.numpy(), copy=False)
+        tensor = ir.Tensor(stored, dtype=dtype)
         value = ir.Value(
             name=self._names.value(name),
             type=ir.TensorType(dtype),
@@ -311,14 +326,34 @@ def _folded(first: _Link, second: _Link) -> tuple[Array, Array | None] | None:
         return None
     if first.matrix.shape[1] != second.matrix.shape[0]:
         return None
-    return first.matrix @ second.matrix, _sum(first.bias, second.matrix, second.bias)
+    matrix = _product(first.matrix, second.matrix, first.factor * second.factor)
+    return matrix, _sum(first.bias, second.matrix, second.bias, second.factor)
 
 
-def _sum(bias: Array | None, matrix: Array, added: Array | None) -> Array | None:
+def _product(left: Array, right: Array, factor: float) -> Array:
+    """``factor * left @ right``, summed in float64, piece by piece, in the type of the parts.
+
+    Values that the type cannot hold become infinite.
+    """
+    result = np.empty((left.shape[0], right.shape[1]), np.result_type(left, right))
+    with np.errstate(over="ignore"):
+        for top in range(0, left.shape[0], _PIECE):
+            rows = left[top : top + _PIECE].astype(np.float64) * factor
+            for start in range(0, right.shape[1], _PIECE):
+                part = rows @ right[:, start : start + _PIECE].astype(np.float64)
+                result[top : top + _PIECE, start : start + _PIECE] = part
+    return result
+
+
+def _sum(
+    bias: Array | None, matrix: Array, added: Array | None, factor: float = 1.0
+) -> Array | None:
     """``b1 W2 + b2``."""
     if bias is None:
         return added
-    return bias @ matrix + (0.0 if added is None else added)
+    pieces = range(0, matrix.shape[1], _PIECE)
+    moved = [bias @ matrix[:, start : start + _PIECE].astype(np.float64) for start in pieces]
+    return factor * np.concatenate(moved) + (0.0 if added is None else added)
 
 
 def _folded_windows(first: _Link, second: _Link) -> tuple[Array, Array | None] | None:
@@ -330,7 +365,7 @@ def _folded_windows(first: _Link, second: _Link) -> tuple[Array, Array | None] |
     that is without padding or without a bias.
     """
     head, tail = first.product, second.product
-    inner, outer = first.matrix, second.matrix
+    inner, outer = first.matrix.astype(np.float64), second.matrix.astype(np.float64)
     if any(node.attributes.get_int("group", 1) != 1 for node in (head, tail)):
         return None
     if len(inner) != outer.shape[1] or inner.ndim != outer.ndim:

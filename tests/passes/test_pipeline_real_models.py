@@ -69,7 +69,7 @@ def test_minilm_is_compiled_in_a_minute_and_little_memory(
 
 
 def external_model(folder: Path, count: int, rows: int, columns: int) -> Path:
-    """A chain of square products whose weights, all different, lie in one data file."""
+    """Square products with Relu between them; their weights lie in one data file."""
     tile = np.random.default_rng(0).standard_normal((1 << 16) + 1).astype(np.float32)
     nodes, tensors = [], []
     with (folder / "weights.bin").open("wb") as file:
@@ -83,7 +83,8 @@ def external_model(folder: Path, count: int, rows: int, columns: int) -> Path:
                 entry.key, entry.value = key, str(value)
             np.resize(tile * np.float32(1 + index), (rows, columns)).tofile(file)
             tensors.append(tensor)
-            nodes.append(helper.make_node("MatMul", [f"x{index}", f"w{index}"], [f"x{index + 1}"]))
+            nodes.append(helper.make_node("MatMul", [f"x{index}", f"w{index}"], [f"p{index}"]))
+            nodes.append(helper.make_node("Relu", [f"p{index}"], [f"x{index + 1}"]))
     ends = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", rows])
         for name in ("x0", f"x{count}")
