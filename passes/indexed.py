@@ -103,6 +103,8 @@ def _weights(model: ir.Model) -> Iterator[_Weight]:
     for node in list(model.graph):
         if node.op_type not in ("Gather", "GatherND") or not is_default_domain(node.domain):
             continue
+        if len(node.inputs) != 2:
+            continue
         memory, given = node.inputs
         values = None if memory is None or memory in listed else _constant(memory)
         index = None if given is None or given in listed else _constant(given)
