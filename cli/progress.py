@@ -52,7 +52,7 @@ def _bar(title: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
-    from onnxcomp.passes.report import peak_rss
+    from onnxcomp.runtime.memory import peak_rss
 
     columns = (
         TextColumn(title),

@@ -23,11 +23,11 @@ from onnxcomp.passes.report import (
     Report,
     SiteReport,
     coverage,
-    peak_rss,
     versions,
 )
 from onnxcomp.passes.rewrite import Placement, rewrite
 from onnxcomp.passes.spectra import Spectrum, spectra
+from onnxcomp.runtime.memory import peak_rss
 
 # Gives a block that times one stage, by the stage's name.
 Stage = Callable[[str], contextlib.AbstractContextManager[None]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ __all__ = [
     "Report",
     "SiteReport",
     "coverage",
-    "peak_rss",
     "versions",
 ]
 
@@ -200,25 +198,6 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _spectrum(values: Sequence[Sequence[Any]] | None) -> tuple[tuple[int, float], ...] | None:
     return None if values is None else tuple((int(n), float(value)) for n, value in values)
-
-
-def peak_rss() -> int:
-    """Largest resident size of this process so far, in bytes.
-
-    The kernel's high-water mark of the running program where there is one: the number of
-    getrusage also counts the program that started this one.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        status = ""
-    for line in status.splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def versions() -> dict[str, str]:

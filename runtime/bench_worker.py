@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import numpy as np
 
 from onnxcomp.errors import CompressionError, RuntimeMissingError
 from onnxcomp.runtime.evaluate import Feed, runner
+from onnxcomp.runtime.memory import peak_rss
 from onnxcomp.runtime.session import import_runtime, open_session
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ __all__ = ["main", "resident_bytes"]
 
 def resident_bytes() -> dict[str, int]:
     """Resident memory of this process, now and at its peak."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = peak_rss()
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return {"rss_bytes": peak, "peak_rss_bytes": peak}

@@ -40,7 +40,7 @@ def compile_alone(model: Path, output: Path, bits: int) -> dict[str, Any]:
     code = f"""
         import json, sys, time
         import onnxcomp as oc
-        from onnxcomp.passes.report import peak_rss
+        from onnxcomp.runtime.memory import peak_rss
         oc.optimize
         before = peak_rss()
         result = oc.optimize({str(model)!r}, {str(output)!r}, bits={bits}, verify=False)

@@ -16,9 +16,9 @@ from onnxcomp.passes.report import (
     Report,
     SiteReport,
     coverage,
-    peak_rss,
     versions,
 )
+from onnxcomp.runtime.memory import peak_rss
 
 SCHEMA = json.loads(
     (Path(__file__).parents[2] / "docs" / "result.schema.json").read_text(encoding="utf-8")
