@@ -30,7 +30,7 @@ _ELEMENTS = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UN
 def check_attributes(model: onnx.ModelProto) -> None:
     """Refuse attributes that are there twice or of another type than their operator defines.
 
-    Names of nodes and operators must be text.
+    Names of nodes and operators must be text, and inputs that an operator needs must be there.
 
     Raises:
         ModelError: There is such a node.
@@ -41,7 +41,10 @@ def check_attributes(model: onnx.ModelProto) -> None:
     for nodes in bodies:
         for node in _nested(nodes):
             _check_names(node)
-            kinds = _kinds(node.op_type, version) if node.domain in ("", "ai.onnx") else {}
+            standard = node.domain in ("", "ai.onnx")
+            if standard:
+                _check_inputs(node, _required(node.op_type, version))
+            kinds = _kinds(node.op_type, version) if standard else {}
             names = set()
             for attribute in node.attribute:
                 _check(node, attribute, kinds.get(attribute.name))
@@ -68,6 +71,31 @@ def _check_names(node: onnx.NodeProto) -> None:
                 f"a node or operator has a name that is no text: {text!r}",
                 hint="the file is damaged; export the model again",
             )
+
+
+def _check_inputs(node: onnx.NodeProto, required: int) -> None:
+    missing = [i for i in range(required) if i >= len(node.input) or not node.input[i]]
+    if missing:
+        raise ModelError(
+            f"node {node.name!r} ({node.op_type}) has no input {missing[0]}",
+            hint="the file is damaged; export the model again",
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _required(op_type: str, version: int) -> int:
+    """Number of leading inputs that a standard operator cannot do without; 0 where unknown."""
+    try:
+        schema = onnx.defs.get_schema(op_type, min(max(version, 1), onnx.defs.onnx_opset_version()))
+    except (onnx.defs.SchemaError, TypeError, ValueError):  # unknown, or no text at all
+        return 0
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    count = 0
+    for parameter in schema.inputs:
+        if parameter.option != single:
+            break
+        count += 1
+    return count
 
 
 @functools.lru_cache(maxsize=1024)

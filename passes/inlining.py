@@ -4,7 +4,8 @@
 the same when it loads a model, so nothing is computed otherwise; but a function has no
 initializers, and its weights could not be compressed where they are. Visits the main graph, all
 subgraphs and function bodies. Functions without weights stay, and so do those whose body cannot be
-moved: another version of an operator set, subgraphs as attributes, results that are no node's.
+moved: another version of an operator set, subgraphs as attributes, results that are no node's,
+inputs that a call leaves out.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ def _movable(model: ir.Model, key: Identifier, calls: list[ir.Node]) -> bool:
 def _plain(call: ir.Node, function: ir.Function) -> bool:
     graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
     return (
-        len(call.inputs) <= len(function.inputs)
+        len(call.inputs) == len(function.inputs)
+        and None not in call.inputs
         and len(call.outputs) == len(function.outputs)
         and all(value.name for value in call.outputs)
         and not any(attribute.type in graphs for attribute in call.attributes.values())

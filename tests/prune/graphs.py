@@ -9,20 +9,22 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-RNG = np.random.default_rng(0)
-
 
 class Draft:
-    """A graph in the making; every call adds a node and returns its output."""
+    """A graph in the making; every call adds a node and returns its output.
 
-    def __init__(self, opset: int = 18, **domains: int) -> None:
+    Weights depend on the seed and on the calls before, on nothing else.
+    """
+
+    def __init__(self, opset: int = 18, seed: int = 0, **domains: int) -> None:
+        self.rng = np.random.default_rng(seed)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.opsets = [helper.make_opsetid("", opset)]
         self.opsets += [helper.make_opsetid(name, version) for name, version in domains.items()]
 
     def weight(self, *shape: int, scale: float = 0.5) -> str:
-        return self.constant((RNG.standard_normal(shape) * scale).astype(np.float32))
+        return self.constant((self.rng.standard_normal(shape) * scale).astype(np.float32))
 
     def constant(self, array: Any) -> str:
         name = f"w{len(self.initializers)}"
@@ -83,7 +85,7 @@ def convolutions() -> onnx.ModelProto:
     """Residuals, depthwise and transposed convolutions, norms, Concat, Split, Pad, PRelu."""
     d = Draft()
     a = d.add("Conv", "x", d.weight(8, 3, 3, 3), d.weight(8), pads=[1, 1, 1, 1])
-    positive = d.constant(np.abs(RNG.standard_normal(8)).astype(np.float32) + 0.5)
+    positive = d.constant(np.abs(d.rng.standard_normal(8)).astype(np.float32) + 0.5)
     a = d.add("BatchNormalization", a, d.weight(8), d.weight(8), d.weight(8), positive)
     a = d.add("PRelu", a, d.weight(8, 1, 1))
     b = d.add("Conv", a, d.weight(8, 1, 3, 3), pads=[1, 1, 1, 1], group=8)
@@ -121,7 +123,7 @@ def shuffled() -> onnx.ModelProto:
     a = d.add("Conv", a, d.weight(12, 4, 3, 3), d.weight(12), group=2, pads=[1, 1, 1, 1])
     a = d.add("Reshape", a, d.ints(0, 2, 6, 5, 5))
     a = d.add("Reshape", d.add("Transpose", a, perm=[0, 2, 1, 3, 4]), d.ints(0, 12, 5, 5))
-    a = d.add("Gather", a, d.constant(RNG.permutation(12)), axis=1)
+    a = d.add("Gather", a, d.constant(d.rng.permutation(12)), axis=1)
     first = d.add("Slice", a, d.ints(0), d.ints(5), d.ints(1))
     second = d.add("Slice", a, d.ints(5), d.ints(2**31), d.ints(1))
     y = d.add("Conv", first, d.weight(3, 5, 1, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from .graphs import GRAPHS, Draft
 SCORES = ["obs", "numerical", "wanda", "flap", "magnitude"]
 
 
-def wide(bias: bool = True) -> onnx.ModelProto:
+def wide(bias: bool = True, seed: int = 0) -> onnx.ModelProto:
     """Two hidden layers whose neurons are correlated, so that fits make up for lost ones."""
-    d = Draft()
+    d = Draft(seed=seed)
     h = d.add("Relu", d.linear("x", 8, 64, bias))
     h = d.add("Relu", d.linear(h, 64, 48, bias))
     return d.model({"x": ["n", 8]}, {d.linear(h, 48, 4, bias): ["n", 4]})
@@ -68,25 +69,25 @@ def test_every_score_reaches_the_ratio_and_fits_help(score: Any, tmp_path: Path)
     assert all(fit.after <= fit.before for fit in report.fits)
 
 
+def mean_error(options: PruneOptions, folder: Path, *, bias: bool = True) -> float:
+    """Over some models: on a single small one, chance decides."""
+    return float(np.mean([run(wide(bias, s), options, feeds(), folder)[1] for s in range(6)]))
+
+
 def test_biases_alone_make_up_for_means(tmp_path: Path) -> None:
-    errors = [
-        run(
-            wide(bias=False),
-            PruneOptions(ratio=0.3, score="flap", compensate=how),
-            feeds(),
-            tmp_path,
-        )
+    fitted, plain = (
+        mean_error(PruneOptions(ratio=0.3, score="flap", compensate=how), tmp_path, bias=False)
         for how in ("bias", "none")  # type: ignore[arg-type]
-    ]
-    assert errors[0][1] < errors[1][1]
+    )
+    assert fitted < 0.8 * plain
 
 
 def test_the_default_is_better_than_magnitude(tmp_path: Path) -> None:
-    errors = {
-        score: run(wide(), PruneOptions(ratio=0.4, score=score), feeds(), tmp_path)[1]
+    obs, magnitude = (
+        mean_error(PruneOptions(ratio=0.4, score=score), tmp_path)
         for score in ("obs", "magnitude")  # type: ignore[arg-type]
-    }
-    assert errors["obs"] < errors["magnitude"]
+    )
+    assert obs < 0.8 * magnitude
 
 
 def test_without_data_weights_alone_decide() -> None:
@@ -155,6 +156,12 @@ def test_options_out_of_range_are_refused(options: PruneOptions) -> None:
         run(wide(), options)
 
 
+def matrix_elements(path: Path) -> int:
+    """Elements of the matrices of a model."""
+    tensors = onnx.load(path).graph.initializer
+    return sum(math.prod(tensor.dims) for tensor in tensors if len(tensor.dims) == 2)
+
+
 def test_optimize_prunes_first_and_encodes_what_is_left(tmp_path: Path) -> None:
     onnx.save(wide(), tmp_path / "m.onnx")
     inputs = {"x": np.concatenate([feed["x"] for feed in feeds()])}
@@ -166,8 +173,9 @@ def test_optimize_prunes_first_and_encodes_what_is_left(tmp_path: Path) -> None:
     assert result.verify is not None and result.verify.passed
     assert result.report.prune is not None and result.report.prune["met"]
     assert {site.method for site in result.report.sites if site.compressed} == {"int"}
-    widths = {site.shape for site in result.report.sites if len(site.shape) == 2}
-    assert (8, 64) not in widths
+    before = matrix_elements(tmp_path / "m.onnx")
+    after = sum(math.prod(site.shape) for site in result.report.sites if len(site.shape) == 2)
+    assert after <= 0.8 * before
 
 
 def test_pruning_alone_leaves_weights_dense(tmp_path: Path) -> None:
