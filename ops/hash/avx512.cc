@@ -203,7 +203,7 @@ void TilesInt8(const Weight& weight, const Activations& x, int64_t panel, int pa
 void ProductInt8Dot(const Weight& weight, const Activations& x, int64_t panel, int panels,
                     int64_t first, int64_t rows, float* out) {
   if (x.codes == nullptr) return ProductInt8(weight, x, panel, panels, first, rows, out);
-  if (rows > kStreamRows) return TilesInt8(weight, x, panel, panels, first, rows, out);
+  if (x.rows > kStreamRows) return TilesInt8(weight, x, panel, panels, first, rows, out);
   for (int p = 0; p < panels; ++p, out += kLanes) {
     switch (rows) {
       case 1: StreamInt8<1>(weight, x, panel + p, first, out); break;

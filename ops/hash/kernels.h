@@ -218,7 +218,8 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
 
 void Product(const Weight& weight, const Activations& x, int64_t panel, int panels, int64_t first,
              int64_t rows, float* out) {
-  if (rows > kStreamRows || weight.chunk != kTile) {
+  // Few rows in all: of the last of many there is no copy with opposite signs.
+  if (x.rows > kStreamRows || weight.chunk != kTile) {
     return Tiles(weight, x, panel, panels, first, rows, false, out);
   }
   switch (weight.type) {
