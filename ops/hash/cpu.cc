@@ -1,14 +1,14 @@
 // HashMatMul, HashGather and HashDecode for the CPU provider; spec.md defines them.
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
-#include "common/elements.h"
 #include "common/float16.h"
 #include "common/parallel.h"
+#include "common/weight_op.h"
 #include "hash/kernel.h"
 #include "hash/places.h"
+#include "hyper/format.h"
 
 namespace onnxcomp::hash {
 namespace {
@@ -32,30 +32,13 @@ constexpr Memory kMemoryOf<Half> = Memory::kFloat16;
 template <>
 constexpr Memory kMemoryOf<int8_t> = Memory::kInt8;
 
-// Rounds one span of a row: codes of -127 .. 127 and their scale; spec.md section 4.
-float Quantize(const float* values, float* codes) {
-  float most = 0.0f;
-  bool finite = true;
-  for (int t = 0; t < kGroup; ++t) {
-    finite = finite && std::isfinite(values[t]);
-    most = std::max(most, std::fabs(values[t]));
-  }
-  if (!finite || most < 0x1p-100f) {
-    std::fill(codes, codes + kGroup, 0.0f);
-    return finite ? 0.0f : std::nanf("");
-  }
-  const float inverse = 127.0f / most;
-  // Adding and taking away 1.5 * 2^23 rounds to an integer, to nearest even.
-  for (int t = 0; t < kGroup; ++t) codes[t] = (values[t] * inverse + 0x1.8p23f) - 0x1.8p23f;
-  return most / 127.0f;
-}
-
 // Rows of x laid out as Activations, on all threads.
 template <class T>
 class Prepared {
  public:
   Prepared(const Isa& isa, const Weight& weight, const T* x, int64_t rows, bool int8)
-      : length_(weight.length),
+      : rounding_(hyper::SelectIsa()),
+        length_(weight.length),
         spans_(CeilDiv(weight.blocks, kSpan)),
         tile_(isa.tile),
         x_(x),
@@ -82,13 +65,18 @@ class Prepared {
     const int64_t unit = first * spans_ + span * count;
     for (int i = 0; i < count; ++i) {
       alignas(64) float row[kGroup];
+      alignas(64) int8_t codes[kGroup];
       LoadSpan(x_ + (first + i) * length_, span, row);
-      if (int8_) scales_.get()[unit + i] = Quantize(row, row);
-      if (dot_) {
-        PlaceCodes(row, unit, i, count);
-      } else {
-        PlaceValues(row, values_.get() + unit * kGroup + i, count);
+      if (int8_) {
+        int32_t sum = 0;  // of the whole span; signs need those of its blocks
+        scales_.get()[unit + i] = rounding_.quantize(row, kGroup, codes, &sum);
       }
+      if (dot_) {
+        PlaceCodes(codes, unit, i, count);
+        continue;
+      }
+      float* values = values_.get() + unit * kGroup + i;
+      int8_ ? PlaceValues(codes, values, count) : PlaceValues(row, values, count);
     }
   }
 
@@ -102,18 +90,19 @@ class Prepared {
     std::fill(out + width, out + kGroup, 0.0f);
   }
 
-  void PlaceValues(const float* row, float* out, int count) const {
+  template <class V>
+  void PlaceValues(const V* row, float* out, int count) const {
     for (int t = 0; t < kGroup; ++t) out[t * count] = row[t];
     if (copies_ == 1) return;
-    for (int t = 0; t < kGroup; ++t) out[size() + t * count] = -row[t];
+    for (int t = 0; t < kGroup; ++t) out[size() + t * count] = -static_cast<float>(row[t]);
   }
 
-  void PlaceCodes(const float* row, int64_t unit, int i, int count) const {
+  void PlaceCodes(const int8_t* row, int64_t unit, int i, int count) const {
     int8_t* out = codes_.get() + unit * kGroup + i * 4;
     int32_t* sums = sums_.get() + (unit + i) * kSpan;
     std::fill(sums, sums + kSpan, 0);
     for (int t = 0; t < kGroup; ++t) {
-      const auto code = static_cast<int8_t>(row[t]);
+      const int8_t code = row[t];
       sums[t / kLanes] += code;
       int8_t* place = out + t / 4 * count * 4 + t % 4;
       *place = code;
@@ -121,6 +110,7 @@ class Prepared {
     }
   }
 
+  const hyper::Isa& rounding_;  // both families round activations alike
   int64_t length_;
   int64_t spans_;
   int tile_;
@@ -185,15 +175,7 @@ class MatMulKernel : public Kernel {
  public:
   explicit MatMulKernel(const NodeInfo& node)
       : api_(node.api()), reader_(node, 1, kMemoryOf<M>), isa_(SelectIsa()) {
-    const int64_t dtype = node.Int("dtype").value_or(kTypeOf<T>);
-    if (dtype != kTypeOf<T>) {
-      Fail("attribute 'dtype' is ", dtype, ", the element type of x is ", kTypeOf<T>);
-    }
-    const int64_t precision = node.Int("precision").value_or(0);
-    if (precision != 0 && precision != 1) {
-      Fail("attribute 'precision' is ", precision, ", must be 0 (exact) or 1 (int8)");
-    }
-    int8_ = precision == 1;
+    int8_ = ReadInt8<T>(node);
     if (int8_ && kMemoryOf<M> != Memory::kInt8) {
       Fail("attribute 'precision' is 1 (int8), which needs a memory of int8");
     }
@@ -202,9 +184,7 @@ class MatMulKernel : public Kernel {
   void Compute(OrtKernelContext* context) const override {
     const OrtValue* x = InputOf(api_, context, 0);
     Dims dims = DimsOf(api_, x);
-    if (dims.empty() || dims.back() != reader_.length()) {
-      Fail("x has shape ", Text(dims), ", its last dim must be ", reader_.length());
-    }
+    CheckLastDim(dims, reader_.length());
     const Weight weight = reader_.Read(context);
     dims.back() = reader_.rows();
     T* y = OutputOf<T>(api_, context, dims);
@@ -220,13 +200,9 @@ class MatMulKernel : public Kernel {
  private:
   void Run(OrtKernelContext* context, const Weight& weight, const T* x, int64_t rows, T* y) const {
     const Prepared<T> prepared(isa_, weight, x, rows, int8_);
-    const int64_t per_task = std::max<int64_t>(1, kTaskWork / (isa_.tile * kGroup * 8));
-    const auto tasks = static_cast<size_t>(CeilDiv(prepared.pieces(), per_task));
-    ParallelFor(api_, context, tasks, [&](size_t task) {
-      const int64_t begin = static_cast<int64_t>(task) * per_task;
-      const int64_t end = std::min(begin + per_task, prepared.pieces());
-      for (int64_t piece = begin; piece < end; ++piece) prepared.Run(piece);
-    });
+    const int64_t per_task = kTaskWork / (isa_.tile * kGroup * 8);
+    ParallelPieces(api_, context, prepared.pieces(), per_task,
+                   [&](int64_t piece) { prepared.Run(piece); });
     const Activations view = prepared.view();
     const Grid<T> grid(isa_, weight, view, int8_, y);
     ParallelFor(api_, context, grid.tasks(), grid);
@@ -253,22 +229,13 @@ class GatherKernel : public Kernel {
     Dims dims = DimsOf(api_, indices);
     const int64_t count = Count(dims);
     const Index* data = DataOf<Index>(api_, indices);
-    for (int64_t i = 0; i < count; ++i) {
-      if (data[i] < -reader_.rows() || data[i] >= reader_.rows()) {
-        Fail("index ", data[i], " at position ", i, " is outside [", -reader_.rows(), ", ",
-             reader_.rows() - 1, "]");
-      }
-    }
+    CheckIndices(data, count, reader_.rows());
     const Weight weight = reader_.Read(context);
     dims.push_back(reader_.length());
     float* y = OutputOf<float>(api_, context, dims);
-    const int64_t per_task = std::max<int64_t>(1, kTaskWork / 8 / weight.length);
-    ParallelFor(api_, context, static_cast<size_t>(CeilDiv(count, per_task)), [&](size_t task) {
-      const int64_t begin = static_cast<int64_t>(task) * per_task;
-      for (int64_t i = begin; i < std::min(begin + per_task, count); ++i) {
-        const int64_t row = data[i] < 0 ? data[i] + reader_.rows() : data[i];
-        Row(weight, row, y + i * reader_.length());
-      }
+    ParallelPieces(api_, context, count, kTaskWork / 8 / weight.length, [&](int64_t i) {
+      const int64_t row = data[i] < 0 ? data[i] + reader_.rows() : data[i];
+      Row(weight, row, y + i * reader_.length());
     });
   }
 
@@ -305,14 +272,8 @@ class DecodeKernel : public Kernel {
     const Weight weight = reader_.Read(context);
     float* w = OutputOf<float>(api_, context, {weight.rows, weight.length});
     const int64_t spans = CeilDiv(weight.blocks, kSpan);
-    const int64_t per_task = std::max<int64_t>(1, kTaskWork / 4 / (kGroup * kLanes));
-    const int64_t total = weight.panels * spans;
-    ParallelFor(api_, context, static_cast<size_t>(CeilDiv(total, per_task)), [&](size_t task) {
-      const int64_t begin = static_cast<int64_t>(task) * per_task;
-      for (int64_t i = begin; i < std::min(begin + per_task, total); ++i) {
-        Span(weight, i / spans, i % spans, w);
-      }
-    });
+    ParallelPieces(api_, context, weight.panels * spans, kTaskWork / 4 / (kGroup * kLanes),
+                   [&](int64_t i) { Span(weight, i / spans, i % spans, w); });
   }
 
  private:
@@ -332,40 +293,6 @@ class DecodeKernel : public Kernel {
   WeightReader reader_;
   const Isa& isa_;
 };
-
-template <class K>
-std::unique_ptr<Kernel> Make(const NodeInfo& node, const CustomOp&) {
-  return std::make_unique<K>(node);
-}
-
-bool Positive(const Dims& extent) {
-  return extent.size() == 2 && extent[0] > 0 && extent[1] > 0;
-}
-
-void InferMatMul(const InferContext& context, const CustomOp&) {
-  Dims dims = context.InputDims(0);
-  const Dims extent = context.Ints("extent");
-  if (dims.empty() || !Positive(extent)) return;  // unknown, or left to the kernel to refuse
-  std::vector<std::string> symbols = context.InputSymbols(0);
-  dims.back() = extent[0];
-  symbols.back().clear();
-  context.SetOutput(context.InputType(0), dims, symbols);
-}
-
-void InferGather(const InferContext& context, const CustomOp& op) {
-  Dims dims = context.InputDims(0);
-  const Dims extent = context.Ints("extent");
-  if (dims.empty() || !Positive(extent)) return;  // a scalar cannot be told from an unknown rank
-  std::vector<std::string> symbols = context.InputSymbols(0);
-  dims.push_back(extent[1]);
-  symbols.emplace_back();
-  context.SetOutput(op.output, dims, symbols);
-}
-
-void InferDecode(const InferContext& context, const CustomOp& op) {
-  const Dims extent = context.Ints("extent");
-  if (Positive(extent)) context.SetOutput(op.output, extent, {});
-}
 
 // memory, scale, codes, map, then what only the portable body reads.
 std::vector<int> WithWeight(std::vector<int> inputs, int memory) {

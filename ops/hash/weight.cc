@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "common/elements.h"
+#include "common/weight_op.h"
 #include "hash/kernel.h"
 
 namespace onnxcomp::hash {
@@ -50,18 +50,11 @@ bool HasCodes(const Dims& dims, const uint8_t* codes, const Weight& weight) {
 
 WeightReader::WeightReader(const NodeInfo& node, size_t first, Memory type)
     : api_(node.api()), first_(first), type_(type) {
-  const auto extent = node.Ints("extent");
-  if (!extent) Fail("attribute 'extent' (ints: rows, length) is missing");
-  if (extent->size() != 2) Fail("attribute 'extent' is ", Text(*extent), ", must be two ints");
-  for (int64_t size : *extent) {
-    if (size < 1 || size > kMaxExtent) {
-      Fail("attribute 'extent' is ", Text(*extent), ", must be rows >= 1 and length >= 1");
-    }
-  }
-  rows_ = (*extent)[0];
-  length_ = (*extent)[1];
+  const Dims extent = ReadExtent(node, kMaxExtent);
+  rows_ = extent[0];
+  length_ = extent[1];
   if (CeilDiv(rows_, kLanes) > kMaxMap / CeilDiv(length_, kLanes)) {
-    Fail("attribute 'extent' is ", Text(*extent), ": more than 2^31 tiles");
+    Fail("attribute 'extent' is ", Text(extent), ": more than 2^31 tiles");
   }
 }
 

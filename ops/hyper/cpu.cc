@@ -7,9 +7,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "common/elements.h"
 #include "common/float16.h"
 #include "common/parallel.h"
+#include "common/weight_op.h"
 
 namespace onnxcomp::hyper {
 namespace {
@@ -219,23 +219,13 @@ class MatMulKernel : public Kernel {
  public:
   explicit MatMulKernel(const NodeInfo& node)
       : api_(node.api()), reader_(node, 1), isa_(SelectIsa()) {
-    const int64_t dtype = node.Int("dtype").value_or(kTypeOf<T>);
-    if (dtype != kTypeOf<T>) {
-      Fail("attribute 'dtype' is ", dtype, ", the element type of x is ", kTypeOf<T>);
-    }
-    const int64_t precision = node.Int("precision").value_or(0);
-    if (precision != 0 && precision != 1) {
-      Fail("attribute 'precision' is ", precision, ", must be 0 (exact) or 1 (int8)");
-    }
-    int8_ = precision == 1;
+    int8_ = ReadInt8<T>(node);
   }
 
   void Compute(OrtKernelContext* context) const override {
     const OrtValue* x = InputOf(api_, context, 0);
     Dims dims = DimsOf(api_, x);
-    if (dims.empty() || dims.back() != reader_.length()) {
-      Fail("x has shape ", Text(dims), ", its last dim must be ", reader_.length());
-    }
+    CheckLastDim(dims, reader_.length());
     const Weight weight = reader_.Read(context);
     dims.back() = reader_.rows();
     T* y = OutputOf<T>(api_, context, dims);
@@ -252,14 +242,9 @@ class MatMulKernel : public Kernel {
   void Run(OrtKernelContext* context, const Weight& weight, const T* x, int64_t rows, T* y) const {
     const Format& format = weight.format;
     const Prepared<T> prepared(isa_, format, x, rows, int8_);
-    const int64_t pieces = prepared.pieces();
-    const int64_t per_task = std::max<int64_t>(1, kTaskWork / (isa_.tile * format.group * 8));
-    const auto tasks = static_cast<size_t>(CeilDiv(pieces, per_task));
-    ParallelFor(api_, context, tasks, [&](size_t task) {
-      const int64_t begin = static_cast<int64_t>(task) * per_task;
-      const int64_t end = std::min(begin + per_task, pieces);
-      for (int64_t piece = begin; piece < end; ++piece) prepared.Run(piece);
-    });
+    const int64_t per_task = kTaskWork / (isa_.tile * format.group * 8);
+    ParallelPieces(api_, context, prepared.pieces(), per_task,
+                   [&](int64_t piece) { prepared.Run(piece); });
     const Activations view = prepared.view();
     const Product<T> product(isa_, weight, view, int8_, y);
     ParallelFor(api_, context, product.tasks(), product);
@@ -292,23 +277,13 @@ class GatherKernel : public Kernel {
     Dims dims = DimsOf(api_, indices);
     const int64_t count = Count(dims);
     const Index* data = DataOf<Index>(api_, indices);
-    for (int64_t i = 0; i < count; ++i) {
-      if (data[i] < -reader_.rows() || data[i] >= reader_.rows()) {
-        Fail("index ", data[i], " at position ", i, " is outside [", -reader_.rows(), ", ",
-             reader_.rows() - 1, "]");
-      }
-    }
+    CheckIndices(data, count, reader_.rows());
     const Weight weight = reader_.Read(context);
     dims.push_back(reader_.length());
     float* y = OutputOf<float>(api_, context, dims);
-    const int64_t per_task = std::max<int64_t>(1, kTaskWork / 8 / weight.format.padded());
-    const auto tasks = static_cast<size_t>(CeilDiv(count, per_task));
-    ParallelFor(api_, context, tasks, [&](size_t task) {
-      const int64_t begin = static_cast<int64_t>(task) * per_task;
-      for (int64_t i = begin; i < std::min(begin + per_task, count); ++i) {
-        const int64_t row = data[i] < 0 ? data[i] + reader_.rows() : data[i];
-        Row(weight, row, y + i * reader_.length());
-      }
+    ParallelPieces(api_, context, count, kTaskWork / 8 / weight.format.padded(), [&](int64_t i) {
+      const int64_t row = data[i] < 0 ? data[i] + reader_.rows() : data[i];
+      Row(weight, row, y + i * reader_.length());
     });
   }
 
@@ -336,15 +311,9 @@ class DecodeKernel : public Kernel {
     const Weight weight = reader_.Read(context);
     const Format& format = weight.format;
     float* w = OutputOf<float>(api_, context, {format.rows, format.length});
-    const int64_t per_task = std::max<int64_t>(1, kTaskWork / 4 / (kLanes * format.group));
-    const int64_t blocks = format.panels * format.groups;
-    const auto tasks = static_cast<size_t>(CeilDiv(blocks, per_task));
-    ParallelFor(api_, context, tasks, [&](size_t task) {
-      const int64_t begin = static_cast<int64_t>(task) * per_task;
-      for (int64_t i = begin; i < std::min(begin + per_task, blocks); ++i) {
-        Block(weight, i / format.groups, i % format.groups, w);
-      }
-    });
+    ParallelPieces(api_, context, format.panels * format.groups,
+                   kTaskWork / 4 / (kLanes * format.group),
+                   [&](int64_t i) { Block(weight, i / format.groups, i % format.groups, w); });
   }
 
  private:
@@ -362,41 +331,6 @@ class DecodeKernel : public Kernel {
   WeightReader reader_;
   const Isa& isa_;
 };
-
-template <class K>
-std::unique_ptr<Kernel> Make(const NodeInfo& node, const CustomOp&) {
-  return std::make_unique<K>(node);
-}
-
-bool Positive(const Dims& extent) {
-  return extent.size() == 2 && extent[0] > 0 && extent[1] > 0;
-}
-
-// The runtime asks one of the overloads for all of them: the type of y comes from x, not from `op`.
-void InferMatMul(const InferContext& context, const CustomOp&) {
-  Dims dims = context.InputDims(0);
-  const Dims extent = context.Ints("extent");
-  if (dims.empty() || !Positive(extent)) return;  // unknown, or left to the kernel to refuse
-  std::vector<std::string> symbols = context.InputSymbols(0);
-  dims.back() = extent[0];
-  symbols.back().clear();
-  context.SetOutput(context.InputType(0), dims, symbols);
-}
-
-void InferGather(const InferContext& context, const CustomOp& op) {
-  Dims dims = context.InputDims(0);
-  const Dims extent = context.Ints("extent");
-  if (dims.empty() || !Positive(extent)) return;  // a scalar cannot be told from an unknown rank
-  std::vector<std::string> symbols = context.InputSymbols(0);
-  dims.push_back(extent[1]);
-  symbols.emplace_back();
-  context.SetOutput(op.output, dims, symbols);
-}
-
-void InferDecode(const InferContext& context, const CustomOp& op) {
-  const Dims extent = context.Ints("extent");
-  if (Positive(extent)) context.SetOutput(op.output, extent, {});
-}
 
 // codes, scales, table, then what only the portable body reads.
 std::vector<int> WithWeight(std::vector<int> inputs) {

@@ -1,5 +1,6 @@
 // Checks everything a model file can get wrong before a kernel touches a byte of it.
 
+#include "common/weight_op.h"
 #include "hyper/kernel.h"
 
 namespace onnxcomp::hyper {
@@ -14,18 +15,6 @@ int ReadGroup(const NodeInfo& node) {
     Fail("attribute 'group' is ", *group, ", must be 32, 64, 128 or 256");
   }
   return static_cast<int>(*group);
-}
-
-Dims ReadExtent(const NodeInfo& node) {
-  const auto extent = node.Ints("extent");
-  if (!extent) Fail("attribute 'extent' (ints: rows, length) is missing");
-  if (extent->size() != 2) Fail("attribute 'extent' is ", Text(*extent), ", must be two ints");
-  for (int64_t size : *extent) {
-    if (size < 1 || size > kMaxExtent) {
-      Fail("attribute 'extent' is ", Text(*extent), ", must be rows >= 1 and length >= 1");
-    }
-  }
-  return *extent;
 }
 
 // log2 of the table's length, 0 when it is none of the known ones.
@@ -47,7 +36,7 @@ void CheckTable(const int8_t* table, int64_t size) {
 }  // namespace
 
 WeightReader::WeightReader(const NodeInfo& node, size_t first) : api_(node.api()), first_(first) {
-  const Dims extent = ReadExtent(node);
+  const Dims extent = ReadExtent(node, kMaxExtent);
   rows_ = extent[0];
   length_ = extent[1];
   group_ = ReadGroup(node);

@@ -64,13 +64,9 @@ class DecodeKernel : public Kernel {
     const Weight weight = Read(context);
     float* w = OutputOf<float>(api_, context, extent_);
     const int64_t blocks = weight.groups * weight.blocks;
-    const auto tasks = static_cast<size_t>((blocks + kTaskBlocks - 1) / kTaskBlocks);
     std::atomic<bool> valid{true};
-    ParallelFor(api_, context, tasks, [&](size_t task) {
-      const int64_t first = static_cast<int64_t>(task) * kTaskBlocks;
-      for (int64_t i = first; i < std::min(first + kTaskBlocks, blocks); ++i) {
-        if (!Block(weight, i, w)) valid = false;
-      }
+    ParallelPieces(api_, context, blocks, kTaskBlocks, [&](int64_t i) {
+      if (!Block(weight, i, w)) valid = false;
     });
     if (!valid) Fail("a code lies in a class beyond the ", weight.classes, " of 'spans'");
   }
