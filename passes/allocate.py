@@ -3,23 +3,26 @@
 The objective is a sum over weights, so the best plan for a given price of a byte is found weight by
 weight, and the plans of all prices lie on the lower convex hulls of the weights' (bytes, cost)
 points. Walking the hulls steepest step first is that Lagrangian solution; what is left of the
-budget is then filled with whatever single step still fits and saves most per byte, and at last with
-large steps that are paid for by small ones elsewhere.
+budget is then filled with whatever single step still fits and saves most per byte. Where weights
+are few and steps large, a search over all combinations that could be better comes last.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from onnxcomp.passes.choices import Candidate
-from onnxcomp.passes.menus import NOISE, Menu, distance, equal_plans
+from onnxcomp.passes.knapsack import cheapest
+from onnxcomp.passes.menus import Menu, distance, equal_plans
 
 __all__ = ["allocate"]
 
-# Exchanges of one large step for several small ones, and large steps looked at for each.
-_EXCHANGES = 16
+# Relative distance of a plan to what no plan can be better than, from which on a better one is
+# looked for.
+_GAP = 0.0005
 
 
 def _front(menu: Menu) -> Menu:
@@ -48,8 +51,13 @@ def _slope(menu: Menu, low: int, high: int) -> float:
     return (menu.cost(low) - menu.cost(high)) / added
 
 
-def _walk(menus: Sequence[Menu], room: int) -> tuple[list[int], int]:
-    """Hull steps of all menus, steepest first, as far as they fit into `room` bytes."""
+def _walk(menus: Sequence[Menu], room: int) -> tuple[list[int], int, float]:
+    """Hull steps of all menus, steepest first, as far as they fit into `room` bytes.
+
+    Returns:
+        The options, the bytes that are left, and what the first step that did not fit saves per
+        byte: the price of a byte at the end of the budget.
+    """
     hulls = [_hull(menu) for menu in menus]
     picks = [hull[0] for hull in hulls]
     steps = [
@@ -58,18 +66,20 @@ def _walk(menus: Sequence[Menu], room: int) -> tuple[list[int], int]:
         if len(hull) > 1
     ]
     heapq.heapify(steps)
+    price = 0.0
     while steps:
-        _, site, position = heapq.heappop(steps)
+        falling, site, position = heapq.heappop(steps)
         menu, hull = menus[site], hulls[site]
         added = menu.options[hull[position]].bytes - menu.options[picks[site]].bytes
         if added > room:
+            price = max(price, -falling)
             continue
         room -= added
         picks[site] = hull[position]
         if position + 1 < len(hull):
             slope = _slope(menu, hull[position], hull[position + 1])
             heapq.heappush(steps, (-slope, site, position + 1))
-    return picks, room
+    return picks, room, price
 
 
 def _step(menu: Menu, pick: int, room: int) -> tuple[float, int] | None:
@@ -110,69 +120,12 @@ def _fill(menus: Sequence[Menu], picks: Sequence[int], room: int) -> list[int]:
     return picks
 
 
-def _exchange(menus: Sequence[Menu], picks: Sequence[int], room: int) -> list[int]:
-    """Take steps that do not fit by taking cheaper ones back elsewhere.
-
-    Where all that is left are large steps, such as leaving a weight dense, this is what brings a
-    plan near its budget. Costs are expectations: a trade that is even within `NOISE` fills room.
-    """
-    picks = list(picks)
-    slack = NOISE * sum(menu.cost(pick) for menu, pick in zip(menus, picks, strict=True))
-    for _ in range(_EXCHANGES):
-        trades = [_trade(menus, picks, room, *rise) for rise in _rises(menus, picks, room)]
-        saved, changes = max(trades, key=lambda trade: trade[0], default=(-slack, {}))
-        slack += min(0.0, saved)
-        if slack <= 0.0:
-            break
-        before = _total(menus, picks)
-        changed = [changes.get(site, pick) for site, pick in enumerate(picks)]
-        filled = _fill(menus, changed, room + before - _total(menus, changed))
-        added = _total(menus, filled) - before
-        if saved <= 0.0 and added <= 0:
-            break
-        picks, room = filled, room - added
-    return picks
-
-
-def _rises(menus: Sequence[Menu], picks: Sequence[int], room: int) -> list[tuple[int, int]]:
-    """Sites and options of the smallest steps that need more than `room` bytes."""
-    found = [
-        (added, site, higher)
-        for site, (menu, pick) in enumerate(zip(menus, picks, strict=True))
-        for higher in range(pick + 1, len(menu.options))
-        if room < (added := menu.options[higher].bytes - menu.options[pick].bytes)
-    ]
-    return [(site, higher) for _, site, higher in heapq.nsmallest(_EXCHANGES, found)]
-
-
-def _trade(
-    menus: Sequence[Menu], picks: Sequence[int], room: int, site: int, higher: int
-) -> tuple[float, dict[int, int]]:
-    """What a step saves when other sites step down to make room for it, and all the steps."""
-    menu = menus[site]
-    added = menu.options[higher].bytes - menu.options[picks[site]].bytes
-    saved, changes = menu.cost(picks[site]) - menu.cost(higher), {site: higher}
-    needed = added - room
-    # Steps down that free as much as the step up takes would only move it elsewhere.
-    falls = sorted(
-        (_slope(other, pick - 1, pick), number, freed)
-        for number, (other, pick) in enumerate(zip(menus, picks, strict=True))
-        if number != site
-        and pick > 0
-        and 2 * (freed := other.options[pick].bytes - other.options[pick - 1].bytes) <= added
-    )
-    for _, number, freed in falls:
-        if needed <= 0:
-            break
-        other, pick = menus[number], picks[number]
-        needed -= freed
-        saved -= other.cost(pick - 1) - other.cost(pick)
-        changes[number] = pick - 1
-    return (saved, changes) if needed <= 0 else (-math.inf, {})
-
-
 def _total(menus: Sequence[Menu], picks: Sequence[int]) -> int:
     return sum(menu.options[pick].bytes for menu, pick in zip(menus, picks, strict=True))
+
+
+def _cost(menus: Sequence[Menu], picks: Sequence[int]) -> float:
+    return sum(menu.cost(pick) for menu, pick in zip(menus, picks, strict=True))
 
 
 def _uniform_picks(menus: Sequence[Menu], fronts: Sequence[Menu]) -> list[list[int]]:
@@ -194,13 +147,27 @@ def allocate(menus: Sequence[Menu], budget: int) -> list[Candidate]:
     candidates fit, they are the answer.
     """
     fronts = [_front(menu) for menu in menus]
-    picks, room = _walk(fronts, budget - _total(fronts, [0] * len(fronts)))
+    picks, room, price = _walk(fronts, budget - _total(fronts, [0] * len(fronts)))
     plans = [_fill(fronts, picks, room)]
     for equal in _uniform_picks(menus, fronts):
         room = budget - _total(fronts, equal)
         if room >= 0:
             plans.append(_fill(fronts, equal, room))
-    best = min(plans, key=lambda p: sum(f.cost(i) for f, i in zip(fronts, p, strict=True)))
-    room = budget - _total(fronts, best)
-    best = _exchange(fronts, best, room) if room > 0 else best
+    best = min(plans, key=lambda picks: _cost(fronts, picks))
+    if price > 0.0 and _total(fronts, best) <= budget:
+        best = _searched(fronts, best, budget, price)
     return [front.options[pick] for front, pick in zip(fronts, best, strict=True)]
+
+
+def _searched(fronts: Sequence[Menu], picks: list[int], budget: int, price: float) -> list[int]:
+    """A better plan where one is in sight, or the same."""
+    known = _cost(fronts, picks)
+    options = [
+        (
+            np.array([option.bytes for option in front.options], np.int64),
+            np.array([front.cost_of(option) for option in front.options]),
+        )
+        for front in fronts
+    ]
+    bound = sum(float((cost + price * size).min()) for size, cost in options) - price * budget
+    return picks if known - bound <= _GAP * known else cheapest(options, picks, budget, price)

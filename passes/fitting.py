@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from onnxcomp.passes.allocate import allocate
 from onnxcomp.passes.choices import Candidate
+from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.menus import NOISE, Menu, equal_plans, keep
 
 __all__ = ["fit", "with_dense"]
@@ -21,6 +24,9 @@ _TRIALS = 12
 # of the output.
 _FRAMES = 20
 
+# Allocations with shared tensors counted, and bytes of the name and the type of a tensor.
+_ALIKE, _HEADER = 6, 80
+
 # A plan is good when less than this part of the target is left over.
 _CLOSE = 400
 
@@ -32,7 +38,8 @@ def fit(
 
     Names, nodes, alignment and what weights share depend on the candidates, so outputs are
     measured: allocations in a budget that is corrected until it fits, equal settings for all sites,
-    mixtures of a few settings, which share more, and single steps from the best of these.
+    mixtures of a few settings, which share more, what goes with the tensors that the best of these
+    shares, and single steps from there.
 
     Args:
         menus: One for each site.
@@ -50,6 +57,7 @@ def fit(
     search.try_equal(menus)
     search.try_few(menus)
     if search.best_bytes <= target:
+        search.try_alike()
         search.polish()
     return search.best, search.best_bytes
 
@@ -125,7 +133,7 @@ class _Search:
 
         Only where what comes with the weights is a good part of the output.
         """
-        frames = self.best_bytes - _bytes(self.best)
+        frames = self._frames()
         if frames * _FRAMES < self.best_bytes:
             return
         plans = sorted(equal_plans(menus), key=_bytes)
@@ -140,6 +148,31 @@ class _Search:
                     for menu, *options in zip(menus, *window, strict=True)
                 ]
                 self.correct(few, room)
+
+    def try_alike(self) -> None:
+        """Allocate again, with tensors that the best plan does not share yet counted as well.
+
+        Settings that bring large tensors for all weights (transforms, tables) otherwise look as
+        cheap as those whose tensors are there already, and no budget is right for both.
+        """
+        for _ in range(_ALIKE):
+            best, frames = self.best, self._frames()
+            if self._close() or frames * _FRAMES < self.best_bytes:
+                return
+            origins, menus, counted = _surcharged(self.menus, best)
+            room = self._target - frames + counted
+            for _ in range(_ALIKE):
+                picks = [origins[id(pick)] for pick in allocate(menus, room)]
+                over = self.try_(picks) - self._target
+                if over <= 0 or picks == best:
+                    break
+                room -= over
+            if self.best is best:
+                return
+
+    def _frames(self) -> int:
+        """Bytes of the best output that are not of a weight alone."""
+        return self.best_bytes - _bytes(self.best)
 
     def polish(self) -> None:
         """Take single steps that fit, best first; only where more than a little room is left."""
@@ -178,6 +211,45 @@ def with_dense(menu: Menu) -> Menu:
     return menu.with_options(
         (*menu.options, keep(menu.site, "the target leaves room for it")),
     )
+
+
+def _surcharged(
+    menus: Sequence[Menu], picks: Sequence[Candidate]
+) -> tuple[dict[int, Candidate], list[Menu], int]:
+    """Menus whose candidates count the tensors they share, but for those of other weights' picks.
+
+    Codecs that no pick has are left out: what their operators bring is not known.
+
+    Returns:
+        The original of each candidate, by identity, the menus, and the bytes of those tensors of
+        the picks that count.
+    """
+    codecs = {"dense", *(pick.codec for pick in picks)}
+    users = collections.Counter(key for pick in picks for key in _shared(pick))
+    origins: dict[int, Candidate] = {}
+    result, counted = [], 0
+    for menu, pick in zip(menus, picks, strict=True):
+        own = _shared(pick)
+        free = {key for key, count in users.items() if count > (key in own)}
+        counted += _added(own, free)
+        options = []
+        for candidate in menu.options:
+            if candidate.codec in codecs:
+                size = candidate.bytes + _added(_shared(candidate), free)
+                options.append(dataclasses.replace(candidate, bytes=size))
+                origins[id(options[-1])] = candidate
+        result.append(menu.with_options(options))
+    return origins, result, counted
+
+
+def _added(shared: Mapping[str, int], free: Collection[str]) -> int:
+    return sum(size + _HEADER for key, size in shared.items() if key not in free)
+
+
+def _shared(candidate: Candidate) -> dict[str, int]:
+    """Bytes of the tensors that a candidate shares with others, by their keys."""
+    found = CODECS[candidate.codec].shared(candidate.site, candidate.params)
+    return {key: array.nbytes for key, array in found.items()}
 
 
 def _bytes(picks: Sequence[Candidate]) -> int:
