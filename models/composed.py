@@ -6,6 +6,10 @@ squared norms is ``N`` times the sum of its singular values to the power ``2 / N
 decayed like the nuclear norm, three like its 2/3 power: small singular values go to zero, and what
 is cut off after training was hardly there. LoRITa: Alkhouri et al., arXiv 2405.03089.
 
+While gradients are wanted, the factors are multiplied out before they meet large inputs, which
+costs less than one map after the other: several factors then train about as fast as one. An
+exported model has the maps one after the other.
+
 `lorita` replaces layers, `parameter_groups` puts weight decay on the factors alone, `collapse`
 multiplies them out again, `truncate` makes factors of lower rank to train on with. A model that was
 exported with its factors is folded by the compiler.
@@ -13,6 +17,7 @@ exported with its factors is folded by the compiler.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +29,7 @@ import_torch()
 
 import torch  # noqa: E402 - after the message for those who do not have it
 from torch import nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
 
 __all__ = ["ComposedConv2d", "ComposedLinear", "collapse", "lorita", "parameter_groups", "truncate"]
 
@@ -32,6 +38,13 @@ Include = str | Callable[[str, nn.Module], bool] | None
 
 class ComposedLinear(nn.Sequential):
     """A chain of linear layers without anything in between; the last one has the bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The chain, or its product, whichever is less work."""
+        if _in_training() and _better_as_product(self, x.numel() // max(1, x.shape[-1])):
+            return functional.linear(x, self.weight, self.bias)
+        result: torch.Tensor = super().forward(x)
+        return result
 
     @property
     def weight(self) -> torch.Tensor:
@@ -55,6 +68,16 @@ class ComposedLinear(nn.Sequential):
 class ComposedConv2d(nn.Sequential):
     """A convolution and 1 x 1 convolutions behind it; the last one has the bias."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The chain, or its product, whichever is less work."""
+        first = self[0]
+        points = x.numel() // max(1, first.in_channels * math.prod(first.stride))
+        if _in_training() and _better_as_product(self, points):
+            result: torch.Tensor = first._conv_forward(x, self.weight, self.bias)
+        else:
+            result = super().forward(x)
+        return result
+
     @property
     def weight(self) -> torch.Tensor:
         """The product of the factors, ``(out_channels, in_channels, height, width)``."""
@@ -72,6 +95,27 @@ class ComposedConv2d(nn.Sequential):
         first, last = self[0], self[-1]
         layer = _conv(first, last.out_channels, first.in_channels, last.bias is not None)
         return _filled(layer, self)
+
+
+def _in_training() -> bool:
+    """Whether gradients are wanted; an exporter is to see the layers as they are."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.is_grad_enabled() and not traced
+
+
+def _better_as_product(composed: ComposedLinear | ComposedConv2d, vectors: int) -> bool:
+    """Whether a product of the factors takes fewer multiplications than they do on their own.
+
+    Args:
+        composed: The factors.
+        vectors: How many input vectors, or places of a window, there are.
+    """
+    if len(composed) == 1:
+        return False
+    sizes = [factor.weight.numel() for factor in composed]
+    length = sizes[0] // len(composed[0].weight)
+    apart = vectors * sum(sizes)
+    return length * sum(sizes[1:]) + vectors * len(composed[-1].weight) * length < apart
 
 
 def _product(weights: Sequence[torch.Tensor]) -> torch.Tensor:

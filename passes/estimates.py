@@ -22,6 +22,7 @@ from onnxcomp.passes.codecs.codec import (
     Codec,
     MeasuredCodec,
     Params,
+    SpectralCodec,
     Stats,
     WeightSite,
 )
@@ -126,6 +127,8 @@ class Estimates:
         ]
 
     def _feedback(self, codec: Codec, site: WeightSite, params: Params) -> float:
+        if isinstance(codec, SpectralCodec):  # what it loses of products it loses after calibration
+            return 1.0
         able = isinstance(codec, CalibratedCodec) and codec.calibrates(site, params)
         return self._gains.feedback if self._calibrated and self._gains and able else 1.0
 

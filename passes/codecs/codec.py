@@ -361,7 +361,10 @@ class MeasuredCodec(Codec, Protocol):
 
 @runtime_checkable
 class SpectralCodec(Codec, Protocol):
-    """A codec that keeps the largest singular values of a weight."""
+    """A codec that keeps the largest singular values of a weight, or of its products.
+
+    Errors of products that it measures are those of calibrated factors.
+    """
 
     def spectrum(self, weight: Array) -> Array:
         """All singular values of ``(rows, length)``, largest first."""

@@ -31,7 +31,7 @@ from onnxcomp.passes.codecs.codec import (
 )
 from onnxcomp.passes.codecs.hyper import HyperCodec, HyperParams
 from onnxcomp.passes.codecs.lowrank import fitting_target
-from onnxcomp.passes.codecs.moments import damped
+from onnxcomp.passes.codecs.moments import damped, energy
 
 __all__ = ["LowRankHyperCodec", "LowRankHyperParams", "PartBuilder", "part_of"]
 
@@ -77,6 +77,13 @@ def _coding(params: Params) -> HyperParams:
     """Settings of both factors."""
     given = _typed(params)
     return HyperParams(given.bits, given.state_bits, given.group)
+
+
+def _whiteness(weight: Array, gram: Array) -> float:
+    """Power of products with noise as large as the weight, over that of its own; 1 for zeros."""
+    power = energy(weight, gram)
+    square = float(np.square(weight, dtype=np.float64).sum())
+    return square * float(np.trace(gram)) / len(gram) / power if power > 0.0 else 1.0
 
 
 def _factor_site(site: WeightSite, part: str, rank: int) -> WeightSite:
@@ -238,13 +245,14 @@ class LowRankHyperCodec:
     def measure(
         self, site: WeightSite, weight: Array, params: Sequence[Params], stats: Stats | None = None
     ) -> list[float]:
-        """Relative errors of the weight at several settings; with inputs the same numbers.
+        """Relative errors of the weight, or of its products, at several settings.
 
-        Calibration lowers the noise of codes as well as what is cut off. What `hyper` expects
-        does not count that in, and the two are compared.
+        Of products: those of the weight that keeps most of them, with noise in its factors that
+        knows nothing of the inputs.
         """
-        del stats
-        energies = lowrank_factors.spectrum(weight)
+        gram = None if stats is None else stats.gram
+        energies = lowrank_factors.spectrum(weight, gram)
+        white = 1.0 if gram is None else _whiteness(weight, gram)
         found = []
         for item in params:
             rank = _typed(item).rank
@@ -252,21 +260,23 @@ class LowRankHyperCodec:
             power = float(np.sum(kept**2))
             evenness = float(np.sum(kept)) ** 2 / (len(kept) * power) if power > 0.0 else 1.0
             cut = lowrank_factors.truncation_error(energies, rank)
-            found.append(self._error(site, item, cut, evenness))
+            found.append(self._error(site, item, cut, evenness, white))
         return found
 
-    def _error(self, site: WeightSite, params: Params, cut: float, evenness: float) -> float:
+    def _error(
+        self, site: WeightSite, params: Params, cut: float, evenness: float, white: float = 1.0
+    ) -> float:
         """What is cut off, and the noise of both factors on what is kept.
 
         Noise of `right` within the span of its rows is made up for by `left`. A row of `left` has
         noise as large for small singular values as for large ones: that counts by how even they
-        are, ``(sum s)^2 / (r sum s^2)``.
+        are, ``(sum s)^2 / (r sum s^2)``. Noise counts `white` times in products.
         """
         (_, right), (_, left) = self._sites(site, params)
         coding = _coding(params)
         noise = _HYPER.predict(right, coding) ** 2 * (1.0 - min(1.0, right.rows / right.length))
         noise += _HYPER.predict(left, coding) ** 2 * evenness
-        return math.sqrt(cut**2 + (1.0 - cut**2) * noise)
+        return math.sqrt(cut**2 + (1.0 - cut**2) * noise * white)
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1

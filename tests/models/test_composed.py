@@ -68,6 +68,36 @@ def test_factors_compute_what_the_layers_did_and_so_does_their_product(
         torch.testing.assert_close(parameter.detach(), weights[name])
 
 
+@pytest.mark.parametrize("factors", [2, 3])
+@pytest.mark.parametrize("count", [1, 300])
+def test_a_product_of_the_factors_trains_as_the_chain_does(factors: int, count: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="circular", dtype=torch.float64)
+    pairs = [(conv, (4, 11, 11)), (nn.Linear(7, 9, dtype=torch.float64), (3, 7))]
+    for layer, shape in pairs:
+        composed = lorita(layer, factors)
+        x = torch.randn(count, *shape, dtype=torch.float64)
+        found = {}
+        for name, compute in (("chain", nn.Sequential(*composed)), ("product", composed)):
+            composed.zero_grad()
+            result = compute(x)
+            result.square().sum().backward()
+            found[name] = [result, *(p.grad.clone() for p in composed.parameters())]
+        torch.testing.assert_close(found["product"], found["chain"])
+
+
+def test_the_product_is_taken_where_it_is_less_work() -> None:
+    composed = lorita(nn.Linear(16, 8), 2)
+    calls: list[int] = []
+    composed[0].register_forward_hook(lambda *_: calls.append(1))
+    composed(torch.randn(200, 16))
+    assert not calls
+    composed(torch.randn(3, 16))
+    with torch.no_grad():
+        composed(torch.randn(200, 16))
+    assert len(calls) == 2
+
+
 def test_only_plain_layers_with_a_weight_of_their_own_are_replaced(model: nn.Module) -> None:
     lorita(model, 3)
     replaced = {name for name, m in model.named_modules() if type(m).__name__.startswith("Comp")}
