@@ -50,6 +50,10 @@ def show(terminal: Terminal, entry: dict[str, Any]) -> None:
         terminal.table(("parameter", "type", "default", "meaning"), rows, left=4)
     if entry["qualities"]:
         terminal.table(("quality", "what it stands for"), list(entry["qualities"].items()), left=2)
+    if entry["goals"]:
+        terminal.table(
+            ("instead of a rank", "what it asks for"), list(entry["goals"].items()), left=2
+        )
     terminal.table(
         ("settings", "bits per weight", "ratio", "expected error"),
         [
@@ -66,7 +70,7 @@ def show(terminal: Terminal, entry: dict[str, Any]) -> None:
 
 def describe(codec: Codec) -> dict[str, Any]:
     """Everything `codecs` prints about one codec."""
-    from onnxcomp.passes.codecs.codec import GradedCodec
+    from onnxcomp.passes.codecs.codec import GradedCodec, RankedCodec
     from onnxcomp.passes.settings import is_stock
 
     site = sample_site()
@@ -76,6 +80,7 @@ def describe(codec: Codec) -> dict[str, Any]:
         "stock": is_stock(codec),
         "params": parameters(codec.params_type),
         "qualities": dict(codec.qualities) if isinstance(codec, GradedCodec) else {},
+        "goals": dict(codec.goals) if isinstance(codec, RankedCodec) else {},
         "settings": [
             {
                 "params": params.to_json(),

@@ -113,9 +113,9 @@ def _better_as_product(composed: ComposedLinear | ComposedConv2d, vectors: int) 
     if len(composed) == 1:
         return False
     sizes = [factor.weight.numel() for factor in composed]
-    length = sizes[0] // len(composed[0].weight)
-    apart = vectors * sum(sizes)
-    return length * sum(sizes[1:]) + vectors * len(composed[-1].weight) * length < apart
+    length, rows = sizes[0] // len(composed[0].weight), len(composed[-1].weight)
+    product = length * sum(sizes[1:]) + vectors * rows * length
+    return bool(product < vectors * sum(sizes))
 
 
 def _product(weights: Sequence[torch.Tensor]) -> torch.Tensor:

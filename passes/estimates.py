@@ -22,6 +22,7 @@ from onnxcomp.passes.codecs.codec import (
     Codec,
     MeasuredCodec,
     Params,
+    RankedCodec,
     SpectralCodec,
     Stats,
     WeightSite,
@@ -98,6 +99,11 @@ class Estimates:
         if stats is not None:
             weight = read_weight(self._model, stats.site)
             self._gains = None if not_finite(weight) else gains(weight, stats)
+
+    def energies(self, codec: RankedCodec, site: WeightSite) -> Array:
+        """Squared singular values of a weight; of its products where its inputs are known."""
+        known = self._stats if self._stats is not None and self._stats.site == site else None
+        return codec.energies(read_weight(self._model, site), known)
 
     def __call__(
         self, codec: Codec, site: WeightSite, params: Sequence[Params]

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxcomp.passes.calibrate import Feed, collect, unobservable
 from onnxcomp.passes.codecs.codec import Stats, WeightSite
+from onnxcomp.passes.goals import has_goal
 from onnxcomp.passes.menus import sensitivity
 from onnxcomp.passes.probing import made_up_inputs
 from onnxcomp.passes.samples import SampleSource
@@ -114,7 +115,10 @@ def _errors(
     """What inputs tell about errors."""
     mixed = mixed or settings.ratio is not None or settings.target_size is not None
     if not mixed and settings.max_error is None:
-        return Evidence()
+        if not any(has_goal(rule) for rule in settings.rules):
+            return Evidence()
+        found = samples()
+        return Evidence(None if found is None else spread(found, _FEEDS), calibrated)
     real = samples()
     if real is not None:
         measured = measure_sensitivities(prepared.model, prepared.sites, real)

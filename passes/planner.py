@@ -17,6 +17,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
 from onnxcomp.passes.estimates import Estimates
 from onnxcomp.passes.evidence import Evidence, observed
+from onnxcomp.passes.goals import with_rank
 from onnxcomp.passes.menus import Menu, menu
 from onnxcomp.passes.plan import Budget, Plan, SkippedWeight, Source
 from onnxcomp.passes.settings import Settings, method_names
@@ -90,15 +91,16 @@ def _menu(
     methods: Sequence[str],
     settings: Settings,
     evidence: Evidence,
-    estimator: Estimator,
+    estimates: Estimates,
 ) -> Menu:
     """What there is to choose from; half precision last where the rest is to have it."""
     rule = rule_of(site, settings)
     method_names(rule.methods or methods, CODECS, stock=settings.stock)
-    chosen = estimator
+    rule = with_rank(rule, methods, site, estimates.energies)
+    chosen: Estimator = estimates
     if settings.rest != "keep" and not rule.methods:
         methods = [*(name for name in methods if name not in ("dense", _HALF)), _HALF]
-        chosen = estimator if settings.rest == "fp16" else functools.partial(_exact, estimator)
+        chosen = estimates if settings.rest == "fp16" else functools.partial(_exact, estimates)
     return menu(
         site,
         methods,

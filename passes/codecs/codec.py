@@ -32,6 +32,7 @@ __all__ = [
     "Mode",
     "Params",
     "Payload",
+    "RankedCodec",
     "SpectralCodec",
     "Stats",
     "TensorLayout",
@@ -368,6 +369,29 @@ class SpectralCodec(Codec, Protocol):
 
     def spectrum(self, weight: Array) -> Array:
         """All singular values of ``(rows, length)``, largest first."""
+        ...
+
+
+@runtime_checkable
+class RankedCodec(Codec, Protocol):
+    """A codec with the parameter `rank`, which may be asked for by what it keeps.
+
+    Attributes:
+        goals: What each name stands for.
+    """
+
+    goals: ClassVar[Mapping[str, str]]
+
+    def energies(self, weight: Array, stats: Stats | None = None) -> Array:
+        """Squared singular values of ``(rows, length)``, or of its products, largest first."""
+        ...
+
+    def rank_for(self, site: WeightSite, goal: str, value: object, energies: Array) -> int:
+        """The rank that reaches a goal.
+
+        Raises:
+            UsageError: The value is out of range.
+        """
         ...
 
 

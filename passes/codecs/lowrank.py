@@ -31,6 +31,7 @@ from onnxcomp.passes.codecs.codec import (
 )
 from onnxcomp.passes.codecs.lowrank_factors import Factors
 from onnxcomp.passes.codecs.moments import damped, with_weight_error
+from onnxcomp.passes.codecs.ranks import GOALS, rank_for
 
 __all__ = [
     "ANCHORING",
@@ -110,6 +111,7 @@ class LowRankCodec:
     automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = None
     anchored: ClassVar[Literal[True]] = True
+    goals: ClassVar[Mapping[str, str]] = GOALS
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no rank of this codec suits the site; None when one does."""
@@ -176,6 +178,14 @@ class LowRankCodec:
     def spectrum(self, weight: Array) -> Array:
         """All singular values of ``(rows, length)``, largest first."""
         return np.sqrt(lowrank_factors.spectrum(weight))
+
+    def energies(self, weight: Array, stats: Stats | None = None) -> Array:
+        """Squared singular values of ``(rows, length)``, or of its products, largest first."""
+        return lowrank_factors.spectrum(weight, None if stats is None else stats.gram)
+
+    def rank_for(self, site: WeightSite, goal: str, value: object, energies: Array) -> int:
+        """The multiple of 8 that reaches a goal; see `GOALS`."""
+        return rank_for(site, goal, value, energies, STEP)
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1

@@ -32,6 +32,7 @@ from onnxcomp.passes.codecs.codec import (
 from onnxcomp.passes.codecs.hyper import HyperCodec, HyperParams
 from onnxcomp.passes.codecs.lowrank import fitting_target
 from onnxcomp.passes.codecs.moments import damped, energy
+from onnxcomp.passes.codecs.ranks import GOALS, rank_for
 
 __all__ = ["LowRankHyperCodec", "LowRankHyperParams", "PartBuilder", "part_of"]
 
@@ -175,6 +176,7 @@ class LowRankHyperCodec:
     automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = None
     anchored: ClassVar[Literal[True]] = True
+    goals: ClassVar[Mapping[str, str]] = GOALS
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -270,13 +272,24 @@ class LowRankHyperCodec:
 
         Noise of `right` within the span of its rows is made up for by `left`. A row of `left` has
         noise as large for small singular values as for large ones: that counts by how even they
-        are, ``(sum s)^2 / (r sum s^2)``. Noise counts `white` times in products.
+        are, ``(sum s)^2 / (r sum s^2)``. Noise counts `white` times in products. A full rank
+        cannot be stored.
         """
+        if _typed(params).rank >= min(site.rows, site.length):
+            return math.inf
         (_, right), (_, left) = self._sites(site, params)
         coding = _coding(params)
         noise = _HYPER.predict(right, coding) ** 2 * (1.0 - min(1.0, right.rows / right.length))
         noise += _HYPER.predict(left, coding) ** 2 * evenness
         return math.sqrt(cut**2 + (1.0 - cut**2) * noise * white)
+
+    def energies(self, weight: Array, stats: Stats | None = None) -> Array:
+        """Squared singular values of ``(rows, length)``, or of its products, largest first."""
+        return lowrank_factors.spectrum(weight, None if stats is None else stats.gram)
+
+    def rank_for(self, site: WeightSite, goal: str, value: object, energies: Array) -> int:
+        """The multiple of 32 that reaches a goal; see `GOALS`."""
+        return rank_for(site, goal, value, energies, _STEP)
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
