@@ -111,7 +111,7 @@ class Forms:
 
     def _compile(self, path: Path, method: str, **options: Any) -> int:
         result = onnxcomp.optimize(self.model, path, method=method, verify=False, **options)
-        kept = [s.name for s in result.report.sites if s.reason and s.bytes_before >= 16384]
+        kept = [s.name for s in result.report.sites if not s.compressed and s.bytes_before >= 16384]
         if kept:
             print(f"{len(kept)} weights stay dense, such as {kept[0]}: {path.name}", flush=True)
         return int(result.report.output.bytes)

@@ -36,7 +36,7 @@ def show_sites(
     rows: list[SiteReport] = []
     kept: list[SiteReport] = []
     for site in sites:
-        shown = terminal.verbose or not site.reason
+        shown = terminal.verbose or site.compressed
         (rows if shown else kept).append(site)
     if rows:
         cells = [_cells(site, planned.get(site.name)) for site in rows]
@@ -76,18 +76,18 @@ def _told(name: str, number: int, cells: Sequence[Sequence[str]]) -> bool:
 
 def _cells(site: SiteReport, planned: Choice | None) -> tuple[str, ...]:
     expected = (None, None) if planned is None else (planned.error, planned.output_error)
-    time = None if planned is None or site.reason else planned.time
+    time = planned.time if planned is not None and site.compressed else None
     return (
         site.name,
         shape_text(site.shape),
         uses_text(site.uses),
-        site.reason or stored_text(site.method, site.params),
+        stored_text(site.method, site.params) if site.compressed else site.reason,
         site.mode or "-",
         bytes_text(site.bytes_before),
         bytes_text(site.bytes_after),
         f"{site.bytes_before / max(1, site.bytes_after):.2f}x",
-        "-" if site.reason else _error_text(site.weight_error, expected[0]),
-        "-" if site.reason else _error_text(site.output_error, expected[1]),
+        _error_text(site.weight_error, expected[0]) if site.compressed else "-",
+        _error_text(site.output_error, expected[1]) if site.compressed else "-",
         "-" if time is None else f"{1e3 * time:+.3g} ms",
     )
 

@@ -18,14 +18,14 @@ from onnxcomp.passes.choices import Candidate
 from onnxcomp.passes.knapsack import cheapest
 from onnxcomp.passes.menus import Menu, distance, equal_plans
 
-__all__ = ["allocate"]
+__all__ = ["allocate", "hull_of", "undominated"]
 
 # Relative distance of a plan to what no plan can be better than, from which on a better one is
 # looked for.
 _GAP = 0.0005
 
 
-def _front(menu: Menu) -> Menu:
+def undominated(menu: Menu) -> Menu:
     """The candidates that no other beats in bytes and cost, by increasing bytes."""
     result: list[Candidate] = []
     order = sorted(menu.options, key=lambda c: (c.bytes, menu.cost_of(c), distance(c)))
@@ -35,7 +35,7 @@ def _front(menu: Menu) -> Menu:
     return menu.with_options(result)
 
 
-def _hull(menu: Menu) -> list[int]:
+def hull_of(menu: Menu) -> list[int]:
     """Indices of the options on the lower convex hull of (bytes, cost)."""
     hull: list[int] = []
     for index in range(len(menu.options)):
@@ -58,7 +58,7 @@ def _walk(menus: Sequence[Menu], room: int) -> tuple[list[int], int, float]:
         The options, the bytes that are left, and what the first step that did not fit saves per
         byte: the price of a byte at the end of the budget.
     """
-    hulls = [_hull(menu) for menu in menus]
+    hulls = [hull_of(menu) for menu in menus]
     picks = [hull[0] for hull in hulls]
     steps = [
         (-_slope(menu, hull[0], hull[1]), site, 1)
@@ -146,7 +146,7 @@ def allocate(menus: Sequence[Menu], budget: int) -> list[Candidate]:
     Equal settings for all sites are among the plans compared. When not even the smallest
     candidates fit, they are the answer.
     """
-    fronts = [_front(menu) for menu in menus]
+    fronts = [undominated(menu) for menu in menus]
     picks, room, price = _walk(fronts, budget - _total(fronts, [0] * len(fronts)))
     plans = [_fill(fronts, picks, room)]
     for equal in _uniform_picks(menus, fronts):

@@ -90,7 +90,8 @@ class Choice:
         output_error: Expected relative error of its products; None where it is not known.
         time: Expected seconds that a run takes longer than with the dense weight; None where it is
             not known.
-        reason: Why the weight stays as it is; empty when it is stored by the codec.
+        reason: Why the weight is stored like this, or stays as it is; empty until the plan is
+            settled.
     """
 
     site: str
@@ -110,7 +111,7 @@ class Choice:
     @property
     def kept(self) -> bool:
         """Whether the weight stays as it is, untouched."""
-        return bool(self.reason)
+        return self.codec == "dense"
 
     def with_(self, *, codec: str | None = None, mode: str | None = None, **params: Any) -> Choice:
         """A copy with other settings; parameters that are not named keep their value.
@@ -148,7 +149,8 @@ class Choice:
         """
         choice = dataclasses.replace(self, **_facts(site))
         if choice.kept:
-            return dataclasses.replace(choice, bytes=site.nbytes, error=0.0)
+            reason = self.reason or _OWN
+            return dataclasses.replace(choice, bytes=site.nbytes, error=0.0, reason=reason)
         codec = CODECS[self.codec]
         refusal = codec.refuse(site)
         if refusal is not None:
@@ -159,10 +161,13 @@ class Choice:
         found = Estimate(codec.predict(site, self.params))
         if estimator is not None:
             (found,) = estimator(codec, site, [self.params])
-        return dataclasses.replace(choice, bytes=codec.size(site, self.params), **_expected(found))
+        size = codec.size(site, self.params)
+        # What a planner said is not said of settings that were changed since.
+        reason = (self.reason if self.bytes == size else "") or _OWN
+        return dataclasses.replace(choice, bytes=size, reason=reason, **_expected(found))
 
     @classmethod
-    def of(cls, candidate: Candidate, mode: ModeChoice = "auto") -> Choice:
+    def of(cls, candidate: Candidate, mode: ModeChoice = "auto", reason: str = "") -> Choice:
         """The decision for one candidate."""
         return cls(
             **_facts(candidate.site),
@@ -171,7 +176,7 @@ class Choice:
             mode=mode,
             bytes=candidate.bytes,
             **_expected(candidate.estimate or Estimate(candidate.error)),
-            reason=candidate.reason,
+            reason=candidate.reason or reason,
         )
 
     @classmethod
@@ -227,6 +232,9 @@ class Choice:
             reason=str(values.get("reason", "")),
         )
 
+
+# Why a weight is stored like this where a user wrote it.
+_OWN = "set in the plan"
 
 _CHOICE_KEYS = frozenset(
     {"name", "shape", "dtype", "uses", "codec", "params", "mode"}

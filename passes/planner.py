@@ -20,6 +20,7 @@ from onnxcomp.passes.evidence import Evidence, observed
 from onnxcomp.passes.goals import with_rank
 from onnxcomp.passes.menus import Menu, menu
 from onnxcomp.passes.plan import Budget, Plan, SkippedWeight, Source
+from onnxcomp.passes.reasons import explain
 from onnxcomp.passes.settings import Settings, method_names
 from onnxcomp.passes.sites import find_sites
 from onnxcomp.passes.sizing import planned_size, portable_load_bytes
@@ -125,8 +126,8 @@ def _measure(prepared: Prepared, settings: Settings, name: str, choices: Sequenc
     return planned_size(prepared.model, prepared.sites, choices, settings, name=name)
 
 
-def _choice(candidate: Candidate, settings: Settings) -> Choice:
-    return Choice.of(candidate, rule_of(candidate.site, settings).mode or settings.mode)
+def _choice(candidate: Candidate, settings: Settings, reason: str = "") -> Choice:
+    return Choice.of(candidate, rule_of(candidate.site, settings).mode or settings.mode, reason)
 
 
 def measured_size(
@@ -190,7 +191,11 @@ def plan_from(
         limit = (settings.max_slowdown - 1.0) * timing.dense_seconds
     picks, total = choose(menus, budget, settings, size_of, limit)
     added = sum(pick.time for pick in picks)
-    choices = {pick.site.name: _choice(pick, settings) for pick in picks}
+    reasons = explain(menus, picks, [rule_of(pick.site, settings) for pick in picks], budget)
+    choices = {
+        pick.site.name: _choice(pick, settings, reason)
+        for pick, reason in zip(picks, reasons, strict=True)
+    }
     return Plan(
         source=prepared.source,
         settings=settings,

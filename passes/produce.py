@@ -114,9 +114,7 @@ def _site(item: Encoded, spectra: Mapping[str, Spectrum]) -> SiteReport:
 
 
 def _served(placement: Placement) -> str:
-    """How the weight's products and look-ups are served; empty for a weight stored as it was."""
-    if placement.codec.name == "dense":
-        return ""
+    """How the weight's products and look-ups are served."""
     if placement.mode == "decode":
         return "decode"
     kinds = placement.codec.kinds(placement.site)

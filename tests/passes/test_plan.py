@@ -78,7 +78,8 @@ def test_a_choice_is_changed_by_name(plan: Plan) -> None:
 def test_another_codec_starts_from_its_defaults(plan: Plan) -> None:
     dense = plan["b.weight"].with_(codec="dense")
     assert dense.params == CODECS["dense"].params_type()
-    assert not dense.kept
+    assert dense.kept
+    assert dense.settle(site("b.weight")).reason == "set in the plan"
     assert plan["c"].kept
     assert plan["c"].with_(codec="hyper").params == HyperParams()
 

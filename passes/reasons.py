@@ -1,0 +1,115 @@
+"""Why a plan stores each weight as it does, in words, with what its neighbours would cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from onnxcomp.passes.allocate import hull_of, undominated
+from onnxcomp.passes.choices import Candidate
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.fitting import with_dense
+from onnxcomp.passes.menus import Menu
+from onnxcomp.passes.plan import Budget
+from onnxcomp.passes.settings import Rule
+
+__all__ = ["explain"]
+
+
+def explain(
+    menus: Sequence[Menu], picks: Sequence[Candidate], rules: Sequence[Rule], budget: Budget
+) -> list[str]:
+    """One sentence for each pick.
+
+    Args:
+        menus: What there was to choose from.
+        picks: What was chosen from each.
+        rules: What a user has set for each weight.
+        budget: What the plan had to meet.
+    """
+    alike = budget.bits if budget.bytes is None else None
+    known = all(menu.sensitivity is not None for menu in menus)
+    noise = sum(m.expected_noise(c) for m, c in zip(menus, picks, strict=True)) if known else None
+    found = []
+    for menu, pick, rule in zip(menus, picks, rules, strict=True):
+        if pick.reason:
+            found.append(pick.reason)
+        elif alike is not None:
+            found.append(_of_bits(pick, rule, alike))
+        else:
+            found.append(_of_bytes(menu, pick, noise))
+    return found
+
+
+def _of_bits(pick: Candidate, rule: Rule, bits: int) -> str:
+    """Where all weights were to get the same number of bits."""
+    width = CODECS[pick.codec].width
+    if pick.codec == "dense":
+        return "as it is, as asked for"
+    if width is None:
+        return f"{pick.codec} has no number of bits"
+    if width in rule.params:
+        return f"set by the rule {rule}"
+    own = int(getattr(pick.params, width))
+    if own == bits:
+        return f"{bits} bits for all weights"
+    if own < bits:
+        return f"nothing with {bits} bits is smaller than the weight"
+    if pick.site.filters_input:
+        return f"{own - bits} more bits than others: it filters an input of the model"
+    return f"{own - bits} more bits than others: small, and all that follows sees its error"
+
+
+def _of_bytes(menu: Menu, pick: Candidate, noise: float | None) -> str:
+    """Where bytes went to where they help most: what the next smaller and larger ones would do."""
+    front = undominated(with_dense(menu))
+    steps = [front.options[index] for index in hull_of(front)]
+    smaller = max((c for c in steps if c.bytes < pick.bytes), key=_bytes, default=None)
+    larger = min((c for c in steps if c.bytes > pick.bytes), key=_bytes, default=None)
+    others = [c for c in (smaller, larger) if c is not None]
+    if not others:
+        return "the only setting that is offered"
+    own, *errors = _percents([_error(menu, c, pick, noise) for c in (pick, *others)])
+    what = "error of the weight" if noise is None else "expected error of the outputs"
+    parts = [
+        f"{_label(c, pick)} would {'save' if c.bytes < pick.bytes else 'cost'} "
+        f"{_size(abs(pick.bytes - c.bytes))} at {error}"
+        for c, error in zip(others, errors, strict=True)
+    ]
+    return f"{what} {own}; {', '.join(parts)}"
+
+
+def _error(menu: Menu, candidate: Candidate, pick: Candidate, noise: float | None) -> float:
+    """The error of the outputs with a candidate in the place of the pick, or of the weight."""
+    if noise is None:
+        return candidate.error
+    changed = noise - menu.expected_noise(pick) + menu.expected_noise(candidate)
+    return math.sqrt(max(0.0, changed))
+
+
+def _percents(values: Sequence[float]) -> list[str]:
+    """Values in percent, with as many digits as tell the first from the others."""
+    own, *others = values
+    near = min(abs(value - own) for value in others) < 0.01 * own
+    return [f"{100 * value:.{5 if near else 3}g} %" for value in values]
+
+
+def _label(candidate: Candidate, beside: Candidate) -> str:
+    """The codec and the settings of a candidate in which it differs from another one."""
+    if candidate.codec == "dense":
+        return "the dense weight"
+    values = candidate.params.to_json()
+    if candidate.codec == beside.codec:
+        others = beside.params.to_json()
+        return " ".join(f"{k}={v}" for k, v in values.items() if others[k] != v)
+    first = next(iter(values.items()), None)
+    return candidate.codec if first is None else f"{candidate.codec} {first[0]}={first[1]}"
+
+
+def _bytes(candidate: Candidate) -> int:
+    return candidate.bytes
+
+
+def _size(count: int) -> str:
+    unit, size = next((u for u in (("MB", 1e6), ("KB", 1e3)) if count >= u[1]), ("B", 1))
+    return f"{count / size:.3g} {unit}" if size > 1 else f"{count} B"
