@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lorita_curve import draw
-from lorita_networks import FULL, NETWORKS, Recipe, Split
+from curves import Line, Panel, draw
+from networks import FULL, NETWORKS, Recipe, Split
 from results import RESULTS, print_table, write_results
 from torch import nn
 from torch.nn import functional
@@ -37,6 +37,8 @@ KEPT = (0.5, 0.25, 0.1, 0.05)
 MODES = ("local", "global", "iterative")
 BATCH = 128
 Ranks = dict[str, int]
+COLOURS = {1: "#7a7a7a", 2: "#1f77b4", 3: "#d95f02"}
+DASHES = {"local": "2 3", "global": "", "iterative": "7 3"}
 
 
 def batch_of(split: Split, chosen: torch.Tensor, crops: bool) -> torch.Tensor:
@@ -191,6 +193,23 @@ def recorded(name: str) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text())["results"]) if path.exists() else []
 
 
+def picture(results: list[dict[str, Any]]) -> str:
+    """Accuracy against kept parameters, a panel for each network."""
+    panels = []
+    for name in dict.fromkeys(row["network"] for row in results):
+        lines = []
+        for row in (row for row in results if row["network"] == name):
+            for mode, dash in DASHES.items():
+                cuts = [cut for cut in row["truncated"] if cut["mode"] == mode]
+                points = [(1.0, row["accuracy"]), *((c["kept"], c["accuracy"]) for c in cuts)]
+                lines.append(Line(points, COLOURS[row["factors"]], dash))
+        panels.append(Panel(name, lines))
+    legend = {f"N = {n}": (colour, "") for n, colour in COLOURS.items()}
+    legend |= {mode: ("#444", dash) for mode, dash in DASHES.items()}
+    title = "test accuracy against kept parameters of linear layers"
+    return draw(title, panels, (1.0, *KEPT), legend)
+
+
 def show(results: list[dict[str, Any]]) -> None:
     rows = [
         [row["network"], row["factors"], mode, f"{row['accuracy']:.4f}"]
@@ -222,8 +241,8 @@ def main() -> None:
             results.sort(key=lambda r: (list(recipes).index(r["network"]), r["factors"]))
             write_results(name, {"results": results})
     show(results)
-    picture = Path(__file__).parents[1] / "docs" / f"{name}.svg"
-    picture.write_text(draw(results), encoding="utf-8")
+    path = Path(__file__).parents[1] / "docs" / f"{name}.svg"
+    path.write_text(picture(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.hash_format import LANES, TILE, Geometry, mix, reduce, seeds
 
 __all__ = [
+    "Map",
     "Scaling",
     "SharedConv2d",
     "SharedEmbedding",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 Scaling = Literal["count", "none"]
+Map = Literal["fold", "roast"]
 
 
 class _Expand(torch.autograd.Function):
@@ -67,6 +69,8 @@ class SharedMemory(nn.Module):
         std: Standard deviation of the entries at the start. With scaling it makes no difference.
         scaling: "count": the gradient of a slot is divided by ``A^2 / c``, c the number of its uses
             and A the sum of their layers' scales; "none": it is the plain sum over the uses.
+        map: "fold": tiles take the slots in order, rotated in every round; "roast": each tile takes
+            a slot of its own hash, so that some slots have many uses and some none.
         device: Where the entries lie.
         dtype: Element type of the entries.
 
@@ -81,6 +85,7 @@ class SharedMemory(nn.Module):
         seed: int = 0,
         std: float = 0.04,
         scaling: Scaling = "count",
+        map: Map = "fold",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -91,7 +96,10 @@ class SharedMemory(nn.Module):
             )
         if scaling not in ("count", "none"):
             raise UsageError(f"scaling={scaling!r}", hint='choose "count" or "none"')
+        if map not in ("fold", "roast"):
+            raise UsageError(f"map={map!r}", hint='choose "fold" or "roast"')
         self.slots, self.seed, self.std, self.scaling = slots, seed, std, scaling
+        self.map: Map = map
         self.tiles = 0
         self.values = nn.Parameter(torch.empty(slots, TILE, device=device, dtype=dtype))
         uses = torch.zeros(2, slots, device=device, dtype=torch.float64)
@@ -127,27 +135,34 @@ class SharedMemory(nn.Module):
         factors = torch.where(count > 0, count / total.square().clamp_min(1e-30), 1.0)
         return factors.to(self.values.dtype)[:, None]
 
+    @property
+    def run(self) -> int:
+        """Tiles that take consecutive slots."""
+        return self.slots if self.map == "fold" else 1
+
     def get_extra_state(self) -> torch.Tensor:
-        """What entries mean depends on the seed and on the number of tiles: int64 (2,)."""
-        return torch.tensor([self.seed, self.tiles])
+        """What the meaning of entries depends on, int64 (3,): seed, number of tiles, run."""
+        return torch.tensor([self.seed, self.tiles, self.run])
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Refuse a state that was trained for other places.
 
         Raises:
-            UsageError: Another seed, or other layers.
+            UsageError: Another seed, another map, or other layers.
         """
-        seed, tiles = state.tolist()
-        if (seed, tiles) != (self.seed, self.tiles):
+        seed, tiles, run = state.tolist()
+        if (seed, tiles, run) != (self.seed, self.tiles, self.run):
             raise UsageError(
-                f"the state is of a memory of seed {seed} and {tiles} tiles, this one has seed "
-                f"{self.seed} and {self.tiles} tiles",
-                hint="build the same layers in the same order, with the same seed",
+                f"the state is of a memory of seed {seed} and {tiles} tiles in runs of {run}, this "
+                f"one has seed {self.seed} and {self.tiles} tiles in runs of {self.run}",
+                hint="build the same layers in the same order, with the same seed and map",
             )
 
     def extra_repr(self) -> str:
         """For print."""
-        return f"slots={self.slots}, tiles={self.tiles}, seed={self.seed}, {self.scaling}"
+        return (
+            f"slots={self.slots}, tiles={self.tiles}, seed={self.seed}, {self.map}, {self.scaling}"
+        )
 
 
 class SharedLayer(nn.Module):
@@ -213,7 +228,7 @@ def _places(
 
     rotate, sign = seeds(memory.seed)
     numbers = base + np.arange(tiles, dtype=np.int64)
-    partition, offset = numbers // memory.slots, numbers % memory.slots
+    partition, offset = numbers // memory.run, numbers % memory.run
     rotation = reduce(mix(partition + rotate), memory.slots) * (partition != 0)
     slots = (offset + rotation) % memory.slots
     minus = (mix(numbers + sign) >= 2**30) & (partition != 0)

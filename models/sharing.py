@@ -20,6 +20,7 @@ from torch import nn
 
 from onnxcomp.errors import UsageError
 from onnxcomp.models.shared_layers import (
+    Map,
     Scaling,
     SharedConv2d,
     SharedEmbedding,
@@ -67,7 +68,7 @@ def memories(module: nn.Module) -> tuple[Memory, ...]:
             found = Layer(layer.rows, layer.length, layer.base, scale)
             layers.setdefault(id(memory), (memory, {}))[1].setdefault(layer.base, found)
     return tuple(
-        Memory(memory.slots, memory.seed, tuple(found.values()))
+        Memory(memory.slots, memory.seed, tuple(found.values()), memory.map)
         for memory, found in layers.values()
     )
 
@@ -80,6 +81,7 @@ def share(
     memory: Literal["global", "module"] = "global",
     seed: int = 0,
     scaling: Scaling = "count",
+    map: Map = "fold",
 ) -> nn.Module:
     """Replace Linear, Conv2d and Embedding layers by ones with shared weights, before training.
 
@@ -95,6 +97,7 @@ def share(
         memory: One memory for all layers, a submodule of the first of them, or one for each.
         seed: Seed of rotations and signs.
         scaling: See `SharedMemory`.
+        map: See `SharedMemory`.
 
     Returns:
         The module.
@@ -112,17 +115,18 @@ def share(
         )
     shapes = {id(layer.weight): _extent(layer) for _, _, layer in found}
     tiles = sum(Geometry(*extent).tiles for extent in shapes.values())
-    pool = None
-    if memory == "global":
-        weight = found[0][2].weight
-        pool = SharedMemory(
+
+    def make(tiles: int, weight: torch.Tensor) -> SharedMemory:
+        return SharedMemory(
             max(1, math.ceil(tiles / compression)),
             seed=seed,
             scaling=scaling,
+            map=map,
             device=weight.device,
             dtype=weight.dtype,
         )
-    _replace(found, pool, compression, seed, scaling)
+
+    _replace(found, make(tiles, found[0][2].weight) if memory == "global" else None, make)
     return module
 
 
@@ -152,9 +156,7 @@ def _extent(layer: Any) -> tuple[int, int]:
 def _replace(
     found: list[tuple[nn.Module, str, Any]],
     pool: SharedMemory | None,
-    compression: float,
-    seed: int,
-    scaling: Scaling,
+    make: Callable[[int, torch.Tensor], SharedMemory],
 ) -> None:
     """Put shared layers in the place of the found ones; common weights stay common."""
     made: dict[int, SharedLayer] = {}
@@ -165,11 +167,7 @@ def _replace(
             rows, length = _extent(layer)
             memory = twin.memory if twin is not None else pool
             if memory is None:
-                slots = max(1, math.ceil(Geometry(rows, length).tiles / compression))
-                memory = SharedMemory(
-                    slots, seed=seed, scaling=scaling, device=layer.weight.device,
-                    dtype=layer.weight.dtype,
-                )  # fmt: skip
+                memory = make(Geometry(rows, length).tiles, layer.weight)
             made[id(layer)] = _shared(layer, memory, twin)
             if len(made) == 1 or (pool is None and twin is None):
                 made[id(layer)].shared_memory = memory

@@ -75,16 +75,18 @@ class Memory:
         slots: Slots of 256 entries.
         seed: Seed of rotations and signs.
         layers: The weights, each once.
+        map: "fold" for slots in order, "roast" for slots hashed one by one.
     """
 
     slots: int
     seed: int
     layers: tuple[Layer, ...]
+    map: str = "fold"
 
     def sharing(self, layer: Layer) -> Sharing:
         """The map of one weight."""
         rotate, sign = seeds(self.seed)
-        return Sharing(self.slots, rotate, sign, layer.base)
+        return Sharing(self.slots if self.map == "fold" else 1, rotate, sign, layer.base)
 
 
 def write_note(model: ir.Model, memories: Sequence[Memory]) -> None:
@@ -123,7 +125,10 @@ def _memory(values: Mapping[str, Any]) -> Memory:
     spans = sorted((x.base, x.base + Geometry(x.rows, x.length).tiles) for x in layers)
     if any(end > first for (_, end), (first, _) in itertools.pairwise(spans)):
         raise ValueError("layers overlap in their memory")
-    return Memory(values["slots"], values["seed"], layers)
+    kind = values.get("map", "fold")
+    if kind not in ("fold", "roast"):
+        raise ValueError(f"there is no map {kind!r}")
+    return Memory(values["slots"], values["seed"], layers, kind)
 
 
 @dataclasses.dataclass(slots=True)

@@ -64,12 +64,14 @@ def layers(module: nn.Module) -> list[SharedLayer]:
     return [layer for layer in module.modules() if isinstance(layer, SharedLayer)]
 
 
-def test_weights_are_what_the_specification_says() -> None:
-    module = small()
+@pytest.mark.parametrize("kind", ["fold", "roast"])
+def test_weights_are_what_the_specification_says(kind: str) -> None:
+    module = small(map=kind)
     for layer in layers(module):
         memory = layer.memory
         rotate, sign = seeds(memory.seed)
-        sharing = Sharing(memory.slots, rotate, sign, layer.base)
+        run = memory.slots if kind == "fold" else 1
+        sharing = Sharing(run, rotate, sign, layer.base)
         geometry = Geometry(layer.rows, layer.length)
         scale = np.array([layer.scale], np.float32)
         expected = hash_format.expand(memory.values.detach().numpy(), scale, geometry, sharing)
@@ -219,9 +221,13 @@ def test_multiplied_out_layers_compute_the_same() -> None:
     assert module.head.weight.requires_grad
 
 
-@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
-def test_compiled_models_hold_the_memory_as_it_was_trained(tmp_path: Path, exporter: str) -> None:
-    module = small(8.0)
+@pytest.mark.parametrize(
+    ("exporter", "kind"), [("dynamo", "fold"), ("torchscript", "fold"), ("torchscript", "roast")]
+)
+def test_compiled_models_hold_the_memory_as_it_was_trained(
+    tmp_path: Path, exporter: str, kind: str
+) -> None:
+    module = small(8.0, map=kind)
     with torch.no_grad():
         module.table.memory.values.add_(torch.randn_like(module.table.memory.values) * 0.1)
     path = tmp_path / "shared.onnx"
@@ -237,10 +243,10 @@ def test_compiled_models_hold_the_memory_as_it_was_trained(tmp_path: Path, expor
     assert len(memories) == 1
     values = module.table.memory.values.detach().numpy()
     stored = numpy_helper.to_array(memories[0])
-    padding = stored == 0  # entries that only padding uses are not in the graph
-    assert padding.mean() < 0.05
+    unseen = stored == 0  # entries of padding, and those that no tile took, are not in the graph
+    assert unseen.mean() < 0.05
     # Rounded products with a scale have more than one origin; weights are compared below.
-    np.testing.assert_allclose(stored[~padding], values[~padding], rtol=3e-7, atol=0)
+    np.testing.assert_allclose(stored[~unseen], values[~unseen], rtol=3e-7, atol=0)
     assert path.stat().st_size < 4 * values.size + 30_000  # nodes, their origins, and bodies
 
 
@@ -312,5 +318,7 @@ def test_unusable_arguments_are_refused() -> None:
         share(Small(), 0.5)
     with pytest.raises(UsageError, match="slots"):
         SharedMemory(0)
+    with pytest.raises(UsageError, match="map"):
+        SharedMemory(1, map="other")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="scaling"):
         SharedMemory(1, scaling="other")  # type: ignore[arg-type]
