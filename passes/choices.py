@@ -8,10 +8,10 @@ from typing import Any
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
+from onnxcomp.passes.codecs.codec import Codec, Params, SpectralCodec, WeightSite
 from onnxcomp.passes.settings import MODES, ModeChoice, suggest, typed_params
 
-__all__ = ["Candidate", "Choice", "Estimate", "Estimator", "known_keys"]
+__all__ = ["Candidate", "Choice", "Estimate", "Estimator", "known_keys", "thin_again"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,6 +32,9 @@ class Estimate:
     harm: float | None = None
     time: float | None = None
 
+
+# Relative errors of weights that are multiplied out and split again.
+_ROUNDING = {"float32": 2.0**-20, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 # What is expected of some settings of a codec for a weight.
 Estimator = Callable[[Codec, WeightSite, Sequence[Params]], Sequence[Estimate]]
@@ -180,6 +183,13 @@ class Choice:
         )
 
     @classmethod
+    def untouched(cls, site: WeightSite, reason: str) -> Choice:
+        """The decision to leave a weight as it is, or as the two thin ones that it was."""
+        if site.rank is None:
+            return cls.kept_dense(site, reason)
+        return cls.of(thin_again(site, reason))
+
+    @classmethod
     def kept_dense(cls, site: WeightSite, reason: str) -> Choice:
         """The decision to leave a weight as it is."""
         params = CODECS["dense"].params_type()
@@ -235,6 +245,21 @@ class Choice:
 
 # Why a weight is stored like this where a user wrote it.
 _OWN = "set in the plan"
+
+
+def thin_again(site: WeightSite, reason: str) -> Candidate:
+    """A weight stored as the two thin ones that were in its place before, but for rounding.
+
+    Args:
+        site: A weight with a known rank.
+        reason: Why nothing else is done with it.
+    """
+    found = (codec for codec in CODECS.values() if isinstance(codec, SpectralCodec))
+    codec = next(codec for codec in found if codec.refuse(site) is None)
+    params = _params(codec.name, {"rank": site.rank})
+    size, error = codec.size(site, params), _ROUNDING[site.dtype]
+    return Candidate(site, codec.name, params, size, error, reason=reason)
+
 
 _CHOICE_KEYS = frozenset(
     {"name", "shape", "dtype", "uses", "codec", "params", "mode"}

@@ -3,7 +3,8 @@
 ``MatMul(MatMul(x, A), B) -> MatMul(x, AB)``, with biases in Add or Gemm;
 ``Conv(Conv(x, A), B) -> Conv(x, BA)`` where one of the two windows is 1 x 1. Models trained with
 factors (LoRITa) are full of such chains, others have some by accident. A chain is folded where the
-product has no more weights than its parts: two thin factors stay what they are. Products are
+product has no more weights than its parts: two thin factors stay what they are, unless their
+product is about to be truncated: then a lower rank is chosen for the product. Products are
 computed in float64, piece by piece; folded weights stay in memory until the model is written, so
 that there is a limit to all of them. Visits the main graph and all subgraphs; function bodies are
 not visited.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import onnx_ir as ir
 
 from onnxcomp.passes import marks
 from onnxcomp.passes.graph import Change
+from onnxcomp.passes.record import compressed_tensors
 from onnxcomp.passes.scopes import (
     LISTING_IR,
     Names,
@@ -48,6 +50,17 @@ _LARGEST = {ir.DataType.FLOAT16: 65504.0}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
+# Whether a weight will be stored with two factors: its names and those of its nodes, the operator
+# that uses it, its rows and columns.
+Truncated = Callable[[Sequence[str], str, tuple[int, int]], bool]
+
+
+def _never(names: Sequence[str], operator: str, shape: tuple[int, int]) -> bool:
+    """No weight will."""
+    del names, operator, shape
+    return False
+
+
 def fold_linear_chains(
     model: ir.Model,
     *,
@@ -55,6 +68,7 @@ def fold_linear_chains(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     freeze_inputs: bool = False,
+    truncated: Truncated = _never,
 ) -> Change:
     """Fold chains in place until none is left that pays.
 
@@ -64,11 +78,12 @@ def fold_linear_chains(
         include: Regular expressions; when given, all weights or nodes of a chain must match one.
         exclude: Regular expressions; no weight and no node of a chain may match one.
         freeze_inputs: Whether initializers that are also graph inputs are constants.
+        truncated: Whether a weight will get factors of lower rank, or those it has.
 
     Returns:
         The number of foldings, with a note for each.
     """
-    work = _Folder(model, min_size, tuple(include), tuple(exclude), freeze_inputs)
+    work = _Folder(model, min_size, tuple(include), tuple(exclude), freeze_inputs, truncated)
     notes: list[str] = []
     while True:
         found = work.fold_next()
@@ -126,8 +141,11 @@ class _Folder:
         include: tuple[str, ...],
         exclude: tuple[str, ...],
         freeze_inputs: bool,
+        truncated: Truncated,
     ) -> None:
         self._model = model
+        self._truncated = truncated
+        self._compressed = compressed_tensors(model)
         self._min_size = min_size
         self._include, self._exclude = include, exclude
         self._listed_are_free = model.ir_version >= LISTING_IR and not freeze_inputs
@@ -235,19 +253,38 @@ class _Folder:
         tensors = [w.const_value for w in weights if w.const_value is not None]
         if sum(tensor.nbytes for tensor in tensors) < self._min_size:
             return False
-        gone = [link for link in (first, second) if _goes(link)]
         if self._held + matrix.size * tensors[0].dtype.itemsize > _MOST_HELD:
             return False
         same = first.constants[0] is second.constants[0]
         if same or tensors[0].dtype != tensors[1].dtype:
             return False
         largest = max(float(matrix.max(initial=0.0)), -float(matrix.min(initial=0.0)))
-        limit = _LARGEST.get(tensors[0].dtype, float(np.finfo(np.float32).max))
-        return largest <= limit and matrix.size <= sum(link.matrix.size for link in gone)
+        if largest > _LARGEST.get(tensors[0].dtype, float(np.finfo(np.float32).max)):
+            return False
+        return _smaller(first, second, matrix) or self._thin(first, second, matrix)
+
+    def _thin(self, first: _Link, second: _Link, matrix: Array) -> bool:
+        """Whether two thin maps, needed by nobody else, will be replaced by thinner ones."""
+        tail = second.product
+        if not (_goes(first) and _goes(second)) or (tail.op_type == "Conv" and not _behind(tail)):
+            return False
+        made = [f"{second.constants[0].name}/folded", tail.name or ""]
+        if second.bias is not None or first.bias is not None:
+            made[1:] = [f"{tail.name}/product"] if tail.op_type == "MatMul" else made[1:]
+        rows, columns = len(matrix), matrix.size // len(matrix)
+        shape = (rows, columns) if tail.op_type == "Conv" else (columns, rows)
+        known = [_names_of(first), _names_of(second), made]
+        if not all(self._selected(names) for names in known):
+            return False
+        return all(self._truncated(names, tail.op_type, shape) for names in known)
 
     def _allowed(self, link: _Link) -> bool:
         """Whether the patterns allow a map to be touched."""
-        names = [link.constants[0].name or "", *(node.name or "" for node in link.nodes)]
+        names = _names_of(link)
+        return names[0] not in self._compressed and self._selected(names)
+
+    def _selected(self, names: Sequence[str]) -> bool:
+        """Whether the patterns allow something with these names to be touched."""
         included = not self._include or any(
             re.search(pattern, name) for pattern in self._include for name in names
         )
@@ -262,6 +299,8 @@ class _Folder:
         assert tensor is not None and tail.graph is not None
         name = f"{second.constants[0].name}/folded"
         weight = self._initializer(name, matrix, tensor.dtype)
+        if not _smaller(first, second, matrix):
+            weight.meta[marks.RANK] = _rank(first, second)
         self._held += weight.const_value.nbytes if weight.const_value is not None else 0
         kind = "Gemm" if "Gemm" in (head.op_type, tail.op_type) else tail.op_type
         inputs: list[ir.Value | None] = [head.inputs[0], weight]
@@ -308,6 +347,29 @@ class _Folder:
             for value in link.constants:
                 if not value.uses():
                     remove_initializer(value)
+
+
+def _names_of(link: _Link) -> list[str]:
+    """Names that patterns may speak of: the weight's, then those of the nodes."""
+    return [link.constants[0].name or "", *(node.name or "" for node in link.nodes)]
+
+
+def _smaller(first: _Link, second: _Link, matrix: Array) -> bool:
+    """Whether a product has no more weights than what goes for it."""
+    return matrix.size <= sum(_size(link) for link in (first, second) if _goes(link))
+
+
+def _size(link: _Link) -> int:
+    """Weights that a map needs: of a product that is about to be split, those of its factors."""
+    rank, outputs = link.constants[0].meta.get(marks.RANK), len(link.matrix)
+    return link.matrix.size if rank is None else rank * (outputs + link.matrix.size // outputs)
+
+
+def _rank(first: _Link, second: _Link) -> int:
+    """The most that the rank of a product can be, by the width in between."""
+    widths = [first.matrix.shape[0 if first.product.op_type == "Conv" else 1]]
+    known = [link.constants[0].meta.get(marks.RANK) for link in (first, second)]
+    return int(min(widths + [rank for rank in known if rank is not None]))
 
 
 def _goes(link: _Link) -> bool:

@@ -15,6 +15,7 @@ __all__ = [
     "LISTED",
     "OUTPUT_INFO",
     "QUANTIZATION",
+    "RANK",
     "SOURCE",
     "TRAINING",
 ]
@@ -30,6 +31,8 @@ LISTED: Final = "onnxcomp.listed"
 # Value: the original message of a graph input or output, with the type and shape read from it.
 INPUT_INFO: Final = "onnxcomp.input_info"
 OUTPUT_INFO: Final = "onnxcomp.output_info"
+# Value: a weight that is the product of two thin ones: the most that its rank can be.
+RANK: Final = "onnxcomp.rank"
 # Node: the name we gave it and the one it had, which is written while it still has ours.
 GENERATED_NAME: Final = "onnxcomp.generated_name"
 # Value: ONNX IR's own key for quantization annotations.

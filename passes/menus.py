@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.choices import Candidate, Estimate, Estimator
+from onnxcomp.passes.choices import Candidate, Estimate, Estimator, thin_again
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Codec, GradedCodec, Params, WeightSite
 from onnxcomp.passes.settings import Rule, suggest, typed_params
@@ -121,7 +121,9 @@ class Menu:
 
 
 def keep(site: WeightSite, reason: str) -> Candidate:
-    """The candidate that leaves a weight as it is."""
+    """The candidate that leaves a weight as it is, or as the two thin ones that it was."""
+    if site.rank is not None:
+        return thin_again(site, reason)
     return Candidate(site, "dense", CODECS["dense"].params_type(), site.nbytes, 0.0, reason=reason)
 
 
@@ -226,6 +228,7 @@ def menu(
             continue
         # The identity codec is asked for by name only, and never for its size.
         paying = [c for c in offered if codec.name == "dense" or c.bytes + FRAMING < site.nbytes]
+        paying = [c for c in paying if site.rank is None or c.bytes <= keep(site, "").bytes]
         paying = [c for c in paying if math.isfinite(c.error)]
         found += paying
         if not paying:

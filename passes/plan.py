@@ -194,7 +194,7 @@ class Plan:
         settled = {
             name: self.choices[name].settle(site, estimator)
             if name in self.choices
-            else Choice.kept_dense(site, "not in the plan")
+            else Choice.untouched(site, "not in the plan")
             for name, site in known.items()
         }
         return dataclasses.replace(

@@ -148,6 +148,6 @@ class Repair:
             return self._planned(made, made.settings)
         sites = {site.name: site for site in self._prepared.sites}
         choices = dict(made.choices)
-        choices.update({name: Choice.kept_dense(sites[name], reason) for name in names})
+        choices.update({name: Choice.untouched(sites[name], reason) for name in names})
         changed = dataclasses.replace(made, choices=choices)
         return settle(changed, self._prepared, name=self._name)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.passes import marks
 from onnxcomp.passes.canonicalize import WEIGHT_DTYPES, is_matrix
 from onnxcomp.passes.codecs.codec import DOMAIN, Array, Use, WeightSite
 from onnxcomp.passes.record import compressed_tensors
@@ -297,6 +298,7 @@ def _site(
         length=chosen.length,
         transposed=chosen.transposed,
         filters_input=any(filters_input(leaf.node, model) for leaf in found),
+        rank=value.meta.get(marks.RANK),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -11,11 +12,13 @@ import onnx_ir as ir
 
 from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.canonicalize import canonicalize
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.codec import SpectralCodec, Use, WeightSite
 from onnxcomp.passes.graph import Change
 from onnxcomp.passes.indexed import IndexedWeights
 from onnxcomp.passes.linear_chains import fold_linear_chains
 from onnxcomp.passes.prune.graph_pass import Prune
-from onnxcomp.passes.settings import Settings
+from onnxcomp.passes.settings import Settings, match_rule, method_names
 from onnxcomp.passes.sharing import SharedWeights
 
 __all__ = [
@@ -117,10 +120,24 @@ class LinearChains:
             include=settings.include,
             exclude=settings.exclude,
             freeze_inputs=settings.freeze_inputs,
+            truncated=functools.partial(_truncated, settings),
         )
         if change.count:
             context.facts[self.name] = {"folded": change.count}
         return change
+
+
+def _truncated(
+    settings: Settings, names: Sequence[str], operator: str, shape: tuple[int, int]
+) -> bool:
+    """Whether a weight gets two factors and nothing else is asked for."""
+    rule = match_rule(settings.rules, names, [operator])
+    methods = method_names(rule.methods or settings.method, CODECS, stock=settings.stock)
+    codecs = [CODECS[name] for name in methods]
+    rows, length = shape
+    use = Use("", operator, 1, "dense" if operator == "Conv" else "matmul")
+    site = WeightSite("", shape, "float32", (use,), "", rows, length, False)
+    return all(isinstance(c, SpectralCodec) and c.refuse(site) is None for c in codecs)
 
 
 # In the order in which they run.

@@ -93,6 +93,8 @@ class WeightSite:
         length: Columns of the canonical matrix; ``rows * length`` is the number of elements.
         transposed: True when the stored 2-D tensor is ``(length, rows)``.
         filters_input: Whether a convolution filters an input of the model with it.
+        rank: The most that its rank can be, where it is the product of two thin weights that were
+            in its place: stored with this rank it is what it was. None for all others.
     """
 
     name: str
@@ -104,6 +106,7 @@ class WeightSite:
     length: int
     transposed: bool
     filters_input: bool = False
+    rank: int | None = None
 
     @property
     def size(self) -> int:

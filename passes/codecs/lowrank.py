@@ -133,7 +133,10 @@ class LowRankCodec:
         """Ranks at which the factors are smaller than the weight, from most to fewest bytes."""
         if self.refuse(site) is not None:
             return []
-        return [LowRankParams(rank) for rank in offered_ranks(site.rows, site.length)]
+        ranks = offered_ranks(site.rows, site.length)
+        if site.rank is not None:
+            ranks = [site.rank, *(rank for rank in ranks if rank < site.rank)]
+        return [LowRankParams(rank) for rank in ranks]
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """The two factors."""
