@@ -46,10 +46,10 @@ def _of_bits(pick: Candidate, rule: Rule, bits: int) -> str:
     width = CODECS[pick.codec].width
     if pick.codec == "dense":
         return "as it is, as asked for"
+    if width in rule.params or (width is None and rule.params):
+        return f"set by the rule {rule}"
     if width is None:
         return f"{pick.codec} has no number of bits"
-    if width in rule.params:
-        return f"set by the rule {rule}"
     own = int(getattr(pick.params, width))
     if own == bits:
         return f"{bits} bits for all weights"

@@ -137,6 +137,7 @@ def test_what_was_asked_for_is_in_the_file(model: Path, tmp_path: Path) -> None:
     )
     [found] = [s for s in result.report.sites if s.method == "lowrank"]
     assert found.weight_error**2 <= 0.03
+    assert found.reason == "set by the rule first:method=lowrank,energy=0.97"
     written = onnx.load(tmp_path / "small.onnx")
     assert not written.functions
     assert all(not node.domain for node in written.graph.node)
