@@ -48,7 +48,11 @@ def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
         terminal.say(f"{change['name']} changes from {change['before']} to {change['after']}")
     if pruned["calibrated"]:
         fitted = [fit for fit in pruned["fits"] if fit["used"] != "mask"]
-        terminal.say(f"{len(fitted)} of {len(pruned['fits'])} products were fitted to the data")
+        text = f"{len(fitted)} of {len(pruned['fits'])} products were fitted to the data"
+        if pruned["norms"]:
+            moved = [norm for norm in pruned["norms"] if norm["used"] != "stored"]
+            text += f", statistics of {len(moved)} of {len(pruned['norms'])} normalisations too"
+        terminal.say(text)
     else:
         terminal.say("no --data: weights alone decided, and nothing was fitted to make up for it")
 

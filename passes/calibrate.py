@@ -23,15 +23,14 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs.codec import Array, Stats, Use, WeightSite
 from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.segments import Chain
+from onnxcomp.passes.windows import Patches, patches, windows
 
 __all__ = [
     "HELD_OUT",
     "Calibration",
     "Feed",
-    "Patches",
     "Stats",
     "collect",
-    "patches",
     "split_batches",
     "unobservable",
 ]
@@ -46,28 +45,8 @@ HELD_OUT = 10
 # Input vectors multiplied at a time, in float32; sums of these products are float64.
 _CHUNK = 4096
 
-# Output positions of one input that a convolution's moments are taken from, at most.
-_POSITIONS = 4096
-
 # Samples of one input that run at a time where the batch axis can be cut.
 _BATCH = 8
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Patches:
-    """How a convolution cuts its input ``(n, channels, ...)`` into columns of ``im2col``.
-
-    Attributes:
-        kernel: Sizes of the window.
-        strides: Steps of the window.
-        dilations: Steps inside the window.
-        pads: Zeros before and after each axis.
-    """
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,44 +65,6 @@ class _Source:
     patches: Patches | None = None
 
 
-def _windows(node: ir.Node, kernel: tuple[int, ...]) -> Patches | None:
-    """The windows of a Conv; None for what is not taken apart here (groups, automatic pads)."""
-    attributes, axes = node.attributes, len(kernel)
-    automatic = attributes.get_string("auto_pad", "NOTSET")
-    if attributes.get_int("group", 1) != 1 or automatic not in ("NOTSET", "VALID"):
-        return None
-    flat = tuple(attributes.get_ints("pads", (0,) * (2 * axes)))
-    if automatic == "VALID":
-        flat = (0,) * (2 * axes)
-    return Patches(
-        kernel,
-        tuple(attributes.get_ints("strides", (1,) * axes)),
-        tuple(attributes.get_ints("dilations", (1,) * axes)),
-        tuple(zip(flat[:axes], flat[axes:], strict=True)),
-    )
-
-
-def patches(x: Array, windows: Patches) -> Array:
-    """Input vectors of a convolution: ``(n, channels, ...)`` -> ``(vectors, channels * window)``.
-
-    The order within a vector is that of a weight ``(out, channels, *kernel)``. Of many output
-    positions an even sample is taken.
-    """
-    axes = range(2, 2 + len(windows.kernel))
-    x = np.pad(x, ((0, 0), (0, 0), *windows.pads))
-    reach = [(k - 1) * d + 1 for k, d in zip(windows.kernel, windows.dilations, strict=True)]
-    view = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(axes))
-    steps = tuple(slice(None, None, step) for step in windows.strides)
-    inner = tuple(slice(None, None, step) for step in windows.dilations)
-    view = view[(slice(None), slice(None), *steps, *inner)]
-    # (n, channels, positions..., window...) -> (n, positions..., channels, window...)
-    view = np.moveaxis(view, 1, 1 + len(windows.kernel))
-    outer = view.shape[: 1 + len(windows.kernel)]
-    count = int(np.prod(outer))
-    chosen = np.unravel_index(np.arange(0, count, max(1, -(-count // _POSITIONS))), outer)
-    return np.ascontiguousarray(view[chosen]).reshape(len(chosen[0]), -1)
-
-
 def _source(node: ir.Node, use: Use, site: WeightSite, convolutions: bool) -> _Source | str:
     """Where a use reads its vectors, or why that is not known."""
     if use.need == "gather":
@@ -137,10 +78,10 @@ def _source(node: ir.Node, use: Use, site: WeightSite, convolutions: bool) -> _S
     if use.op_type == "Conv" and use.input_index == 1 and not use.path and x is not None:
         if not convolutions:
             return "statistics of convolutions were not asked for"
-        windows = _windows(node, site.shape[2:])
-        if windows is None:
+        cut = windows(node, site.shape[2:])
+        if cut is None or node.attributes.get_int("group", 1) != 1:
             return "convolution in groups, or with automatic padding"
-        return _Source(x.name or "", "patches", windows)
+        return _Source(x.name or "", "patches", cut)
     return f"{use.op_type} does not multiply its input with the weight"
 
 

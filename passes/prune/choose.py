@@ -47,7 +47,9 @@ def by_obs(
         tensor = consumer.weight.const_value
         assert tensor is not None
         weight = consumer.matrix(tensor.numpy())
-        found[consumer.name] = Surgeon(weight, sums.gram, damping(sums.gram), sums.power)
+        power = sums.power or float(np.einsum("ij,ij->", weight @ sums.gram, weight))
+        power *= consumer.groups  # all groups of a convolution, were they alike
+        found[consumer.name] = Surgeon(weight, sums.gram, damping(sums.gram), power)
         for number, (own, products) in enumerate(waiting):
             names = [product.name for product in products]
             if consumer.name in names and all(name in found for name in names):

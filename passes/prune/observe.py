@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,22 +16,19 @@ from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.prune.axes import Analysis
 from onnxcomp.passes.prune.compensate import Sums
 from onnxcomp.passes.prune.consumers import Consumer
+from onnxcomp.passes.prune.norms import ChannelSums, Norm
 from onnxcomp.passes.segments import Chain
 
 __all__ = ["Walk", "moments"]
 
 log = logging.getLogger(__name__)
 
-
-def _wanted(consumer: Consumer) -> list[str]:
-    names = [consumer.reads]
-    if consumer.addend is not None and consumer.addend.name not in names:
-        names.append(consumer.addend.name or "")
-    return names
+Item = TypeVar("Item", bound=Consumer | Norm)
+Kept = TypeVar("Kept", Sums, ChannelSums)
 
 
-def _ordered(chain: Chain, consumers: Sequence[Consumer]) -> list[Consumer]:
-    return sorted(consumers, key=lambda consumer: chain.position(_wanted(consumer)))
+def _ordered(chain: Chain, items: Sequence[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: chain.position(item.wanted))
 
 
 def _check(consumer: Consumer, *sums: Sums) -> None:
@@ -54,12 +52,12 @@ def moments(
     Raises:
         ModelError: The model does not run, or inputs are not finite.
     """
-    groups = [_wanted(consumer) for consumer in consumers]
-    chain = Chain(analysis.model, list(feeds), groups, folder)
+    wanted = [consumer.wanted for consumer in consumers]
+    chain = Chain(analysis.model, list(feeds), wanted, folder)
     for consumer in _ordered(chain, consumers):
         weight, bias = _dense(consumer)
         sums = Sums(weight.shape[1], 0)
-        for values in chain.advance(_wanted(consumer)):
+        for values in chain.advance(consumer.wanted):
             x = consumer.vectors(values[consumer.reads])
             sums.add(x, None)
             sums.power += _power(consumer, values, x.astype(np.float32) @ weight.T + bias)
@@ -91,7 +89,7 @@ def _dense(consumer: Consumer) -> tuple[Array, Array]:
     assert tensor is not None
     weight = consumer.matrix(tensor.numpy()).astype(np.float32)
     if consumer.bias is not None and consumer.bias.const_value is not None:
-        return weight, consumer.bias.const_value.numpy().astype(np.float32)
+        return weight, consumer.offsets(consumer.bias.const_value.numpy()).astype(np.float32)
     return weight, np.zeros(len(weight), np.float32)
 
 
@@ -100,26 +98,29 @@ class Walk:
 
     Args:
         analysis: Of the model.
-        consumers: Products that lose columns.
+        items: Products that lose columns, and normalisations behind them.
         gone: Which classes go.
         feeds: Calibration data.
         folder: Where segments are written.
+
+    Attributes:
+        items: The same in the order in which they are to be observed.
     """
 
     def __init__(
         self,
         analysis: Analysis,
-        consumers: Sequence[Consumer],
+        items: Sequence[Consumer | Norm],
         gone: Array,
         feeds: Sequence[Feed],
         folder: Path | None = None,
     ) -> None:
-        groups = [_wanted(consumer) for consumer in consumers]
+        wanted = [item.wanted for item in items]
         self._feeds = list(feeds)
-        self._chain = Chain(analysis.model, self._feeds, groups, folder)
-        self._dense = Chain(analysis.model, self._feeds, groups, folder)
-        self._consumers = _ordered(self._chain, consumers)
-        own = {consumer.name for consumer in consumers}
+        self._chain = Chain(analysis.model, self._feeds, wanted, folder)
+        self._dense = Chain(analysis.model, self._feeds, wanted, folder)
+        self.items = _ordered(self._chain, items)
+        own = {item.weight.name or "" for item in items if isinstance(item, Consumer)}
         for name, array in _masked_members(analysis, gone, own).items():
             self._chain.replace(name, array)
 
@@ -127,34 +128,49 @@ class Walk:
         """Put another initializer in the place of one for all that comes later."""
         self._chain.replace(name, array)
 
-    def __iter__(self) -> Iterator[tuple[Consumer, Sums, Sums]]:
-        """Products in order, each with means over calibration data and over held-out data."""
-        for consumer in self._consumers:
-            yield consumer, *self._observe(consumer)
+    def observe(self, consumer: Consumer) -> tuple[Sums, Sums]:
+        """What a product reads and should make: means over calibration and over held-out data.
 
-    def _observe(self, consumer: Consumer) -> tuple[Sums, Sums]:
+        Raises:
+            ModelError: The model does not run, or inputs are not finite.
+        """
         weight, bias = _dense(consumer)
         seen, held = (Sums(weight.shape[1], len(weight)) for _ in range(2))
-        names = _wanted(consumer)
-        runs = zip(self._chain.advance(names), self._dense.advance(names), strict=True)
-        for number, (values, exact) in enumerate(runs):
+        for number, (values, exact) in enumerate(self._values(consumer)):
             x = consumer.vectors(values[consumer.reads])
             target = consumer.vectors(exact[consumer.reads]).astype(np.float32) @ weight.T + bias
             shift = _shift(consumer, values, exact, len(x))
             if shift is not None and shift.shape == target.shape:
                 target += shift
-            self._share(number, x, target, seen, held)
+            for sums, part in self._shares(number, len(x), (seen, held)):
+                sums.add(x[part], target[part])
         _check(consumer, seen, held)
         return seen.means(), held.means()
 
-    def _share(self, number: int, x: Array, target: Array, seen: Sums, held: Sums) -> None:
+    def channels(self, norm: Norm) -> tuple[ChannelSums, ChannelSums]:
+        """What a normalisation reads, over calibration and over held-out data."""
+        size = len(norm.statistics().mean)
+        seen, held = ChannelSums(size), ChannelSums(size)
+        for number, (values, exact) in enumerate(self._values(norm)):
+            x, t = (norm.channels(of[norm.wanted[0]]) for of in (values, exact))
+            for sums, part in self._shares(number, x.shape[1], (seen, held)):
+                sums.add(x[:, part], t[:, part])
+        return seen, held
+
+    def _values(self, item: Consumer | Norm) -> Iterator[tuple[Mapping[str, Array], ...]]:
+        """What an item reads, of the model as it is and of the dense one."""
+        return zip(self._chain.advance(item.wanted), self._dense.advance(item.wanted), strict=True)
+
+    def _shares(
+        self, number: int, count: int, both: tuple[Kept, Kept]
+    ) -> Iterator[tuple[Kept, slice]]:
         """Keep every tenth input back, or of a few inputs the last tenth of their vectors."""
         if len(self._feeds) >= HELD_OUT:
-            (held if number % HELD_OUT == HELD_OUT - 1 else seen).add(x, target)
+            yield both[number % HELD_OUT == HELD_OUT - 1], slice(None)
             return
-        cut = len(x) - len(x) // HELD_OUT
-        seen.add(x[:cut], target[:cut])
-        held.add(x[cut:], target[cut:])
+        cut = count - count // HELD_OUT
+        yield both[0], slice(cut)
+        yield both[1], slice(cut, None)
 
 
 def _shift(

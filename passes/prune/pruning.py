@@ -20,12 +20,13 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.prune.axes import Analysis, analyse
 from onnxcomp.passes.prune.choose import by_obs, by_rank, removed
-from onnxcomp.passes.prune.compensate import Fit, Sums, best_fit
+from onnxcomp.passes.prune.compensate import Sums
 from onnxcomp.passes.prune.consumers import Consumer, find_consumers
 from onnxcomp.passes.prune.cost import Ledger, measure
 from onnxcomp.passes.prune.feeds import probe_feeds
+from onnxcomp.passes.prune.fits import make_up
 from onnxcomp.passes.prune.groups import Group, Groups, find_groups
-from onnxcomp.passes.prune.observe import Walk, moments
+from onnxcomp.passes.prune.observe import moments
 from onnxcomp.passes.prune.prepare import prepare, tidy
 from onnxcomp.passes.prune.probe import probe
 from onnxcomp.passes.prune.report import FitReport, GroupReport, PruneReport
@@ -128,9 +129,13 @@ def prune(
     consumers = find_consumers(analysis)
     steps = _choose(analysis, groups, consumers, ledger, options, feeds, folder)
     classes = removed(steps)
-    fits: list[FitReport] = []
+    fits: tuple[FitReport, ...] = ()
+    norms: tuple[FitReport, ...] = ()
     if feeds and options.compensate != "none" and classes:
-        fits = list(_compensate(analysis, consumers, ledger, options, feeds, folder))
+        biases_only = options.compensate == "bias"
+        fits, norms = make_up(
+            analysis, consumers, ledger.gone, feeds, folder, biases_only=biases_only
+        )
     shapes = _declared(model)
     remove(analysis, classes)
     tidy(model)
@@ -149,7 +154,8 @@ def prune(
         before=before,
         after=after,
         groups=_group_reports(groups, steps),
-        fits=tuple(fits),
+        fits=fits,
+        norms=norms,
         inputs=changed,
         kept=groups.kept,
     )
@@ -209,53 +215,6 @@ def _touched(consumers: Sequence[Consumer], groups: Groups) -> list[Consumer]:
     """Products that read channels of some group."""
     own = {c for g in groups.groups for slot in g.slots for candidate in slot for c in candidate}
     return [consumer for consumer in consumers if own & set(consumer.classes.tolist())]
-
-
-def _compensate(
-    analysis: Analysis,
-    consumers: Sequence[Consumer],
-    ledger: Ledger,
-    options: PruneOptions,
-    feeds: Sequence[Feed],
-    folder: Path | None,
-) -> list[FitReport]:
-    """Fit all products that lose columns, each behind the ones before, and store the weights."""
-    losing = [consumer for consumer in consumers if len(consumer.columns(ledger.gone))]
-    walk = Walk(analysis, losing, ledger.gone, feeds, folder)
-    found: list[tuple[Consumer, Fit]] = []
-    for consumer, seen, held in walk:
-        fit = _fit(consumer, ledger, options, seen, held)
-        found.append((consumer, fit))
-        for value, array in _stored(consumer, fit):
-            walk.replace(value.name or "", array)
-    for consumer, fit in found:
-        for value, array in _stored(consumer, fit):
-            assert value.const_value is not None
-            value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
-    return [FitReport(c.name, fit.before, fit.after, fit.used) for c, fit in found]
-
-
-def _fit(consumer: Consumer, ledger: Ledger, options: PruneOptions, seen: Sums, held: Sums) -> Fit:
-    tensor = consumer.weight.const_value
-    assert tensor is not None
-    bias = None
-    if consumer.bias is not None and consumer.bias.const_value is not None:
-        bias = np.asarray(consumer.bias.const_value.numpy(), np.float64)
-    gone = consumer.columns(ledger.gone)
-    weight = consumer.matrix(tensor.numpy())
-    return best_fit(weight, bias, gone, seen, held, biases_only=options.compensate == "bias")
-
-
-def _stored(consumer: Consumer, fit: Fit) -> list[tuple[ir.Value, np.ndarray]]:
-    """Initializers as they become, in their own types."""
-    tensor = consumer.weight.const_value
-    assert tensor is not None
-    shape = tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
-    found = [(consumer.weight, consumer.stored(fit.weight, shape).astype(tensor.dtype.numpy()))]
-    if fit.bias is not None and consumer.bias is not None:
-        assert consumer.bias.const_value is not None
-        found.append((consumer.bias, fit.bias.astype(consumer.bias.const_value.dtype.numpy())))
-    return found
 
 
 def _declared(model: ir.Model) -> dict[str, str]:

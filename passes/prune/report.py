@@ -31,13 +31,14 @@ class GroupReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FitReport:
-    """One product that was fitted again.
+    """One product that was fitted again, or one normalisation whose statistics followed.
 
     Attributes:
-        name: Its weight.
-        before: Relative squared error of its output on held-out data, channels left out only.
-        after: The same once it was fitted.
-        used: "fit", "anchored", "bias" or "mask" (left as it is).
+        name: Its weight, with the number of the group of a convolution; or its means.
+        before: Relative squared error of its output on held-out data, left as it was.
+        after: The same with what it has become.
+        used: "fit", "anchored", "bias" or "mask" (left as it is) for products; "statistics",
+            "means" or "stored" (left as they are) for normalisations.
     """
 
     name: str
@@ -60,6 +61,7 @@ class PruneReport:
         after: Cost of what is left.
         groups: Groups that lost something.
         fits: Products that were fitted again.
+        norms: Normalisations behind them, whose statistics were estimated anew.
         inputs: Inputs and outputs whose shape changed: name, shape before, shape after.
         kept: Weights that keep their channels, with the first reason.
     """
@@ -73,6 +75,7 @@ class PruneReport:
     after: Cost
     groups: tuple[GroupReport, ...]
     fits: tuple[FitReport, ...]
+    norms: tuple[FitReport, ...]
     inputs: tuple[tuple[str, str, str], ...]
     kept: tuple[tuple[str, str], ...]
 
@@ -88,7 +91,8 @@ class PruneReport:
         found["groups"] = [
             {**dataclasses.asdict(group), "weights": list(group.weights)} for group in self.groups
         ]
-        found["fits"] = [dataclasses.asdict(fit) for fit in self.fits]
+        for name in ("fits", "norms"):
+            found[name] = [dataclasses.asdict(fit) for fit in getattr(self, name)]
         found["inputs"] = [
             {"name": name, "before": old, "after": new} for name, old, new in self.inputs
         ]
