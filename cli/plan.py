@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp.cli.options import FILE, OUTPUT, data_options, plan_options, settings_in_effect
+from onnxcomp.cli.options import (
+    FILE,
+    OUTPUT,
+    data_options,
+    plan_options,
+    prune_options,
+    settings_in_effect,
+)
+from onnxcomp.cli.prune import prune_text, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 
 if TYPE_CHECKING:
@@ -21,6 +29,7 @@ __all__ = ["command", "plan_verdict", "show_frontier"]
 @click.command("plan")
 @click.argument("model", type=FILE)
 @plan_options
+@prune_options
 @data_options
 @click.option("-o", "--output", type=OUTPUT, help="Write the plan here: readable, editable JSON.")
 @click.option(
@@ -35,6 +44,8 @@ def command(
     **settings: Any,
 ) -> None:
     """Show what optimize would do with these settings: every weight, exact bytes, no work.
+
+    What is asked to be pruned is pruned in memory, since what is left decides about the rest.
 
     A plan written with -o can be edited and is carried out by: onnxcomp optimize MODEL -o OUT
     --plan plan.json
@@ -51,6 +62,8 @@ def command(
     plan = onnxcomp.plan(model, **settings)
     if output is not None:
         plan.save(output)
+    if plan.pruned is not None:
+        show_pruned(terminal, plan.pruned)
     show_sites(terminal, planned_sites(plan), {choice.site: choice for choice in plan})
     terminal.finish(plan.to_json(), plan_verdict(plan))
     if not plan.met:
@@ -95,9 +108,10 @@ def plan_verdict(plan: Plan) -> str:
         text += f", {bytes_text(plan.portable_load_bytes)} of memory to load without the library"
     if plan.error is not None:
         text += f", expected error {100 * plan.error:.2f} %"
+    text = ", ".join([text, *prune_text(plan.pruned)])
     wanted = plan.budget.bytes
     if wanted is None:
         return text
-    if plan.met:
+    if size <= wanted:
         return f"{text}, target {bytes_text(wanted)}: met, {100 * (1 - size / wanted):.2f} % under"
     return f"{text}, target {bytes_text(wanted)}: MISSED by {100 * (size / wanted - 1):.2f} %"

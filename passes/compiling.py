@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import Samples, load_samples
 from onnxcomp.passes.checks import check_runnable
@@ -84,6 +84,10 @@ def _planned(
     name: str,
 ) -> _Work:
     """Prepare a model, and make its plan or settle the given one."""
+    if given is not None and given.pruned and given.pruned["calibrated"] and run.data is None:
+        raise UsageError(
+            "the plan prunes by inputs, and none are given", hint="give the --data it was made with"
+        )
     with run.stage("plan"):
         prepared = prepare(loaded, settings, samples)
         if _has_new_shapes(prepared):

@@ -214,13 +214,18 @@ def plan(
     seed: int = 0,
     stock: bool = False,
     rest: str = "keep",
+    prune_ratio: float | None = None,
+    target_flops: float | None = None,
+    prune_score: PruneScore | None = None,
+    prune_caches: bool | None = None,
     data: Any = None,
     calibration: CalibrationMode = "sequential",
 ) -> Plan:
     """What `optimize` would do with these settings, with exact bytes, without doing it.
 
-    A plan that misses its target is returned all the same; its `met` is false then. The arguments
-    are those of `optimize`.
+    Pruning is done, in memory, since what is left decides about the rest; `Plan.pruned` says what
+    goes. A plan that misses its target is returned all the same; its `met` is false then. The
+    arguments are those of `optimize`.
 
     Raises:
         UsageError: An option or a rule is wrong.
@@ -230,8 +235,8 @@ def plan(
         method, target_size, min_size, include, exclude, set_,
         bits=bits, ratio=ratio, max_error=max_error, max_slowdown=max_slowdown, mode=mode,
         precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
-        portable=portable, seed=seed,
-        stock=stock, rest=rest,
+        portable=portable, seed=seed, stock=stock, rest=rest, prune_ratio=prune_ratio,
+        target_flops=target_flops, prune_score=prune_score, prune_caches=prune_caches,
     )  # fmt: skip
     check_calibration(calibration)
     return plan_model(model, settings, Run(jobs=1, data=data, calibration=calibration))

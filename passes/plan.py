@@ -130,6 +130,7 @@ class Plan:
             times were not measured.
         error: Expected relative error of the outputs, from what noise in each weight does to them;
             None where that was not measured.
+        pruned: What pruning takes out before, as in the report; None without pruning.
     """
 
     source: Source
@@ -141,6 +142,7 @@ class Plan:
     portable_load_bytes: int | None = None
     error: float | None = None
     slowdown: float | None = None
+    pruned: Mapping[str, Any] | None = None
 
     def __getitem__(self, name: str) -> Choice:
         if name not in self.choices:
@@ -164,7 +166,9 @@ class Plan:
 
     @property
     def met(self) -> bool:
-        """Whether the output is as small as asked for."""
+        """Whether as much is pruned, and the output as small, as asked for."""
+        if self.pruned is not None and not self.pruned["met"]:
+            return False
         wanted = self.budget.bytes
         return wanted is None or (self.bytes is not None and self.bytes <= wanted)
 
@@ -217,6 +221,7 @@ class Plan:
             "portable_load_bytes": self.portable_load_bytes,
             "error": None if self.error is None else float(f"{self.error:.4g}"),
             "slowdown": None if self.slowdown is None else float(f"{self.slowdown:.4g}"),
+            **({} if self.pruned is None else {"prune": dict(self.pruned)}),
             "sites": [choice.to_json() for choice in self],
             "skipped": [tensor.to_json() for tensor in self.skipped],
         }
@@ -250,6 +255,7 @@ class Plan:
             portable_load_bytes=values.get("portable_load_bytes"),
             error=values.get("error"),
             slowdown=values.get("slowdown"),
+            pruned=values.get("prune"),
         )
 
     def dumps(self) -> str:
@@ -297,7 +303,7 @@ class Plan:
 
 _PLAN_KEYS = frozenset(
     {"version", "source", "settings", "budget", "bytes", "portable_load_bytes", "error"}
-    | {"slowdown", "sites", "skipped"}
+    | {"slowdown", "prune", "sites", "skipped"}
 )
 
 

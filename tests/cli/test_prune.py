@@ -73,3 +73,56 @@ def test_a_ratio_out_of_reach_exits_with_3(onnxcomp: Run, model: Path, tmp_path:
 def test_a_ratio_out_of_range_exits_with_2(onnxcomp: Run, model: Path, tmp_path: Path) -> None:
     answer = onnxcomp("optimize", model, "-o", tmp_path / "out.onnx", "--prune-ratio", "1.5")
     assert answer.code == 2
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """Inputs of `model`."""
+    path = tmp_path / "data.npz"
+    np.savez(path, x=np.random.default_rng(1).standard_normal((400, 8)).astype(np.float32))
+    return path
+
+
+def test_a_plan_knows_the_bytes_of_a_pruned_model(
+    onnxcomp: Run, model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    options = ("-m", "prune+int", "--bits", "8", "--min-size", "64", "--prune-ratio", "0.3")
+    plan, output = tmp_path / "plan.json", tmp_path / "out.onnx"
+    answer = onnxcomp("plan", model, *options, "--data", inputs, "-o", plan, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["prune"]["met"] and answer.json["prune"]["groups"][0]["after"] < 64
+    done = onnxcomp("optimize", model, "-o", output, *options, "--data", inputs, "--json").json
+    assert done["prune"] == answer.json["prune"]
+    assert answer.json["bytes"] == done["output"]["bytes"] == output.stat().st_size
+    again = tmp_path / "again.onnx"
+    replayed = onnxcomp("optimize", model, "-o", again, "--plan", plan, "--data", inputs)
+    assert replayed.code == 0, replayed.err
+    assert again.read_bytes() == output.read_bytes()
+    text = onnxcomp("plan", model, *options, "--data", inputs).out
+    assert "% of parameters pruned" in text
+
+
+def test_a_plan_that_prunes_by_inputs_needs_them_again(
+    onnxcomp: Run, model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    options = ("-m", "prune", "--prune-ratio", "0.3", "--data", inputs, "-o", plan)
+    assert onnxcomp("plan", model, *options).code == 0
+    answer = onnxcomp("optimize", model, "-o", tmp_path / "out.onnx", "--plan", plan)
+    assert answer.code == 2
+    assert "prunes by inputs" in answer.err
+
+
+def test_a_plan_that_cannot_prune_as_much_exits_with_3(onnxcomp: Run, model: Path) -> None:
+    answer = onnxcomp("plan", model, "-m", "prune", "--prune-ratio", "0.99")
+    assert answer.code == 3
+    assert "of 99.0 % asked for" in answer.out
+
+
+def test_configuration_files_say_what_to_prune(onnxcomp: Run, model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "plan.yaml"
+    config.write_text("version: 1\nmethod: dense\nprune: {flops: 0.6, score: magnitude}\n")
+    planned = onnxcomp("plan", model, "--config", config, "--json").json["prune"]
+    assert (planned["unit"], planned["score"]) == ("flops", "magnitude")
+    done = onnxcomp("optimize", model, "-o", tmp_path / "o.onnx", "--config", config, "--json")
+    assert done.json["prune"] == planned
