@@ -7,7 +7,7 @@
 
 Every network is trained with the same weight decay, which falls on the factors, multiplied out, and
 truncated, all but the last layer: `local` keeps the same share of singular values in each layer,
-`global` those above one share of their layer's largest, and `iterative` truncates step by step and
+`global` those above one share of their layer's largest, and `iterative` does that step by step and
 trains the factors for one epoch after each step. Ranks are not rounded. Results of networks and N
 run before are kept.
 """
@@ -19,7 +19,6 @@ import copy
 import json
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,12 @@ from results import RESULTS, print_table, write_results
 from torch import nn
 from torch.nn import functional
 
-from onnxcomp.models.composed import collapse, lorita, parameter_groups, truncate
+from onnxcomp.models import choose_ranks, collapse, lorita, parameter_groups, truncate
 
 DATA = Path(os.environ.get("ONNXCOMP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 KEPT = (0.5, 0.25, 0.1, 0.05)
 MODES = ("local", "global", "iterative")
 BATCH = 128
-Ranks = dict[str, int]
 COLOURS = {1: "#7a7a7a", 2: "#1f77b4", 3: "#d95f02"}
 DASHES = {"local": "2 3", "global": "", "iterative": "7 3"}
 
@@ -89,41 +87,12 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
 
 
-def spectra(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Singular values of all layers but the last: its few outputs are all needed."""
-    return {
-        name: torch.linalg.svdvals(layer.weight.detach().flatten(1).double().cpu())
-        for name, layer in list(layers_of(model).items())[:-1]
-    }
-
-
-def parameters(shapes: Mapping[str, torch.Size], ranks: Ranks) -> int:
-    """Weights of all layers at these ranks; a layer that would grow stays as it is."""
-    return sum(
-        min(rows * columns, ranks.get(name, rows) * (rows + columns))
-        for name, (rows, columns) in shapes.items()
-    )
-
-
-def ranks_at(mode: str, values: Mapping[str, torch.Tensor], knob: float) -> Ranks:
-    """Ranks of all layers: a share of each layer's, or what is above a share of its largest."""
-    if mode == "local":
-        return {name: max(1, int(knob * len(v))) for name, v in values.items()}
-    return {name: max(1, int((v > (1.0 - knob) * v[0]).sum())) for name, v in values.items()}
-
-
-def ranks_for(mode: str, model: nn.Module, kept: float) -> Ranks:
-    """The largest ranks of a mode that keep at most this share of the parameters."""
-    values = spectra(model)
-    shapes = {n: layer.weight.flatten(1).shape for n, layer in layers_of(model).items()}
-    limit = kept * parameters(shapes, {})
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        fits = parameters(shapes, ranks_at(mode, values, middle)) <= limit
-        low, high = (middle, high) if fits else (low, middle)
-    ranks = ranks_at(mode, values, low)
-    return {n: r for n, r in ranks.items() if r * sum(shapes[n]) < shapes[n][0] * shapes[n][1]}
+def ranks_for(mode: str, model: nn.Module, kept: float) -> dict[str, int]:
+    """Ranks of all layers but the last, whose few outputs are all needed."""
+    *others, last = layers_of(model)
+    del others
+    how = "local" if mode == "local" else "global"
+    return choose_ranks(model, kept, mode=how, include=lambda name, _: name != last)
 
 
 def operations(model: nn.Module, image: torch.Tensor) -> int:
@@ -155,7 +124,7 @@ def truncations(model: nn.Module, split: Split, recipe: Recipe) -> list[dict[str
         current = model
         for kept in KEPT:
             base = current if mode == "iterative" else model
-            ranks = ranks_for("local" if mode == "local" else "global", base, kept)
+            ranks = ranks_for(mode, base, kept)
             cut = truncate(copy.deepcopy(base), ranks)
             if mode == "iterative":
                 train(cut, split, recipe, 1, recipe.rate / 2)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         SharedMemory,
     )
     from onnxcomp.models.sharing import share
+    from onnxcomp.models.truncation import choose_ranks
 
 __all__ = [
     "ComposedConv2d",
@@ -48,6 +49,7 @@ __all__ = [
     "SharedLinear",
     "SharedMemory",
     "TorchCheck",
+    "choose_ranks",
     "collapse",
     "export",
     "lorita",
@@ -62,6 +64,7 @@ _HOMES = {
     "ComposedLinear": "composed",
     "ExportResult": "exporting",
     "TorchCheck": "exporting",
+    "choose_ranks": "truncation",
     "collapse": "composed",
     "export": "exporting",
     "lorita": "composed",

@@ -31,7 +31,16 @@ import torch  # noqa: E402 - after the message for those who do not have it
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-__all__ = ["ComposedConv2d", "ComposedLinear", "collapse", "lorita", "parameter_groups", "truncate"]
+__all__ = [
+    "ComposedConv2d",
+    "ComposedLinear",
+    "Include",
+    "collapse",
+    "included",
+    "lorita",
+    "parameter_groups",
+    "truncate",
+]
 
 Include = str | Callable[[str, nn.Module], bool] | None
 
@@ -207,7 +216,8 @@ def _factored(layer: Any, factors: int, rank: int | None = None) -> ComposedLine
     return composed
 
 
-def _wanted(include: Include) -> Callable[[str, nn.Module], bool]:
+def included(include: Include) -> Callable[[str, nn.Module], bool]:
+    """Whether a layer is meant, by its name and itself."""
     if include is None:
         return lambda name, layer: True
     if callable(include):
@@ -264,7 +274,7 @@ def lorita(
     """
     if factors < 1:
         raise ValueError(f"factors={factors}: a linear map has at least one factor")
-    wanted = _wanted(include)
+    wanted = included(include)
     owners = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
 
     def replace(name: str, layer: nn.Module) -> nn.Module | None:
@@ -290,11 +300,12 @@ def collapse(module: nn.Module) -> nn.Module:
 def truncate(module: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     """Replace layers by two factors of lower rank, in place: the nearest to their weights.
 
-    For training on after truncation; `collapse` the factors of `lorita` first.
+    For training on after truncation. Chains of `lorita`, or of an earlier truncation, are replaced
+    by two factors of their product.
 
     Args:
         module: Any model.
-        ranks: Ranks by the names of Linear and Conv2d layers.
+        ranks: Ranks by the names of Linear and Conv2d layers or chains; see `choose_ranks`.
 
     Returns:
         The module; another one only where it is itself a layer that is replaced.
@@ -305,14 +316,20 @@ def truncate(module: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
     layers = dict(module.named_modules())
     for name, rank in ranks.items():
         layer: Any = layers.get(name)
-        if type(layer) not in (nn.Linear, nn.Conv2d) or getattr(layer, "groups", 1) != 1:
+        kinds = (nn.Linear, nn.Conv2d, ComposedLinear, ComposedConv2d)
+        if type(layer) not in kinds or getattr(layer, "groups", 1) != 1:
             raise ValueError(f"{name!r} is no Linear and no Conv2d without groups")
         full = min(layer.weight.flatten(1).shape)
         if not 1 <= rank <= full:
             raise ValueError(f"rank {rank} for {name!r}, whose weight has rank {full}")
-    return _swap(
-        module, lambda name, layer: _factored(layer, 2, ranks[name]) if name in ranks else None
-    )
+
+    def replace(name: str, layer: Any) -> nn.Module | None:
+        if name not in ranks:
+            return None
+        plain = layer.collapse() if isinstance(layer, nn.Sequential) else layer
+        return _factored(plain, 2, ranks[name])
+
+    return _swap(module, replace)
 
 
 def _factor_weights(module: nn.Module) -> Iterator[nn.Parameter]:
