@@ -108,5 +108,5 @@ def test_ranks_beyond_that_of_a_chain_are_not_taken() -> None:
 
 @pytest.mark.parametrize(("kept", "mode"), [(0.0, "global"), (1.5, "local"), (0.5, "even")])
 def test_what_makes_no_sense_is_refused(net: nn.Module, kept: float, mode: str) -> None:
-    with pytest.raises(ValueError, match="kept=|mode="):
+    with pytest.raises(ValueError, match=r"kept=|mode="):
         choose_ranks(net, kept, mode=mode)
