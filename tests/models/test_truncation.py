@@ -68,7 +68,7 @@ def test_a_share_of_the_weights_is_used_and_not_exceeded(
 def test_modes_are_one_share_or_one_threshold_for_all_layers(net: nn.Module) -> None:
     found = {mode: choose_ranks(net, 0.3, mode=mode) for mode in MODES}
     assert found["local"] == {name: (8 if name == "second" else 6) for name in NAMES}
-    assert 6 / 40 == pytest.approx(8 / 48, abs=1 / 48)
+    assert abs(6 / 40 - 8 / 48) < 1 / 48  # the same share, in whole ranks
     for mode in ("global", "raw"):
         cut, left = 0.0, float("inf")
         for name, rank in found[mode].items():
