@@ -24,6 +24,7 @@ from onnxcomp.passes.codecs.codec import (
     CalibratedCodec,
     Codec,
     Payload,
+    RankedCodec,
     Stats,
     WeightSite,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "check_calibration",
     "encode_calibrated",
     "load_samples",
+    "tell_of_plain_factors",
 ]
 
 log = logging.getLogger(__name__)
@@ -97,6 +99,18 @@ def load_samples(
         return None
     feeds = source()
     return None if feeds is None else Samples(feeds, mode == "sequential")
+
+
+def tell_of_plain_factors(plan: Plan) -> None:
+    """Warn where weights get factors without inputs to fit them to: that is where most is lost."""
+    count = sum(isinstance(CODECS[choice.codec], RankedCodec) for choice in plan)
+    if count:
+        log.warning(
+            "no calibration data: the factors of %d weight%s are the nearest to the weights alone, "
+            "not to what products give; with --data they lose less",
+            count,
+            "s" if count > 1 else "",
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.cache import PayloadCache
-from onnxcomp.passes.calibrated import Samples, load_samples
+from onnxcomp.passes.calibrated import Samples, load_samples, tell_of_plain_factors
 from onnxcomp.passes.checks import check_runnable
 from onnxcomp.passes.evaluation import Evaluation
 from onnxcomp.passes.evidence import gather_evidence
@@ -182,6 +182,8 @@ def compile_model(
         )
         source = SampleSource(run.data, reference)
         work = _planned(loaded, settings, given, run, source, output.name)
+        if run.data is None and run.calibration != "off":
+            tell_of_plain_factors(work.plan)
         written, verdict = _attempts(work, folder / output.name, reference, source, run)
         accepted = verdict.passed or run.force
         files = _publish(written.saved, output, accepted=accepted)

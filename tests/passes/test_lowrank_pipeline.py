@@ -67,7 +67,7 @@ def distance(model: Path, small: Path) -> float:
     return float(np.linalg.norm(outputs(small, x) - exact) / np.linalg.norm(exact))
 
 
-def optimize(model: Path, tmp_path: Path, **options: Any) -> tuple[Path, Any]:
+def optimize(model: Any, tmp_path: Path, **options: Any) -> tuple[Path, Any]:
     path = tmp_path / "small.onnx"
     result = onnxcomp.optimize(model, path, method="lowrank", jobs=1, **options)
     return path, result
@@ -126,6 +126,39 @@ def test_with_too_little_data_it_says_so_and_works(
     path, _ = optimize(model, tmp_path, plan=equal_ranks(model), data={"x": inputs(40, seed=1)})
     assert "480 or more are needed" in caplog.text
     assert np.isfinite(outputs(path, inputs(5, seed=2))).all()
+
+
+def test_without_data_it_says_that_weights_alone_decide(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = optimize(model, tmp_path, plan=equal_ranks(model))
+    [record] = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "no calibration data: the factors of 4 weights" in record.message
+    assert distance(model, path) < 1.0
+    caplog.clear()
+    optimize(model, tmp_path, plan=equal_ranks(model), calibration="off")
+    optimize(model, tmp_path, plan=equal_ranks(model), data={"x": inputs(1500, seed=1)})
+    assert "no calibration data" not in caplog.text
+
+
+def test_the_loss_that_a_plan_predicts_is_the_one_that_is_measured(
+    model: Path, tmp_path: Path
+) -> None:
+    proto = onnx.load(model)
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.CopyFrom(
+            helper.make_tensor_value_info(value.name, TensorProto.FLOAT, ["n", "t", WIDTH])
+        )
+    x = inputs(6400, seed=1)  # plans look at a few samples: of many vectors each
+    path, result = optimize(
+        proto, tmp_path, set_="w0:rank=24", include="w0", ratio=1.05,
+        data={"x": x.reshape(-1, 50, WIDTH)}, calibration="parallel",
+    )  # fmt: skip
+    weight = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}["w0"]
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    lost = x @ (stored["w0::down"] @ stored["w0::up"] - weight)
+    measured = np.linalg.norm(lost) / np.linalg.norm(x @ weight)
+    assert result.plan["w0"].output_error == pytest.approx(measured, rel=0.02)
 
 
 def test_held_out_errors_are_those_of_a_direct_computation() -> None:
