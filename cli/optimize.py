@@ -96,7 +96,8 @@ def show_result(terminal: Terminal, result: Result) -> None:
         show_pruned(terminal, result.report.prune)
     show_sites(terminal, result.report.sites, {choice.site: choice for choice in result.plan})
     if result.verify is not None:
-        show_verification(terminal, result.verify.to_json())
+        made_up = result.report.config["data"] is None
+        show_verification(terminal, result.verify.to_json(), made_up=made_up)
     report = result.report
     if terminal.verbose:
         stages = ", ".join(f"{name} {spent:.2f} s" for name, spent in report.seconds.items())

@@ -62,7 +62,7 @@ def command(
     else:
         result = onnxcomp.verify(reference, compressed, **settings)
         document = result.to_json()
-    show_verification(terminal, document)
+    show_verification(terminal, document, made_up=not data)
     for name in document.get("bisect", {}).get("blamed", ()):
         terminal.say(f"to blame: {name}")
     terminal.finish(document, verdict(document))
@@ -81,8 +81,14 @@ def verdict(document: Mapping[str, Any]) -> str:
     return f"passed on {samples} {'input' if samples == 1 else 'inputs'}{worst}"
 
 
-def show_verification(terminal: Terminal, document: Mapping[str, Any]) -> None:
-    """Print the differences of every output, with the library and without."""
+def show_verification(terminal: Terminal, document: Mapping[str, Any], *, made_up: bool) -> None:
+    """Print the differences of every output, with the library and without.
+
+    Args:
+        terminal: Where to print.
+        document: JSON of the verification.
+        made_up: Whether its inputs were made up; then it says that real ones tell more.
+    """
     forms = (("library", document), ("portable", document["portable"]))
     rows = [row for form, part in forms for row in _rows(form, part.get("outputs", {}))]
     columns = ["form", "output", "relative L2", "SNR", "cosine", "max abs", "same class"]
@@ -90,6 +96,8 @@ def show_verification(terminal: Terminal, document: Mapping[str, Any]) -> None:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     if rows:
         terminal.table(columns, rows, left=2)
+    if rows and made_up:
+        terminal.say("inputs were made up: give real ones with --data to know the real loss")
     for failure in document["failures"]:
         terminal.say(f"FAILED: {failure}")
 

@@ -133,13 +133,7 @@ def export(
     from onnxcomp.models.sharing import memories, multiplied_out
 
     output, call = Path(path), bind(module, args, kwargs)
-    refuse_overwriting(frozenset(), output)
-    if dense is not None:
-        refuse_overwriting(frozenset(), Path(dense))
-        if os.path.realpath(dense) == os.path.realpath(output):
-            raise UsageError(
-                f"{output} is given twice", hint="give the exported graph another name"
-            )
+    _check_outputs(output, dense)
     calls = [call, *(_check_call(module, check) for check in checks)]
     with workspace(output) as folder:
         with for_inference(module):
@@ -164,6 +158,15 @@ def export(
         if dense is not None:
             save(load(plain), dense)
         return _compile(plain, output, samples, options, exporter, check)
+
+
+def _check_outputs(output: Path, dense: PathLike | None) -> None:
+    refuse_overwriting(frozenset(), output)
+    if dense is None:
+        return
+    refuse_overwriting(frozenset(), Path(dense))
+    if os.path.realpath(dense) == os.path.realpath(output):
+        raise UsageError(f"{output} is given twice", hint="give the exported graph another name")
 
 
 def _check_call(module: Any, check: Any) -> Call:

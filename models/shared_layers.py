@@ -46,12 +46,14 @@ class _Expand(torch.autograd.Function):
         runs: Any,
         factors: torch.Tensor | None,
     ) -> torch.Tensor:
+        """The slots of ``values`` in the order of `slots`, with `signs`."""
         ctx.save_for_backward(signs, factors)
         ctx.shape, ctx.runs = values.shape, runs
         return values.index_select(0, slots) * signs
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of the entries: sums over their uses, times `factors` where given."""
         signs, factors = ctx.saved_tensors
         signed = gradients[0] * signs
         total = signed.new_zeros(ctx.shape)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs.codec import DOMAIN, Array, Attribute, Payload, WeightSite
 from onnxcomp.passes.record import KEY, own_name, shared_name
-from onnxcomp.passes.scopes import Names, add_initializer
+from onnxcomp.passes.scopes import Names, new_initializer
 
 __all__ = ["GraphBuilder", "Stock", "attribute"]
 
@@ -51,7 +51,7 @@ class Stock:
                     f"the model already has a value called {name!r}",
                     hint="expand the model before compressing it again",
                 )
-            self._made[name] = (array, self._add(name, array))
+            self._made[name] = (array, new_initializer(self._model, name, array))
         return self._made[name][1]
 
     def shared(self, name: str, array: Array) -> ir.Value:
@@ -62,18 +62,6 @@ class Stock:
         if not np.array_equal(existing.const_value.numpy(), array):
             raise ModelError(f"the initializer {name!r} exists with other content")
         return existing
-
-    def _add(self, name: str, array: Array) -> ir.Value:
-        # The array may be mapped from a file, or be virtual: it is wrapped, never copied.
-        tensor = ir.Tensor(array, name=name)
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-            const_value=tensor,
-        )
-        add_initializer(self._model, value)
-        return value
 
 
 class GraphBuilder:

@@ -34,8 +34,8 @@ from onnxcomp.passes.record import (
 )
 from onnxcomp.passes.scopes import (
     Names,
-    add_initializer,
     initializers,
+    new_initializer,
     remove_dead,
     remove_initializer,
     rename_initializer,
@@ -209,14 +209,7 @@ class _Expander:
         """The dense initializer of a site."""
         if name not in self.weights:
             tensor = _dense(self._records[name], self._values)
-            value = ir.Value(
-                name=self._names.value(name),
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(self._records[name].site.shape),
-                const_value=tensor,
-            )
-            add_initializer(self._model, value)
-            self.weights[name] = value
+            self.weights[name] = new_initializer(self._model, self._names.value(name), tensor)
         return self.weights[name]
 
     def restore(self, node: ir.Node) -> None:
@@ -235,6 +228,14 @@ class _Expander:
                 if producer is not None and KEY in producer.metadata_props:
                     self._remove(producer)
 
+    def _take_place(self, node: ir.Node, result: ir.Value) -> None:
+        """Let a result stand for the output of a node, and its producer have the node's name."""
+        name, producer = node.name, result.producer()
+        assert producer is not None
+        replace_value(node.outputs[0], result)
+        self._remove(node)
+        producer.name = name
+
     def replace(self, node: ir.Node) -> None:
         """Put the standard operator in the place of one of ours."""
         record = next(
@@ -246,12 +247,7 @@ class _Expander:
             result = self._standard(node, record.site)
         except (TypeError, ValueError) as error:  # of attributes
             raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
-        name = node.name
-        replace_value(node.outputs[0], result)
-        self._remove(node)
-        producer = result.producer()
-        assert producer is not None
-        producer.name = name
+        self._take_place(node, result)
 
     def replace_use(self, node: ir.Node) -> None:
         """Put one standard operator in the place of those that a codec had emitted."""
@@ -271,12 +267,7 @@ class _Expander:
             "MatMul" if transposed else "Gather",
             [operand, weight] if transposed else [weight, operand],
         )
-        name = node.name
-        replace_value(node.outputs[0], result)
-        self._remove(node)
-        producer = result.producer()
-        assert producer is not None
-        producer.name = name
+        self._take_place(node, result)
 
     def _join(self, node: ir.Node, kind: str, operand: ir.Value, site: WeightSite) -> None:
         """Put a convolution or recurrence with the whole weight in the place of a split one."""
@@ -296,12 +287,7 @@ class _Expander:
                 if producer is not None and KEY in producer.metadata_props:
                     self._remove(producer)
             return
-        name = node.name
-        replace_value(node.outputs[0], result)
-        self._remove(node)
-        producer = result.producer()
-        assert producer is not None
-        producer.name = name
+        self._take_place(node, result)
 
     def _standard(self, node: ir.Node, site: WeightSite) -> ir.Value:
         rows, length = site.rows, site.length
@@ -333,11 +319,8 @@ class _Expander:
 
     @functools.cache  # noqa: B019 - an expander lives for one call
     def _dims(self, shape: tuple[int, ...]) -> ir.Value:
-        tensor = ir.Tensor(np.array(shape, np.int64))
         name = self._names.value(f"shape.{'x'.join(map(str, shape))}")
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        add_initializer(self._model, value)
-        return value
+        return new_initializer(self._model, name, np.array(shape, np.int64))
 
     def _before(
         self,

@@ -23,9 +23,9 @@ from onnxcomp.passes.graph import Change
 from onnxcomp.passes.scopes import (
     LISTING_IR,
     Names,
-    add_initializer,
     default_opset,
     is_default_domain,
+    new_initializer,
     remove_dead,
     remove_initializer,
     replace_value,
@@ -334,15 +334,7 @@ class _Writer:
 
     def _tensor(self, role: str, array: Array) -> ir.Value:
         name = self._names.value(f"{self._label}::{role}")
-        tensor = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-            const_value=tensor,
-        )
-        add_initializer(self._model, value)
-        return value
+        return new_initializer(self._model, name, np.ascontiguousarray(array).reshape(array.shape))
 
     def _clean(self, last: ir.Node) -> None:
         """Remove the nodes and tables that made the weight before."""

@@ -27,8 +27,8 @@ from onnxcomp.passes.record import compressed_tensors
 from onnxcomp.passes.scopes import (
     LISTING_IR,
     Names,
-    add_initializer,
     is_default_domain,
+    new_initializer,
     remove_dead,
     remove_initializer,
     replace_value,
@@ -328,15 +328,7 @@ class _Folder:
 
     def _initializer(self, name: str, array: Array, dtype: ir.DataType) -> ir.Value:
         stored = np.ascontiguousarray(array).astype(dtype.numpy(), copy=False)
-        tensor = ir.Tensor(stored, dtype=dtype)
-        value = ir.Value(
-            name=self._names.value(name),
-            type=ir.TensorType(dtype),
-            shape=ir.Shape(array.shape),
-            const_value=tensor,
-        )
-        add_initializer(self._model, value)
-        return value
+        return new_initializer(self._model, self._names.value(name), ir.Tensor(stored, dtype=dtype))
 
     def _clean(self, links: Sequence[_Link]) -> None:
         """Remove what nobody reads any more."""

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
+
+from onnxcomp.passes.tensors import shape_of
 
 __all__ = [
     "Names",
@@ -15,6 +20,7 @@ __all__ = [
     "find_initializer",
     "initializers",
     "is_default_domain",
+    "new_initializer",
     "remove_dead",
     "remove_initializer",
     "rename_initializer",
@@ -145,6 +151,31 @@ def add_initializer(model: ir.Model, value: ir.Value) -> None:
     model.graph.register_initializer(value)
     if model.ir_version < LISTING_IR:
         model.graph.inputs.append(value)
+
+
+def new_initializer(
+    model: ir.Model, name: str, content: npt.NDArray[Any] | ir.TensorProtocol
+) -> ir.Value:
+    """Make an initializer of the main graph.
+
+    Args:
+        model: The model.
+        name: A name that is free in it.
+        content: An array, which is wrapped and not copied (it may be mapped from a file, or be
+            virtual), or a tensor.
+
+    Returns:
+        Its value.
+    """
+    tensor = ir.Tensor(content, name=name) if isinstance(content, np.ndarray) else content
+    value = ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(shape_of(tensor)),
+        const_value=tensor,
+    )
+    add_initializer(model, value)
+    return value
 
 
 def remove_initializer(value: ir.Value) -> None:

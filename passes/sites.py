@@ -160,7 +160,7 @@ class _Search:
         if not is_matrix(tensor):
             return "vector or scalar: at most one dimension is greater than 1"
         if tensor.nbytes < self.min_size:
-            return f"smaller than the minimum size ({tensor.nbytes:,} < {self.min_size:,} bytes)"
+            return f"smaller than the minimum size ({self.min_size:,} bytes)"
         return None
 
     def _named(self, value: ir.Value, found: Sequence[Leaf]) -> str | None:

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from onnxcomp.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
 __all__ = [
     "DOMAIN",
+    "DTYPES",
     "AnchoredCodec",
     "Array",
     "Attribute",
@@ -41,6 +48,13 @@ __all__ = [
 ]
 
 DOMAIN = "com.onnxcomp"
+
+# Element types of the weights that codecs store, in ONNX words.
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 Array = npt.NDArray[Any]
 Attribute = int | float | str | Sequence[int]
@@ -123,6 +137,20 @@ class WeightSite:
         """Bytes of the stored tensor."""
         return self.size * self.itemsize
 
+    def refusal(self, codec: str) -> str | None:
+        """Why no codec for floating-point weights can store it; None when one may."""
+        if self.dtype not in DTYPES:
+            *others, last = DTYPES
+            return f"{codec} stores {', '.join(others)} and {last}, not {self.dtype}"
+        return None if self.size else "the weight is empty"
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """All that its uses could ask for: the dense weight always."""
+        kinds: set[Kind] = {"weight", "decode"}
+        kinds.update(use.need for use in self.uses if use.need != "dense")
+        return frozenset(kinds)
+
     @property
     def fusable(self) -> bool:
         """Whether at least one use is a product or a row look-up."""
@@ -187,6 +215,17 @@ class LoadMemory:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Params:
     """Base of the parameter schemas of codecs: a frozen dataclass of ints, floats and strings."""
+
+    @classmethod
+    def of(cls, params: Params) -> Self:
+        """The same parameters, known to be of this schema.
+
+        Raises:
+            UsageError: They belong to another codec.
+        """
+        if not isinstance(params, cls):
+            raise UsageError(f"{type(params).__name__} are given where {cls.__name__} are wanted")
+        return params
 
     def to_json(self) -> dict[str, Any]:
         """Parameters by name, in declaration order."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
-import ml_dtypes
 import numpy as np
 import onnx
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.codec import (
+    DTYPES,
     Array,
     Attribute,
     Builder,
@@ -26,12 +26,6 @@ from onnxcomp.passes.codecs.codec import (
 __all__ = ["DenseCodec", "DenseParams"]
 
 V = TypeVar("V")
-
-_DTYPES: Mapping[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,14 +44,11 @@ class DenseCodec:
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only a dtype the codec does not know is refused."""
-        if site.dtype in _DTYPES:
-            return None
-        return f"dense stores float32, float16 and bfloat16, not {site.dtype}"
+        return site.refusal(self.name) if site.size else None
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are not `DenseParams`."""
-        if not isinstance(params, DenseParams):
-            raise UsageError(f"{type(params).__name__} are not settings of the codec dense")
+        DenseParams.of(params)
 
     def candidates(self, site: WeightSite) -> Sequence[DenseParams]:
         """One setting."""
@@ -65,7 +56,7 @@ class DenseCodec:
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """One tensor, ``(rows, length)`` in the site's dtype."""
-        return {"weight": TensorLayout((site.rows, site.length), _DTYPES[site.dtype])}
+        return {"weight": TensorLayout((site.rows, site.length), DTYPES[site.dtype])}
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
         """Nothing."""
@@ -87,7 +78,7 @@ class DenseCodec:
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
     ) -> Payload:
         """Round ``(rows, length)`` to the site's dtype."""
-        return Payload({"weight": np.array(weight, _DTYPES[site.dtype], order="C")})
+        return Payload({"weight": np.array(weight, DTYPES[site.dtype], order="C")})
 
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """The weight in float32."""

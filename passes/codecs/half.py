@@ -82,8 +82,7 @@ class HalfCodec:
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are not `HalfParams`."""
-        if not isinstance(params, HalfParams):
-            raise UsageError(f"{type(params).__name__} are not settings of the codec fp16")
+        HalfParams.of(params)
 
     def candidates(self, site: WeightSite) -> Sequence[HalfParams]:
         """One setting."""

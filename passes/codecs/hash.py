@@ -43,7 +43,6 @@ __all__ = ["HashCodec", "HashParams"]
 
 V = TypeVar("V")
 
-_DTYPES = ("float32", "float16", "bfloat16")
 _MEMORIES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -90,12 +89,6 @@ _OFFERED = (
     *(HashParams(c, memory=m) for c in (2, 4, 8, 16) for m in ("float16", "int8")),
     *(HashParams(c, "matched", 8, "int8") for c in (2, 4, 8, 16)),
 )
-
-
-def _typed(params: Params) -> HashParams:
-    if not isinstance(params, HashParams):
-        raise UsageError(f"{type(params).__name__} are not settings of the codec hash")
-    return params
 
 
 def _geometry(site: WeightSite, params: HashParams) -> Geometry:
@@ -155,10 +148,9 @@ class HashCodec:
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
-        if site.dtype not in _DTYPES:
-            return f"hash stores float32, float16 and bfloat16, not {site.dtype}"
-        if site.size == 0:
-            return "the weight is empty"
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
         if not self.candidates(site):
             shape = f"{site.rows} x {site.length}"
             return f"{shape}, padded to tiles of 16 x 16, would not be smaller"
@@ -166,7 +158,7 @@ class HashCodec:
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""
-        p = _typed(params)
+        p = HashParams.of(params)
         if not 1 <= p.compression <= _MAX_COMPRESSION:
             raise UsageError(
                 f"hash: compression={p.compression}", hint=f"it is 1 to {_MAX_COMPRESSION}"
@@ -186,7 +178,7 @@ class HashCodec:
 
     def candidates(self, site: WeightSite) -> Sequence[HashParams]:
         """Settings smaller than the dense tensor, from most to fewest bytes."""
-        if site.dtype not in _DTYPES or site.size == 0:
+        if site.refusal(self.name):
             return ()
         smaller = {
             self.size(site, params): params
@@ -197,7 +189,7 @@ class HashCodec:
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """Memory and scale of spec.md section 1, and codes where chunks choose."""
-        p = _typed(params)
+        p = HashParams.of(params)
         memory = TensorLayout((_slots(site, p), p.chunk), _MEMORIES[p.memory])
         layout = {"memory": memory, "scale": TensorLayout((1,), np.dtype(np.float32))}
         if p.map == "matched":
@@ -208,7 +200,7 @@ class HashCodec:
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
         """The map and the constants of the portable body, spec.md section 4."""
-        p = _typed(params)
+        p = HashParams.of(params)
         shared = dict(shared_tensors(_geometry(site, p), _sharing(site, p)))
         if p.map != "matched":
             shared["hash.codes.none"] = np.zeros((1, 1, 1), np.uint8)
@@ -228,7 +220,7 @@ class HashCodec:
         A memory of ``m`` entries spans ``m`` of ``n`` dimensions: ``sqrt(1 - m / n)`` of the weight
         is left. Choosing among candidates leaves less, which was measured.
         """
-        p = _typed(params)
+        p = HashParams.of(params)
         left = 1.0 - min(1.0, _slots(site, p) / _geometry(site, p).chunks)
         if p.map == "matched":
             measured = _MATCHED[p.chunk]
@@ -244,7 +236,7 @@ class HashCodec:
         Raises:
             ModelError: The weight is not finite.
         """
-        p = _typed(params)
+        p = HashParams.of(params)
         memory, codes = self._project(site, weight, p)
         return self._payload(site, p, memory, codes)
 
@@ -265,7 +257,7 @@ class HashCodec:
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
     ) -> Payload:
         """Project on the memory of least error of products: least squares from the mean."""
-        p = _typed(params)
+        p = HashParams.of(params)
         moments = damped(stats)
         if stats.frequencies is not None:
             moments = with_weight_error(moments, weight)
@@ -297,9 +289,7 @@ class HashCodec:
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:
         """Products and look-ups where the site has such uses; the dense weight always."""
-        kinds: set[Kind] = {"weight", "decode"}
-        kinds.update(use.need for use in site.uses if use.need != "dense")
-        return frozenset(kinds)
+        return site.kinds
 
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
@@ -313,7 +303,7 @@ class HashCodec:
         """What folding the portable body takes."""
         from onnxcomp.passes.codecs import hash_bodies
 
-        return hash_bodies.load_memory(site, _geometry(site, _typed(params)), kind)
+        return hash_bodies.load_memory(site, _geometry(site, HashParams.of(params)), kind)
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Portable bodies, valid in models of this opset."""

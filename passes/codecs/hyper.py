@@ -41,8 +41,6 @@ __all__ = ["HyperCodec", "HyperParams"]
 
 V = TypeVar("V")
 
-_DTYPES = ("float32", "float16", "bfloat16")
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HyperParams(Params):
@@ -68,12 +66,6 @@ _OFFERED = tuple(
     for bits in (6, 5, 4, 3, 2, 1)
     for group in (128, 32, 64, 256)
 )
-
-
-def _typed(params: Params) -> HyperParams:
-    if not isinstance(params, HyperParams):
-        raise UsageError(f"{type(params).__name__} are not settings of the codec hyper")
-    return params
 
 
 def _views(site: WeightSite, params: HyperParams) -> list[Geometry]:
@@ -146,10 +138,9 @@ class HyperCodec:
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
-        if site.dtype not in _DTYPES:
-            return f"hyper stores float32, float16 and bfloat16, not {site.dtype}"
-        if site.size == 0:
-            return "the weight is empty"
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
         least = min(self.size(site, params) for params in _OFFERED)
         if least >= site.nbytes:
             shape = f"{site.rows} x {site.length}"
@@ -158,7 +149,7 @@ class HyperCodec:
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""
-        hyper = _typed(params)
+        hyper = HyperParams.of(params)
         if not 1 <= hyper.bits <= 6:
             raise UsageError(f"hyper: bits={hyper.bits}", hint="bits are 1 to 6 per weight")
         if hyper.state_bits not in hyper_format.STATE_BITS:
@@ -177,7 +168,7 @@ class HyperCodec:
 
     def graded(self, params: Params, quality: str) -> HyperParams:
         """The settings with the states of that quality, where they exist for so many bits."""
-        hyper = _typed(params)
+        hyper = HyperParams.of(params)
         state_bits = {"fast": 6, "best": 12}.get(quality, hyper.state_bits)
         known = (hyper.bits, state_bits) in WINDINGS
         return dataclasses.replace(hyper, state_bits=state_bits) if known else hyper
@@ -193,7 +184,7 @@ class HyperCodec:
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """Codes and scales of spec.md section 1."""
-        geometry = _geometry(site, _typed(params))
+        geometry = _geometry(site, HyperParams.of(params))
         return {
             "codes": TensorLayout(geometry.codes_shape, np.dtype(np.uint8)),
             "scales": TensorLayout(geometry.scales_shape, np.dtype(np.float16)),
@@ -201,21 +192,21 @@ class HyperCodec:
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
         """Table and constants of the portable body, spec.md section 4."""
-        g = _geometry(site, _typed(params))
+        g = _geometry(site, HyperParams.of(params))
         return hyper_format.shared_tensors(g.bits, g.state_bits, g.group, g.rows, g.length)
 
     def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
         """The group and the extent that is coded, which is another than the site's when flat."""
-        geometry = _geometry(site, _typed(params))
+        geometry = _geometry(site, HyperParams.of(params))
         return {"group": geometry.group, "extent": (geometry.rows, geometry.length)}
 
     def size(self, site: WeightSite, params: Params) -> int:
         """Bytes of codes and scales, exactly."""
-        return _geometry(site, _typed(params)).nbytes
+        return _geometry(site, HyperParams.of(params)).nbytes
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """Relative error measured on normal data; the rotation makes all weights alike."""
-        geometry = _geometry(site, _typed(params))
+        geometry = _geometry(site, HyperParams.of(params))
         decibels = NORMAL_SQNR[geometry.bits, geometry.state_bits]
         decibels += GROUP_GAIN[geometry.bits, geometry.group]
         # Noise is even within a group; what falls on the padding is cut off.
@@ -231,14 +222,14 @@ class HyperCodec:
         Raises:
             ModelError: Values too large for float16 scales, or not finite.
         """
-        geometry = _geometry(site, _typed(params))
+        geometry = _geometry(site, HyperParams.of(params))
         weight = np.asarray(weight, np.float32).reshape(geometry.rows, geometry.length)
         codes, scales = _coder(geometry, threads).encode(weight)
         return self._payload(site, params, codes, scales)
 
     def calibrates(self, site: WeightSite, params: Params) -> bool:
         """Whether rows of the weight are rows of the stored form: not so where it is read flat."""
-        geometry = _geometry(site, _typed(params))
+        geometry = _geometry(site, HyperParams.of(params))
         return (geometry.rows, geometry.length) == (site.rows, site.length)
 
     def encode_calibrated(
@@ -252,7 +243,7 @@ class HyperCodec:
         Raises:
             ModelError: Values too large for float16 scales.
         """
-        geometry = _geometry(site, _typed(params))
+        geometry = _geometry(site, HyperParams.of(params))
         moments = damped(stats)
         if stats.frequencies is not None:
             moments = with_weight_error(moments, weight)
@@ -278,9 +269,7 @@ class HyperCodec:
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:
         """Products and look-ups where the site has such uses; the dense weight always."""
-        kinds: set[Kind] = {"weight", "decode"}
-        kinds.update(use.need for use in site.uses if use.need != "dense")
-        return frozenset(kinds)
+        return site.kinds
 
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
@@ -301,7 +290,7 @@ class HyperCodec:
         """What folding the portable body takes."""
         from onnxcomp.passes.codecs import hyper_bodies
 
-        return hyper_bodies.load_memory(site, _geometry(site, _typed(params)), kind)
+        return hyper_bodies.load_memory(site, _geometry(site, HyperParams.of(params)), kind)
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Portable bodies, valid in models of this opset."""

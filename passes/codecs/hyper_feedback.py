@@ -145,6 +145,7 @@ class _Metric:
 
     @classmethod
     def of(cls, moments: Array, group: int) -> _Metric:
+        """What errors in groups of `group` columns cost, for inputs with these second moments."""
         moments, inverse = _positive(moments)
         # H^-1 = U^T U: the rows of U are the conditional distributions of the columns in order.
         upper = np.linalg.cholesky(inverse).T

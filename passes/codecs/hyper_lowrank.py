@@ -13,7 +13,6 @@ from typing import ClassVar, Literal, TypeVar
 import numpy as np
 import onnx
 
-from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.codec import (
     Array,
     Attribute,
@@ -63,19 +62,13 @@ class HyperLowRankParams(Params):
     group: int = 128
 
 
-def _typed(params: Params) -> HyperLowRankParams:
-    if not isinstance(params, HyperLowRankParams):
-        raise UsageError(f"{type(params).__name__} are not settings of the codec hyper+lowrank")
-    return params
-
-
 def _base(params: Params) -> HyperParams:
-    given = _typed(params)
+    given = HyperLowRankParams.of(params)
     return HyperParams(given.bits, given.state_bits, given.group)
 
 
 def _repair(params: Params) -> LowRankHyperParams:
-    given = _typed(params)
+    given = HyperLowRankParams.of(params)
     return LowRankHyperParams(given.rank, given.repair_bits, given.state_bits, given.group)
 
 

@@ -99,12 +99,6 @@ _MEASURED = 1 << 16
 _OFFERED = tuple(IntegerParams(bits, block) for bits in (8, 4) for block in (32, 64, 128))
 
 
-def _typed(params: Params) -> IntegerParams:
-    if not isinstance(params, IntegerParams):
-        raise UsageError(f"{type(params).__name__} are not settings of the codec int")
-    return params
-
-
 def _forms(site: WeightSite, params: IntegerParams) -> list[Form]:
     """Ways to cut a weight into blocks; among equally small ones the first is preferred.
 
@@ -123,7 +117,7 @@ def _forms(site: WeightSite, params: IntegerParams) -> list[Form]:
 
 
 def _form(site: WeightSite, params: Params) -> Form:
-    return min(_forms(site, _typed(params)), key=lambda form: form.nbytes)
+    return min(_forms(site, IntegerParams.of(params)), key=lambda form: form.nbytes)
 
 
 def _measured(form: Form, weight: Array, stats: Stats | None) -> float:
@@ -151,10 +145,9 @@ class IntegerCodec:
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
-        if site.dtype not in _SCALES:
-            return f"int stores float32, float16 and bfloat16, not {site.dtype}"
-        if site.size == 0:
-            return "the weight is empty"
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
         least = min(self.size(site, params) for params in _OFFERED)
         if least >= site.nbytes:
             shape = f"{site.rows} x {site.length}"
@@ -163,7 +156,7 @@ class IntegerCodec:
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""
-        settings = _typed(params)
+        settings = IntegerParams.of(params)
         if settings.bits not in BITS:
             raise UsageError(f"int: bits={settings.bits}", hint="bits are 4 or 8")
         if settings.block not in BLOCKS:
@@ -174,7 +167,7 @@ class IntegerCodec:
 
     def candidates(self, site: WeightSite) -> Sequence[IntegerParams]:
         """Settings smaller than the dense tensor, from most to fewest bytes."""
-        if site.dtype not in _SCALES or site.size == 0:
+        if site.refusal(self.name):
             return []
         found = {
             dataclasses.replace(params, block=_form(site, params).block): None
@@ -254,9 +247,7 @@ class IntegerCodec:
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:
         """Products and look-ups where the site has such uses; the dense weight always."""
-        kinds: set[Kind] = {"weight", "decode"}
-        kinds.update(use.need for use in site.uses if use.need != "dense")
-        return frozenset(kinds)
+        return site.kinds
 
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
-import ml_dtypes
 import numpy as np
 import onnx
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import lowrank_factors
 from onnxcomp.passes.codecs.codec import (
+    DTYPES,
     Array,
     Attribute,
     Builder,
@@ -44,12 +44,6 @@ __all__ = [
 
 V = TypeVar("V")
 
-_DTYPES: Mapping[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-
 # Relative error of rounding the factors: below this, losses are not told apart.
 _ROUNDING = {"float32": 2.0**-20, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -71,12 +65,6 @@ class LowRankParams(Params):
     """
 
     rank: int = 64
-
-
-def _typed(params: Params) -> LowRankParams:
-    if not isinstance(params, LowRankParams):
-        raise UsageError(f"{type(params).__name__} are not settings of the codec lowrank")
-    return params
 
 
 def break_even(rows: int, length: int) -> int:
@@ -115,8 +103,9 @@ class LowRankCodec:
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no rank of this codec suits the site; None when one does."""
-        if site.dtype not in _DTYPES:
-            return f"lowrank stores float32, float16 and bfloat16, not {site.dtype}"
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
         if break_even(site.rows, site.length) < STEP:
             least = STEP * (site.rows + site.length)
             shape = f"{site.rows} x {site.length}"
@@ -125,7 +114,7 @@ class LowRankCodec:
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the rank is out of range."""
-        rank = _typed(params).rank
+        rank = LowRankParams.of(params).rank
         if rank < 1:
             raise UsageError(f"lowrank: rank={rank}", hint="ranks are 1 or more")
 
@@ -140,7 +129,7 @@ class LowRankCodec:
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """The two factors."""
-        rank, dtype = _typed(params).rank, _DTYPES[site.dtype]
+        rank, dtype = LowRankParams.of(params).rank, DTYPES[site.dtype]
         if _multiplied(site):
             shapes = {"down": (site.length, rank), "up": (rank, site.rows)}
         else:
@@ -157,11 +146,11 @@ class LowRankCodec:
 
     def size(self, site: WeightSite, params: Params) -> int:
         """Bytes of both factors."""
-        return _typed(params).rank * (site.rows + site.length) * site.itemsize
+        return LowRankParams.of(params).rank * (site.rows + site.length) * site.itemsize
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """Relative error for weights without structure; `measure` looks at them."""
-        return lowrank_factors.expected_error(site.rows, site.length, _typed(params).rank)
+        return lowrank_factors.expected_error(site.rows, site.length, LowRankParams.of(params).rank)
 
     def measure(
         self, site: WeightSite, weight: Array, params: Sequence[Params], stats: Stats | None = None
@@ -175,7 +164,7 @@ class LowRankCodec:
             stats: Inputs to judge products by; None to judge the weight itself.
         """
         energies = lowrank_factors.spectrum(weight, None if stats is None else stats.gram)
-        cut = [lowrank_factors.truncation_error(energies, _typed(p).rank) for p in params]
+        cut = [lowrank_factors.truncation_error(energies, LowRankParams.of(p).rank) for p in params]
         return [math.hypot(error, _ROUNDING[site.dtype]) for error in cut]
 
     def spectrum(self, weight: Array) -> Array:
@@ -232,9 +221,7 @@ class LowRankCodec:
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:
         """Products and look-ups where the site has such uses; the dense weight always."""
-        kinds: set[Kind] = {"weight", "decode"}
-        kinds.update(use.need for use in site.uses if use.need != "dense")
-        return frozenset(kinds)
+        return site.kinds
 
     def factors(self, builder: Builder[V], site: WeightSite, payload: Payload) -> tuple[V, V]:
         """``left (rows, rank)`` and ``right (rank, length)``, whose product is the weight."""
@@ -277,7 +264,7 @@ def _multiplied(site: WeightSite) -> bool:
 
 def _checked(site: WeightSite, params: Params) -> int:
     """The rank, when the factors are smaller than the weight."""
-    rank, most = _typed(params).rank, break_even(site.rows, site.length)
+    rank, most = LowRankParams.of(params).rank, break_even(site.rows, site.length)
     if not 1 <= rank <= most:
         raise UsageError(
             f"lowrank: rank={rank} for {site.name!r}, a weight of {site.rows} x {site.length}",
@@ -287,7 +274,7 @@ def _checked(site: WeightSite, params: Params) -> int:
 
 
 def _stored(site: WeightSite, factors: Factors) -> Payload:
-    dtype = _DTYPES[site.dtype]
+    dtype = DTYPES[site.dtype]
     left, right = factors.left.astype(dtype), factors.right.astype(dtype)
     if _multiplied(site):
         return Payload({"down": np.ascontiguousarray(right.T), "up": np.ascontiguousarray(left.T)})

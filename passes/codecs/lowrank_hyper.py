@@ -68,15 +68,9 @@ class LowRankHyperParams(Params):
     group: int = 128
 
 
-def _typed(params: Params) -> LowRankHyperParams:
-    if not isinstance(params, LowRankHyperParams):
-        raise UsageError(f"{type(params).__name__} are not settings of the codec lowrank+hyper")
-    return params
-
-
 def _coding(params: Params) -> HyperParams:
     """Settings of both factors."""
-    given = _typed(params)
+    given = LowRankHyperParams.of(params)
     return HyperParams(given.bits, given.state_bits, given.group)
 
 
@@ -180,15 +174,16 @@ class LowRankHyperCodec:
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
-        if site.dtype not in ("float32", "float16", "bfloat16"):
-            return f"lowrank+hyper stores float32, float16 and bfloat16, not {site.dtype}"
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
         if min(site.rows, site.length) <= _STEP:
             return f"{site.rows} x {site.length} has no rank of {_STEP} below its own"
         return None
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""
-        rank = _typed(params).rank
+        rank = LowRankHyperParams.of(params).rank
         if rank < 1:
             raise UsageError(f"lowrank+hyper: rank={rank}", hint="ranks are 1 or more")
         _HYPER.check(_coding(params))
@@ -216,7 +211,8 @@ class LowRankHyperCodec:
         }
 
     def _sites(self, site: WeightSite, params: Params) -> list[tuple[str, WeightSite]]:
-        return [(part, _factor_site(site, part, _typed(params).rank)) for part in _PARTS]
+        rank = LowRankHyperParams.of(params).rank
+        return [(part, _factor_site(site, part, rank)) for part in _PARTS]
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
         """Tables and constants of both factors."""
@@ -239,7 +235,7 @@ class LowRankHyperCodec:
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """Expected relative error for weights without structure."""
-        rank = min(_typed(params).rank, site.rows, site.length)
+        rank = min(LowRankHyperParams.of(params).rank, site.rows, site.length)
         cut = lowrank_factors.expected_error(site.rows, site.length, rank)
         evenness = lowrank_factors.expected_evenness(site.rows, site.length, rank)
         return self._error(site, params, cut, evenness)
@@ -257,7 +253,7 @@ class LowRankHyperCodec:
         white = 1.0 if gram is None else _whiteness(weight, gram)
         found = []
         for item in params:
-            rank = _typed(item).rank
+            rank = LowRankHyperParams.of(item).rank
             kept = np.sqrt(energies[:rank])
             power = float(np.sum(kept**2))
             evenness = float(np.sum(kept)) ** 2 / (len(kept) * power) if power > 0.0 else 1.0
@@ -341,7 +337,7 @@ class LowRankHyperCodec:
             moments: Second moments of the inputs; None for ``1``.
             code: Codes a factor for inputs with some moments.
         """
-        rank = _typed(params).rank
+        rank = LowRankHyperParams.of(params).rank
         if rank >= min(site.rows, site.length):
             raise UsageError(
                 f"lowrank+hyper: rank={rank} for {site.name!r}, {site.rows} x {site.length}",

@@ -35,7 +35,6 @@ __all__ = ["WindingCodec", "WindingParams", "best_side"]
 
 V = TypeVar("V")
 
-_DTYPES = ("float32", "float16", "bfloat16")
 _BITS = range(2, 7)
 _MOST_POINTS = 8191
 _MOST_CLASSES = 15
@@ -77,12 +76,6 @@ class WindingParams(Params):
     side: float = 0.0
     points: int = 0
     group: int = 0
-
-
-def _typed(params: Params) -> WindingParams:
-    if not isinstance(params, WindingParams):
-        raise UsageError(f"{type(params).__name__} are not settings of the codec winding")
-    return params
 
 
 def _points(params: WindingParams) -> int:
@@ -161,8 +154,9 @@ class WindingCodec:
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only dtypes that are unknown, and what would not become smaller, are refused."""
-        if site.dtype not in _DTYPES:
-            return f"winding stores float32, float16 and bfloat16, not {site.dtype}"
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
         least = self.size(site, WindingParams(min(_BITS)))
         if least >= site.nbytes:
             return f"{site.rows} x {site.length} needs {least} bytes, {site.nbytes} dense"
@@ -170,7 +164,7 @@ class WindingCodec:
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""
-        winding = _typed(params)
+        winding = WindingParams.of(params)
         limits = (
             ("bits", winding.bits in _BITS, "bits are 2 to 6 per weight"),
             ("grid", winding.grid in GRIDS, f"grids are {', '.join(GRIDS)}"),
@@ -199,7 +193,7 @@ class WindingCodec:
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """Codes, scales, centre and spans of spec.md section 1."""
-        geometry = _geometry(site, _typed(params))
+        geometry = _geometry(site, WindingParams.of(params))
         return {
             "codes": TensorLayout(geometry.codes_shape, np.dtype(np.uint8)),
             "scales": TensorLayout(geometry.scales_shape, np.dtype(np.float16)),
@@ -209,7 +203,7 @@ class WindingCodec:
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
         """The trajectory, and constants of the portable body."""
-        winding = _typed(params)
+        winding = WindingParams.of(params)
         geometry = _geometry(site, winding)
         return winding_format.shared_tensors(_path(winding), winding.grid, geometry)
 
@@ -219,11 +213,11 @@ class WindingCodec:
 
     def size(self, site: WeightSite, params: Params) -> int:
         """Bytes of codes, scales, centre and spans, exactly."""
-        return _geometry(site, _typed(params)).nbytes
+        return _geometry(site, WindingParams.of(params)).nbytes
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """Relative error on normal weights; with a fixed side nobody knows it before."""
-        winding = _typed(params)
+        winding = WindingParams.of(params)
         return _UNKNOWN if winding.side and not winding.group else _usual_error(winding)
 
     def encode(
@@ -237,7 +231,7 @@ class WindingCodec:
         """
         from onnxcomp.passes.codecs import winding_search
 
-        winding = _typed(params)
+        winding = WindingParams.of(params)
         geometry, path = _geometry(site, winding), _path(winding)
         pairs, scales, centre = self._framed(np.asarray(weight, np.float32), geometry)
         offsets = (pairs - centre).reshape(-1, 2)

@@ -173,7 +173,7 @@ function outputs() {
       classes && html("td", { class: "number", "data-label": "same class" }, percent(o.label_agreement)));
   });
   const heads = ["output", "difference", "without library", "SNR", "cosine", "largest difference", ...(classes ? ["same class"] : [])];
-  return section("Outputs against the original", "Relative L2 difference over the inputs of the check, with the operator library and without.",
+  return section("Outputs against the original", `Relative L2 difference over ${result.config && result.config.data ? "the given inputs" : "made-up inputs; real ones may differ less or more"}, with the operator library and without.`,
     html("div", { class: "scroll" }, html("table", { class: "cards" },
       html("thead", {}, html("tr", {}, heads.map((name, i) => html("th", { class: i ? "number" : null }, name)))), html("tbody", {}, rows))));
 }

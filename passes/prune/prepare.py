@@ -9,7 +9,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.scopes import Names, add_initializer, is_default_domain, remove_initializer
+from onnxcomp.passes.scopes import (
+    Names,
+    add_initializer,
+    is_default_domain,
+    new_initializer,
+    remove_initializer,
+)
 from onnxcomp.passes.tensors import is_float, shape_of
 
 __all__ = ["prepare", "tidy"]
@@ -85,14 +91,8 @@ def _add_bias(model: ir.Model, names: Names, node: ir.Node) -> None:
     ]
     if len(tensor.shape) != 2 or constants or out.is_graph_output():
         return
-    bias = ir.Value(
-        name=names.value(f"{weight.name}.bias"),
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(shape_of(tensor)[1:]),
-    )
-    zeros = np.zeros(shape_of(tensor)[1], tensor.dtype.numpy())
-    bias.const_value = ir.Tensor(zeros, dtype=tensor.dtype, name=bias.name)
-    add_initializer(model, bias)
+    zeros = ir.Tensor(np.zeros(shape_of(tensor)[1], tensor.dtype.numpy()), dtype=tensor.dtype)
+    bias = new_initializer(model, names.value(f"{weight.name}.bias"), zeros)
     made = ir.node("Add", [out, bias])
     made.name = names.node(f"{node.name}/bias")
     made.outputs[0].name = names.value(f"{out.name}.biased")

@@ -18,7 +18,7 @@ from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.prune.atoms import Block
 from onnxcomp.passes.prune.axes import Analysis
 from onnxcomp.passes.prune.rules_attention import Heads
-from onnxcomp.passes.scopes import Names, add_initializer, remove_dead
+from onnxcomp.passes.scopes import Names, new_initializer, remove_dead
 
 __all__ = ["Rewriter", "kept_shape", "remove"]
 
@@ -95,14 +95,7 @@ class Rewriter:
         array = np.array(values, np.int64)
         key = (str(array.shape), array.tobytes())
         if key not in self._made:
-            value = ir.Value(
-                name=self._names.value(name),
-                type=ir.TensorType(ir.DataType.INT64),
-                shape=ir.Shape(array.shape),
-            )
-            value.const_value = ir.Tensor(array, name=value.name)
-            add_initializer(self._model, value)
-            self._made[key] = value
+            self._made[key] = new_initializer(self._model, self._names.value(name), array)
         return self._made[key]
 
     def _insert(
@@ -134,14 +127,8 @@ class Rewriter:
             return self.constant(
                 f"{node.name}/sizes", [changes.get(i, int(x)) for i, x in enumerate(old)]
             )
-        mask = ir.Value(
-            name=self._names.value(f"{node.name}/changed"),
-            type=ir.TensorType(ir.DataType.BOOL),
-            shape=ir.Shape([length]),
-        )
         array = np.array([place in changes for place in range(length)])
-        mask.const_value = ir.Tensor(array, name=mask.name)
-        add_initializer(self._model, mask)
+        mask = new_initializer(self._model, self._names.value(f"{node.name}/changed"), array)
         new = self.constant(f"{node.name}/sizes", wanted)
         return self._insert(node, "Where", [mask, new, value], after=after)
 

@@ -323,3 +323,16 @@ def test_demo_compresses_the_model_that_ships_and_keeps_its_accuracy(
     assert min(accuracies) > accuracies[0] - 0.01
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["model.onnx", "small.onnx"]
     assert "next:" in answer.err
+
+
+def test_a_loss_on_made_up_inputs_is_said_to_be_one(
+    onnxcomp: Run, small_model: Path, tmp_path: Path
+) -> None:
+    ids = tmp_path / "ids.npy"
+    np.save(ids, np.arange(8).reshape(2, 4))
+    note = "inputs were made up: give real ones with --data"
+    made_up = onnxcomp("optimize", small_model, "-o", tmp_path / "a.onnx")
+    real = onnxcomp("optimize", small_model, "-o", tmp_path / "b.onnx", "--data", f"ids={ids}")
+    assert (made_up.code, real.code) == (0, 0)
+    assert note in made_up.out and note not in real.out
+    assert note in onnxcomp("verify", small_model, tmp_path / "a.onnx").out
