@@ -271,7 +271,7 @@ class LowRankHyperCodec:
         are, ``(sum s)^2 / (r sum s^2)``. Noise counts `white` times in products. A full rank
         cannot be stored.
         """
-        if _typed(params).rank >= min(site.rows, site.length):
+        if LowRankHyperParams.of(params).rank >= min(site.rows, site.length):
             return math.inf
         (_, right), (_, left) = self._sites(site, params)
         coding = _coding(params)
