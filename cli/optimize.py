@@ -17,7 +17,7 @@ from onnxcomp.cli.options import (
     settings_in_effect,
 )
 from onnxcomp.cli.progress import progress
-from onnxcomp.cli.prune import prune_text, show_pruned
+from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def show_result(terminal: Terminal, result: Result) -> None:
     from onnxcomp.cli.tables import show_sites
     from onnxcomp.cli.verify import show_verification
 
+    show_division(terminal, result.plan.division)
     if result.report.prune is not None:
         show_pruned(terminal, result.report.prune)
     show_sites(terminal, result.report.sites, {choice.site: choice for choice in result.plan})

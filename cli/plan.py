@@ -16,7 +16,7 @@ from onnxcomp.cli.options import (
     prune_options,
     settings_in_effect,
 )
-from onnxcomp.cli.prune import prune_text, show_pruned
+from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def command(
     plan = onnxcomp.plan(model, **settings)
     if output is not None:
         plan.save(output)
+    show_division(terminal, plan.division)
     if plan.pruned is not None:
         show_pruned(terminal, plan.pruned)
     show_sites(terminal, planned_sites(plan), {choice.site: choice for choice in plan})

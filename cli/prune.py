@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxcomp.cli.terminal import bytes_text, percent_text
+
 if TYPE_CHECKING:
     from onnxcomp.cli.terminal import Terminal
 
-__all__ = ["PRUNE_OPTIONS", "groups_verdict", "prune_text", "show_groups", "show_pruned"]
+__all__ = [
+    "PRUNE_OPTIONS",
+    "groups_verdict",
+    "prune_text",
+    "show_division",
+    "show_groups",
+    "show_pruned",
+]
 
 _SHARE = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
 
@@ -55,6 +64,25 @@ def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
         terminal.say(text)
     else:
         terminal.say("no --data: weights alone decided, and nothing was fitted to make up for it")
+
+
+def show_division(terminal: Terminal, division: Sequence[Mapping[str, Any]]) -> None:
+    """Print which shares of pruning were tried for a size, and what is expected of each."""
+    rows = [
+        (
+            "taken" if trial is division[0] else "",
+            f"{100 * trial['share']:.3g} %",
+            bytes_text(trial["bytes"]) + ("" if trial["met"] else ", too many"),
+            percent_text(trial["pruning"]),
+            percent_text(trial["codes"]),
+        )
+        for trial in division
+    ]
+    columns = ("", "pruned", "bytes", "error of pruning", "expected of codes")
+    if rows:
+        terminal.table(columns, rows, left=1)
+        if division[0]["share"] == 0.0:
+            terminal.say("nothing is pruned: codes alone lose less in this size")
 
 
 def prune_text(pruned: Mapping[str, Any] | None) -> list[str]:

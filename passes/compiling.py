@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.cache import PayloadCache
+from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.calibrated import Samples, load_samples, tell_of_plain_factors
 from onnxcomp.passes.checks import check_runnable
+from onnxcomp.passes.division import Trial, best_share, output_noise, said_once, witnesses
 from onnxcomp.passes.evaluation import Evaluation
 from onnxcomp.passes.evidence import gather_evidence
 from onnxcomp.passes.graph import Saved, copy_model, load, save
@@ -75,29 +78,90 @@ class _Work:
     timing: Timing | None = None
 
 
-def _planned(
-    loaded: Loaded,
-    settings: Settings,
-    given: Plan | None,
-    run: Run,
-    samples: SampleSource,
-    name: str,
-) -> _Work:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Task:
+    """A model that is to be planned.
+
+    Attributes:
+        loaded: The model; it may be changed.
+        reference: Gives the path of its file.
+        samples: Gives its inputs.
+        name: File name of the output.
+        run: The circumstances.
+    """
+
+    loaded: Loaded
+    reference: Callable[[], Path]
+    samples: SampleSource
+    name: str
+    run: Run
+
+
+def _planned(task: _Task, settings: Settings, given: Plan | None) -> _Work:
     """Prepare a model, and make its plan or settle the given one."""
+    run = task.run
     if given is not None and given.pruned and given.pruned["calibrated"] and run.data is None:
         raise UsageError(
             "the plan prunes by inputs, and none are given", hint="give the --data it was made with"
         )
     with run.stage("plan"):
-        prepared = prepare(loaded, settings, samples)
-        if _has_new_shapes(prepared):
-            samples = SampleSource(None, Path)  # inputs of the original do not fit
-        if given is not None:
-            return _Work(prepared, settle(given, prepared, name=name), None)
-        evidence = gather_evidence(prepared, settings, samples, calibrated=run.calibrates)
-        menus = make_menus(prepared, settings, evidence)
-        made = plan_from(menus, prepared, settings, name=name, timing=evidence.timing)
-        return _Work(prepared, made, menus, evidence.timing)
+        if settings.divide and given is None:
+            return _divided(task, settings)
+        return _work(task, settings, given)
+
+
+def _work(task: _Task, settings: Settings, given: Plan | None = None) -> _Work:
+    prepared = prepare(task.loaded, settings, task.samples)
+    samples = task.samples
+    if _has_new_shapes(prepared):
+        samples = SampleSource(None, Path)  # inputs of the original do not fit
+    if given is not None:
+        return _Work(prepared, settle(given, prepared, name=task.name), None)
+    evidence = gather_evidence(prepared, settings, samples, calibrated=task.run.calibrates)
+    menus = make_menus(prepared, settings, evidence)
+    made = plan_from(menus, prepared, settings, name=task.name, timing=evidence.timing)
+    return _Work(prepared, made, menus, evidence.timing)
+
+
+def _divided(task: _Task, settings: Settings) -> _Work:
+    """The plan for the division of a budget between pruning and codes that loses least."""
+    feeds = task.samples()
+    if feeds is None or settings.prune_caches:
+        why = "inputs decide" if feeds is None else "models with equal inputs are compared"
+        raise UsageError(
+            f"how a size is divided between pruning and codes is not said, and {why}",
+            hint="give --data without --prune-caches, or say how much with --prune-ratio 0.2",
+        )
+    seen = witnesses(feeds)
+    found: list[tuple[Trial, _Work]] = []
+
+    def attempt(share: float) -> Trial | None:
+        score = settings.prune_score if share else None
+        own = dataclasses.replace(
+            settings, divide=None, prune_ratio=share or None, prune_score=score
+        )
+        copy = dataclasses.replace(task.loaded, model=copy_model(task.loaded.model))
+        work = _work(dataclasses.replace(task, loaded=copy), own)
+        if work.plan.pruned is not None and not work.plan.pruned["met"]:
+            return None
+        noise = _pruning_noise(task, work.prepared, seen) if share else 0.0
+        codes = work.plan.error if any(not choice.kept for choice in work.plan) else 0.0
+        size, met = work.plan.bytes or 0, work.plan.met
+        trial = Trial(share, size, met, math.sqrt(noise), codes)
+        found[:] = [min([*found, (trial, work)], key=lambda pair: pair[0].rank)]
+        return trial
+
+    with said_once():
+        trials = best_share(attempt)
+    best = found[0][1]
+    best.plan = dataclasses.replace(best.plan, division=tuple(t.to_json() for t in trials))
+    return best
+
+
+def _pruning_noise(task: _Task, prepared: Prepared, feeds: Sequence[Feed]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        pruned = save(prepared.model, Path(folder) / "pruned.onnx").files[0]
+        return output_noise(task.reference(), pruned, feeds)
 
 
 def _only_planned(
@@ -113,7 +177,7 @@ def _only_planned(
         )
         samples = SampleSource(run.data, reference)
         name = "out.onnx" if output is None else output.name
-        return _planned(loaded, settings, given, run, samples, name)
+        return _planned(_Task(loaded, reference, samples, name, run), settings, given)
 
 
 def plan_model(model: Any, settings: Settings, run: Run) -> Plan:
@@ -181,7 +245,7 @@ def compile_model(
             reference_file, model, loaded, folder / f"reference.{output.name}"
         )
         source = SampleSource(run.data, reference)
-        work = _planned(loaded, settings, given, run, source, output.name)
+        work = _planned(_Task(loaded, reference, source, output.name, run), settings, given)
         if run.data is None and run.calibration != "off":
             tell_of_plain_factors(work.plan)
         written, verdict = _attempts(work, folder / output.name, reference, source, run)
@@ -269,7 +333,7 @@ def _attempts(
             other = _other_plan(repair, work.plan, path, verdict, limit, source)
         if other is None:
             break
-        work.plan = other
+        work.plan = dataclasses.replace(other, division=work.plan.division)
     return written, verdict
 
 

@@ -131,6 +131,8 @@ class Plan:
         error: Expected relative error of the outputs, from what noise in each weight does to them;
             None where that was not measured.
         pruned: What pruning takes out before, as in the report; None without pruning.
+        division: Where pruning and codes share one budget: the divisions that were tried, this
+            plan's first.
     """
 
     source: Source
@@ -143,6 +145,7 @@ class Plan:
     error: float | None = None
     slowdown: float | None = None
     pruned: Mapping[str, Any] | None = None
+    division: tuple[Mapping[str, Any], ...] = ()
 
     def __getitem__(self, name: str) -> Choice:
         if name not in self.choices:
@@ -222,6 +225,7 @@ class Plan:
             "error": None if self.error is None else float(f"{self.error:.4g}"),
             "slowdown": None if self.slowdown is None else float(f"{self.slowdown:.4g}"),
             **({} if self.pruned is None else {"prune": dict(self.pruned)}),
+            **({"division": [dict(trial) for trial in self.division]} if self.division else {}),
             "sites": [choice.to_json() for choice in self],
             "skipped": [tensor.to_json() for tensor in self.skipped],
         }
@@ -256,6 +260,7 @@ class Plan:
             error=values.get("error"),
             slowdown=values.get("slowdown"),
             pruned=values.get("prune"),
+            division=tuple(values.get("division", ())),
         )
 
     def dumps(self) -> str:
@@ -303,7 +308,7 @@ class Plan:
 
 _PLAN_KEYS = frozenset(
     {"version", "source", "settings", "budget", "bytes", "portable_load_bytes", "error"}
-    | {"slowdown", "prune", "sites", "skipped"}
+    | {"slowdown", "prune", "division", "sites", "skipped"}
 )
 
 

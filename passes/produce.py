@@ -207,4 +207,5 @@ def report(
         evaluation=evaluation,
         prune=prune,
         speed=speed,
+        division=list(plan.division) or None,
     )

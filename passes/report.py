@@ -134,6 +134,7 @@ class Report:
         evaluation: Scores of both models by the user's own measure; None without one.
         prune: What pruning did; None where there was none.
         speed: Times of both models; None where they did not matter.
+        division: Where pruning and codes share one budget: what was tried, the chosen one first.
     """
 
     input: InputFile
@@ -150,6 +151,7 @@ class Report:
     evaluation: Mapping[str, Any] | None = None
     prune: Mapping[str, Any] | None = None
     speed: Mapping[str, Any] | None = None
+    division: Sequence[Mapping[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; ``docs/result.schema.json`` describes them."""

@@ -39,7 +39,7 @@ REST = ("keep", "fp16", "exact")
 PruneScore = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
 SCORES: tuple[PruneScore, ...] = ("obs", "numerical", "wanda", "flap", "magnitude")
 
-_HOW_MUCH = "give --prune-ratio 0.3 (of the parameters) or --target-flops 0.7 (that stay)"
+_HOW_MUCH = "give --prune-ratio 0.3, --target-flops 0.7 (that stay), or --ratio with --data"
 EXTERNAL_DATA: tuple[ExternalData, ...] = ("auto", "always", "never")
 
 # Which operators a codec uses does not depend on the opset.
@@ -265,6 +265,7 @@ class Settings:
         target_flops: Share of the FLOPs that pruning is to leave; None for no such target.
         prune_score: What decides which channels go; None for the default.
         prune_caches: Whether inputs and outputs that hold a cache may shrink.
+        divide: Whether pruning takes the share of the budget with which least is lost.
     """
 
     method: tuple[str, ...] = ("auto",)
@@ -289,6 +290,7 @@ class Settings:
     target_flops: float | None = None
     prune_score: PruneScore | None = None
     prune_caches: bool | None = None
+    divide: bool | None = None
 
     def __post_init__(self) -> None:
         targets = [n for n in ("bits", "ratio", "target_size") if getattr(self, n) is not None]
@@ -321,7 +323,7 @@ class Settings:
         for name, share in given.items():
             if not 0.0 < share < 1.0:
                 raise UsageError(f"{name} is {share}", hint="it is a share between 0 and 1")
-        if not given and (self.prune_score or self.prune_caches):
+        if not given and not self.divide and (self.prune_score or self.prune_caches):
             raise UsageError("how to prune is given, but not how much", hint=_HOW_MUCH)
 
     def to_json(self) -> dict[str, Any]:
@@ -370,7 +372,7 @@ def given_settings(
     """Settings from what a caller may write more loosely: one text for a list, sizes with units.
 
     The method "prune" stands for a pass over the graph: other methods then store what is left, or
-    none where it is the only one.
+    none where it is the only one. With a size and no share to prune, both divide the size.
 
     Raises:
         UsageError: Something is out of range or cannot be read.
@@ -379,7 +381,10 @@ def given_settings(
     stored = tuple(part for item in methods for part in split_methods(item) if part != "prune")
     if len(stored) < sum(len(split_methods(item)) for item in methods):
         methods = stored or ("dense",)
-        if others.get("prune_ratio") is None and others.get("target_flops") is None:
+        shares = (others.get("prune_ratio"), others.get("target_flops"))
+        sizes = (others.get("ratio"), target_size)
+        others["divide"] = True if shares == (None, None) else None
+        if shares == sizes == (None, None):
             raise UsageError("the method prune was asked for, but not how much", hint=_HOW_MUCH)
     return Settings(
         method=methods,

@@ -126,3 +126,17 @@ def test_configuration_files_say_what_to_prune(onnxcomp: Run, model: Path, tmp_p
     assert (planned["unit"], planned["score"]) == ("flops", "magnitude")
     done = onnxcomp("optimize", model, "-o", tmp_path / "o.onnx", "--config", config, "--json")
     assert done.json["prune"] == planned
+
+
+def test_a_size_for_pruning_and_codes_is_divided(
+    onnxcomp: Run, model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    command = ("optimize", model, "-o", tmp_path / "out.onnx", "-m", "prune", "-m", "int")
+    options = ("--ratio", "1.6", "--min-size", "64", "--data", inputs)
+    report = onnxcomp(*command, *options, "--json").json
+    jsonschema.validate(report, json.loads((ROOT / "docs" / "result.schema.json").read_text()))
+    assert report["target"]["met"] and report["division"][0]["met"]
+    text = onnxcomp(*command, *options).out
+    assert "error of pruning" in text and "taken" in text
+    refused = onnxcomp(*command, *options[:-2])
+    assert refused.code == 2 and "--data" in refused.err
