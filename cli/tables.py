@@ -51,6 +51,9 @@ def show_sites(
                 if COLUMNS.index(name) in columns
             ],
         )
+    for site in rows:
+        if _rivalled(site.method) and site.note:
+            terminal.say(f"{site.name}: {site.note}")
     reasons: dict[str, list[int]] = collections.defaultdict(list)
     for site in kept:
         reasons[site.reason].append(site.bytes_before)
@@ -90,6 +93,14 @@ def _cells(site: SiteReport, planned: Choice | None) -> tuple[str, ...]:
         _error_text(site.output_error, expected[1]) if site.compressed else "-",
         "-" if time is None else f"{1e3 * time:+.3g} ms",
     )
+
+
+def _rivalled(codec: str) -> bool:
+    """Whether a codec is compared with another one, weight by weight."""
+    from onnxcomp.passes.codecs import CODECS
+    from onnxcomp.passes.codecs.codec import RivalledCodec
+
+    return isinstance(CODECS.get(codec), RivalledCodec)
 
 
 def _error_text(measured: float | None, expected: float | None) -> str:

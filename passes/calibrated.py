@@ -23,20 +23,20 @@ from onnxcomp.passes.codecs.codec import (
     Array,
     CalibratedCodec,
     Codec,
-    Payload,
     RankedCodec,
     Stats,
     WeightSite,
 )
 from onnxcomp.passes.codecs.moments import held_out_error
+from onnxcomp.passes.coded import Coded, weight_error
 from onnxcomp.passes.plan import Plan
+from onnxcomp.passes.rivals import judged
 from onnxcomp.passes.settings import suggest
 from onnxcomp.passes.sites import read_weight
 
 __all__ = [
     "CALIBRATIONS",
     "CalibrationMode",
-    "Coded",
     "Samples",
     "check_calibration",
     "encode_calibrated",
@@ -113,25 +113,6 @@ def tell_of_plain_factors(plan: Plan) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Coded:
-    """One encoded weight.
-
-    Attributes:
-        payload: What is stored; None when the weight stays as it is.
-        error: Relative Frobenius error of the decoded weight.
-        reason: Why the weight stays as it is; empty when it does not.
-        output_error: Relative error of its products on held-out inputs; None where not measured.
-        note: What is to be said about it.
-    """
-
-    payload: Payload | None
-    error: float
-    reason: str = ""
-    output_error: float | None = None
-    note: str = ""
-
-
 # Encodes a weight without calibration.
 Plain = Callable[[WeightSite], Coded]
 
@@ -189,16 +170,20 @@ def encode_calibrated(
         if site.name in observed and not (looked_up and samples.sequential):
             continue
         coded = plain(site)
-        # A table's products come after its look-ups: those see it encoded plainly.
-        replace(site, coded)
         if site.name not in observed:
             note = calibration.reasons.get(site.name, "")
-            yield site, dataclasses.replace(coded, note=f"not calibrated: {note}" if note else "")
+            coded = dataclasses.replace(coded, note=f"not calibrated: {note}" if note else "")
+            weight = read_weight(model, site)
+            coded = judged(site, weight, plan[site.name], coded, threads=jobs)
+            yield site, coded
+        # A table's products come after its look-ups: those see it encoded plainly.
+        replace(site, coded)
     for group, stats in calibration:
         for site in group:
             own = dataclasses.replace(stats, site=site)
             weight = read_weight(model, site)
             coded = _better(site, weight, plan[site.name], own, plain(site), jobs)
+            coded = judged(site, weight, plan[site.name], coded, own, threads=jobs)
             replace(site, coded)
             yield site, coded
 
@@ -227,10 +212,4 @@ def _better(
         log.info("%s: %s", site.name, note)
         return dataclasses.replace(plain, output_error=before, note=note)
     log.info("%s: held-out output error %.4g, plainly encoded %.4g", site.name, after, before)
-    return Coded(payload, _weight_error(weight, decoded), output_error=after)
-
-
-def _weight_error(weight: Array, decoded: Array) -> float:
-    from onnxcomp.passes.encode import weight_error
-
-    return weight_error(weight, decoded)
+    return Coded(payload, weight_error(weight, decoded), output_error=after)

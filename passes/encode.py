@@ -8,7 +8,6 @@ unnamed temporary file and mapped back, so that memory does not grow with the mo
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,21 +18,20 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.cache import PayloadCache
-from onnxcomp.passes.calibrated import Coded, Samples, encode_calibrated
+from onnxcomp.passes.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Array, Codec, MeasuredCodec, Payload, WeightSite
+from onnxcomp.passes.coded import Coded, let_go, weight_error
 from onnxcomp.passes.plan import Plan
 from onnxcomp.passes.rewrite import Placement
+from onnxcomp.passes.rivals import judged
 from onnxcomp.passes.sites import read_weight
 
-__all__ = ["Encoded", "Progress", "encode", "not_finite", "precision_attributes", "weight_error"]
+__all__ = ["Encoded", "Progress", "encode", "not_finite", "precision_attributes"]
 
 # Planned payload bytes above which payloads go to a temporary file.
 SPILL_BYTES = 1 << 25
-
-# Elements compared at a time when an error is measured.
-_BLOCK = 1 << 18
 
 # A weight whose measured error is this many times the codec's expectation is not one the codec is
 # made for (values beyond the range of its scales, say): it stays dense.
@@ -83,40 +81,6 @@ def not_finite(weight: Array) -> str:
     if weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
         return "holds infinities or NaN"
     return ""
-
-
-def _let_go(array: Array) -> None:
-    """Give the pages of an array that is mapped from a file back; reading it maps them anew."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
-
-
-def weight_error(weight: Array, decoded: Array) -> float:
-    """Relative Frobenius error ``|decoded - weight| / |weight|`` in float64.
-
-    Args:
-        weight: Float32 ``(rows, length)``.
-        decoded: The same shape.
-
-    Returns:
-        The error; 0 for two zero matrices, infinity when only `weight` is zero.
-    """
-    noise = power = 0.0
-    if weight.strides[0] < weight.strides[1]:  # in the order of memory
-        weight, decoded = weight.T, decoded.T
-    rows = max(1, _BLOCK // max(1, weight.shape[-1]))
-    for start in range(0, len(weight), rows):
-        exact = weight[start : start + rows].astype(np.float64)
-        power += float(np.square(exact).sum())
-        exact -= decoded[start : start + rows]
-        noise += float(np.square(exact).sum())
-        _let_go(weight)
-    if power == 0.0:
-        return 0.0 if noise == 0.0 else float("inf")
-    return float(np.sqrt(noise / power))
 
 
 class _Spill:
@@ -178,7 +142,7 @@ def _encode_site(
     except ModelError as error:
         return Coded(None, 0.0, error.message)
     # The weight and its decoded form are not held in full at the same time.
-    _let_go(weight)
+    let_go(weight)
     codec: Codec = CODECS[choice.codec]
     measured = weight_error(weight, codec.decode(site, payload))
     usual = codec.predict(site, choice.params)
@@ -229,7 +193,10 @@ def encode(
             progress(done, total, site.name)
         return _encode_site(model, site, plan[site.name], cache, jobs)
 
-    results: Iterator[tuple[WeightSite, Coded]] = ((site, plain(site)) for site in work)
+    results: Iterator[tuple[WeightSite, Coded]] = (
+        (site, judged(site, read_weight(model, site), plan[site.name], plain(site), threads=jobs))
+        for site in work
+    )
     if samples is not None:
         results = encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
     for site, coded in results:

@@ -223,18 +223,21 @@ def typed_params(params_type: type[Params], values: Mapping[str, Any], codec: st
     """
     default = params_type()
     fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
+    typed = {}
     for name, value in values.items():
         if name not in fields:
             raise UsageError(
                 f"codec {codec!r} has no parameter {name!r}", hint=suggest(name, fields)
             )
         wanted = type(fields[name])
-        if isinstance(value, bool) or not isinstance(value, wanted):
+        whole = isinstance(value, int) and wanted is float
+        if isinstance(value, bool) or not (whole or isinstance(value, wanted)):
             raise UsageError(
                 f"{codec} parameter {name} is {value!r}",
                 hint=f"it must be of type {wanted.__name__}, for example {fields[name]!r}",
             )
-    return dataclasses.replace(default, **values)
+        typed[name] = wanted(value)
+    return dataclasses.replace(default, **typed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ __all__ = [
     "Params",
     "Payload",
     "RankedCodec",
+    "RivalledCodec",
     "SpectralCodec",
     "Stats",
     "TensorLayout",
@@ -478,3 +479,18 @@ class AnchoredCodec(CalibratedCodec, Protocol):
     """
 
     anchored: ClassVar[Literal[True]]
+
+
+@runtime_checkable
+class RivalledCodec(Codec, Protocol):
+    """A codec that is mostly worse than another one at equal bytes, and says by how much.
+
+    Attributes:
+        rival: Name of the other codec.
+    """
+
+    rival: ClassVar[str]
+
+    def limit(self, params: Params) -> float:
+        """Relative error of products above which a weight stays dense."""
+        ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import onnx
@@ -37,7 +37,7 @@ from onnxcomp.passes.codecs.hash_format import (
     seeds,
     shared_tensors,
 )
-from onnxcomp.passes.codecs.moments import damped, with_weight_error
+from onnxcomp.passes.codecs.moments import ENOUGH, held_out_error, with_weight_error
 
 __all__ = ["HashCodec", "HashParams"]
 
@@ -50,6 +50,9 @@ _MEMORIES: Mapping[str, np.dtype[Any]] = {
 }
 _MAPS = ("fold", "matched", "roast")
 _MAX_COMPRESSION = 1024
+
+# Shares of the mean diagonal that are added to the moments, in the order in which they are tried.
+_RIDGES = (0.01, 0.001, 0.1)
 
 # Rounding to int8 with one scale for a memory of normal values of about four standard deviations.
 _INT8_ERROR = 4.5 / 127.0 / math.sqrt(12.0)
@@ -76,6 +79,8 @@ class HashParams(Params):
             matched.
         memory: What the memory holds: "float32", "float16" or "int8".
         seed: Seed of rotations and signs.
+        limit: Relative error of products on inputs kept aside, or of the weight where there are no
+            inputs, above which a weight stays dense; 1 or more for never.
     """
 
     compression: int = 4
@@ -83,6 +88,7 @@ class HashParams(Params):
     chunk: int = TILE
     memory: str = "float16"
     seed: int = 0
+    limit: float = 0.5
 
 
 _OFFERED = (
@@ -135,6 +141,22 @@ def _stored(memory: Array, name: str) -> tuple[Array, Array]:
     return memory.astype(dtype), np.array([scale], np.float32)
 
 
+def _raised(stats: Stats, weight: Array, ridge: float) -> tuple[Array, Array]:
+    """Moments of the inputs, and those of the dense model's inputs with them, made regular.
+
+    A memory of least squares makes ``E |W x_ref - W' x|^2 + d |W - W'|^2`` small; the second term
+    is d on both diagonals, more where there are few input vectors.
+    """
+    length = len(stats.gram)
+    mean = float(np.trace(stats.gram)) / length
+    scarcity = max(1.0, ENOUGH * length / max(1, stats.tokens))
+    added = np.eye(length) * (min(1.0, ridge * scarcity) * mean if mean > 0.0 else 1.0)
+    if stats.frequencies is not None:
+        added = with_weight_error(stats.gram + added, weight) - stats.gram
+    cross = stats.gram if stats.cross is None else stats.cross
+    return stats.gram + added, cross + added
+
+
 class HashCodec:
     """HashMatMul, HashGather, HashDecode and HashWeight of ops/hash/spec.md."""
 
@@ -145,6 +167,12 @@ class HashCodec:
     params_type: ClassVar[type[Params]] = HashParams
     automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = None
+    anchored: ClassVar[Literal[True]] = True
+    rival: ClassVar[str] = "hyper"
+
+    def limit(self, params: Params) -> float:
+        """That of the settings."""
+        return HashParams.of(params).limit
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -175,6 +203,8 @@ class HashCodec:
             )
         if p.seed < 0:
             raise UsageError(f"hash: seed={p.seed}", hint="seeds are not negative")
+        if not p.limit > 0.0:
+            raise UsageError(f"hash: limit={p.limit}", hint="a limit is positive")
 
     def candidates(self, site: WeightSite) -> Sequence[HashParams]:
         """Settings smaller than the dense tensor, from most to fewest bytes."""
@@ -256,17 +286,26 @@ class HashCodec:
     def encode_calibrated(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
     ) -> Payload:
-        """Project on the memory of least error of products: least squares from the mean."""
+        """Project on the memory of least error of products: least squares from the mean.
+
+        The outputs aimed at are those of the dense model. How much the moments are raised is
+        decided by the inputs kept aside.
+        """
         p = HashParams.of(params)
-        moments = damped(stats)
-        if stats.frequencies is not None:
-            moments = with_weight_error(moments, weight)
-        memory, codes = self._project(site, weight, p)
-        memory = hash_projection.least_squares(
-            np.asarray(weight, np.float64), _geometry(site, p), _sharing(site, p), memory, moments,
-            codes,
-        )  # fmt: skip
-        return self._payload(site, p, memory, codes)
+        start, codes = self._project(site, weight, p)
+        best, least = start, math.inf
+        for ridge in _RIDGES:
+            moments, cross = _raised(stats, weight, ridge)
+            memory = hash_projection.least_squares(
+                weight, _geometry(site, p), _sharing(site, p), start, moments, codes, cross
+            )
+            payload = self._payload(site, p, memory, codes)
+            error = held_out_error(weight, self.decode(site, payload), stats)
+            if error is None:
+                return payload
+            if error < least:
+                best, least = memory, error
+        return self._payload(site, p, best, codes)
 
     def _payload(
         self, site: WeightSite, p: HashParams, memory: Array, codes: Array | None

@@ -134,24 +134,28 @@ def least_squares(
     memory: Array,
     moments: Array,
     codes: Array | None = None,
+    cross: Array | None = None,
 ) -> Array:
     """The memory with the least error of the products: conjugate gradients from a first guess.
 
-    Minimises ``tr(E G E^T)``, E the error of the weight. The normal matrix is never formed: one
-    step multiplies the weight's shape by G and sums over the uses of each entry.
+    Minimises ``E |W x_ref - W' x|^2``, W' the expanded memory. The normal matrix is never formed:
+    one step multiplies the weight's shape by G and sums over the uses of each entry.
 
     Args:
         weight: ``(rows, length)``.
         geometry: Its sizes.
         sharing: The map.
         memory: First guess, ``(slots, chunk)``.
-        moments: G, positive definite, float64 ``(length, length)``.
+        moments: ``G = E[x x^T]``, positive definite, float64 ``(length, length)``.
         codes: uint8 (P, B, Q), or None.
+        cross: ``E[x_ref x^T]``, with the inputs x_ref for which the weight's products are aimed
+            at; None where they are the same.
 
     Returns:
         float64 ``(slots, chunk)``.
     """
     slots = len(memory)
+    wide = np.asarray(weight, np.float64)
     place = places(geometry, sharing, slots, codes).reshape(-1)
     signs = chunk_signs(geometry, sharing, codes).reshape(-1).astype(np.float64)
 
@@ -165,7 +169,7 @@ def least_squares(
     scale = _scatter(_flat(diagonal, geometry), place, np.ones_like(signs), slots)
     scale[scale == 0] = 1.0
     found = memory.astype(np.float64)
-    residual = collect((weight - expand(found)) @ moments)
+    residual = collect(wide @ (moments if cross is None else cross) - expand(found) @ moments)
     start = float(np.sqrt(np.sum(residual**2 / scale)))
     search = residual / scale
     power = float(np.sum(residual * search))

@@ -18,7 +18,8 @@ from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Array, WeightSite
 from onnxcomp.passes.codecs.hyper import HyperParams
-from onnxcomp.passes.encode import Encoded, encode, not_finite, weight_error
+from onnxcomp.passes.coded import weight_error
+from onnxcomp.passes.encode import Encoded, encode, not_finite
 from onnxcomp.passes.graph import load
 from onnxcomp.passes.plan import Budget, Plan, Source
 from onnxcomp.passes.settings import Settings
