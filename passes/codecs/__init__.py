@@ -11,6 +11,7 @@ from onnxcomp.passes.codecs.hyper_lowrank import HyperLowRankCodec
 from onnxcomp.passes.codecs.integer import IntegerCodec
 from onnxcomp.passes.codecs.lowrank import LowRankCodec
 from onnxcomp.passes.codecs.lowrank_hyper import LowRankHyperCodec
+from onnxcomp.passes.codecs.lowrank_int import LowRankIntCodec
 from onnxcomp.passes.codecs.winding import WindingCodec
 
 __all__ = ["CODECS"]
@@ -24,6 +25,7 @@ CODECS: dict[str, Codec] = {
         HalfCodec(),
         LowRankCodec(),
         LowRankHyperCodec(),
+        LowRankIntCodec(),
         HyperLowRankCodec(),
         WindingCodec(),
         HashCodec(),

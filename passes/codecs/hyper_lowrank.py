@@ -25,12 +25,12 @@ from onnxcomp.passes.codecs.codec import (
     TensorLayout,
     WeightSite,
 )
+from onnxcomp.passes.codecs.factor_pair import PartBuilder
 from onnxcomp.passes.codecs.hyper import HyperCodec, HyperParams
 from onnxcomp.passes.codecs.lowrank import fitting_target
 from onnxcomp.passes.codecs.lowrank_hyper import (
     LowRankHyperCodec,
     LowRankHyperParams,
-    PartBuilder,
     part_of,
 )
 from onnxcomp.passes.codecs.moments import damped
@@ -203,8 +203,9 @@ class HyperLowRankCodec:
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
     ) -> V:
         """``x W^T -> Add(HyperMatMul(x, base), HyperMatMul(HyperMatMul(x, right), left))``."""
-        own: Builder[V] = PartBuilder(builder, _BASE)
-        base = _HYPER.emit(own, _whole(site), part_of(payload, _BASE), kind, x)
+        part = part_of(payload, _BASE)
+        own: Builder[V] = PartBuilder(builder, _BASE, part)
+        base = _HYPER.emit(own, _whole(site), part, kind, x)
         repair = _REPAIR.emit(builder, site, _factors_of(payload), kind, x)
         return builder.node("Add", [base, repair])
 

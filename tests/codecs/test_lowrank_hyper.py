@@ -11,6 +11,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.codec import Array, Stats, WeightSite
 from onnxcomp.passes.codecs.hyper import HyperCodec, HyperParams
 from onnxcomp.passes.codecs.lowrank_hyper import LowRankHyperCodec, LowRankHyperParams
+from onnxcomp.passes.codecs.lowrank_int import LowRankIntCodec, LowRankIntParams
 from onnxcomp.passes.codecs.moments import output_error
 
 SiteMaker = Callable[..., WeightSite]
@@ -43,6 +44,22 @@ def test_measured_errors_are_near_those_of_the_encoded_weight(make_site: SiteMak
             < error
             < (1.02 if item.rank <= 64 and item.bits > 2 else 1.3) * expected
         )
+
+
+def test_errors_of_factors_in_integers_are_near_the_measured_ones(make_site: SiteMaker) -> None:
+    codec, site, weight = LowRankIntCodec(), make_site(160, 224), weight_of(160, 224, 24)
+    params = codec.candidates(site)
+    assert {(item.bits, item.block) for item in params} == {(8, 32), (8, 128), (4, 32), (4, 128)}
+    for item, expected in zip(params, codec.measure(site, weight, params), strict=True):
+        decoded = codec.decode(site, codec.encode(site, weight, item))
+        error = float(np.linalg.norm(decoded - weight) / np.linalg.norm(weight))
+        assert 0.85 * expected < error < 1.25 * expected
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 3}, {"block": 48}, {"rank": 0}])
+def test_integers_there_are_not_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="int"):
+        LowRankIntCodec().check(LowRankIntParams(**wrong))
 
 
 def test_calibration_lowers_the_error_of_products(make_site: SiteMaker) -> None:

@@ -8,6 +8,7 @@ from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.codecs.hyper_lowrank import HyperLowRankCodec, HyperLowRankParams
 from onnxcomp.passes.codecs.lowrank import LowRankCodec, LowRankParams, break_even
 from onnxcomp.passes.codecs.lowrank_hyper import LowRankHyperCodec, LowRankHyperParams
+from onnxcomp.passes.codecs.lowrank_int import LowRankIntCodec, LowRankIntParams
 from onnxcomp.passes.expand import expand
 from onnxcomp.passes.graph import load
 from onnxcomp.passes.record import read_record
@@ -17,6 +18,7 @@ from onnxcomp.passes.sites import find_sites, read_weight
 CODEC = LowRankCodec()
 CODED = LowRankHyperCodec()
 COMPOSED = {
+    "lowrank+int": (LowRankIntCodec(), LowRankIntParams(32, 8)),
     "lowrank+hyper": (CODED, LowRankHyperParams(32, 4)),
     "hyper+lowrank": (HyperLowRankCodec(), HyperLowRankParams(2, 32)),
 }
@@ -234,6 +236,25 @@ def test_codecs_of_several_equal_their_expanded_form(tools, name, mode):
     feeds = tools.everything_feeds()
     for first, second in zip(tools.run(model, feeds), tools.run(dense, feeds), strict=True):
         np.testing.assert_allclose(first, second, rtol=1e-3, atol=1e-3)
+
+
+def test_two_products_of_integers_need_no_library(tools):
+    proto = tools.build(
+        "g (float[N, 96] x) => (float[N, 64] y) { y = MatMul (x, w) }", {"w": thin(96, 64)}
+    )
+    model = load(proto)
+    canonicalize(model)
+    [site] = find_sites(model, min_size=0).sites
+    codec, params = LowRankIntCodec(), LowRankIntParams(8, 8, 32)
+    payload = codec.encode(site, read_weight(model, site), params)
+    rewrite(model, [Placement(site, codec, payload, "auto", params)])
+    written = tools.proto_of(model)
+    assert set(operators(written)) == {"MatMulNBits", "Mul", "Add"}  # 8 bits: twice 4
+    assert {opset.domain for opset in written.opset_import} == {"", "com.microsoft"}
+    assert not written.functions
+    feeds = {"x": tools.weight(5, 96, seed=3)}
+    for first, second in zip(tools.run(load(proto), feeds), tools.run(model, feeds), strict=True):
+        assert np.linalg.norm(second - first) < 0.02 * np.linalg.norm(first)
 
 
 def test_two_coded_products_take_the_place_of_one(tools):
