@@ -53,7 +53,12 @@ def test_errors_of_factors_in_integers_are_near_the_measured_ones(make_site: Sit
     for item, expected in zip(params, codec.measure(site, weight, params), strict=True):
         decoded = codec.decode(site, codec.encode(site, weight, item))
         error = float(np.linalg.norm(decoded - weight) / np.linalg.norm(weight))
-        assert 0.85 * expected < error < 1.25 * expected
+        # Small directions in a block with large ones do worse than the estimate in 4 bits.
+        assert (
+            0.98 * expected
+            < error
+            < (1.05 if item.rank == 32 or item.bits == 8 else 1.5) * expected
+        )
 
 
 @pytest.mark.parametrize("wrong", [{"bits": 3}, {"block": 48}, {"rank": 0}])
