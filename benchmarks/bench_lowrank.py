@@ -214,7 +214,8 @@ def main() -> None:
         sweep("language_model", judge, model, 704, {"input_ids": windows}, arguments)
     if arguments.data is not None and arguments.minilm is not None:
         sentences = SentenceModel(arguments.minilm, arguments.data)
-        feeds = sentences.calibration(arguments.data)[: arguments.samples]
+        feeds = sentences.calibration(arguments.data)
+        feeds = feeds[:: -(-len(feeds) // arguments.samples)]  # they are sorted by length
         sweep("minilm", sentences, arguments.minilm, 1536, feeds, arguments)
     show(recorded())
 

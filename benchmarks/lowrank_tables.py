@@ -47,6 +47,23 @@ def language_model(rows: list[Mapping[str, Any]]) -> str:
     return markdown(("factors", "weights", "file", "KL divergence", "perplexity, books"), cells)
 
 
+def sentences(rows: list[Mapping[str, Any]]) -> str:
+    """Answers of MiniLM to STS-B."""
+    order = list(WORDS)
+    ordered = sorted(rows, key=lambda row: (-row["kept"], order.index(row["method"])))
+    cells = [
+        (
+            WORDS[row["method"]],
+            f"{row['kept']:.0%}",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            f"{row['spearman']:.4f}",
+            f"{row['one_minus_cosine']:.4f}",
+        )
+        for row in ordered
+    ]
+    return markdown(("factors", "weights", "file", "Spearman, STS-B", "1 - cosine"), cells)
+
+
 def speed(rows: list[Mapping[str, Any]]) -> str:
     """Times faster than the dense product."""
     ranks = list(dict.fromkeys(row["rank"] for row in rows))
@@ -75,6 +92,9 @@ def tables() -> Iterator[str]:
     results = read("lowrank")
     yield "A small language model, its products within the layers factored:\n\n"
     yield language_model(results["language_model"]) + "\n"
+    if results["minilm"]:
+        yield "MiniLM, its products within the layers factored, for 16 batches of sentences:\n\n"
+        yield sentences(results["minilm"]) + "\n"
     yield "Times faster than a dense product of 4096 x 4096, one thread, ONNX Runtime:\n\n"
     yield speed(results["speed"]) + "\n"
     yield "Test accuracy against kept weights; N factors a layer, equal weight decay:\n\n"
