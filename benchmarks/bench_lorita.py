@@ -33,6 +33,8 @@ from onnxcomp.models import choose_ranks, collapse, lorita, parameter_groups, tr
 
 DATA = Path(os.environ.get("ONNXCOMP_DATA", Path(__file__).parents[2] / "shared" / "data"))
 KEPT = (0.5, 0.25, 0.1, 0.05)
+# Shares of FLOPs and of parameters that differ by less are shown once.
+FLOPS_DIFFER = 0.05
 MODES = ("local", "global", "iterative")
 BATCH = 128
 COLOURS = {1: "#7a7a7a", 2: "#1f77b4", 3: "#d95f02"}
@@ -162,17 +164,27 @@ def recorded(name: str) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text())["results"]) if path.exists() else []
 
 
+def panel(title: str, rows: list[dict[str, Any]], share: str) -> Panel:
+    """One network's accuracy against a share of what it has: `kept` weights, or `flops`."""
+    lines = []
+    for row in rows:
+        for mode, dash in DASHES.items():
+            cuts = [cut for cut in row["truncated"] if cut["mode"] == mode]
+            points = [(1.0, row["accuracy"]), *((cut[share], cut["accuracy"]) for cut in cuts)]
+            shown = [point for point in points if point[0] >= KEPT[-1]]
+            lines.append(Line(shown, COLOURS[row["factors"]], dash))
+    return Panel(title, lines)
+
+
 def picture(results: list[dict[str, Any]]) -> str:
-    """Accuracy against kept parameters, a panel for each network."""
+    """Accuracy against kept parameters, and against FLOPs for networks where these differ."""
     panels = []
     for name in dict.fromkeys(row["network"] for row in results):
-        lines = []
-        for row in (row for row in results if row["network"] == name):
-            for mode, dash in DASHES.items():
-                cuts = [cut for cut in row["truncated"] if cut["mode"] == mode]
-                points = [(1.0, row["accuracy"]), *((c["kept"], c["accuracy"]) for c in cuts)]
-                lines.append(Line(points, COLOURS[row["factors"]], dash))
-        panels.append(Panel(name, lines))
+        rows = [row for row in results if row["network"] == name]
+        panels.append(panel(name, rows, "kept"))
+        cuts = [cut for row in rows for cut in row["truncated"]]
+        if any(abs(cut["flops"] - cut["parameters"]) > FLOPS_DIFFER for cut in cuts):
+            panels.append(panel(f"{name}, against FLOPs", rows, "flops"))
     legend = {f"N = {n}": (colour, "") for n, colour in COLOURS.items()}
     legend |= {mode: ("#444", dash) for mode, dash in DASHES.items()}
     title = "test accuracy against kept parameters of linear layers"
