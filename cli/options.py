@@ -95,6 +95,8 @@ _PLAN_OPTIONS = (
         help="Weights that no method makes smaller: as they are, in half precision, or in half "
         "precision where no value changes.",
     ),
+    click.option("--detect-sharing", is_flag=True, help="Store weights whose values repeat in the "
+                 "same order by those values; they keep their bits."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of random choices."),
 )  # fmt: skip
 

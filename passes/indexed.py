@@ -20,12 +20,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcomp.passes.graph import Change
+from onnxcomp.passes.index_runs import IndexedWeight, RunWriter
 from onnxcomp.passes.scopes import (
     LISTING_IR,
-    Names,
     default_opset,
     is_default_domain,
-    new_initializer,
     remove_dead,
     remove_initializer,
     replace_value,
@@ -36,30 +35,8 @@ __all__ = ["IndexedWeights"]
 
 Array = npt.NDArray[Any]
 
-# Cuts with more pieces than this are stored as equal runs.
-_MOST_SLICES = 64
-
 # Operators that move or shape values and take what else they need as constants.
 _SHAPING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Weight:
-    """A weight as the graph makes it.
-
-    Attributes:
-        value: The value that its consumers read.
-        memory: The shared array, a vector.
-        index: Entry of each weight, int64, in the weight's shape.
-        negative: Where its sign is a minus; None for no signs.
-        factors: Numbers it is multiplied by after that, one by one.
-    """
-
-    value: ir.Value
-    memory: ir.Value
-    index: Array
-    negative: Array | None
-    factors: tuple[np.float32, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,17 +65,20 @@ class IndexedWeights:
         opset = default_opset(model)
         if opset is None or opset < 9:
             return Change(0, ())
-        work = _Writer(model, opset)
+        writer = RunWriter(model, opset)
         least = context.settings.min_size
-        found = [weight for weight in _weights(model) if weight.index.nbytes >= least]
-        notes = [note for weight in found if (note := work.replace(weight))]
+        notes = []
+        for value, weight in _weights(model):
+            if weight.index.nbytes >= least and writer.nbytes(weight) < weight.index.nbytes:
+                _replace(value, weight, writer)
+                notes.append(f"{weight.name}: indices are stored by runs")
         if notes:
             context.facts[self.name] = {"weights": len(notes)}
         return Change(len(notes), tuple(notes))
 
 
-def _weights(model: ir.Model) -> Iterator[_Weight]:
-    """Weights that are looked up in a vector by constant indices."""
+def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, IndexedWeight]]:
+    """Values and weights that are looked up in a vector by constant indices."""
     listed = set() if model.ir_version < LISTING_IR else set(model.graph.inputs)
     for node in list(model.graph):
         if node.op_type not in ("Gather", "GatherND") or not is_default_domain(node.domain):
@@ -123,7 +103,9 @@ def _weights(model: ir.Model) -> Iterator[_Weight]:
         yield _followed(node.outputs[0], memory, _Chain(index, None, ()), listed)
 
 
-def _followed(value: ir.Value, memory: ir.Value, chain: _Chain, listed: set[ir.Value]) -> _Weight:
+def _followed(
+    value: ir.Value, memory: ir.Value, chain: _Chain, listed: set[ir.Value]
+) -> tuple[ir.Value, IndexedWeight]:
     """Follow a value through shapes, signs and scales, as far as nobody else reads it."""
     while True:
         uses = list(value.uses())
@@ -135,7 +117,8 @@ def _followed(value: ir.Value, memory: ir.Value, chain: _Chain, listed: set[ir.V
             break
         value, chain = node.outputs[0], further
     negative = None if chain.sign is None else chain.sign < 0
-    return _Weight(value, memory, chain.index, negative, chain.factors)
+    name = value.name or "weight"
+    return value, IndexedWeight(name, memory, chain.index, negative, chain.factors)
 
 
 def _step(node: ir.Node, value: ir.Value, chain: _Chain, listed: set[ir.Value]) -> _Chain | None:
@@ -209,144 +192,25 @@ def _constant(value: ir.Value) -> Array | None:
     return None
 
 
-def _runs(index: Array) -> Array:
-    """Where runs of consecutive entries begin in a flat index."""
-    return np.concatenate([[0], np.flatnonzero(np.diff(index) != 1) + 1])
+def _replace(value: ir.Value, weight: IndexedWeight, writer: RunWriter) -> None:
+    """Put runs in the place of a table."""
+    producer = value.producer()
+    assert producer is not None
+    replace_value(value, writer.write(weight, producer))
+    _clean(producer)
 
 
-def _best_order(index: Array) -> tuple[tuple[int, ...], Array]:
-    """The order of axes in which a table has the fewest runs, and the table in it, flat."""
-    orders = [tuple(range(index.ndim))]
-    if index.ndim == 2:
-        orders.append((1, 0))
-    flat = [index.transpose(order).reshape(-1) for order in orders]
-    best = min(range(len(orders)), key=lambda i: len(_runs(flat[i])))
-    return orders[best], flat[best]
-
-
-class _Writer:
-    """Writes weights in their new form."""
-
-    def __init__(self, model: ir.Model, opset: int) -> None:
-        self._model = model
-        self._opset = opset
-        self._names = Names(model)
-        self._anchor: ir.Node | None = None
-        self._label = ""
-
-    def replace(self, weight: _Weight) -> str:
-        """Put runs in the place of a table; returns what was done, "" where it does not pay."""
-        order, flat = _best_order(weight.index)
-        starts = _runs(flat)
-        step = int(np.gcd.reduce(np.concatenate([starts[1:], [len(flat)]])))
-        sliced = len(starts) <= _MOST_SLICES
-        stored = 16 * len(starts) if sliced else 4 * (len(flat) // step)
-        stored += 0 if weight.negative is None else len(flat) // 8
-        if stored >= 8 * len(flat):
-            return ""
-        producer = weight.value.producer()
-        assert producer is not None
-        self._anchor = producer
-        self._label = weight.value.name or "weight"
-        memory = weight.memory
-        made = self._slices(memory, flat, starts) if sliced else self._gather(memory, flat, step)
-        if weight.negative is not None:
-            made = self._signed(made, weight.negative.transpose(order).reshape(-1))
-        for factor in weight.factors:
-            made = self._node("Mul", made, self._tensor("scale", np.array(factor, np.float32)))
-        shape = weight.index.transpose(order).shape
-        made = self._node("Reshape", made, self._tensor("shape", np.array(shape, np.int64)))
-        if order != tuple(range(len(order))):
-            made = self._node("Transpose", made, perm=ir.AttrInt64s("perm", list(order)))
-        replace_value(weight.value, made)
-        self._clean(producer)
-        return f"{self._label}: {len(starts)} runs for {len(flat)} indices"
-
-    def _slices(self, memory: ir.Value, flat: Array, starts: Array) -> ir.Value:
-        """Pieces of the memory, one behind the other."""
-        ends = np.concatenate([starts[1:], [len(flat)]])
-        pieces = []
-        for begin, end in zip(starts, ends, strict=True):
-            bounds = [int(flat[begin]), int(flat[begin]) + int(end - begin)]
-            if self._opset >= 10:
-                given = [self._tensor("bound", np.array([bound], np.int64)) for bound in bounds]
-                pieces.append(self._node("Slice", memory, *given))
-            else:
-                pieces.append(
-                    self._node(
-                        "Slice",
-                        memory,
-                        starts=ir.AttrInt64s("starts", bounds[:1]),
-                        ends=ir.AttrInt64s("ends", bounds[1:]),
-                    )
-                )
-        if len(pieces) == 1:
-            return pieces[0]
-        return self._node("Concat", *pieces, axis=ir.AttrInt64("axis", 0))
-
-    def _gather(self, memory: ir.Value, flat: Array, step: int) -> ir.Value:
-        """Runs of one length, by their starts."""
-        starts = self._tensor("starts", flat[::step].astype(np.int32)[:, None])
-        index = starts
-        if step > 1:
-            places = self._tensor("places", np.arange(step, dtype=np.int32)[None])
-            index = self._node("Add", starts, places)
-        rows = self._node("Gather", memory, index, axis=ir.AttrInt64("axis", 0))
-        return self._node("Reshape", rows, self._tensor("flat", np.array([-1], np.int64)))
-
-    def _signed(self, value: ir.Value, negative: Array) -> ir.Value:
-        """Times -1 where a bit is set; eight bits a byte, the lowest first."""
-        packed = np.packbits(negative, bitorder="little")[:, None]
-        octets = self._tensor("signs", packed)
-        octets = self._node("Cast", octets, to=ir.AttrInt64("to", int(ir.DataType.INT32)))
-        powers = self._tensor("powers", (1 << np.arange(8, dtype=np.int32))[None])
-        two = self._tensor("two", np.array(2, np.int32))
-        shifted = self._node("Div", octets, powers)
-        rest = self._node("Mul", self._node("Div", shifted, two), two)
-        bits = self._node("Sub", shifted, rest)
-        twice = self._node("Mul", bits, two)
-        one = self._tensor("one", np.array(1, np.int32))
-        signs = self._node("Sub", one, twice)
-        signs = self._node("Cast", signs, to=ir.AttrInt64("to", int(ir.DataType.FLOAT)))
-        flat = self._node("Reshape", signs, self._tensor("flat", np.array([-1], np.int64)))
-        if negative.size % 8:
-            flat = self._cut(flat, negative.size)
-        return self._node("Mul", value, flat)
-
-    def _cut(self, value: ir.Value, size: int) -> ir.Value:
-        if self._opset >= 10:
-            bounds = [self._tensor("bound", np.array([b], np.int64)) for b in (0, size)]
-            return self._node("Slice", value, *bounds)
-        return self._node(
-            "Slice",
-            value,
-            starts=ir.AttrInt64s("starts", [0]),
-            ends=ir.AttrInt64s("ends", [size]),
-        )
-
-    def _node(self, op_type: str, *inputs: ir.Value, **attributes: ir.Attr) -> ir.Value:
-        name = self._names.node(f"{self._label}/{op_type}")
-        node = ir.Node("", op_type, inputs, list(attributes.values()), name=name)
-        node.outputs[0].name = self._names.value(name)
-        assert self._anchor is not None and self._anchor.graph is not None
-        self._anchor.graph.insert_before(self._anchor, node)
-        return node.outputs[0]
-
-    def _tensor(self, role: str, array: Array) -> ir.Value:
-        name = self._names.value(f"{self._label}::{role}")
-        return new_initializer(self._model, name, np.ascontiguousarray(array).reshape(array.shape))
-
-    def _clean(self, last: ir.Node) -> None:
-        """Remove the nodes and tables that made the weight before."""
-        dead, tables = [last], []
-        for node in dead:
-            for value in node.inputs:
-                producer = None if value is None else value.producer()
-                if producer is not None and producer not in dead:
-                    dead.append(producer)
-                elif value is not None and value.is_initializer():
-                    tables.append(value)
-        remove_dead(dead)
-        for value in tables:
-            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-                remove_initializer(value)
+def _clean(last: ir.Node) -> None:
+    """Remove the nodes and tables that made the weight before."""
+    dead, tables = [last], []
+    for node in dead:
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None and producer not in dead:
+                dead.append(producer)
+            elif value is not None and value.is_initializer():
+                tables.append(value)
+    remove_dead(dead)
+    for value in tables:
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            remove_initializer(value)

@@ -83,6 +83,7 @@ def optimize(
     target_flops: float | None = None,
     prune_score: PruneScore | None = None,
     prune_caches: bool | None = None,
+    detect_sharing: bool = False,
     jobs: int | None = None,
     cache: PathLike | None = None,
     verify: bool = True,
@@ -132,6 +133,8 @@ def optimize(
         prune_score: What decides which channels go: "obs", "numerical", "wanda", "flap" or
             "magnitude"; without data always "magnitude".
         prune_caches: Whether inputs and outputs that hold a KV cache may shrink.
+        detect_sharing: Whether weights whose values repeat in the same order, such as folded ones
+            that were trained to share, are stored by those values; they keep their bits.
         jobs: Threads; None for all processors. The bytes do not depend on it.
         cache: Folder of payloads of earlier runs.
         verify: Whether the result is run and compared.
@@ -166,6 +169,7 @@ def optimize(
         precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
         portable=portable, seed=seed, stock=stock, rest=rest, prune_ratio=prune_ratio,
         target_flops=target_flops, prune_score=prune_score, prune_caches=prune_caches,
+        detect_sharing=detect_sharing,
     )  # fmt: skip
     check_calibration(calibration)
     run = Run(
@@ -218,6 +222,7 @@ def plan(
     target_flops: float | None = None,
     prune_score: PruneScore | None = None,
     prune_caches: bool | None = None,
+    detect_sharing: bool = False,
     data: Any = None,
     calibration: CalibrationMode = "sequential",
 ) -> Plan:
@@ -237,6 +242,7 @@ def plan(
         precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
         portable=portable, seed=seed, stock=stock, rest=rest, prune_ratio=prune_ratio,
         target_flops=target_flops, prune_score=prune_score, prune_caches=prune_caches,
+        detect_sharing=detect_sharing,
     )  # fmt: skip
     check_calibration(calibration)
     return plan_model(model, settings, Run(jobs=1, data=data, calibration=calibration))

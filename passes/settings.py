@@ -268,6 +268,7 @@ class Settings:
         target_flops: Share of the FLOPs that pruning is to leave; None for no such target.
         prune_score: What decides which channels go; None for the default.
         prune_caches: Whether inputs and outputs that hold a cache may shrink.
+        detect_sharing: Whether dense weights are searched for values that repeat.
         divide: Whether pruning takes the share of the budget with which least is lost.
     """
 
@@ -293,6 +294,7 @@ class Settings:
     target_flops: float | None = None
     prune_score: PruneScore | None = None
     prune_caches: bool | None = None
+    detect_sharing: bool = False
     divide: bool | None = None
 
     def __post_init__(self) -> None:

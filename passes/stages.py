@@ -18,6 +18,7 @@ from onnxcomp.passes.graph import Change
 from onnxcomp.passes.indexed import IndexedWeights
 from onnxcomp.passes.linear_chains import fold_linear_chains
 from onnxcomp.passes.prune.graph_pass import Prune
+from onnxcomp.passes.repeated import RepeatedValues
 from onnxcomp.passes.settings import Settings, match_rule, method_names
 from onnxcomp.passes.sharing import SharedWeights
 
@@ -145,6 +146,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     IndexedWeights(),
     Canonicalize(),
     SharedWeights(),
+    RepeatedValues(),
     LinearChains(),
     Prune(),
 )
