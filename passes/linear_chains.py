@@ -13,6 +13,7 @@ not visited.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -157,8 +158,11 @@ class _Folder:
         for scope in scopes(self._model):
             for node in scope.graph:
                 for first, second in self._pairs(node):
+                    # Products are computed last: many pairs do not pay, and all are seen often.
+                    if not self._pays(first, second):
+                        continue
                     folded = _folded(first, second)
-                    if folded is not None and self._pays(first, second, folded[0]):
+                    if folded is not None and _holds(second, folded[0]):
                         return self._replace(first, second, *folded)
         return None
 
@@ -245,25 +249,23 @@ class _Folder:
             return None
         return np.broadcast_to(tensor.numpy().astype(np.float64).reshape(-1), (width,))
 
-    def _pays(self, first: _Link, second: _Link, matrix: Array) -> bool:
+    def _pays(self, first: _Link, second: _Link) -> bool:
         """Whether the product is allowed and has no more weights than what goes for it."""
-        if not (self._allowed(first) and self._allowed(second)):
+        extent = _extent(first, second)
+        if extent is None or not (self._allowed(first) and self._allowed(second)):
             return False
         weights = [first.constants[0], second.constants[0]]
         tensors = [w.const_value for w in weights if w.const_value is not None]
         if sum(tensor.nbytes for tensor in tensors) < self._min_size:
             return False
-        if self._held + matrix.size * tensors[0].dtype.itemsize > _MOST_HELD:
+        if self._held + math.prod(extent) * tensors[0].dtype.itemsize > _MOST_HELD:
             return False
         same = first.constants[0] is second.constants[0]
         if same or tensors[0].dtype != tensors[1].dtype:
             return False
-        largest = max(float(matrix.max(initial=0.0)), -float(matrix.min(initial=0.0)))
-        if largest > _LARGEST.get(tensors[0].dtype, float(np.finfo(np.float32).max)):
-            return False
-        return _smaller(first, second, matrix) or self._thin(first, second, matrix)
+        return _smaller(first, second, extent) or self._thin(first, second, extent)
 
-    def _thin(self, first: _Link, second: _Link, matrix: Array) -> bool:
+    def _thin(self, first: _Link, second: _Link, extent: tuple[int, int]) -> bool:
         """Whether two thin maps, needed by nobody else, will be replaced by thinner ones."""
         tail = second.product
         if not (_goes(first) and _goes(second)) or (tail.op_type == "Conv" and not _behind(tail)):
@@ -271,11 +273,10 @@ class _Folder:
         made = [f"{second.constants[0].name}/folded", tail.name or ""]
         if second.bias is not None or first.bias is not None:
             made[1:] = [f"{tail.name}/product"] if tail.op_type == "MatMul" else made[1:]
-        rows, columns = len(matrix), matrix.size // len(matrix)
-        shape = (rows, columns) if tail.op_type == "Conv" else (columns, rows)
         known = [_names_of(first), _names_of(second), made]
         if not all(self._selected(names) for names in known):
             return False
+        shape = extent if tail.op_type == "Conv" else extent[::-1]
         return all(self._truncated(names, tail.op_type, shape) for names in known)
 
     def _allowed(self, link: _Link) -> bool:
@@ -299,7 +300,7 @@ class _Folder:
         assert tensor is not None and tail.graph is not None
         name = f"{second.constants[0].name}/folded"
         weight = self._initializer(name, matrix, tensor.dtype)
-        if not _smaller(first, second, matrix):
+        if not _smaller(first, second, (len(matrix), matrix.size // len(matrix))):
             weight.meta[marks.RANK] = _rank(first, second)
         self._held += weight.const_value.nbytes if weight.const_value is not None else 0
         kind = "Gemm" if "Gemm" in (head.op_type, tail.op_type) else tail.op_type
@@ -346,9 +347,31 @@ def _names_of(link: _Link) -> list[str]:
     return [link.constants[0].name or "", *(node.name or "" for node in link.nodes)]
 
 
-def _smaller(first: _Link, second: _Link, matrix: Array) -> bool:
+def _extent(first: _Link, second: _Link) -> tuple[int, int] | None:
+    """Rows and columns of a product as it is stored, the window with the columns; None if none."""
+    inner, outer, tail = first.matrix, second.matrix, second.product
+    if (first.product.op_type == "Conv") != (tail.op_type == "Conv"):
+        return None
+    if tail.op_type != "Conv":
+        fits = inner.shape[1] == outer.shape[0]
+        return (inner.shape[0], outer.shape[1]) if fits else None
+    if inner.ndim != outer.ndim or len(inner) != outer.shape[1]:
+        return None
+    window = inner.shape[2:] if _behind(tail) else outer.shape[2:]
+    return len(outer), inner.shape[1] * math.prod(window)
+
+
+def _holds(link: _Link, matrix: Array) -> bool:
+    """Whether the type of a weight holds all values of a product."""
+    tensor = link.constants[0].const_value
+    assert tensor is not None
+    largest = max(float(matrix.max(initial=0.0)), -float(matrix.min(initial=0.0)))
+    return largest <= _LARGEST.get(tensor.dtype, float(np.finfo(np.float32).max))
+
+
+def _smaller(first: _Link, second: _Link, extent: tuple[int, int]) -> bool:
     """Whether a product has no more weights than what goes for it."""
-    return matrix.size <= sum(_size(link) for link in (first, second) if _goes(link))
+    return math.prod(extent) <= sum(_size(link) for link in (first, second) if _goes(link))
 
 
 def _size(link: _Link) -> int:
@@ -371,14 +394,10 @@ def _goes(link: _Link) -> bool:
 
 def _folded(first: _Link, second: _Link) -> tuple[Array, Array | None] | None:
     """Weight and bias of both maps in one, as the node that is made wants them; None where not."""
-    head, tail = first.product, second.product
-    if (head.op_type == "Conv") != (tail.op_type == "Conv"):
-        return None
-    if head.op_type == "Conv":
+    tail = second.product
+    if tail.op_type == "Conv":
         return _folded_windows(first, second)
     if tail.op_type == "Gemm" and tail.attributes.get_int("transA", False):
-        return None
-    if first.matrix.shape[1] != second.matrix.shape[0]:
         return None
     matrix = _product(first.matrix, second.matrix, first.factor * second.factor)
     return matrix, _sum(first.bias, second.matrix, second.bias, second.factor)
@@ -421,8 +440,6 @@ def _folded_windows(first: _Link, second: _Link) -> tuple[Array, Array | None] |
     head, tail = first.product, second.product
     inner, outer = first.matrix.astype(np.float64), second.matrix.astype(np.float64)
     if any(node.attributes.get_int("group", 1) != 1 for node in (head, tail)):
-        return None
-    if len(inner) != outer.shape[1] or inner.ndim != outer.ndim:
         return None
     bias = _sum(first.bias, outer.sum(axis=tuple(range(2, outer.ndim))).T, second.bias)
     if _behind(tail):
