@@ -1,13 +1,17 @@
 """Structured pruning: what is lost, by score and share, and what is gained in time.
 
-    python benchmarks/bench_prune.py --data FOLDER [--parts language,resnet,mobilenet,latency]
-                                     [--seconds 300] [--only TEXT]
+    python benchmarks/bench_prune.py --data FOLDER [--seconds 300] [--only TEXT]
+                      [--parts language,lowrank,division,resnet,mobilenet,latency,decode]
 
 The language model (lm/tinyllama_ref.onnx) loses 10 to 50 % of the parameters of its blocks; judged
 by the Kullback-Leibler divergence of its predictions from the dense model's on held-out books and
 Shakespeare. ResNet20 and MobileNetV2 lose 20 to 50 % of their FLOPs; judged by accuracy. Nothing
-is trained. Calibration and evaluation data are disjoint. Rows that the result file has are not
-made again; a run ends after --seconds, and the next one goes on.
+is trained. `lowrank` is the language model with factors of as many parameters, fitted as published
+(`even`: the same share of every weight) or with ranks by the planner; `division` gives one size to
+pruning and codes; `decode` is the form with a cache, which may shrink: tokens in a second, one
+after the other, and resident memory of a session. Calibration and evaluation data are disjoint.
+Rows that the result file has are not made again; a run ends after --seconds, and the next one goes
+on.
 """
 
 from __future__ import annotations
@@ -26,13 +30,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from bench_lowrank import factored_plan, factored_sites, only
 from inputs import CIFAR_MEAN, CIFAR_STD, cifar, mobilenet
 from PIL import Image
 from results import RESULTS, print_table, write_results
 
+import onnxcomp
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.graph import load, save
 from onnxcomp.passes.prune.pruning import PruneOptions, prune
+from onnxcomp.runtime.bench import load_model
 
 Array = npt.NDArray[Any]
 Feeds = Sequence[Mapping[str, Array]]
@@ -42,6 +49,7 @@ CONTEXT = 256
 CALIBRATION_WINDOWS = 32
 WINDOWS = 12
 SCORES = ("obs", "numerical", "wanda", "flap", "magnitude")
+PARTS = "language,lowrank,division,resnet,mobilenet,latency,decode"
 RATIOS = (0.2, 0.5, 0.1, 0.3)
 
 
@@ -141,17 +149,21 @@ class MobileNet:
         return {"accuracy": right / len(self._test)}
 
 
-def pruned(case: Any, options: PruneOptions, output: Path, feeds: Feeds) -> Row:
+def pruned(
+    case: Any, options: PruneOptions, output: Path, feeds: Feeds, path: Path | None = None
+) -> Row:
     """Prune a model; what was done."""
-    model = load(case.path)
+    model = load(path or case.path)
     canonicalize(model)
     start = time.process_time()
     report = prune(model, options, feeds=feeds)
     save(model, output)
+    cache = [report.before.cache_bytes, report.after.cache_bytes]
     return {
         "removed": report.reached,
         "parameters": report.after.parameters,
         "flops": report.after.flops / report.before.flops,
+        **({"cache_bytes": cache} if any(cache) else {}),
         "bytes": output.stat().st_size,
         "cpu_seconds": round(time.process_time() - start, 1),
     }
@@ -200,6 +212,131 @@ def fill(
             output = Path(folder) / "pruned.onnx"
             done = pruned(case, options, output, case.feeds)
             rows[key] = done | case.judge(output)
+        print(key, rows[key], flush=True)
+        write_results("prune", {"rows": rows})
+
+
+def lowrank_jobs(path: Path, data: Any) -> Iterator[tuple[str, Callable[[Path], Any]]]:
+    """Names of rows with factors in the place of weights, and what writes the model."""
+    for ratio in RATIOS:
+        even = factored_plan(path, 1 - ratio, 1024)
+
+        def fitted(output: Path, plan: Any = even) -> Any:
+            return onnxcomp.optimize(path, output, plan=plan, data=data, verify=False, jobs=1)
+
+        def mixed(output: Path, plan: Any = even) -> Any:
+            size = onnxcomp.optimize(path, plan=plan, dry_run=True).report.output.bytes
+            return onnxcomp.optimize(
+                path, output, method="lowrank", target_size=size, data=data, verify=False, jobs=1,
+                include=only(factored_sites(plan)),
+            )  # fmt: skip
+
+        yield f"lowrank {ratio} even", fitted
+        if ratio in (0.2, 0.5):
+            yield f"lowrank {ratio} mixed", mixed
+
+
+def division_jobs(path: Path, data: Any) -> Iterator[tuple[str, Callable[[Path], Any]]]:
+    """Names of rows with one size for pruning and codes, or for codes alone."""
+    for ratio in (8, 12):
+        for method in ("hyper", "prune+hyper"):
+
+            def write(output: Path, method: str = method, ratio: float = ratio) -> Any:
+                return onnxcomp.optimize(
+                    path, output, method=method, ratio=ratio, data=data, verify=False, jobs=1
+                )
+
+            yield f"division {ratio} {method}", write
+
+
+def fill_compiled(
+    rows: dict[str, Row],
+    case: LanguageModel,
+    jobs: Iterator[tuple[str, Callable[[Path], Any]]],
+    wanted: str,
+    late: Callable[[], bool],
+) -> None:
+    """Make rows of whole runs of the compiler that are missing."""
+    for key, write in jobs:
+        if key in rows or wanted not in key or late():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "small.onnx"
+            start = time.process_time()
+            report = write(output).report
+            row: Row = {"bytes": report.output.bytes}
+            row["cpu_seconds"] = round(time.process_time() - start, 1)
+            row |= {"division": report.division} if report.division else {}
+            rows[key] = row | case.judge(output)
+        print(key, rows[key], flush=True)
+        write_results("prune", {"rows": rows})
+
+
+class Decoder:
+    """The language model with a cache, one token after the other.
+
+    Args:
+        path: The model.
+        tokens: What it reads; not what it would write, so that all models do the same.
+    """
+
+    def __init__(self, path: Path, tokens: Array) -> None:
+        self._run = session(path)
+        self._tokens = tokens
+        shapes = {value.name: value.shape for value in self._run.get_inputs()}
+        self._past = {n: s for n, s in shapes.items() if n.startswith("past")}
+
+    def seconds(self, start: int) -> float:
+        """CPU seconds of a token behind `start` others, in the mean."""
+        cache = {
+            name: np.zeros((1, shape[1], 0, shape[3]), np.float32)
+            for name, shape in self._past.items()
+        }
+        cache = self._step(cache, 0, start)
+        begin = time.process_time()
+        for place in range(start, len(self._tokens)):
+            cache = self._step(cache, place, place + 1)
+        return (time.process_time() - begin) / (len(self._tokens) - start)
+
+    def _step(self, cache: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
+        feed = {
+            "input_ids": self._tokens[None, start:stop],
+            "attention_mask": np.ones((1, stop), np.int64),
+            "position_ids": np.arange(start, stop)[None],
+        }
+        return dict(zip(cache, self._run.run(None, feed | cache)[1:], strict=True))
+
+
+def cached_feeds(case: LanguageModel) -> list[dict[str, Array]]:
+    """Calibration inputs of the form with a cache, which is empty."""
+    past = [f"past_key_values.{n}.{kind}" for n in range(6) for kind in ("key", "value")]
+    found = []
+    for feed in case.feeds:
+        tokens = feed["input_ids"]
+        positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+        empty = np.zeros((len(tokens), 4, 0, 32), np.float32)
+        feed = {**feed, "attention_mask": np.ones_like(tokens), "position_ids": positions.copy()}
+        found.append(feed | dict.fromkeys(past, empty))
+    return found
+
+
+def decode(rows: dict[str, Row], case: LanguageModel, wanted: str) -> None:
+    """Tokens in a second and memory, dense and pruned in turns."""
+    path = case.path.with_name("tinyllama_ref_kv.onnx")
+    for ratio in (0.2, 0.5):
+        key = f"decode {ratio}"
+        if key in rows or wanted not in key:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "pruned.onnx"
+            row = pruned(None, PruneOptions(ratio=ratio), output, cached_feeds(case), path)
+            forms = [Decoder(form, case.tokens[0]) for form in (path, output)]
+            times = np.array([[form.seconds(64) for form in forms] for _ in range(15)])
+            dense, own = (1 / statistics.median(column) for column in times.T)
+            row["tokens_per_second"] = [round(dense, 1), round(own, 1)]
+            row["time"] = statistics.median((times[:, 1] / times[:, 0]).tolist())
+            memory = [load_model(form, library=True)["rss_bytes"] for form in (path, output)]
+            rows[key] = row | {"rss_bytes": memory}
         print(key, rows[key], flush=True)
         write_results("prune", {"rows": rows})
 
@@ -270,22 +407,28 @@ def main() -> None:
     """Make rows, print them, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--parts", default="language,resnet,mobilenet,latency")
+    parser.add_argument("--parts", default=PARTS)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--only", default="")
     given = parser.parse_args()
     path = RESULTS / "prune.json"
     rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.exists() else {}
     end = time.monotonic() + given.seconds
+    late = lambda: time.monotonic() > end  # noqa: E731
     for part in given.parts.split(","):
-        if part == "latency":
-            latency(rows, LanguageModel(given.data), given.only)
-        elif part == "language":
-            late = lambda: time.monotonic() > end  # noqa: E731
-            fill(rows, LanguageModel(given.data), language_jobs(), given.only, late)
+        if part in ("resnet", "mobilenet"):
+            image = {"resnet": ResNet, "mobilenet": MobileNet}[part](given.data)
+            fill(rows, image, image_jobs(), given.only, late)
+            continue
+        case = LanguageModel(given.data)
+        if part == "language":
+            fill(rows, case, language_jobs(), given.only, late)
+        elif part in ("lowrank", "division"):
+            data = {"input_ids": np.concatenate([feed["input_ids"] for feed in case.feeds])}
+            jobs = {"lowrank": lowrank_jobs, "division": division_jobs}[part](case.path, data)
+            fill_compiled(rows, case, jobs, given.only, late)
         else:
-            kind = {"resnet": ResNet, "mobilenet": MobileNet}[part]
-            fill(rows, kind(given.data), image_jobs(), given.only, lambda: time.monotonic() > end)
+            {"latency": latency, "decode": decode}[part](rows, case, given.only)
     show(rows)
 
 
