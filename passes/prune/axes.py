@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnxcomp.passes.prune import rules, rules_attention, rules_shape
 from onnxcomp.passes.prune.atoms import Block, Relations
 from onnxcomp.passes.prune.probe import Probe, probe
-from onnxcomp.passes.prune.walk import Member, Patch, Walk
+from onnxcomp.passes.prune.walk import Meeting, Member, Patch, Walk
 from onnxcomp.passes.scopes import is_default_domain, subgraphs
 from onnxcomp.passes.segments import read_values
 from onnxcomp.runtime.evaluate import Feed
@@ -103,6 +103,7 @@ class Analysis:
         labels: Blocks of atoms by value.
         moved: Blocks of values between an initializer and the node that binds it.
         patches: What to write anew when atoms go.
+        meetings: Products of two activations that sum over atoms.
     """
 
     model: ir.Model
@@ -112,6 +113,7 @@ class Analysis:
     labels: Mapping[ir.Value, tuple[Block, ...]]
     moved: tuple[tuple[ir.Value, Block], ...]
     patches: tuple[Patch, ...]
+    meetings: tuple[Meeting, ...]
 
     def classes(self, atoms: np.ndarray) -> np.ndarray:
         """Class numbers of atoms."""
@@ -146,6 +148,7 @@ def analyse(
         walk.labels,
         tuple(walk.moved),
         tuple(walk.patches),
+        tuple(walk.meetings),
     )
 
 

@@ -27,6 +27,7 @@ def by_obs(
     seen: Iterable[tuple[Consumer, Sums]],
     ledger: Ledger,
     share: float,
+    more: Sequence[Sequence[Step]] = (),
     *,
     least: float,
     round_to: int,
@@ -36,6 +37,8 @@ def by_obs(
     A loss is relative to the power of what is read next: behind a residual that of the sum, not
     of the product alone. On the reference language model, a fifth of whose parameters go, the
     divergence is 0.012 instead of 0.032 for it, without any fit behind pruned layers.
+
+    Sequences of steps whose losses are known already take part (`more`).
 
     Clusters are worked on as soon as their moments are there, so that those of few products are
     in memory at a time.
@@ -58,7 +61,7 @@ def by_obs(
                 )
                 for name in names:
                     del found[name]
-    return merge(sequences, ledger, share)
+    return merge([*sequences, *more], ledger, share)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

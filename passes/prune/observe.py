@@ -16,6 +16,7 @@ from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.prune.axes import Analysis
 from onnxcomp.passes.prune.compensate import Sums
 from onnxcomp.passes.prune.consumers import Consumer
+from onnxcomp.passes.prune.meetings import silenced
 from onnxcomp.passes.prune.norms import ChannelSums, Norm
 from onnxcomp.passes.segments import Chain
 
@@ -121,7 +122,8 @@ class Walk:
         self._dense = Chain(analysis.model, self._feeds, wanted, folder)
         self.items = _ordered(self._chain, items)
         own = {item.weight.name or "" for item in items if isinstance(item, Consumer)}
-        for name, array in _masked_members(analysis, gone, own).items():
+        masked = _masked_members(analysis, gone, own)
+        for name, array in silenced(analysis, gone, masked).items():
             self._chain.replace(name, array)
 
     def replace(self, name: str, array: Array) -> None:

@@ -26,6 +26,7 @@ from onnxcomp.passes.prune.cost import Ledger, measure
 from onnxcomp.passes.prune.feeds import probe_feeds
 from onnxcomp.passes.prune.fits import make_up
 from onnxcomp.passes.prune.groups import Group, Groups, find_groups
+from onnxcomp.passes.prune.meetings import meeting_steps
 from onnxcomp.passes.prune.observe import moments
 from onnxcomp.passes.prune.prepare import prepare, tidy
 from onnxcomp.passes.prune.probe import probe
@@ -187,7 +188,12 @@ def _choose(
     share = options.share
     if options.score == "obs" and options.allocation != "uniform":
         seen = moments(analysis, needed, feeds, folder) if feeds else _unknown(needed)
-        return by_obs(groups.groups, needed, seen, ledger, share, **common)  # type: ignore[arg-type]
+        more: list[list[Step]] = []
+        if feeds:
+            more = meeting_steps(
+                analysis, groups.groups, consumers, ledger, feeds, folder, **common  # type: ignore[arg-type]
+            )  # fmt: skip
+        return by_obs(groups.groups, needed, seen, ledger, share, more, **common)  # type: ignore[arg-type]
     found: dict[str, Sums] = {}
     if feeds and options.score != "magnitude":
         found = {consumer.name: sums for consumer, sums in moments(analysis, needed, feeds, folder)}

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.prune.atoms import Block
-from onnxcomp.passes.prune.walk import CARRIED, CONSUMED, PRODUCED, Walk
+from onnxcomp.passes.prune.walk import CARRIED, CONSUMED, PRODUCED, Meeting, Side, Walk
 
 __all__ = [
     "Operand",
@@ -234,12 +234,25 @@ def _contract(
     alike = a == b and first.atoms.shape == second.atoms.shape
     if alike and first.axes[-1] == axes[0] and second.axes[-1] == axes[1]:
         walk.atoms.same(first.atoms, second.atoms)
+        _meet_at(walk, node, first.axes, second.axes, first.atoms)
         return
     parts = walk.axis_atoms(first, axes[0]), walk.axis_atoms(second, axes[1])
     if parts[0] is None or parts[1] is None:
         walk.freeze([first, second], f"{node.op_type} sums over one of several axes")
         return
     walk.atoms.same(parts[0], parts[1])
+    _meet_at(walk, node, axes[:1], axes[1:], parts[0])
+
+
+def _meet_at(
+    walk: Walk, node: ir.Node, left: tuple[int, ...], right: tuple[int, ...], atoms: Array
+) -> None:
+    sides = [
+        Side(value.name or "", axes)
+        for value, axes in zip(node.inputs, (left, right), strict=False)
+        if value is not None
+    ]
+    walk.meetings.append(Meeting(node, sides[0], sides[1], atoms))
 
 
 def gemm(walk: Walk, node: ir.Node) -> None:

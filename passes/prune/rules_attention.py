@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.prune.atoms import Block
 from onnxcomp.passes.prune.rules import unknown
-from onnxcomp.passes.prune.walk import CONSUMED, PRODUCED, Walk
+from onnxcomp.passes.prune.walk import CONSUMED, PRODUCED, Meeting, Side, Walk
 
 __all__ = [
     "Heads",
@@ -101,9 +101,22 @@ def _finish(walk: Walk, node: ir.Node, heads: Heads, reason: str | None) -> None
     if reason is not None:
         for part in (heads.query, heads.key, heads.value):
             walk.atoms.freeze(part, f"{node.op_type}: {reason}")
+    if node.op_type != "Attention" or node.domain != "com.microsoft":
+        walk.meetings.append(_meeting(walk, node, heads))
     four = len(walk.shape(out)) == 4
     walk.put(out, [Block((1, 3), atoms) if four else Block((2,), atoms.ravel())])
     walk.patches.append(lambda rewriter: rewriter.attention(node, heads))
+
+
+def _meeting(walk: Walk, node: ir.Node, heads: Heads) -> Meeting:
+    """Where queries meet keys, in either layout."""
+    sides = []
+    for value, atoms in zip(node.inputs, (heads.query, heads.key), strict=False):
+        assert value is not None
+        flat = len(walk.shape(value)) == 3
+        times = len(heads.query) // len(atoms)
+        sides.append(Side(value.name or "", (1, 3), len(atoms) if flat else 0, times))
+    return Meeting(node, sides[0], sides[1], heads.query)
 
 
 def multi_head_attention(walk: Walk, node: ir.Node) -> None:

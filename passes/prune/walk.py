@@ -18,7 +18,7 @@ from onnxcomp.passes.tensors import is_float
 if TYPE_CHECKING:
     from onnxcomp.passes.prune.rewrite import Rewriter
 
-__all__ = ["CONSUMED", "PRODUCED", "Member", "Patch", "Walk"]
+__all__ = ["CARRIED", "CONSUMED", "PRODUCED", "Meeting", "Member", "Patch", "Side", "Walk"]
 
 # Roles of a bound axis of a weight.
 PRODUCED = "out"  # its positions make channels
@@ -49,6 +49,55 @@ class Member:
     input_index: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Side:
+    """One of two activations that are multiplied and summed over an axis.
+
+    Attributes:
+        name: Name of the value.
+        axes: The axes of heads, then the one that is summed over.
+        heads: Where the last axis holds the positions of several heads: how many; else 0.
+        times: How often each head is read.
+    """
+
+    name: str
+    axes: tuple[int, ...]
+    heads: int = 0
+    times: int = 1
+
+    def vectors(self, array: Array) -> Array:
+        """The vectors that are multiplied, float64 ``(heads, vectors, size)``."""
+        axes, array = self.axes, np.asarray(array, np.float64)
+        if self.heads:
+            array = array.reshape(*array.shape[:-1], self.heads, -1)
+            axes = (array.ndim - 2, array.ndim - 1)
+        moved = np.moveaxis(array, axes, (*range(len(axes) - 1), array.ndim - 1))
+        outer = int(np.prod(moved.shape[: len(axes) - 1]))
+        return np.repeat(moved.reshape(outer, -1, moved.shape[-1]), self.times, axis=0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Meeting:
+    """A product of two activations that sums over channels, as that of queries and keys.
+
+    Attributes:
+        node: The node.
+        left: Its first factor.
+        right: Its second factor.
+        atoms: What is summed over, ``(..., size)``.
+    """
+
+    node: ir.Node
+    left: Side
+    right: Side
+    atoms: Array
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Names of the values to observe."""
+        return tuple(dict.fromkeys((self.left.name, self.right.name)))
+
+
 class Walk:
     """Labels while the nodes are visited in order.
 
@@ -67,6 +116,7 @@ class Walk:
         self.atoms = Atoms()
         self.members: list[Member] = []
         self.patches: list[Patch] = []
+        self.meetings: list[Meeting] = []
         self.labels: dict[ir.Value, tuple[Block, ...]] = {}
         self.moved: list[tuple[ir.Value, Block]] = []
         self.claimed: set[tuple[ir.Node, int]] = set()
