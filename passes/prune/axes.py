@@ -104,6 +104,7 @@ class Analysis:
         moved: Blocks of values between an initializer and the node that binds it.
         patches: What to write anew when atoms go.
         meetings: Products of two activations that sum over atoms.
+        stuck: Why weights that make channels have no atoms, by name.
     """
 
     model: ir.Model
@@ -114,6 +115,7 @@ class Analysis:
     moved: tuple[tuple[ir.Value, Block], ...]
     patches: tuple[Patch, ...]
     meetings: tuple[Meeting, ...]
+    stuck: Mapping[str, str]
 
     def classes(self, atoms: np.ndarray) -> np.ndarray:
         """Class numbers of atoms."""
@@ -149,6 +151,7 @@ def analyse(
         tuple(walk.moved),
         tuple(walk.patches),
         tuple(walk.meetings),
+        walk.stuck,
     )
 
 

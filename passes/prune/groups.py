@@ -189,7 +189,7 @@ def _bundles(closure: _Closure, members: _Members, uneven: Sequence[Classes]) ->
 
 def _reasons(analysis: Analysis) -> tuple[tuple[str, str], ...]:
     relations = analysis.relations
-    found: dict[str, str] = {}
+    found = dict(analysis.stuck)
     for member in analysis.members:
         if member.role != "out":
             continue

@@ -117,6 +117,7 @@ class Walk:
         self.members: list[Member] = []
         self.patches: list[Patch] = []
         self.meetings: list[Meeting] = []
+        self.stuck: dict[str, str] = {}
         self.labels: dict[ir.Value, tuple[Block, ...]] = {}
         self.moved: list[tuple[ir.Value, Block]] = []
         self.claimed: set[tuple[ir.Node, int]] = set()
@@ -198,7 +199,10 @@ class Walk:
         value = node.inputs[index]
         assert value is not None
         self.claimed.add((node, index))
-        return self._bind(value, tuple(axes), atoms, role, node, index)
+        reason = self._bind(value, tuple(axes), atoms, role, node, index)
+        if reason is not None and role == PRODUCED and self._is_constant(value):
+            self.stuck.setdefault(value.name or "", reason)
+        return reason
 
     def _bind(
         self,

@@ -53,7 +53,19 @@ def masked(analysis: Analysis, classes: Collection[int]) -> ir.Model:
                 mask = _mask(analysis, value, block, gone)
                 if mask is not None:
                     _multiply(model, twin, index, mask)
+    for member in analysis.members:
+        packed = member.node is not None and member.node.op_type == "Attention"
+        if packed and member.role != "in":  # queries and keys are made inside: their weights
+            _silence(model, member, ~gone[member.atoms])
     return model
+
+
+def _silence(model: ir.Model, member: Any, kept: Array) -> None:
+    value = model.graph.initializers[member.value.name]
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    shape = [size if axis in member.axes else 1 for axis, size in enumerate(array.shape)]
+    value.const_value = ir.Tensor(array * kept.reshape(shape).astype(array.dtype), name=value.name)
 
 
 def _mask(analysis: Analysis, value: Any, block: Any, gone: Array) -> Array:
