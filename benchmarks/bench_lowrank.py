@@ -4,10 +4,10 @@
     python benchmarks/bench_lowrank.py --speed
 
 The language model is judged by the divergence of its predictions from the dense model's, MiniLM by
-STS-B; see bench_hyper_models.py. Only products within the layers are factored, all with the same
-share of their weights (ranks are multiples of 8), but for `global`, which chooses ranks in the same
-bytes. `svd` looks at the weights alone, `whitened` at the inputs that the dense model gives them,
-`anchored` at those behind the factors before and at the dense model's outputs. In few bits:
+a third of STS-B; see bench_hyper_models.py. Only products within the layers are factored, all with
+the same share of their weights (ranks are multiples of 8), but for `global`, which chooses ranks in
+the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the dense model gives
+them, `anchored` at those behind the factors before and at the dense model's outputs. In few bits:
 `lowrank+hyper` has factors of half of the weights in 4 bits, `hyper` all ranks in 2 bits,
 `hyper+lowrank` those with a repair of rank 32, `chosen` what a plan takes of the first two in the
 bytes of the first. Rows that were measured before are kept. Speed: CPU time of two products against
@@ -44,6 +44,8 @@ METHODS = ("svd", "whitened", "anchored", "global")
 # In few bits, at half of the weights: factors, all ranks, and what a plan chooses of the two.
 CODED = ("lowrank+hyper", "hyper", "hyper+lowrank", "chosen")
 FACTOR_BITS, WHOLE_BITS = 4, 2
+# MiniLM is judged by one pair of sentences in so many.
+PAIRS = 3
 
 
 def factored_plan(
@@ -213,7 +215,7 @@ def main() -> None:
         judge = LanguageModel(model, folder, arguments.windows)
         sweep("language_model", judge, model, 704, {"input_ids": windows}, arguments)
     if arguments.data is not None and arguments.minilm is not None:
-        sentences = SentenceModel(arguments.minilm, arguments.data)
+        sentences = SentenceModel(arguments.minilm, arguments.data, PAIRS)
         feeds = sentences.calibration(arguments.data)
         feeds = feeds[:: -(-len(feeds) // arguments.samples)]  # they are sorted by length
         sweep("minilm", sentences, arguments.minilm, 1536, feeds, arguments)

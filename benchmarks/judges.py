@@ -114,15 +114,23 @@ class LanguageModel:
 
 
 class SentenceModel:
-    """Judges forms of MiniLM by STS-B and by the dense model."""
+    """Judges forms of MiniLM by STS-B and by the dense model.
+
+    Args:
+        model: The dense model.
+        data: Folder of the data.
+        every: Take one pair in so many.
+    """
 
     loss = "one_minus_cosine"
 
-    def __init__(self, model: Path, data: Path) -> None:
+    def __init__(self, model: Path, data: Path, every: int = 1) -> None:
         self.model = model
         self.tokenizer = Tokenizer.from_file(str(data / "models" / "minilm_tokenizer.json"))
-        sentences, self.scores = read_pairs(data)
-        self.batches = make_batches(self.tokenizer, sentences)
+        sentences, scores = read_pairs(data)
+        self.scores = scores[::every]
+        chosen = sentences[: len(scores)][::every] + sentences[len(scores) :][::every]
+        self.batches = make_batches(self.tokenizer, chosen)
         self.dense = embed(onnxruntime.InferenceSession(model), self.batches)
 
     def __call__(self, path: Path) -> dict[str, float]:
