@@ -6,8 +6,10 @@
 The language model is judged by the divergence of its predictions from the dense model's, MiniLM by
 a third of STS-B; see bench_hyper_models.py. Only products within the layers are factored, all with
 the same share of their weights (ranks are multiples of 8), but for `global`, which chooses ranks in
-the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the dense model gives
-them, `anchored` at those behind the factors before and at the dense model's outputs. In few bits:
+the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the dense model
+gives them, `anchored` at those behind the factors before and at the dense model's outputs.
+
+In few bits:
 `lowrank+hyper` has factors of half of the weights in 4 bits, `hyper` all ranks in 2 bits,
 `hyper+lowrank` those with a repair of rank 32, `chosen` what a plan takes of the first two in the
 bytes of the first. Rows that were measured before are kept. Speed: CPU time of two products against
