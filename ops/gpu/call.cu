@@ -1,0 +1,92 @@
+#include "gpu/call.h"
+
+#include "gpu/onnxcomp_cuda.h"
+
+#if !defined(ONNXCOMP_CUDA_ARCHITECTURES)
+#define ONNXCOMP_CUDA_ARCHITECTURES "emulated"
+#endif
+
+namespace onnxcomp::gpu {
+namespace {
+
+// Scratch memory begins each of its parts here.
+constexpr int64_t kAlignment = 256;
+
+int64_t Align(int64_t bytes) { return DivideUp(bytes, kAlignment) * kAlignment; }
+
+int64_t StageBytes(int tiles, int steps) {
+  return 2 * int64_t{8} * tiles * (steps * 4 * int64_t{sizeof(Vector)} + int64_t{sizeof(float)});
+}
+
+// The widest block that the columns fill and shared memory holds.
+int TilesFor(int64_t columns, const SourceSize& size, const Device& device) {
+  if (columns <= 8) return 1;
+  if (size.few_forms) return 8;
+  if (columns <= 16) return 2;
+  if (columns <= 64) return 8;
+  return size.table_bytes + StageBytes(16, size.steps) <= device.shared ? 16 : 8;
+}
+
+// Enough blocks for every multiprocessor to have two, as far as each has four units left.
+int64_t SplitsFor(const Task& task, int tiles, int64_t columns, const Device& device) {
+  if (tiles == 1) return 1;
+  const int64_t blocks = DivideUp(task.panels, kWarps) * DivideUp(columns, 8 * int64_t{tiles});
+  const int64_t wanted = DivideUp(2 * int64_t{device.processors}, blocks);
+  const int64_t splits = std::clamp<int64_t>(task.units / 4, 1, wanted);
+  // No split without units: DivideUp(units, splits) units for each may leave the last ones none.
+  return DivideUp(task.units, DivideUp(task.units, splits));
+}
+
+}  // namespace
+
+std::string& LastError() {
+  thread_local std::string text;
+  return text;
+}
+
+Type ReadType(int32_t type) {
+  Require(type == 1 || type == 10 || type == 16,
+          "element type " + std::to_string(type) + " is not 1 (float32), 10 (float16) or 16 (bfloat16)");
+  return static_cast<Type>(type);
+}
+
+Plan PlanFor(const Task& task, const SourceSize& size, const Device& device) {
+  Plan plan{};
+  plan.parts = PartsOf(task.type, task.batch);
+  const int64_t columns = task.batch * plan.parts;
+  plan.tiles = TilesFor(columns, size, device);
+  plan.splits = SplitsFor(task, plan.tiles, columns, device);
+  const int64_t padded = task.cut.groups * task.cut.group;
+  plan.factors = Align(columns * padded * 2);
+  plan.partial = plan.factors + Align(columns * task.cut.groups * 4);
+  const int64_t partial = plan.splits == 1 ? 0 : plan.splits * task.batch * task.rows * 4;
+  plan.bytes = plan.partial + Align(partial);
+  return plan;
+}
+
+int64_t ScratchFor(Task task, int64_t batch, const SourceSize& size) {
+  const Device device = CurrentDevice();
+  int64_t most = 0;
+  for (int64_t rows : {std::min(batch, kBatchBlock), batch % kBatchBlock}) {
+    task.batch = rows;
+    if (rows > 0) most = std::max(most, PlanFor(task, size, device).bytes);
+  }
+  return most;
+}
+
+Columns PrepareColumns(const Task& task, const Plan& plan, const void* x, char* scratch,
+                       cudaStream_t stream) {
+  auto* values = reinterpret_cast<uint16_t*>(scratch);
+  auto* factors = reinterpret_cast<float*>(scratch + plan.factors);
+  const Cut& cut = task.cut;
+  const Prepare kernel{task.type,   x,             task.batch, cut.length, cut.groups, cut.group,
+                       cut.rotated, cut.placement, plan.parts, values,     factors};
+  Launch(stream, {DivideUp(task.batch * cut.groups, kWarps), 1, 1}, 0, kernel);
+  return {reinterpret_cast<const Vector*>(values), factors, task.batch * plan.parts, plan.parts};
+}
+
+}  // namespace onnxcomp::gpu
+
+extern "C" const char* onnxcomp_cuda_error(void) { return onnxcomp::gpu::LastError().c_str(); }
+
+extern "C" const char* onnxcomp_cuda_architectures(void) { return ONNXCOMP_CUDA_ARCHITECTURES; }

@@ -1,0 +1,85 @@
+/* The CUDA kernels without ONNX Runtime: plain C functions of libonnxcomp_ops.so.
+ *
+ * All functions return 0, or 1 with a text in `onnxcomp_cuda_error()` of the calling thread. Tensors are in
+ * device memory and laid out as ops/hyper/spec.md and ops/hash/spec.md say; codes must be aligned to 16
+ * bytes, `scratch` to 256. Work is put on `stream` (a cudaStream_t; null for the default one); nothing waits
+ * and nothing is allocated, so that a stream may be under capture for a graph. Shapes are checked, contents
+ * are not: any codes decode to something, and no content of codes or tables leads outside the tensors.
+ * The same weight and input always give the same bits on the same kind of device.
+ *
+ * Element types are those of TensorProto: 1 float32, 10 float16, 16 bfloat16.
+ */
+#ifndef ONNXCOMP_CUDA_H_
+#define ONNXCOMP_CUDA_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* A weight (rows, length) of the codec hyper. `table` lies in device memory. `table_copy`, the same bytes in
+ * host memory, may be null; with it, tables of more than 256 states that hold only 256 levels are looked
+ * up faster. */
+typedef struct OnnxcompHyperWeight {
+  int64_t rows, length;
+  int32_t group;  /* 32, 64, 128 or 256 */
+  int32_t bits;   /* 1 .. 6 */
+  int32_t states; /* log2 of the table's length: 6, 7, 8, 10 or 12, at least bits + 2 */
+  const void* codes;
+  const void* scales;
+  const void* table;
+  const void* table_copy;
+} OnnxcompHyperWeight;
+
+/* A weight (rows, length) of the codec hash. `codes` is null where chunks do not choose. */
+typedef struct OnnxcompHashWeight {
+  int64_t rows, length;
+  int64_t slots;
+  int32_t chunk;
+  int32_t memory_type; /* 1 float32, 10 float16, 3 int8 */
+  const void* memory;
+  const void* codes;
+  float scale;
+  int64_t map[6]; /* base, run, stride, rotate, sign, signed */
+} OnnxcompHashWeight;
+
+/* What went wrong in this thread's last call that returned 1. */
+const char* onnxcomp_cuda_error(void);
+
+/* Compute capabilities the library holds machine code for, "90" or "75 80 86 89 90 100 120 ptx120". */
+const char* onnxcomp_cuda_architectures(void);
+
+/* Bytes of `scratch` that a product with a batch of so many rows needs on the current device. */
+int onnxcomp_cuda_hyper_scratch(const OnnxcompHyperWeight* weight, int64_t batch, int32_t type,
+                                size_t* bytes);
+int onnxcomp_cuda_hash_scratch(const OnnxcompHashWeight* weight, int64_t batch, int32_t type,
+                               size_t* bytes);
+
+/* y (batch, rows) = x (batch, length) W^T, summed in float32; x and y have the same type. */
+int onnxcomp_cuda_hyper_matmul(const OnnxcompHyperWeight* weight, const void* x, void* y,
+                               int64_t batch, int32_t type, void* scratch, size_t bytes,
+                               void* stream);
+int onnxcomp_cuda_hash_matmul(const OnnxcompHashWeight* weight, const void* x, void* y,
+                              int64_t batch, int32_t type, void* scratch, size_t bytes,
+                              void* stream);
+
+/* y (count, length) float32: rows of W by indices of `index_bytes` 4 or 8. A row whose index is outside
+ * [-rows, rows) is filled with NaN. */
+int onnxcomp_cuda_hyper_gather(const OnnxcompHyperWeight* weight, const void* indices,
+                               int32_t index_bytes, int64_t count, float* y, void* stream);
+int onnxcomp_cuda_hash_gather(const OnnxcompHashWeight* weight, const void* indices,
+                              int32_t index_bytes, int64_t count, float* y, void* stream);
+
+/* w (rows, length) of any element type. */
+int onnxcomp_cuda_hyper_decode(const OnnxcompHyperWeight* weight, void* w, int32_t type,
+                               void* stream);
+int onnxcomp_cuda_hash_decode(const OnnxcompHashWeight* weight, void* w, int32_t type,
+                              void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
