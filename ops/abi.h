@@ -27,6 +27,8 @@ struct OrtCustomOpDomain;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtShapeInferContext;
 struct OrtOpAttr;
+struct OrtAllocator;
+struct OrtMemoryInfo;
 struct OrtApi;  // a table of function pointers, see Api below
 struct OrtCustomOp;
 
@@ -85,6 +87,9 @@ enum ElementType : int {
 };
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
+
+// Where an input or an output lies: with the kernel's provider, or in the memory of the CPU.
+enum MemoryPlace : int { kHostInput = -2, kProvider = 0 };
 
 // How ReadOpAttr interprets the attribute it copies.
 enum AttributeKind : int { kAttributeInt = 1, kAttributeInts = 2 };
@@ -178,6 +183,32 @@ class Api {
     using F = OrtStatus*(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**);
     return At<F>(91)(context, index, dims, n, out);
   }
+  OrtStatus* KernelContextGetGpuStream(const OrtKernelContext* context, void** out) const {
+    return At<OrtStatus*(const OrtKernelContext*, void**)>(193)(context, out);
+  }
+  // Memory that other streams do not get before this one is done with it. Ends with `AllocatorFree`.
+  OrtStatus* KernelContextGetScratch(const OrtKernelContext* context, const OrtMemoryInfo* memory,
+                                     size_t bytes, void** out) const {
+    using F = OrtStatus*(const OrtKernelContext*, const OrtMemoryInfo*, size_t, void**);
+    return At<F>(277)(context, memory, bytes, out);
+  }
+  OrtStatus* KernelInfoGetAllocator(const OrtKernelInfo* info, int place,
+                                    OrtAllocator** out) const {
+    return At<OrtStatus*(const OrtKernelInfo*, int, OrtAllocator**)>(278)(info, place, out);
+  }
+  void ReleaseAllocator(OrtAllocator* allocator) const {
+    At<void(OrtAllocator*)>(132)(allocator);
+  }
+  OrtStatus* AllocatorAlloc(OrtAllocator* allocator, size_t bytes, void** out) const {
+    return At<OrtStatus*(OrtAllocator*, size_t, void**)>(75)(allocator, bytes, out);
+  }
+  OrtStatus* AllocatorFree(OrtAllocator* allocator, void* memory) const {
+    return At<OrtStatus*(OrtAllocator*, void*)>(76)(allocator, memory);
+  }
+  OrtStatus* AllocatorGetInfo(const OrtAllocator* allocator, const OrtMemoryInfo** out) const {
+    return At<OrtStatus*(const OrtAllocator*, const OrtMemoryInfo**)>(77)(allocator, out);
+  }
+
   OrtStatus* ParallelFor(const OrtKernelContext* context, void(ONNXCOMP_ABI* fn)(void*, size_t),
                          size_t total, size_t batches, void* user) const {
     using F = OrtStatus*(const OrtKernelContext*, void(ONNXCOMP_ABI*)(void*, size_t), size_t,

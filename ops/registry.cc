@@ -2,6 +2,7 @@
 
 #include "common/custom_op.h"
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <mutex>
@@ -51,24 +52,30 @@ OrtStatus* ONNXCOMP_ABI InferInstance(const OrtCustomOp* raw, OrtShapeInferConte
 }  // namespace
 
 CustomOp::CustomOp(const Api& api_in, const char* name_in, std::vector<int> inputs_in,
-                   int output_in, Create create_in, Infer infer_in)
+                   int output_in, Create create_in, Infer infer_in, const char* provider_in,
+                   std::vector<size_t> host_in)
     : OrtCustomOp{},
       api(api_in),
       name(name_in),
       inputs(std::move(inputs_in)),
       output(output_in),
       create(create_in),
-      infer(infer_in) {
+      infer(infer_in),
+      provider(provider_in),
+      host(std::move(host_in)) {
   version = kApiVersion;
   GetName = [](const OrtCustomOp* op) { return Self(op).name; };
-  GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  GetExecutionProviderType = [](const OrtCustomOp* op) { return Self(op).provider; };
   GetInputType = [](const OrtCustomOp* op, size_t i) { return Self(op).inputs[i]; };
   GetInputTypeCount = [](const OrtCustomOp* op) { return Self(op).inputs.size(); };
   GetOutputType = [](const OrtCustomOp* op, size_t) { return Self(op).output; };
   GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
   GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };   // required
   GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };  // required
-  GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };       // the provider's own
+  GetInputMemoryType = [](const OrtCustomOp* op, size_t i) -> int {
+    const std::vector<size_t>& host = Self(op).host;
+    return std::find(host.begin(), host.end(), i) == host.end() ? kProvider : kHostInput;
+  };
   GetStartVersion = [](const OrtCustomOp*) { return 1; };
   GetEndVersion = [](const OrtCustomOp*) { return 0x7fffffff; };
   CreateKernelV2 = CreateInstance;
@@ -91,6 +98,10 @@ OrtCustomOpDomain* BuildDomain(const Api& api, Domain& domain) {
   hyper::AddOps(api, domain.ops);
   winding::AddOps(api, domain.ops);
   hash::AddOps(api, domain.ops);
+#if defined(ONNXCOMP_CUDA)
+  hyper::AddGpuOps(api, domain.ops);
+  hash::AddGpuOps(api, domain.ops);
+#endif
   OrtCustomOpDomain* handle = nullptr;
   Check(api, api.CreateCustomOpDomain("com.onnxcomp", &handle));
   for (const CustomOp& op : domain.ops) Check(api, api.CustomOpDomainAdd(handle, &op));

@@ -37,6 +37,13 @@ class NodeInfo {
     return values;
   }
 
+  // The allocator of the memory that the node's provider computes in. The caller releases it.
+  OrtAllocator* Allocator() const {
+    OrtAllocator* allocator = nullptr;
+    Check(api_, api_.KernelInfoGetAllocator(info_, kProvider, &allocator));
+    return allocator;
+  }
+
   // The tensor behind an input that never changes, or null.
   const OrtValue* Constant(size_t index) const {
     int constant = 0;

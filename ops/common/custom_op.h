@@ -107,8 +107,9 @@ struct CustomOp : OrtCustomOp {
   using Create = std::unique_ptr<Kernel> (*)(const NodeInfo& node, const CustomOp& op);
   using Infer = void (*)(const InferContext& context, const CustomOp& op);
 
+  // `provider` is null for the CPU; inputs whose index is in `host` lie in its memory in any case.
   CustomOp(const Api& api, const char* name, std::vector<int> inputs, int output, Create create,
-           Infer infer);
+           Infer infer, const char* provider = nullptr, std::vector<size_t> host = {});
 
   Api api;
   const char* name;
@@ -116,6 +117,8 @@ struct CustomOp : OrtCustomOp {
   int output;
   Create create;
   Infer infer;
+  const char* provider;
+  std::vector<size_t> host;
 };
 
 }  // namespace onnxcomp

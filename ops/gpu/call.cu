@@ -90,3 +90,7 @@ Columns PrepareColumns(const Task& task, const Plan& plan, const void* x, char* 
 extern "C" const char* onnxcomp_cuda_error(void) { return onnxcomp::gpu::LastError().c_str(); }
 
 extern "C" const char* onnxcomp_cuda_architectures(void) { return ONNXCOMP_CUDA_ARCHITECTURES; }
+
+extern "C" int onnxcomp_cuda_copy_to_host(const void* from, void* to, size_t bytes) {
+  return onnxcomp::gpu::Report([&] { onnxcomp::gpu::CopyToHost(from, to, bytes); });
+}

@@ -76,6 +76,10 @@ inline Device CurrentDevice() {
   return {processors, shared};
 }
 
+inline void CopyToHost(const void* from, void* to, size_t bytes) {
+  CheckCuda(cudaMemcpy(to, from, bytes, cudaMemcpyDefault));
+}
+
 #else
 
 template <class K>
@@ -95,6 +99,8 @@ void Launch(cudaStream_t, const Grid& grid, int64_t shared, const K& kernel) {
 
 // Few processors, so that small shapes take every way through the kernels.
 inline Device CurrentDevice() { return {4, 160 * 1024}; }
+
+inline void CopyToHost(const void* from, void* to, size_t bytes) { std::memcpy(to, from, bytes); }
 
 #endif
 

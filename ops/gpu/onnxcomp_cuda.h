@@ -1,7 +1,7 @@
 /* The CUDA kernels without ONNX Runtime: plain C functions of libonnxcomp_ops.so.
  *
  * All functions return 0, or 1 with a text in `onnxcomp_cuda_error()` of the calling thread. Tensors are in
- * device memory and laid out as ops/hyper/spec.md and ops/hash/spec.md say; codes must be aligned to 16
+ * device memory and laid out as ops/hyper/spec.md and ops/hash/spec.md say; codes must be aligned to 4
  * bytes, `scratch` to 256. Work is put on `stream` (a cudaStream_t; null for the default one); nothing waits
  * and nothing is allocated, so that a stream may be under capture for a graph. Shapes are checked, contents
  * are not: any codes decode to something, and no content of codes or tables leads outside the tensors.
@@ -14,6 +14,12 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+#if defined(__GNUC__)
+#define ONNXCOMP_CUDA_API __attribute__((visibility("default")))
+#else
+#define ONNXCOMP_CUDA_API
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -46,36 +52,39 @@ typedef struct OnnxcompHashWeight {
 } OnnxcompHashWeight;
 
 /* What went wrong in this thread's last call that returned 1. */
-const char* onnxcomp_cuda_error(void);
+ONNXCOMP_CUDA_API const char* onnxcomp_cuda_error(void);
 
 /* Compute capabilities the library holds machine code for, "90" or "75 80 86 89 90 100 120 ptx120". */
-const char* onnxcomp_cuda_architectures(void);
+ONNXCOMP_CUDA_API const char* onnxcomp_cuda_architectures(void);
+
+/* Copies from device (or host) memory to host memory, and waits for it. For small tables, while a model loads. */
+ONNXCOMP_CUDA_API int onnxcomp_cuda_copy_to_host(const void* from, void* to, size_t bytes);
 
 /* Bytes of `scratch` that a product with a batch of so many rows needs on the current device. */
-int onnxcomp_cuda_hyper_scratch(const OnnxcompHyperWeight* weight, int64_t batch, int32_t type,
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_scratch(const OnnxcompHyperWeight* weight, int64_t batch, int32_t type,
                                 size_t* bytes);
-int onnxcomp_cuda_hash_scratch(const OnnxcompHashWeight* weight, int64_t batch, int32_t type,
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_scratch(const OnnxcompHashWeight* weight, int64_t batch, int32_t type,
                                size_t* bytes);
 
 /* y (batch, rows) = x (batch, length) W^T, summed in float32; x and y have the same type. */
-int onnxcomp_cuda_hyper_matmul(const OnnxcompHyperWeight* weight, const void* x, void* y,
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_matmul(const OnnxcompHyperWeight* weight, const void* x, void* y,
                                int64_t batch, int32_t type, void* scratch, size_t bytes,
                                void* stream);
-int onnxcomp_cuda_hash_matmul(const OnnxcompHashWeight* weight, const void* x, void* y,
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_matmul(const OnnxcompHashWeight* weight, const void* x, void* y,
                               int64_t batch, int32_t type, void* scratch, size_t bytes,
                               void* stream);
 
 /* y (count, length) float32: rows of W by indices of `index_bytes` 4 or 8. A row whose index is outside
  * [-rows, rows) is filled with NaN. */
-int onnxcomp_cuda_hyper_gather(const OnnxcompHyperWeight* weight, const void* indices,
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_gather(const OnnxcompHyperWeight* weight, const void* indices,
                                int32_t index_bytes, int64_t count, float* y, void* stream);
-int onnxcomp_cuda_hash_gather(const OnnxcompHashWeight* weight, const void* indices,
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_gather(const OnnxcompHashWeight* weight, const void* indices,
                               int32_t index_bytes, int64_t count, float* y, void* stream);
 
 /* w (rows, length) of any element type. */
-int onnxcomp_cuda_hyper_decode(const OnnxcompHyperWeight* weight, void* w, int32_t type,
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_decode(const OnnxcompHyperWeight* weight, void* w, int32_t type,
                                void* stream);
-int onnxcomp_cuda_hash_decode(const OnnxcompHashWeight* weight, void* w, int32_t type,
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_decode(const OnnxcompHashWeight* weight, void* w, int32_t type,
                               void* stream);
 
 #ifdef __cplusplus

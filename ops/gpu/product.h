@@ -5,6 +5,7 @@
 //   kFewForms                     whether only SmallProduct and TiledProduct of 8 are compiled for it
 //   panels, units, units_per_group
 //   Raw, Load(panel, unit, lane)  what a thread reads from memory, ahead of its use
+//   Share(warp, raws)             what threads of a warp then take from each other
 //   Fill(thread, table), TableBytes()   what a block keeps in shared memory
 //   Decode(raw, step, lane, table, a, b)   8 weights of two rows, as two fragments
 //   Scale(raw, half)              of the thread's first or second row
@@ -100,15 +101,10 @@ struct SmallProduct {
     PerThread<Sums<1>> sums;
     PerThread<typename Source::Raw> raw;
     PerThread<typename Source::Raw> next;
-    warp.EachLane([&](int thread) {
-      sums[thread] = Sums<1>{};
-      if (warp.index < source.units) raw[thread] = source.Load(panel, warp.index, thread % kWarp);
-    });
+    warp.EachLane([&](int thread) { sums[thread] = Sums<1>{}; });
+    if (warp.index < source.units) Load(warp, panel, warp.index, raw);
     for (int64_t unit = warp.index; unit < source.units; unit += kWarps) {
-      warp.EachLane([&](int thread) {
-        const int64_t after = unit + kWarps < source.units ? unit + kWarps : unit;
-        next[thread] = source.Load(panel, after, thread % kWarp);
-      });
+      Load(warp, panel, unit + kWarps < source.units ? unit + kWarps : unit, next);
       AddUnit<1>(
           warp, source, table, raw,
           [&](int step, int, int thread) { return LoadColumn(unit, step, thread % kWarp); },
@@ -124,6 +120,12 @@ struct SmallProduct {
         partial[(warp.index * kColumns + column) * kPanel + row] = sums[thread].value[0][i];
       }
     });
+  }
+
+  ONNXCOMP_DEVICE void Load(const Warp& warp, int64_t panel, int64_t unit,
+                            PerThread<typename Source::Raw>& raw) const {
+    warp.EachLane([&](int thread) { raw[thread] = source.Load(panel, unit, thread % kWarp); });
+    source.Share(warp, raw);
   }
 
   ONNXCOMP_DEVICE Vector LoadColumn(int64_t unit, int step, int lane) const {
@@ -187,7 +189,9 @@ struct TiledProduct {
       CloseCopies();
       source.Fill(thread, table);
       sums[thread] = Sums<kTiles>{};
-      if (begin < end) raw[thread] = source.Load(Panel(block, thread), begin, thread % kWarp);
+    });
+    block.EachWarp([&](const Warp& warp) {
+      if (begin < end) Load(warp, block, begin, raw);
     });
     for (int64_t unit = begin; unit < end; ++unit) {
       const Stage& stage = stages[(unit - begin) % 2];
@@ -206,10 +210,13 @@ struct TiledProduct {
   }
 
  private:
-  // The panel of a thread's warp; beyond the last one, that one again, whose result is dropped.
-  ONNXCOMP_DEVICE int64_t Panel(const Block& block, int thread) const {
-    const int64_t panel = block.x * kWarps + thread / kWarp;
-    return panel < source.panels ? panel : source.panels - 1;
+  // What a warp needs of its panel; beyond the last one, that one again, whose result is dropped.
+  ONNXCOMP_DEVICE void Load(const Warp& warp, const Block& block, int64_t unit,
+                            PerThread<typename Source::Raw>& raw) const {
+    const int64_t wanted = block.x * kWarps + warp.index;
+    const int64_t panel = wanted < source.panels ? wanted : source.panels - 1;
+    warp.EachLane([&](int thread) { raw[thread] = source.Load(panel, unit, thread % kWarp); });
+    source.Share(warp, raw);
   }
 
   ONNXCOMP_DEVICE void Read(int thread, int64_t unit, int64_t first, Stage& stage) const {
@@ -236,9 +243,7 @@ struct TiledProduct {
                            const Stage& stage, PerThread<typename Source::Raw>& raw,
                            PerThread<Sums<kTiles>>& sums) const {
     PerThread<typename Source::Raw> next;
-    warp.EachLane([&](int thread) {
-      next[thread] = source.Load(Panel(block, thread), after, thread % kWarp);
-    });
+    Load(warp, block, after, next);
     AddUnit<kTiles>(
         warp, source, table, raw,
         [&](int step, int tile, int thread) {

@@ -12,20 +12,18 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/device.h"
 #include "common/float16.h"
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
-#define ONNXCOMP_DEVICE __host__ __device__ __forceinline__
-#define ONNXCOMP_UNROLL _Pragma("unroll")
-#else
-#define ONNXCOMP_DEVICE inline
-#define ONNXCOMP_UNROLL
 #endif
 #if defined(__CUDA_ARCH__)
 #define ONNXCOMP_ON_GPU 1
+#define ONNXCOMP_UNROLL _Pragma("unroll")
 #else
 #define ONNXCOMP_ON_GPU 0
+#define ONNXCOMP_UNROLL
 #endif
 
 namespace onnxcomp::gpu {
@@ -67,6 +65,16 @@ struct Warp {
     body(static_cast<int>(threadIdx.x));
 #else
     for (int lane = 0; lane < kWarp; ++lane) body(index * kWarp + lane);
+#endif
+  }
+
+  // The value of one of the warp's threads.
+  template <class T>
+  ONNXCOMP_DEVICE T ValueOf(PerThread<T>& values, int lane) const {
+#if ONNXCOMP_ON_GPU
+    return __shfl_sync(0xffffffffu, values[0], lane);
+#else
+    return values[index * kWarp + lane];
 #endif
   }
 

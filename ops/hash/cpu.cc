@@ -25,13 +25,6 @@ inline void FromFloat(float value, float* y) { *y = value; }
 inline void FromFloat(float value, Half* y) { y->bits = FloatToHalf(value); }
 inline void FromFloat(float value, Brain* y) { y->bits = FloatToBfloat(value); }
 
-template <class T>
-constexpr Memory kMemoryOf = Memory::kFloat32;
-template <>
-constexpr Memory kMemoryOf<Half> = Memory::kFloat16;
-template <>
-constexpr Memory kMemoryOf<int8_t> = Memory::kInt8;
-
 // Rows of x laid out as Activations, on all threads.
 template <class T>
 class Prepared {
@@ -176,9 +169,7 @@ class MatMulKernel : public Kernel {
   explicit MatMulKernel(const NodeInfo& node)
       : api_(node.api()), reader_(node, 1, kMemoryOf<M>), isa_(SelectIsa()) {
     int8_ = ReadInt8<T>(node);
-    if (int8_ && kMemoryOf<M> != Memory::kInt8) {
-      Fail("attribute 'precision' is 1 (int8), which needs a memory of int8");
-    }
+    CheckPrecision(int8_, kMemoryOf<M>);
   }
 
   void Compute(OrtKernelContext* context) const override {
@@ -293,13 +284,6 @@ class DecodeKernel : public Kernel {
   WeightReader reader_;
   const Isa& isa_;
 };
-
-// memory, scale, codes, map, then what only the portable body reads.
-std::vector<int> WithWeight(std::vector<int> inputs, int memory) {
-  inputs.insert(inputs.end(), {memory, kFloat, kUint8, kInt64, kInt64, kInt64, kInt64, kInt64,
-                               kInt64, kInt64});
-  return inputs;
-}
 
 template <class T, class M>
 void AddMatMul(const Api& api, std::deque<CustomOp>& ops) {

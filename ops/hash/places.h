@@ -6,23 +6,10 @@
 #include <algorithm>
 
 #include "hash/format.h"
+#include "hash/mix.h"
 
 namespace onnxcomp::hash {
 namespace {
-
-// A bijection of the integers below 2^31. Arithmetic modulo 2^32 suffices: only low bits count.
-inline uint32_t Mix(uint32_t key) {
-  uint32_t x = key * 741103597u + 506832693u;
-  for (int round = 0; round < 4; ++round) {
-    x = (x * (2u * x + 1u)) & kWord;
-    x = (x >> 15) | ((x & 0x7fffu) << 16);
-  }
-  return x;
-}
-
-inline int64_t Reduce(uint32_t hash, int64_t count) {
-  return static_cast<int64_t>((static_cast<uint64_t>(hash) * static_cast<uint64_t>(count)) >> 31);
-}
 
 // Walks over the slots of consecutive chunks.
 class Walk {

@@ -36,20 +36,34 @@ void ReadMap(const Dims& dims, const int64_t* values, Weight& weight) {
   weight.map = map;
 }
 
-// One code for each chunk, or a single zero for none.
+// One code for each chunk, or a single zero for none. Null codes cannot be read: of the only chunk they
+// count, since a zero changes nothing; else a single one is taken for zero.
 bool HasCodes(const Dims& dims, const uint8_t* codes, const Weight& weight) {
+  const bool zero = dims == Dims{1, 1, 1} && (codes == nullptr || codes[0] == 0);
   if (dims == Dims{weight.panels, weight.blocks, weight.parts()}) {
-    return !(dims == Dims{1, 1, 1} && codes[0] == 0);
+    return codes == nullptr || !zero;
   }
-  if (dims == Dims{1, 1, 1} && codes[0] == 0) return false;
+  if (zero) return false;
   Fail("codes have shape ", Text(dims), ", must be ",
        Text({weight.panels, weight.blocks, weight.parts()}), ", or (1, 1, 1) and zero");
 }
 
 }  // namespace
 
-WeightReader::WeightReader(const NodeInfo& node, size_t first, Memory type)
-    : api_(node.api()), first_(first), type_(type) {
+std::vector<int> WithWeight(std::vector<int> inputs, int memory) {
+  inputs.insert(inputs.end(), {memory, kFloat, kUint8, kInt64, kInt64, kInt64, kInt64, kInt64,
+                               kInt64, kInt64});
+  return inputs;
+}
+
+void CheckPrecision(bool int8, Memory memory) {
+  if (int8 && memory != Memory::kInt8) {
+    Fail("attribute 'precision' is 1 (int8), which needs a memory of int8");
+  }
+}
+
+WeightReader::WeightReader(const NodeInfo& node, size_t first, Memory type, bool readable)
+    : api_(node.api()), first_(first), type_(type), readable_(readable) {
   const Dims extent = ReadExtent(node, kMaxExtent);
   rows_ = extent[0];
   length_ = extent[1];
@@ -79,7 +93,7 @@ Weight WeightReader::Read(const OrtKernelContext* context) const {
   const Dims code_dims = DimsOf(api_, codes);
   if (Count(code_dims) == 0) Fail("codes have shape ", Text(code_dims));
   const uint8_t* data = DataOf<uint8_t>(api_, codes);
-  weight.codes = HasCodes(code_dims, data, weight) ? data : nullptr;
+  weight.codes = HasCodes(code_dims, readable_ ? data : nullptr, weight) ? data : nullptr;
   return weight;
 }
 

@@ -256,14 +256,6 @@ class MatMulKernel : public Kernel {
   bool int8_ = false;
 };
 
-// Reads 'columns' of HyperGather, which the portable body needs and a kernel only checks.
-void CheckColumns(const NodeInfo& node, int64_t length) {
-  const auto columns = node.Ints("columns");
-  if (columns && *columns != Dims{length}) {
-    Fail("attribute 'columns' is ", Text(*columns), ", must be ", Text({length}));
-  }
-}
-
 template <class Index>
 class GatherKernel : public Kernel {
  public:
@@ -331,13 +323,6 @@ class DecodeKernel : public Kernel {
   WeightReader reader_;
   const Isa& isa_;
 };
-
-// codes, scales, table, then what only the portable body reads.
-std::vector<int> WithWeight(std::vector<int> inputs) {
-  inputs.insert(inputs.end(), {kUint8, kFloat16, kInt8, kInt64, kInt64, kUint8, kFloat, kFloat,
-                               kFloat});
-  return inputs;
-}
 
 template <class T>
 void AddMatMul(const Api& api, std::deque<CustomOp>& ops) {

@@ -48,6 +48,8 @@ struct Source {
     return raw;
   }
 
+  ONNXCOMP_DEVICE void Share(const gpu::Warp&, gpu::PerThread<Raw>&) const {}
+
   // Weights 8 step .. 8 step + 7 of the thread's two rows.
   ONNXCOMP_DEVICE void Decode(const Raw& raw, int step, int lane, const char* table,
                               gpu::Fragment& a, gpu::Fragment& b) const {

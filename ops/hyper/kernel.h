@@ -11,11 +11,22 @@ namespace onnxcomp::hyper {
 // Adds one operator for each combination of element types.
 void AddOps(const Api& api, std::deque<CustomOp>& ops);
 
+// The same for CUDAExecutionProvider.
+void AddGpuOps(const Api& api, std::deque<CustomOp>& ops);
+
+// Element types of a node's inputs from the codes on: codes, scales, table, then what only the
+// portable body reads.
+std::vector<int> WithWeight(std::vector<int> inputs);
+
+// Reads 'columns' of HyperGather, which the portable body needs and a kernel only checks.
+void CheckColumns(const NodeInfo& node, int64_t length);
+
 // Attributes and constant inputs of a node, checked once; the rest is checked at each run.
 class WeightReader {
  public:
-  // `first` is the index of the input that holds the codes; scales and table follow it.
-  WeightReader(const NodeInfo& node, size_t first);
+  // `first` is the index of the input that holds the codes; scales and table follow it. With
+  // `readable` false they lie where this program cannot read: only their shapes are checked.
+  WeightReader(const NodeInfo& node, size_t first, bool readable = true);
 
   int64_t rows() const { return rows_; }
   int64_t length() const { return length_; }
@@ -28,6 +39,7 @@ class WeightReader {
 
   Api api_;
   size_t first_;
+  bool readable_;
   int64_t rows_ = 0;
   int64_t length_ = 0;
   int group_ = 0;
@@ -36,6 +48,5 @@ class WeightReader {
   Format format_{};
   Levels levels_{};
 };
-
 
 }  // namespace onnxcomp::hyper

@@ -35,11 +35,26 @@ void CheckTable(const int8_t* table, int64_t size) {
 
 }  // namespace
 
-WeightReader::WeightReader(const NodeInfo& node, size_t first) : api_(node.api()), first_(first) {
+void CheckColumns(const NodeInfo& node, int64_t length) {
+  const auto columns = node.Ints("columns");
+  if (columns && *columns != Dims{length}) {
+    Fail("attribute 'columns' is ", Text(*columns), ", must be ", Text({length}));
+  }
+}
+
+std::vector<int> WithWeight(std::vector<int> inputs) {
+  inputs.insert(inputs.end(), {kUint8, kFloat16, kInt8, kInt64, kInt64, kUint8, kFloat, kFloat,
+                               kFloat});
+  return inputs;
+}
+
+WeightReader::WeightReader(const NodeInfo& node, size_t first, bool readable)
+    : api_(node.api()), first_(first), readable_(readable) {
   const Dims extent = ReadExtent(node, kMaxExtent);
   rows_ = extent[0];
   length_ = extent[1];
   group_ = ReadGroup(node);
+  if (!readable) return;
   const OrtValue* values[3] = {};
   for (size_t i = 0; i < 3; ++i) {
     values[i] = node.Constant(first + i);
@@ -92,7 +107,7 @@ Weight WeightReader::Read(const OrtKernelContext* context) const {
                 DataOf<int8_t>(api_, table), leveled_ ? &levels_ : nullptr};
   if (!constant_) {
     weight.format = Validate(DimsOf(api_, codes), DimsOf(api_, scales), DimsOf(api_, table));
-    CheckTable(weight.table, int64_t{1} << weight.format.states);
+    if (readable_) CheckTable(weight.table, int64_t{1} << weight.format.states);
   }
   return weight;
 }

@@ -1,0 +1,275 @@
+"""The CUDA kernels, emulated: every kernel runs on the CPU and is compared with numpy.
+
+The same sources that nvcc compiles are compiled by the C++ compiler (ops/gpu/simt.h); on a GPU,
+benchmarks/gpu_check.sh makes the same comparisons.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Array = np.ndarray[Any, Any]
+
+DTYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+# Rounding of activations to parts and of results to their type, in units of |x| |w|.
+TOLERANCE = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+# One to eight columns, sixteen, sixty-four and more, by one part or two: every form of the product.
+BATCHES = (1, 4, 5, 9, 33, 70)
+SETTINGS = [
+    (bits, states, group, leveled)
+    for bits in range(1, 7)
+    for states in (6, 7, 8, 10, 12)
+    for group in (32, 64, 128, 256)
+    for leveled in (False, True)
+    if states >= bits + 2
+    and (not leveled or states > 8)
+    and (group in (32, 256) or states in (7, 12) or bits == 4)
+]
+MAPS: dict[str, dict[str, Any]] = {
+    "fold": {"slots": 5},
+    "fold from a later tile": {"slots": 7, "base": 1000},
+    "roast": {"slots": 9, "run": 1},
+    "unsigned": {"slots": 4, "signed": False},
+    "large": {"slots": 3, "base": (1 << 31) - 40},
+    "chunks of 64": {"slots": 11, "chunk": 64},
+    "chosen chunks of 8": {"slots": 300, "chunk": 8, "stride": 41},
+    "chosen chunks of 4": {"slots": 500, "chunk": 4, "stride": 7, "run": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def benchmarks() -> Iterator[Any]:
+    """The modules of benchmarks/ that bind the kernels and make weights."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield importlib.import_module("gpu_weights"), importlib.import_module("gpu_calls")
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def calls(benchmarks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kernels, compiled for this CPU."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    ops = ROOT / "ops"
+    sources = ["gpu/call.cu", "hash/cuda.cu", "hyper/cuda.cu", "hyper/levels.cc"]
+    command = [compiler, "-x", "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC"]
+    command += ["-fsanitize=bounds", "-fsanitize-undefined-trap-on-error", "-shared", f"-I{ops}"]
+    run = subprocess.run(
+        [*command, "-o", str(library), *(str(ops / name) for name in sources)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return benchmarks[1].Calls(library)
+
+
+class Memory:
+    """Arrays for kernels, each between guard bytes that nothing may change."""
+
+    _GUARD = 256
+
+    def __init__(self) -> None:
+        self._kept: list[Array] = []
+
+    def place(self, array: Array) -> int:
+        raw = np.full(array.nbytes + 3 * self._GUARD, 0xA5, np.uint8)
+        start = self._GUARD + -raw.ctypes.data % self._GUARD
+        raw[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
+        self._kept.append(raw)
+        return int(raw.ctypes.data) + start
+
+    def output(self, shape: tuple[int, ...], dtype: Any) -> tuple[int, Callable[[], Array]]:
+        """Poisoned memory: its address, and how to read it when a kernel is done."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        address = self.place(np.full(size, 0xFF, np.uint8))
+        raw = self._kept[-1]
+        start = address - int(raw.ctypes.data)
+
+        def read() -> Array:
+            assert (raw[:start] == 0xA5).all(), "something was written before the output"
+            assert (raw[start + size :] == 0xA5).all(), "something was written after the output"
+            return raw[start : start + size].view(dtype).reshape(shape)
+
+        return address, read
+
+
+def multiply(calls: Any, case: Any, x: Array, dtype: str) -> Array:
+    memory = Memory()
+    weight = case.weight(memory.place)
+    size = calls.scratch(weight, len(x), dtype)
+    scratch, untouched = memory.output((size,), np.uint8)
+    y, read = memory.output((len(x), case.geometry.rows), DTYPES[dtype])
+    calls.matmul(weight, memory.place(x), y, len(x), dtype, (scratch, size))
+    untouched()
+    return read().astype(np.float64)
+
+
+def check_product(calls: Any, case: Any, batch: int, dtype: str) -> None:
+    dense = case.dense().astype(np.float64)
+    x = np.random.default_rng(batch).normal(size=(batch, dense.shape[1])).astype(DTYPES[dtype])
+    x[0] *= DTYPES[dtype](64.0)
+    exact = x.astype(np.float64) @ dense.T
+    unit = np.linalg.norm(x.astype(np.float64), axis=1)[:, None] * np.linalg.norm(dense, axis=1)
+    error = np.abs(multiply(calls, case, x, dtype) - exact)
+    assert (error <= TOLERANCE[dtype] * unit).all(), (error / unit).max()
+
+
+@pytest.mark.parametrize(("bits", "states", "group", "leveled"), SETTINGS)
+def test_hyper_kernels_agree_with_the_definition(
+    calls: Any, benchmarks: Any, bits: int, states: int, group: int, leveled: bool
+) -> None:
+    case = benchmarks[0].hyper_case(
+        35, group + 9, bits=bits, states=states, group=group, leveled=leveled
+    )
+    memory = Memory()
+    weight, want = case.weight(memory.place), case.dense()
+    w, read = memory.output(want.shape, np.float32)
+    calls.decode(weight, w, "float32")
+    np.testing.assert_array_equal(read(), want)
+    indices = np.array([[0, 34, -1], [-35, 7, 16]], np.int64)
+    y, read = memory.output((6, case.geometry.length), np.float32)
+    calls.gather(weight, memory.place(indices), 8, 6, y)
+    np.testing.assert_array_equal(read(), want[indices.ravel()])
+    batch = BATCHES[(bits + states + group) % len(BATCHES)]
+    check_product(calls, case, batch, ("float32", "float16")[states % 4 // 2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (16, 128), (300, 129), (40, 1500)])
+def test_hyper_products_of_any_shape(
+    calls: Any, benchmarks: Any, rows: int, length: int, batch: int, dtype: str
+) -> None:
+    group = 32 if (rows, length) == (300, 129) else 128
+    check_product(calls, benchmarks[0].hyper_case(rows, length, group=group), batch, dtype)
+
+
+@pytest.mark.parametrize("memory", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("name", MAPS)
+def test_hash_kernels_agree_with_the_definition(
+    calls: Any, benchmarks: Any, name: str, memory: str
+) -> None:
+    case = benchmarks[0].hash_case(35, 300, memory=memory, **MAPS[name])
+    store = Memory()
+    weight, want = case.weight(store.place), case.dense()
+    w, read = store.output(want.shape, np.float32)
+    calls.decode(weight, w, "float32")
+    np.testing.assert_array_equal(read(), want)
+    indices = np.array([0, 34, -1, -35, 16], np.int32)
+    y, read = store.output((5, 300), np.float32)
+    calls.gather(weight, store.place(indices), 4, 5, y)
+    np.testing.assert_array_equal(read(), want[indices])
+    for batch in BATCHES:
+        check_product(calls, case, batch, "float32" if batch % 2 else "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (16, 16), (300, 129), (40, 1500)])
+def test_hash_products_of_any_shape(
+    calls: Any, benchmarks: Any, rows: int, length: int, dtype: str
+) -> None:
+    for batch in (1, 12, 66):
+        check_product(calls, benchmarks[0].hash_case(rows, length), batch, dtype)
+
+
+@pytest.mark.parametrize("family", ["hyper", "hash"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_decoding_rounds_once(calls: Any, benchmarks: Any, family: str, dtype: str) -> None:
+    weights = benchmarks[0]
+    for length in (256, 131):
+        case = (weights.hyper_case if family == "hyper" else weights.hash_case)(20, length)
+        memory = Memory()
+        w, read = memory.output((20, length), DTYPES[dtype])
+        calls.decode(case.weight(memory.place), w, dtype)
+        np.testing.assert_array_equal(read(), case.dense().astype(DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("family", ["hyper", "hash"])
+def test_an_index_outside_gives_a_row_of_nan(calls: Any, benchmarks: Any, family: str) -> None:
+    weights = benchmarks[0]
+    case = (weights.hyper_case if family == "hyper" else weights.hash_case)(20, 131)
+    memory = Memory()
+    indices = np.array([20, 3, -21, 1 << 40], np.int64)
+    y, read = memory.output((4, 131), np.float32)
+    calls.gather(case.weight(memory.place), memory.place(indices), 8, 4, y)
+    got = read()
+    assert np.isnan(got[[0, 2, 3]]).all()
+    np.testing.assert_array_equal(got[1], case.dense()[3])
+
+
+@pytest.mark.parametrize("family", ["hyper", "hash"])
+@pytest.mark.parametrize("batch", [2, 40])
+def test_only_rows_with_an_infinity_or_nan_become_nan(
+    calls: Any, benchmarks: Any, family: str, batch: int
+) -> None:
+    weights = benchmarks[0]
+    case = (weights.hyper_case if family == "hyper" else weights.hash_case)(33, 200)
+    x = np.random.default_rng(0).normal(size=(batch, 200)).astype(np.float32)
+    x[0, 5], x[1, 199] = np.inf, np.nan
+    y = multiply(calls, case, x, "float32")
+    assert np.isnan(y[:2]).all()
+    assert np.isfinite(y[2:]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_activations_of_any_size_keep_their_precision(
+    calls: Any, benchmarks: Any, scale: float
+) -> None:
+    case = benchmarks[0].hyper_case(33, 200)
+    dense = case.dense().astype(np.float64)
+    x = (np.random.default_rng(0).normal(size=(3, 200)) * scale).astype(np.float32)
+    exact = x.astype(np.float64) @ dense.T
+    unit = np.linalg.norm(x.astype(np.float64), axis=1)[:, None] * np.linalg.norm(dense, axis=1)
+    assert (np.abs(multiply(calls, case, x, "float32") - exact) <= 2.0**-21 * unit).all()
+
+
+def test_the_same_product_gives_the_same_bits(calls: Any, benchmarks: Any) -> None:
+    case = benchmarks[0].hyper_case(40, 3000)
+    for batch in (3, 20):
+        x = np.random.default_rng(1).normal(size=(batch, 3000)).astype(np.float32)
+        np.testing.assert_array_equal(
+            multiply(calls, case, x, "float32"), multiply(calls, case, x, "float32")
+        )
+
+
+def test_an_empty_batch_needs_nothing(calls: Any, benchmarks: Any) -> None:
+    memory = Memory()
+    weight = benchmarks[0].hyper_case(20, 100).weight(memory.place)
+    assert calls.scratch(weight, 0, "float16") == 0
+    calls.matmul(weight, 0, 0, 0, "float16", (0, 0))
+
+
+def test_wrong_shapes_are_refused_with_the_values(calls: Any, benchmarks: Any) -> None:
+    weights = benchmarks[0]
+    memory = Memory()
+    weight = weights.hyper_case(20, 100).weight(memory.place)
+    with pytest.raises(RuntimeError, match="scratch has 1 bytes, must have"):
+        calls.matmul(weight, 0, 0, 1, "float16", (0, 1))
+    weight.group = 48
+    with pytest.raises(RuntimeError, match="group must be 32, 64, 128 or 256"):
+        calls.decode(weight, 0, "float32")
+    shared = weights.hash_case(20, 100).weight(memory.place)
+    shared.map = (ctypes.c_int64 * 6)(0, 0, 0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match=r"map\[1\] is 0"):
+        calls.decode(shared, 0, "float32")
