@@ -95,9 +95,11 @@ struct Domain {
 OrtCustomOpDomain* BuildDomain(const Api& api, Domain& domain) {
   if (domain.handle != nullptr) return domain.handle;
   domain.ops.clear();
-  hyper::AddOps(api, domain.ops);
   winding::AddOps(api, domain.ops);
+#if !defined(ONNXCOMP_CUDA_EMULATED)
+  hyper::AddOps(api, domain.ops);
   hash::AddOps(api, domain.ops);
+#endif
 #if defined(ONNXCOMP_CUDA)
   hyper::AddGpuOps(api, domain.ops);
   hash::AddGpuOps(api, domain.ops);

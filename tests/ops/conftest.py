@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from onnxcomp.passes.codecs import hyper_format
 
 Array = np.ndarray[Any, Any]
 DOMAIN = "com.onnxcomp"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +252,47 @@ def exact_bound(x: Array, weight: Weight) -> Array:
     norms = np.linalg.norm(x.astype(np.float64), axis=-1)[..., None]
     rows = np.linalg.norm(weight.dense().astype(np.float64), axis=-1)
     return terms * np.finfo(np.float32).eps * norms * rows + 1e-30
+
+
+# What an operator library for the emulated GPU is made of.
+EMULATED = (
+    "registry.cc",
+    "gpu/call.cu",
+    *(f"hash/{name}" for name in ("cuda.cu", "gpu_ops.cc", "weight.cc")),
+    *(f"hyper/{name}" for name in ("cuda.cu", "gpu_ops.cc", "levels.cc", "weight.cc")),
+    "winding/cpu.cc",
+)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An operator library whose GPU is this CPU: the CUDA kernels and the operators around them."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    ops = ROOT / "ops"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{ops}"]
+    flags += ["-fsanitize=bounds", "-fsanitize-undefined-trap-on-error", "-Wl,-z,nodelete"]
+    flags += ["-DONNXCOMP_CUDA", "-DONNXCOMP_CUDA_EMULATED"]
+    sources = [str(ops / name) for name in EMULATED]
+    command = [compiler, "-x", "c++", *flags, "-o", str(library), *sources]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return library
+
+
+@pytest.fixture(scope="session")
+def benchmarks() -> Any:
+    """What benchmarks/ has to make weights for CUDA kernels and to call these."""
+    import importlib
+    import types
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        names = {**vars(importlib.import_module("gpu_calls"))}
+        names |= vars(importlib.import_module("gpu_weights"))
+    return types.SimpleNamespace(**names)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,7 @@ benchmarks/gpu_check.sh makes the same comparisons.
 from __future__ import annotations
 
 import ctypes
-import importlib
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
 Array = np.ndarray[Any, Any]
 
 DTYPES: dict[str, Any] = {
@@ -53,35 +47,10 @@ MAPS: dict[str, dict[str, Any]] = {
     "chosen chunks of 4": {"slots": 500, "chunk": 4, "stride": 7, "run": 1},
 }
 
-
 @pytest.fixture(scope="module")
-def benchmarks() -> Iterator[Any]:
-    """The modules of benchmarks/ that bind the kernels and make weights."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("gpu_weights"), importlib.import_module("gpu_calls")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-@pytest.fixture(scope="module")
-def calls(benchmarks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def calls(emulated: Path, benchmarks: Any) -> Any:
     """The kernels, compiled for this CPU."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    library = tmp_path_factory.mktemp("cuda") / "emulated.so"
-    ops = ROOT / "ops"
-    sources = ["gpu/call.cu", "hash/cuda.cu", "hyper/cuda.cu", "hyper/levels.cc"]
-    command = [compiler, "-x", "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC"]
-    command += ["-fsanitize=bounds", "-fsanitize-undefined-trap-on-error", "-shared", f"-I{ops}"]
-    run = subprocess.run(
-        [*command, "-o", str(library), *(str(ops / name) for name in sources)],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return benchmarks[1].Calls(library)
+    return benchmarks.Calls(emulated)
 
 
 class Memory:
@@ -139,7 +108,7 @@ def check_product(calls: Any, case: Any, batch: int, dtype: str) -> None:
 def test_hyper_kernels_agree_with_the_definition(
     calls: Any, benchmarks: Any, bits: int, states: int, group: int, leveled: bool
 ) -> None:
-    case = benchmarks[0].hyper_case(
+    case = benchmarks.hyper_case(
         35, group + 9, bits=bits, states=states, group=group, leveled=leveled
     )
     memory = Memory()
@@ -162,7 +131,7 @@ def test_hyper_products_of_any_shape(
     calls: Any, benchmarks: Any, rows: int, length: int, batch: int, dtype: str
 ) -> None:
     group = 32 if (rows, length) == (300, 129) else 128
-    check_product(calls, benchmarks[0].hyper_case(rows, length, group=group), batch, dtype)
+    check_product(calls, benchmarks.hyper_case(rows, length, group=group), batch, dtype)
 
 
 @pytest.mark.parametrize("memory", ["float32", "float16", "int8"])
@@ -170,7 +139,7 @@ def test_hyper_products_of_any_shape(
 def test_hash_kernels_agree_with_the_definition(
     calls: Any, benchmarks: Any, name: str, memory: str
 ) -> None:
-    case = benchmarks[0].hash_case(35, 300, memory=memory, **MAPS[name])
+    case = benchmarks.hash_case(35, 300, memory=memory, **MAPS[name])
     store = Memory()
     weight, want = case.weight(store.place), case.dense()
     w, read = store.output(want.shape, np.float32)
@@ -190,13 +159,13 @@ def test_hash_products_of_any_shape(
     calls: Any, benchmarks: Any, rows: int, length: int, dtype: str
 ) -> None:
     for batch in (1, 12, 66):
-        check_product(calls, benchmarks[0].hash_case(rows, length), batch, dtype)
+        check_product(calls, benchmarks.hash_case(rows, length), batch, dtype)
 
 
 @pytest.mark.parametrize("family", ["hyper", "hash"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_decoding_rounds_once(calls: Any, benchmarks: Any, family: str, dtype: str) -> None:
-    weights = benchmarks[0]
+    weights = benchmarks
     for length in (256, 131):
         case = (weights.hyper_case if family == "hyper" else weights.hash_case)(20, length)
         memory = Memory()
@@ -207,7 +176,7 @@ def test_decoding_rounds_once(calls: Any, benchmarks: Any, family: str, dtype: s
 
 @pytest.mark.parametrize("family", ["hyper", "hash"])
 def test_an_index_outside_gives_a_row_of_nan(calls: Any, benchmarks: Any, family: str) -> None:
-    weights = benchmarks[0]
+    weights = benchmarks
     case = (weights.hyper_case if family == "hyper" else weights.hash_case)(20, 131)
     memory = Memory()
     indices = np.array([20, 3, -21, 1 << 40], np.int64)
@@ -223,7 +192,7 @@ def test_an_index_outside_gives_a_row_of_nan(calls: Any, benchmarks: Any, family
 def test_only_rows_with_an_infinity_or_nan_become_nan(
     calls: Any, benchmarks: Any, family: str, batch: int
 ) -> None:
-    weights = benchmarks[0]
+    weights = benchmarks
     case = (weights.hyper_case if family == "hyper" else weights.hash_case)(33, 200)
     x = np.random.default_rng(0).normal(size=(batch, 200)).astype(np.float32)
     x[0, 5], x[1, 199] = np.inf, np.nan
@@ -236,7 +205,7 @@ def test_only_rows_with_an_infinity_or_nan_become_nan(
 def test_activations_of_any_size_keep_their_precision(
     calls: Any, benchmarks: Any, scale: float
 ) -> None:
-    case = benchmarks[0].hyper_case(33, 200)
+    case = benchmarks.hyper_case(33, 200)
     dense = case.dense().astype(np.float64)
     x = (np.random.default_rng(0).normal(size=(3, 200)) * scale).astype(np.float32)
     exact = x.astype(np.float64) @ dense.T
@@ -245,7 +214,7 @@ def test_activations_of_any_size_keep_their_precision(
 
 
 def test_the_same_product_gives_the_same_bits(calls: Any, benchmarks: Any) -> None:
-    case = benchmarks[0].hyper_case(40, 3000)
+    case = benchmarks.hyper_case(40, 3000)
     for batch in (3, 20):
         x = np.random.default_rng(1).normal(size=(batch, 3000)).astype(np.float32)
         np.testing.assert_array_equal(
@@ -255,13 +224,13 @@ def test_the_same_product_gives_the_same_bits(calls: Any, benchmarks: Any) -> No
 
 def test_an_empty_batch_needs_nothing(calls: Any, benchmarks: Any) -> None:
     memory = Memory()
-    weight = benchmarks[0].hyper_case(20, 100).weight(memory.place)
+    weight = benchmarks.hyper_case(20, 100).weight(memory.place)
     assert calls.scratch(weight, 0, "float16") == 0
     calls.matmul(weight, 0, 0, 0, "float16", (0, 0))
 
 
 def test_wrong_shapes_are_refused_with_the_values(calls: Any, benchmarks: Any) -> None:
-    weights = benchmarks[0]
+    weights = benchmarks
     memory = Memory()
     weight = weights.hyper_case(20, 100).weight(memory.place)
     with pytest.raises(RuntimeError, match="scratch has 1 bytes, must have"):
