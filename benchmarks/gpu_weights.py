@@ -31,9 +31,7 @@ class HyperCase:
     def dense(self) -> Array:
         """The definition of the weight, (rows, length) float32."""
         extent = (self.geometry.rows, self.geometry.length)
-        return hyper_format.decode(
-            self.codes, self.scales, self.table, extent, self.geometry.group
-        )
+        return hyper_format.decode(self.codes, self.scales, self.table, extent, self.geometry.group)
 
     def weight(self, place: Place) -> HyperWeight:
         """The weight as kernels take it."""

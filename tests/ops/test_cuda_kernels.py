@@ -47,6 +47,7 @@ MAPS: dict[str, dict[str, Any]] = {
     "chosen chunks of 4": {"slots": 500, "chunk": 4, "stride": 7, "run": 1},
 }
 
+
 @pytest.fixture(scope="module")
 def calls(emulated: Path, benchmarks: Any) -> Any:
     """The kernels, compiled for this CPU."""

@@ -108,10 +108,8 @@ def test_hyper_tables_with_levels_are_recognised_and_those_fed_at_run_time_serve
     weight = hyper.random_weight(40, 300, states=12, leveled=True)
     x = np.random.default_rng(0).normal(size=(2, 300)).astype(np.float32)
     for fed in ((), ("table",)):
-        model = hyper.make_model(
-            "HyperMatMul", weight, (TensorProto.FLOAT, [None, None]), fed=fed
-        )
-        y = run(model, {"x": x, **{name: weight.table for name in fed}})
+        model = hyper.make_model("HyperMatMul", weight, (TensorProto.FLOAT, [None, None]), fed=fed)
+        y = run(model, {"x": x, **dict.fromkeys(fed, weight.table)})
         near(y, x, weight.dense(), 2.0**-21)
 
 
@@ -158,7 +156,9 @@ def test_a_node_that_does_not_fit_is_refused_with_the_values(hyper: Any, run: Ru
     with pytest.raises(Exception, match=r"x has shape \(2, 69\), its last dim must be 70"):
         run(model, {"x": np.zeros((2, 69), np.float32)})
     wrong = {"scales": weight.scales[:1]}
-    model = hyper.make_model("HyperMatMul", weight, (TensorProto.FLOAT, [None, None]), tensors=wrong)
+    model = hyper.make_model(
+        "HyperMatMul", weight, (TensorProto.FLOAT, [None, None]), tensors=wrong
+    )
     with pytest.raises(Exception, match="scales have shape"):
         run(model, {"x": np.zeros((2, 70), np.float32)})
 
