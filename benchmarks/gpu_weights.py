@@ -115,4 +115,5 @@ def hash_case(
         values = rng.standard_normal((slots, chunk)).astype(memory)
     shape = (geometry.panels, geometry.blocks, geometry.parts)
     codes = rng.integers(0, 256, shape).astype(np.uint8) if stride else None
-    return HashCase(geometry, sharing, values, np.array([0.37], np.float32), codes)
+    scale = 0.01 if memory == "int8" else 0.37
+    return HashCase(geometry, sharing, values, np.array([scale], np.float32), codes)

@@ -290,8 +290,11 @@ def benchmarks() -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        names = {**vars(importlib.import_module("gpu_calls"))}
-        names |= vars(importlib.import_module("gpu_weights"))
+        names: dict[str, Any] = {}
+        for module in ("gpu_calls", "gpu_memory", "gpu_weights", "gpu_compare"):
+            names |= vars(importlib.import_module(module))
+        for module in ("gpu_check", "gpu_sessions", "gpu_timing", "results"):
+            names[module] = importlib.import_module(module)
     return types.SimpleNamespace(**names)
 
 

@@ -7,7 +7,6 @@ benchmarks/gpu_check.sh makes the same comparisons.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,9 @@ import pytest
 
 Array = np.ndarray[Any, Any]
 
-DTYPES: dict[str, Any] = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-}
-# Rounding of activations to parts and of results to their type, in units of |x| |w|.
-TOLERANCE = {"float32": 2.0**-21, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 # One to eight columns, sixteen, sixty-four and more, by one part or two: every form of the product.
 BATCHES = (1, 4, 5, 9, 33, 70)
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 SETTINGS = [
     (bits, states, group, leveled)
     for bits in range(1, 7)
@@ -54,55 +47,14 @@ def calls(emulated: Path, benchmarks: Any) -> Any:
     return benchmarks.Calls(emulated)
 
 
-class Memory:
-    """Arrays for kernels, each between guard bytes that nothing may change."""
-
-    _GUARD = 256
-
-    def __init__(self) -> None:
-        self._kept: list[Array] = []
-
-    def place(self, array: Array) -> int:
-        raw = np.full(array.nbytes + 3 * self._GUARD, 0xA5, np.uint8)
-        start = self._GUARD + -raw.ctypes.data % self._GUARD
-        raw[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
-        self._kept.append(raw)
-        return int(raw.ctypes.data) + start
-
-    def output(self, shape: tuple[int, ...], dtype: Any) -> tuple[int, Callable[[], Array]]:
-        """Poisoned memory: its address, and how to read it when a kernel is done."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        address = self.place(np.full(size, 0xFF, np.uint8))
-        raw = self._kept[-1]
-        start = address - int(raw.ctypes.data)
-
-        def read() -> Array:
-            assert (raw[:start] == 0xA5).all(), "something was written before the output"
-            assert (raw[start + size :] == 0xA5).all(), "something was written after the output"
-            return raw[start : start + size].view(dtype).reshape(shape)
-
-        return address, read
+def multiply(benchmarks: Any, calls: Any, case: Any, x: Array) -> Array:
+    result: Array = benchmarks.multiply(calls, benchmarks.HostMemory(), case, x, "float32")
+    return result
 
 
-def multiply(calls: Any, case: Any, x: Array, dtype: str) -> Array:
-    memory = Memory()
-    weight = case.weight(memory.place)
-    size = calls.scratch(weight, len(x), dtype)
-    scratch, untouched = memory.output((size,), np.uint8)
-    y, read = memory.output((len(x), case.geometry.rows), DTYPES[dtype])
-    calls.matmul(weight, memory.place(x), y, len(x), dtype, (scratch, size))
-    untouched()
-    return read().astype(np.float64)
-
-
-def check_product(calls: Any, case: Any, batch: int, dtype: str) -> None:
-    dense = case.dense().astype(np.float64)
-    x = np.random.default_rng(batch).normal(size=(batch, dense.shape[1])).astype(DTYPES[dtype])
-    x[0] *= DTYPES[dtype](64.0)
-    exact = x.astype(np.float64) @ dense.T
-    unit = np.linalg.norm(x.astype(np.float64), axis=1)[:, None] * np.linalg.norm(dense, axis=1)
-    error = np.abs(multiply(calls, case, x, dtype) - exact)
-    assert (error <= TOLERANCE[dtype] * unit).all(), (error / unit).max()
+def check_product(benchmarks: Any, calls: Any, case: Any, batch: int, dtype: str) -> None:
+    memory = benchmarks.HostMemory()
+    assert benchmarks.product_error(calls, memory, case, batch, dtype) <= 1.0
 
 
 @pytest.mark.parametrize(("bits", "states", "group", "leveled"), SETTINGS)
@@ -112,7 +64,7 @@ def test_hyper_kernels_agree_with_the_definition(
     case = benchmarks.hyper_case(
         35, group + 9, bits=bits, states=states, group=group, leveled=leveled
     )
-    memory = Memory()
+    memory = benchmarks.HostMemory()
     weight, want = case.weight(memory.place), case.dense()
     w, read = memory.output(want.shape, np.float32)
     calls.decode(weight, w, "float32")
@@ -122,7 +74,7 @@ def test_hyper_kernels_agree_with_the_definition(
     calls.gather(weight, memory.place(indices), 8, 6, y)
     np.testing.assert_array_equal(read(), want[indices.ravel()])
     batch = BATCHES[(bits + states + group) % len(BATCHES)]
-    check_product(calls, case, batch, ("float32", "float16")[states % 4 // 2])
+    check_product(benchmarks, calls, case, batch, ("float32", "float16")[states % 4 // 2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,7 +84,7 @@ def test_hyper_products_of_any_shape(
     calls: Any, benchmarks: Any, rows: int, length: int, batch: int, dtype: str
 ) -> None:
     group = 32 if (rows, length) == (300, 129) else 128
-    check_product(calls, benchmarks.hyper_case(rows, length, group=group), batch, dtype)
+    check_product(benchmarks, calls, benchmarks.hyper_case(rows, length, group=group), batch, dtype)
 
 
 @pytest.mark.parametrize("memory", ["float32", "float16", "int8"])
@@ -141,7 +93,7 @@ def test_hash_kernels_agree_with_the_definition(
     calls: Any, benchmarks: Any, name: str, memory: str
 ) -> None:
     case = benchmarks.hash_case(35, 300, memory=memory, **MAPS[name])
-    store = Memory()
+    store = benchmarks.HostMemory()
     weight, want = case.weight(store.place), case.dense()
     w, read = store.output(want.shape, np.float32)
     calls.decode(weight, w, "float32")
@@ -151,7 +103,7 @@ def test_hash_kernels_agree_with_the_definition(
     calls.gather(weight, store.place(indices), 4, 5, y)
     np.testing.assert_array_equal(read(), want[indices])
     for batch in BATCHES:
-        check_product(calls, case, batch, "float32" if batch % 2 else "bfloat16")
+        check_product(benchmarks, calls, case, batch, "float32" if batch % 2 else "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,16 +112,15 @@ def test_hash_products_of_any_shape(
     calls: Any, benchmarks: Any, rows: int, length: int, dtype: str
 ) -> None:
     for batch in (1, 12, 66):
-        check_product(calls, benchmarks.hash_case(rows, length), batch, dtype)
+        check_product(benchmarks, calls, benchmarks.hash_case(rows, length), batch, dtype)
 
 
 @pytest.mark.parametrize("family", ["hyper", "hash"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_decoding_rounds_once(calls: Any, benchmarks: Any, family: str, dtype: str) -> None:
-    weights = benchmarks
     for length in (256, 131):
-        case = (weights.hyper_case if family == "hyper" else weights.hash_case)(20, length)
-        memory = Memory()
+        case = (benchmarks.hyper_case if family == "hyper" else benchmarks.hash_case)(20, length)
+        memory = benchmarks.HostMemory()
         w, read = memory.output((20, length), DTYPES[dtype])
         calls.decode(case.weight(memory.place), w, dtype)
         np.testing.assert_array_equal(read(), case.dense().astype(DTYPES[dtype]))
@@ -177,9 +128,8 @@ def test_decoding_rounds_once(calls: Any, benchmarks: Any, family: str, dtype: s
 
 @pytest.mark.parametrize("family", ["hyper", "hash"])
 def test_an_index_outside_gives_a_row_of_nan(calls: Any, benchmarks: Any, family: str) -> None:
-    weights = benchmarks
-    case = (weights.hyper_case if family == "hyper" else weights.hash_case)(20, 131)
-    memory = Memory()
+    case = (benchmarks.hyper_case if family == "hyper" else benchmarks.hash_case)(20, 131)
+    memory = benchmarks.HostMemory()
     indices = np.array([20, 3, -21, 1 << 40], np.int64)
     y, read = memory.output((4, 131), np.float32)
     calls.gather(case.weight(memory.place), memory.place(indices), 8, 4, y)
@@ -193,11 +143,10 @@ def test_an_index_outside_gives_a_row_of_nan(calls: Any, benchmarks: Any, family
 def test_only_rows_with_an_infinity_or_nan_become_nan(
     calls: Any, benchmarks: Any, family: str, batch: int
 ) -> None:
-    weights = benchmarks
-    case = (weights.hyper_case if family == "hyper" else weights.hash_case)(33, 200)
+    case = (benchmarks.hyper_case if family == "hyper" else benchmarks.hash_case)(33, 200)
     x = np.random.default_rng(0).normal(size=(batch, 200)).astype(np.float32)
     x[0, 5], x[1, 199] = np.inf, np.nan
-    y = multiply(calls, case, x, "float32")
+    y = multiply(benchmarks, calls, case, x)
     assert np.isnan(y[:2]).all()
     assert np.isfinite(y[2:]).all()
 
@@ -211,7 +160,7 @@ def test_activations_of_any_size_keep_their_precision(
     x = (np.random.default_rng(0).normal(size=(3, 200)) * scale).astype(np.float32)
     exact = x.astype(np.float64) @ dense.T
     unit = np.linalg.norm(x.astype(np.float64), axis=1)[:, None] * np.linalg.norm(dense, axis=1)
-    assert (np.abs(multiply(calls, case, x, "float32") - exact) <= 2.0**-21 * unit).all()
+    assert (np.abs(multiply(benchmarks, calls, case, x) - exact) <= 2.0**-21 * unit).all()
 
 
 def test_the_same_product_gives_the_same_bits(calls: Any, benchmarks: Any) -> None:
@@ -219,27 +168,26 @@ def test_the_same_product_gives_the_same_bits(calls: Any, benchmarks: Any) -> No
     for batch in (3, 20):
         x = np.random.default_rng(1).normal(size=(batch, 3000)).astype(np.float32)
         np.testing.assert_array_equal(
-            multiply(calls, case, x, "float32"), multiply(calls, case, x, "float32")
+            multiply(benchmarks, calls, case, x), multiply(benchmarks, calls, case, x)
         )
 
 
 def test_an_empty_batch_needs_nothing(calls: Any, benchmarks: Any) -> None:
-    memory = Memory()
+    memory = benchmarks.HostMemory()
     weight = benchmarks.hyper_case(20, 100).weight(memory.place)
     assert calls.scratch(weight, 0, "float16") == 0
     calls.matmul(weight, 0, 0, 0, "float16", (0, 0))
 
 
 def test_wrong_shapes_are_refused_with_the_values(calls: Any, benchmarks: Any) -> None:
-    weights = benchmarks
-    memory = Memory()
-    weight = weights.hyper_case(20, 100).weight(memory.place)
+    memory = benchmarks.HostMemory()
+    weight = benchmarks.hyper_case(20, 100).weight(memory.place)
     with pytest.raises(RuntimeError, match="scratch has 1 bytes, must have"):
         calls.matmul(weight, 0, 0, 1, "float16", (0, 1))
     weight.group = 48
     with pytest.raises(RuntimeError, match="group must be 32, 64, 128 or 256"):
         calls.decode(weight, 0, "float32")
-    shared = weights.hash_case(20, 100).weight(memory.place)
+    shared = benchmarks.hash_case(20, 100).weight(memory.place)
     shared.map = (ctypes.c_int64 * 6)(0, 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match=r"map\[1\] is 0"):
         calls.decode(shared, 0, "float32")

@@ -1,0 +1,130 @@
+"""benchmarks/gpu_check.sh, as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "class cuda:\n    is_available = staticmethod(lambda: False)\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}",
+        "PYTHON": sys.executable,
+    }
+    for command in (
+        ["bash", str(ROOT / "benchmarks" / "gpu_check.sh")],
+        [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "library.so"],
+    ):
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert run.returncode == 6, run.stderr
+        assert "no GPU found: torch" in run.stderr
+        assert "run this on a machine with an NVIDIA GPU" in run.stderr
+
+
+def test_comparisons_print_a_table_and_write_json(
+    benchmarks: Any, emulated: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    check = benchmarks.gpu_check
+    monkeypatch.setattr(benchmarks.results, "RESULTS", tmp_path)
+    few = [
+        benchmarks.Comparison("hyper matmul", "a", 0.25),
+        benchmarks.Comparison("hyper matmul", "b", 0.5),
+        benchmarks.Comparison("hash decode", "c", 0.0),
+    ]
+    monkeypatch.setattr(check.gpu_compare, "compare", lambda *_, **__: iter(few))
+    check.main([str(emulated), "--emulated", "--seed", "3", "--name", "made"])
+    document = json.loads((tmp_path / "made.json").read_text())
+    assert document["gpu"] == "emulated"
+    assert document["seed"] == 3
+    assert [one["error"] for one in document["comparisons"]] == [0.5, 0.0]
+    assert "| hyper matmul | 2 " in capsys.readouterr().out
+    few.append(benchmarks.Comparison("hash decode", "here", float("inf")))
+    with pytest.raises(SystemExit) as caught:
+        check.main([str(emulated), "--emulated"])
+    assert caught.value.code == 4
+    assert "WRONG: hash decode, here: inf" in capsys.readouterr().err
+
+
+def test_the_comparisons_of_a_gpu_hold_for_the_emulation(benchmarks: Any, emulated: Path) -> None:
+    found = list(
+        benchmarks.compare(benchmarks.Calls(emulated), benchmarks.HostMemory, quick=True, seed=1)
+    )
+    assert {one.kernel for one in found} == {
+        f"{family} {what}"
+        for family in ("hyper", "hash")
+        for what in ("matmul", "decode", "gather")
+    }
+    assert [one for one in found if not one.error <= 1.0] == []
+
+
+def test_guard_bytes_find_what_is_written_outside(benchmarks: Any) -> None:
+    import ctypes
+
+    memory = benchmarks.HostMemory()
+    address, read = memory.output((3,), np.float32)
+    assert np.isnan(read()).all()
+    ctypes.memset(address + 12, 0, 1)
+    with pytest.raises(AssertionError, match="after the output"):
+        read()
+    address, read = memory.output((3,), np.float32)
+    ctypes.memset(address - 1, 0, 1)
+    with pytest.raises(AssertionError, match="before the output"):
+        read()
+
+
+def test_times_are_shown_beside_what_was_asked_for(benchmarks: Any, capsys: Any) -> None:
+    timing = benchmarks.gpu_timing
+    rows = [
+        timing.Row("hyper k=4", (8192, 8192), 1, 10.0, 30.0, 2.2, 3.7),
+        timing.Row("hyper k=4", (8192, 8192), 4, 20.0, 30.0),
+    ]
+    benchmarks.gpu_check.print_times(rows)
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()[2:]
+    ]
+    assert lines == [
+        ["hyper k=4", "8192x8192", "1", "10.0", "30.0", "3.00", "2.2", "3.7"],
+        ["hyper k=4", "8192x8192", "4", "20.0", "30.0", "1.50", "-", "-"],
+    ]
+
+
+def test_a_profile_tells_copies_and_nodes_that_ran_elsewhere(benchmarks: Any) -> None:
+    sessions = benchmarks.gpu_sessions
+    events = [
+        {"name": "session_initialization"},
+        {"name": "a_kernel_time", "args": {"op_name": "HyperMatMul", "provider": sessions.CUDA}},
+        {"name": "b_kernel_time", "args": {"op_name": "HashMatMul", "provider": "CPU"}},
+        {"name": "c_kernel_time", "args": {"op_name": "MemcpyToHost", "provider": sessions.CUDA}},
+        {"name": "d_kernel_time", "args": {"op_name": "Add", "provider": "CPU"}},
+    ]
+    assert sessions.placement(events, sessions.CUDA) == (1, ("b",))
+
+
+def test_sessions_are_compared_with_the_cpu(
+    benchmarks: Any, hyper: Any, emulated: Path, tmp_path: Path
+) -> None:
+    weight = hyper.random_weight(40, 200)
+    model = hyper.make_model("HyperMatMul", weight, (TensorProto.FLOAT, ["batch", 200]))
+    onnx.save(model, tmp_path / "model.onnx")
+    (row,) = benchmarks.gpu_sessions.compare_models(
+        [tmp_path / "model.onnx"], "CPUExecutionProvider", emulated, tmp_path
+    )
+    assert (row.model, row.copies, row.elsewhere) == ("model.onnx", 0, ())
+    assert row.error == 0.0
+    assert row.tokens_per_second > 0
