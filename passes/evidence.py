@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcomp.passes.calibrate import Feed, collect, unobservable
 from onnxcomp.passes.codecs.codec import Stats, WeightSite
 from onnxcomp.passes.goals import has_goal
-from onnxcomp.passes.menus import sensitivity
+from onnxcomp.passes.guesses import guesses
 from onnxcomp.passes.probing import made_up_inputs
 from onnxcomp.passes.samples import SampleSource
 from onnxcomp.passes.sensitivity import measure_sensitivities, spread
@@ -69,11 +69,14 @@ def blended(
     known = [site for site in sites if site.name in measured]
     if not known:
         return {}
-    logs = [math.log(measured[site.name] / sensitivity(site)) for site in known]
-    guesses = {site.name: math.exp(sum(logs) / len(logs)) * sensitivity(site) for site in sites}
+    usual = guesses(sites)
+    logs = [math.log(measured[site.name] / usual[site.name]) for site in known]
+    scale = math.exp(sum(logs) / len(logs))
     return {
-        name: guess if name not in measured else guess**doubt * measured[name] ** (1 - doubt)
-        for name, guess in guesses.items()
+        name: scale * guess
+        if name not in measured
+        else (scale * guess) ** doubt * measured[name] ** (1 - doubt)
+        for name, guess in usual.items()
     }
 
 
@@ -135,8 +138,8 @@ def _scaled(prepared: Prepared, settings: Settings) -> dict[str, float]:
     sites = prepared.sites
     made_up = made_up_inputs(prepared.model, seed=settings.seed)
     measured = measure_sensitivities(prepared.model, sites, made_up)
-    total = sum(sensitivity(site) for site in sites)
-    fallback = {site.name: sensitivity(site) / total for site in sites}
+    usual = guesses(sites)
+    fallback = {name: guess / sum(usual.values()) for name, guess in usual.items()}
     return blended(sites, measured, doubt=1.0) or fallback
 
 

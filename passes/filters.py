@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 from onnxcomp.passes.choices import Candidate
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import WeightSite
+from onnxcomp.passes.guesses import is_filter
 from onnxcomp.passes.menus import Menu, uniform
 
 __all__ = ["MORE_BITS", "ROOM", "with_better_filters"]
@@ -22,12 +22,6 @@ ROOM = 0.015
 
 # Bits that they may have more than others.
 MORE_BITS = 2
-
-_CONVOLUTIONS = ("Conv", "ConvTranspose", "com.microsoft::FusedConv")
-
-
-def _is_filter(site: WeightSite) -> bool:
-    return bool(site.uses) and all(use.op_type in _CONVOLUTIONS for use in site.uses)
 
 
 def with_better_filters(
@@ -44,7 +38,7 @@ def with_better_filters(
     room = ROOM * sum(pick.bytes for pick in picks)
     for index in sorted(range(len(picks)), key=lambda i: (menus[i].site.size, i)):
         pick = picks[index]
-        if pick.site.name in fixed or not _is_filter(pick.site):
+        if pick.site.name in fixed or not is_filter(pick.site):
             continue
         better = _better(menus[index], pick)
         room -= better.bytes - pick.bytes

@@ -16,7 +16,8 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.compiling import reference_file
 from onnxcomp.passes.evidence import gather_evidence
 from onnxcomp.passes.fitting import with_dense
-from onnxcomp.passes.menus import Menu, equal_plans, sensitivity
+from onnxcomp.passes.guesses import guesses
+from onnxcomp.passes.menus import Menu, equal_plans
 from onnxcomp.passes.planner import make_menus, measured_size, prepare
 from onnxcomp.passes.run import Run
 from onnxcomp.passes.samples import SampleSource
@@ -98,6 +99,6 @@ def _equal(menus: Sequence[Menu]) -> Iterator[tuple[str, list[Candidate]]]:
 
 
 def _weight_error(menus: Sequence[Menu], picks: Sequence[Candidate]) -> float:
-    counts = [sensitivity(menu.site) for menu in menus]
+    counts = list(guesses([menu.site for menu in menus]).values())
     noise = sum(n * pick.error**2 for n, pick in zip(counts, picks, strict=True))
     return math.sqrt(noise / sum(counts)) if counts else 0.0

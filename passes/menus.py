@@ -10,6 +10,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.choices import Candidate, Estimate, Estimator, thin_again
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Codec, GradedCodec, Params, WeightSite
+from onnxcomp.passes.guesses import sensitivity
 from onnxcomp.passes.settings import Rule, suggest, typed_params
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "menu",
     "offered_bits",
     "predicted",
-    "sensitivity",
     "uniform",
     "uniform_bits",
 ]
@@ -35,15 +35,8 @@ _RATIOS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 # number depends on the lengths of names and is counted when the skeleton is serialised.
 FRAMING = 768
 
-# How much more than others a weight counts that filters an input of the model. Neighbouring samples
-# of sound and images are much alike, so nearly all of their power is at low frequencies; the error
-# of a weight is white, and in filters of high frequencies it lets this power through, where the
-# result should be small. With all weights of a detector of speech at 5 bits, the filters of its
-# Fourier transform, a fifth of the weights, make 90 % of the noise in its answers.
-_RAW = 16
-
-# Bits that are worth as much: a bit is a factor of four in squared error. One more is taken where
-# the number of bits is not offered.
+# Bits that filters of an input get more, worth about what they count more in `guesses`: a bit is a
+# factor of four in squared error. One more is taken where the number of bits is not offered.
 _RAW_BITS = 3
 
 # Key of a rule that stands for named settings of a codec.
@@ -51,29 +44,6 @@ QUALITY = "quality"
 
 # Relative differences of cost that mean nothing: the errors are expectations.
 NOISE = 0.003
-
-
-def sensitivity(site: WeightSite) -> float:
-    """Weight of a site in the objective where it was not measured.
-
-    A layer whose weight has relative error e, not correlated with its input, has an output with
-    relative error e in the mean, and independent errors add in squares: so the squared relative
-    errors of the weights, each counted this many times, stand for the noise power of the model.
-
-    It is the number of weights, so that every weight counts alike: then a budget that allows
-    equal bits for all is spent on them. Of a table that is only looked up, a token reads one
-    row: its rows do not add up, and it counts at most like the widest layer behind it, four
-    times its length. With a sentence encoder whose table is half of its weights, mean 1 -
-    cosine to the dense embeddings is 0.147 at ratio 10 and 0.326 at 13, against 0.231 and 0.526
-    when tables count in full and 0.183 and 0.359 when all sites count alike; with a small
-    language model, the divergence from the dense distribution is 0.027 nats at ratio 10,
-    against 0.082 when all sites count alike.
-
-    The first convolution of a raw signal counts `_RAW` times: see there.
-    """
-    looked_up = all(use.need == "gather" for use in site.uses)
-    size = min(site.size, 4 * site.length**2) if looked_up else site.size
-    return float(size * (_RAW if site.filters_input else 1))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,8 +54,10 @@ class Menu:
         site: The weight.
         options: Candidates; never empty.
         sensitivity: Noise power of the model's outputs over that of the weight, both relative, as
-            far as known; None for the guess of `sensitivity`.
+            far as known; None for the guess.
         measured: The same as it was measured, to predict by; None where that is `sensitivity`.
+        guess: What stands for it in the objective where it is not known, see `guesses`; None for
+            that of the weight alone.
         price: What a second counts in the objective.
         fastest: Seconds from which on it counts, so that costs are not negative.
     """
@@ -94,6 +66,7 @@ class Menu:
     options: tuple[Candidate, ...]
     sensitivity: float | None = None
     measured: float | None = None
+    guess: float | None = None
     price: float = 0.0
     fastest: float = 0.0
 
@@ -103,9 +76,8 @@ class Menu:
 
     def noise(self, candidate: Candidate) -> float:
         """Noise power that a candidate counts for: ``sensitivity * harm^2``."""
-        known = self.sensitivity
-        factor = sensitivity(self.site) if known is None else known
-        return factor * candidate.harm**2
+        factor = self.guess if self.sensitivity is None else self.sensitivity
+        return (sensitivity(self.site) if factor is None else factor) * candidate.harm**2
 
     def expected_noise(self, candidate: Candidate) -> float:
         """Noise power that a candidate is expected to add to the outputs, relative to theirs."""
@@ -192,6 +164,7 @@ def menu(
     estimator: Estimator = predicted,
     sensitivity: float | None = None,
     measured: float | None = None,
+    guess: float | None = None,
 ) -> Menu:
     """Everything that may be chosen for a site; only to keep it where nothing pays.
 
@@ -203,6 +176,7 @@ def menu(
         estimator: What is expected of settings.
         sensitivity: Of the model's outputs to noise in the weight; None for the usual guess.
         measured: The same as it was measured; None where it was not.
+        guess: What stands for the sensitivity where it is not known.
 
     Raises:
         UsageError: The rule names an unknown codec or parameter.
@@ -235,7 +209,9 @@ def menu(
             reasons.append(f"{codec.name}: {_no_offer(offered, site)}")
     if len(wrong) == len(names):  # what a rule fixes is for one of the codecs; here it is for none
         raise wrong[0]
-    return Menu(site, tuple(found) or (keep(site, "; ".join(reasons)),), sensitivity, measured)
+    return Menu(
+        site, tuple(found) or (keep(site, "; ".join(reasons)),), sensitivity, measured, guess
+    )
 
 
 def _no_offer(offered: Sequence[Candidate], site: WeightSite) -> str:

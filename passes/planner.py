@@ -18,6 +18,7 @@ from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
 from onnxcomp.passes.estimates import Estimates
 from onnxcomp.passes.evidence import Evidence, observed
 from onnxcomp.passes.goals import with_rank
+from onnxcomp.passes.guesses import guesses
 from onnxcomp.passes.menus import Menu, menu
 from onnxcomp.passes.plan import Budget, Plan, SkippedWeight, Source
 from onnxcomp.passes.reasons import explain
@@ -93,6 +94,7 @@ def _menu(
     settings: Settings,
     evidence: Evidence,
     estimates: Estimates,
+    guess: float,
 ) -> Menu:
     """What there is to choose from; half precision last where the rest is to have it."""
     rule = rule_of(site, settings)
@@ -109,6 +111,7 @@ def _menu(
         estimator=chosen,
         sensitivity=evidence.sensitivities.get(site.name),
         measured=evidence.measured.get(site.name),
+        guess=guess,
     )
 
 
@@ -141,10 +144,11 @@ def make_menus(prepared: Prepared, settings: Settings, evidence: Evidence) -> li
     """What there is to choose from for every site, with all that is expected of it."""
     methods = method_names(settings.method, CODECS, stock=settings.stock)
     estimates = Estimates(prepared.model, calibrated=evidence.calibrated, timer=evidence.timing)
+    usual = guesses(prepared.sites)
     found: dict[str, Menu] = {}
     for site, stats in observed(prepared.model, prepared.sites, evidence.feeds):
         estimates.look_at(stats)
-        found[site.name] = _menu(site, methods, settings, evidence, estimates)
+        found[site.name] = _menu(site, methods, settings, evidence, estimates, usual[site.name])
     return [found[site.name] for site in prepared.sites]
 
 

@@ -17,7 +17,8 @@ from onnxcomp.passes.codecs.dense import DenseParams
 from onnxcomp.passes.codecs.hyper import HyperParams
 from onnxcomp.passes.filters import ROOM, with_better_filters
 from onnxcomp.passes.fitting import fit
-from onnxcomp.passes.menus import FRAMING, Menu, keep, menu, sensitivity, uniform
+from onnxcomp.passes.guesses import sensitivity
+from onnxcomp.passes.menus import FRAMING, Menu, keep, menu, uniform
 from onnxcomp.passes.settings import parse_rule
 
 

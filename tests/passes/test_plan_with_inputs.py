@@ -19,7 +19,7 @@ from onnxcomp.passes.codecs.hyper import HyperParams
 from onnxcomp.passes.codecs.moments import output_error
 from onnxcomp.passes.estimates import Estimates, gains
 from onnxcomp.passes.evidence import blended
-from onnxcomp.passes.menus import sensitivity
+from onnxcomp.passes.guesses import sensitivity
 from onnxcomp.passes.planner import prepare
 from onnxcomp.passes.probing import Probe
 from onnxcomp.passes.sensitivity import block_noise, measure_sensitivities
