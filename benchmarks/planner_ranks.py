@@ -61,7 +61,7 @@ def error_ranks(model: Path, plan: Path, judge: Path) -> dict[str, Any]:
     """Noise of the outputs with one weight compressed: expected from other inputs, and measured."""
     work = _prepared(model)
     found = measure_sensitivities(work.model, work.sites, load_inputs(plan, model))
-    sites = [site for site in work.sites if site.name in found]
+    sites = [site for site in work.sites if site.name in found.noise]
     codec = CODECS["hyper"]
     expected, measured = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,9 @@ def error_ranks(model: Path, plan: Path, judge: Path) -> dict[str, Any]:
             weight = read_weight(work.model, site)
             for params in map(HyperParams, _BITS):
                 decoded = codec.decode(site, codec.encode(site, weight, params))
-                expected.append(found[site.name] * codec.predict(site, params) ** 2)
+                error = codec.predict(site, params)
+                noise = found.noise[site.name] * error**2 + found.scale[site.name] * error**4
+                expected.append(noise)
                 measured.append(probe.noise({site: decoded}))
     return {"sites": len(sites), **_rank(np.sqrt(expected), np.sqrt(measured))}
 

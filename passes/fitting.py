@@ -32,7 +32,10 @@ _CLOSE = 400
 
 
 def fit(
-    menus: Sequence[Menu], target: int, size_of: Callable[[Sequence[Candidate]], int]
+    menus: Sequence[Menu],
+    target: int,
+    size_of: Callable[[Sequence[Candidate]], int],
+    others: Sequence[Sequence[Candidate]] = (),
 ) -> tuple[list[Candidate], int]:
     """Candidates whose whole output has at most `target` bytes, as close to it as they come.
 
@@ -45,6 +48,7 @@ def fit(
         menus: One for each site.
         target: Most bytes of the output.
         size_of: Exact bytes of the output written with these candidates.
+        others: Plans that are to be among those compared.
 
     Returns:
         The candidates and the bytes of the output; more than `target` only when no plan
@@ -54,7 +58,7 @@ def fit(
     least = allocate(search.menus, 0)
     search.try_(least)
     search.correct(search.menus, target - (search.best_bytes - _bytes(least)))
-    search.try_equal(menus)
+    search.try_given([*equal_plans(menus), *map(list, others)])
     search.try_few(menus)
     if search.best_bytes <= target:
         search.try_alike()
@@ -119,9 +123,9 @@ class _Search:
             if budget in (fits, exceeds):
                 return
 
-    def try_equal(self, menus: Sequence[Menu]) -> None:
-        """Measure equal settings for all sites, where they could fit and be better."""
-        for picks in equal_plans(menus):
+    def try_given(self, plans: Sequence[list[Candidate]]) -> None:
+        """Measure plans where they could fit and be better."""
+        for picks in plans:
             fits = self.best_bytes <= self._target
             if not fits or (
                 _bytes(picks) <= self._target and self._cost(picks) < self._cost(self.best)

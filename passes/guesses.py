@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from onnxcomp.passes.codecs.codec import WeightSite
@@ -50,12 +51,14 @@ def sensitivity(site: WeightSite) -> float:
 def guesses(sites: Sequence[WeightSite]) -> Mapping[str, float]:
     """Weights of all sites of a model in the objective where they were not measured.
 
-    That of `sensitivity`, but all filters count alike, together as much as before: the layers of a
-    convolutional network follow one another, whatever their size, and the first ones and depthwise
-    ones are small. Measured, noise in a filter does as much harm whatever the number of its
-    weights.
+    That of `sensitivity`, but filters count as the root of the number of their weights, together as
+    much as before: the layers of a convolutional network follow one another, whatever their size,
+    and the first ones and depthwise ones are small. Measured noise of the outputs hardly grows with
+    that number (powers of -0.1 and 0.15 in ResNet20 and SqueezeNet); the root is half way from
+    there to equal bits for all, which are safe.
     """
-    alone = {site.name: sensitivity(site) for site in sites}
+    found = {site.name: sensitivity(site) for site in sites}
     filters = [site.name for site in sites if is_filter(site) and not site.filters_input]
-    mean = sum(alone[name] for name in filters) / max(1, len(filters))
-    return alone | dict.fromkeys(filters, mean)
+    roots = {name: math.sqrt(found[name]) for name in filters}
+    scale = sum(found[name] for name in filters) / max(1.0, sum(roots.values()))
+    return found | {name: scale * root for name, root in roots.items()}

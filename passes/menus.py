@@ -56,6 +56,8 @@ class Menu:
         sensitivity: Noise power of the model's outputs over that of the weight, both relative, as
             far as known; None for the guess.
         measured: The same as it was measured, to predict by; None where that is `sensitivity`.
+        scale: Noise power of the outputs over the square of a relative change of the weight's
+            scale; None where that was not measured.
         guess: What stands for it in the objective where it is not known, see `guesses`; None for
             that of the weight alone.
         price: What a second counts in the objective.
@@ -66,6 +68,7 @@ class Menu:
     options: tuple[Candidate, ...]
     sensitivity: float | None = None
     measured: float | None = None
+    scale: float | None = None
     guess: float | None = None
     price: float = 0.0
     fastest: float = 0.0
@@ -75,13 +78,19 @@ class Menu:
         return dataclasses.replace(self, options=tuple(options))
 
     def noise(self, candidate: Candidate) -> float:
-        """Noise power that a candidate counts for: ``sensitivity * harm^2``."""
+        """Noise power that a candidate counts for: ``sensitivity * harm^2 + scale * harm^4``."""
         factor = self.guess if self.sensitivity is None else self.sensitivity
-        return (sensitivity(self.site) if factor is None else factor) * candidate.harm**2
+        factor = sensitivity(self.site) if factor is None else factor
+        return factor * candidate.harm**2 + self._shrinking(candidate)
 
     def expected_noise(self, candidate: Candidate) -> float:
         """Noise power that a candidate is expected to add to the outputs, relative to theirs."""
-        return (self.measured or self.sensitivity or 0.0) * candidate.harm**2
+        known = self.measured or self.sensitivity or 0.0
+        return known * candidate.harm**2 + self._shrinking(candidate)
+
+    def _shrinking(self, candidate: Candidate) -> float:
+        """What it does that codes are means: a weight with error e is shorter by e^2."""
+        return (self.scale or 0.0) * candidate.harm**4
 
     def cost_of(self, candidate: Candidate) -> float:
         """Objective of a candidate: its noise, and its time at the price of time."""
@@ -164,6 +173,7 @@ def menu(
     estimator: Estimator = predicted,
     sensitivity: float | None = None,
     measured: float | None = None,
+    scale: float | None = None,
     guess: float | None = None,
 ) -> Menu:
     """Everything that may be chosen for a site; only to keep it where nothing pays.
@@ -176,6 +186,7 @@ def menu(
         estimator: What is expected of settings.
         sensitivity: Of the model's outputs to noise in the weight; None for the usual guess.
         measured: The same as it was measured; None where it was not.
+        scale: Of the model's outputs to the scale of the weight; None where it was not measured.
         guess: What stands for the sensitivity where it is not known.
 
     Raises:
@@ -209,9 +220,8 @@ def menu(
             reasons.append(f"{codec.name}: {_no_offer(offered, site)}")
     if len(wrong) == len(names):  # what a rule fixes is for one of the codecs; here it is for none
         raise wrong[0]
-    return Menu(
-        site, tuple(found) or (keep(site, "; ".join(reasons)),), sensitivity, measured, guess
-    )
+    options = tuple(found) or (keep(site, "; ".join(reasons)),)
+    return Menu(site, options, sensitivity, measured, scale, guess)
 
 
 def _no_offer(offered: Sequence[Candidate], site: WeightSite) -> str:

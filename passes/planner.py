@@ -111,6 +111,7 @@ def _menu(
         estimator=chosen,
         sensitivity=evidence.sensitivities.get(site.name),
         measured=evidence.measured.get(site.name),
+        scale=evidence.scale.get(site.name),
         guess=guess,
     )
 

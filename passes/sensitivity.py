@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from onnxcomp.passes.codecs.codec import Array, WeightSite
 from onnxcomp.passes.probing import Probe
 from onnxcomp.passes.sites import read_weight
 
-__all__ = ["block_noise", "measure_sensitivities", "spread"]
+__all__ = ["Sensitivities", "block_noise", "measure_sensitivities", "spread"]
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +36,49 @@ _SMALL = 1 << 13
 # is not linear in the error shows as it will.
 _NOISE = 0.1
 
+# Relative change of the scale of a weight.
+_SHRUNK = 0.1
+
 # Weights that share a scale in block formats.
 _BLOCK = 128
 
 # Bytes of dense weights above which a model is not opened for this.
 _LARGEST = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sensitivities:
+    """What the outputs suffer from each weight, by its name; nothing where that is not known.
+
+    Attributes:
+        noise: Relative noise power of the outputs over that of noise in the weight.
+        scale: The same over the square of a relative change of the weight's scale. Codes of few
+            bits are means of what they stand for, and shorter: by the square of their error.
+        draws: `noise` by parts of the inputs.
+    """
+
+    noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    draws: Sequence[Mapping[str, float]] = ()
+
+    def chance(self, usual: Mapping[str, float]) -> float:
+        """How much of the differences between weights is chance, 0 to 1.
+
+        Differences are those of logarithms to what is expected of each weight; by as much as two
+        parts of the inputs disagree, their mean is uncertain.
+
+        Args:
+            usual: What is expected of each weight without inputs, up to a factor.
+        """
+        if len(self.draws) != 2:
+            return 0.0
+        first, second = self.draws
+        names = [n for n in self.noise if first.get(n, 0.0) > 0.0 and second.get(n, 0.0) > 0.0]
+        if len(names) < 2:
+            return 0.0
+        apart = np.var([math.log(first[name] / second[name]) for name in names], ddof=1) / 4
+        told = np.var([math.log(self.noise[name] / usual[name]) for name in names], ddof=1)
+        return min(1.0, float(apart / told)) if told > 0.0 else 1.0
 
 
 def block_noise(weight: Array, rng: np.random.Generator, relative: float = _NOISE) -> Array:
@@ -69,8 +109,8 @@ def spread(feeds: Sequence[Feed], count: int) -> list[Feed]:
 
 def measure_sensitivities(
     model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed]
-) -> Mapping[str, float]:
-    """Relative noise power of the outputs over relative noise power of each weight.
+) -> Sensitivities:
+    """What noise in each weight, and a smaller weight, do to the outputs.
 
     Args:
         model: The canonical model; only read.
@@ -78,27 +118,40 @@ def measure_sensitivities(
         feeds: Inputs by name.
 
     Returns:
-        Numbers by name of the weight. Weights that no output depends on with these inputs are left
-        out, as are all of a model that cannot be run with changed weights.
+        Numbers without weights that no output depends on with these inputs, and without all those
+        of a model that cannot be run with changed weights.
     """
     if not sites or sum(site.nbytes for site in sites) > _LARGEST:
-        return {}
-    rng = np.random.default_rng(0)
-    found: dict[str, float] = {}
+        return Sensitivities()
     with tempfile.TemporaryDirectory() as folder:
         try:
             small = sum(array.size for array in feeds[0].values()) <= _SMALL
             chosen = spread(feeds, _SMALL_FEEDS if small else _FEEDS)
             probe = Probe(model, sites, chosen, Path(folder))
-            draws = min(_DRAWS, len(chosen))
-            for site in sites:
-                total = 0.0
-                for draw in range(draws):
-                    weight = block_noise(read_weight(model, site), rng)
-                    total += probe.noise({site: weight}, inputs=slice(draw, None, draws))
-                found[site.name] = total / draws / _NOISE**2
+            found = _measured(model, sites, probe, min(_DRAWS, len(chosen)))
         except ModelError as error:
             log.warning("sensitivities are not measured: %s", error.message)
-            return {}
-    log.info("sensitivities: %s", {name: float(f"{value:.3g}") for name, value in found.items()})
-    return {name: value for name, value in found.items() if 0.0 < value < float("inf")}
+            return Sensitivities()
+    log.info("sensitivities: %s", {n: float(f"{v:.3g}") for n, v in found.noise.items()})
+    return found
+
+
+def _measured(
+    model: ir.Model, sites: Sequence[WeightSite], probe: Probe, draws: int
+) -> Sensitivities:
+    rng = np.random.default_rng(0)
+    parts: list[dict[str, float]] = [{} for _ in range(draws)]
+    scale: dict[str, float] = {}
+    for site in sites:
+        weight = read_weight(model, site)
+        for draw, part in enumerate(parts):
+            noisy = {site: block_noise(weight, rng)}
+            part[site.name] = probe.noise(noisy, inputs=slice(draw, None, draws)) / _NOISE**2
+        smaller = {site: weight * np.float32(1.0 - _SHRUNK)}
+        scale[site.name] = probe.noise(smaller, inputs=slice(0, None, draws)) / _SHRUNK**2
+    noise = {site.name: sum(part[site.name] for part in parts) / draws for site in sites}
+    kept = [name for name, value in noise.items() if 0.0 < value < math.inf]
+    kept = [name for name in kept if math.isfinite(scale[name])]
+    return Sensitivities(
+        {name: noise[name] for name in kept}, {name: scale[name] for name in kept}, parts
+    )

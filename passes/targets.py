@@ -13,7 +13,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Use, WeightSite
 from onnxcomp.passes.filters import with_better_filters
 from onnxcomp.passes.fitting import fit, with_dense
-from onnxcomp.passes.menus import Menu, keep, uniform, uniform_bits
+from onnxcomp.passes.menus import Menu, keep, offered_bits, uniform, uniform_bits
 from onnxcomp.passes.plan import Budget
 from onnxcomp.passes.settings import Rule, Settings, match_rule, method_names
 
@@ -118,17 +118,38 @@ def _chosen(
     menus: Sequence[Menu], budget: Budget, settings: Settings, size_of: SizeOf
 ) -> tuple[list[Candidate], int]:
     if budget.bytes is not None:
-        return fit(menus, budget.bytes, size_of)
+        return fit(menus, budget.bytes, size_of, _plans_of_bits(menus, settings))
     if budget.max_error is not None and budget.bits is None:
         picks = smallest_within(menus, budget.max_error)
         return _worth_it(picks, size_of(picks), size_of)
     bits = budget.bits or DEFAULT_BITS
     _check_bits(bits, method_names(settings.method, CODECS, stock=settings.stock))
+    picks = _of_bits(menus, bits, settings)
+    return _worth_it(picks, size_of(picks), size_of)
+
+
+def _of_bits(menus: Sequence[Menu], bits: int, settings: Settings) -> list[Candidate]:
+    """A number of bits for all weights, more for filters that need them."""
     fixed = {menu.site.name: _fixed_bits(menu, settings) for menu in menus}
     wanted = [fixed[menu.site.name] or uniform_bits(menu, bits) for menu in menus]
     picks = [uniform(menu, own) for menu, own in zip(menus, wanted, strict=True)]
-    picks = with_better_filters(menus, picks, [name for name, own in fixed.items() if own])
-    return _worth_it(picks, size_of(picks), size_of)
+    return with_better_filters(menus, picks, [name for name, own in fixed.items() if own])
+
+
+def _only(menu: Menu, codec: str) -> Menu:
+    """The menu with the options of one codec, or all where that has none."""
+    options = [candidate for candidate in menu.options if candidate.codec == codec]
+    return menu.with_options(options) if options else menu
+
+
+def _plans_of_bits(menus: Sequence[Menu], settings: Settings) -> list[list[Candidate]]:
+    """What a run with each number of bits would do, for each codec that counts in bits."""
+    names = dict.fromkeys(c.codec for menu in menus for c in menu.options if not c.reason)
+    return [
+        _of_bits([_only(menu, name) for menu in menus], bits, settings)
+        for name in names
+        for bits in offered_bits(menus, name)
+    ]
 
 
 def smallest_within(menus: Sequence[Menu], max_error: float) -> list[Candidate]:

@@ -115,13 +115,14 @@ def test_a_probe_computes_with_other_weights_also_in_subgraphs(model: Path, tmp_
 def test_sensitivities_tell_strong_paths_from_weak_ones(model: Path) -> None:
     prepared = prepare(read(model), Settings())
     found = measure_sensitivities(prepared.model, prepared.sites, feeds(yes=True))
-    assert found["a"] == pytest.approx(0.5, abs=0.1)
-    assert found["b"] == pytest.approx(0.5e-4, rel=0.3)
+    assert found.noise["a"] == pytest.approx(0.5, abs=0.1)
+    assert found.noise["b"] == pytest.approx(0.5e-4, rel=0.3)
+    assert found.scale["a"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_weight_that_the_inputs_do_not_reach_counts_as_usual(model: Path) -> None:
     prepared = prepare(read(model), Settings())
-    found = measure_sensitivities(prepared.model, prepared.sites, feeds(yes=False))
+    found = measure_sensitivities(prepared.model, prepared.sites, feeds(yes=False)).noise
     assert found.keys() == {"a", "b"}
     complete = blended(prepared.sites, found)
     (inside,) = complete.keys() - {"a", "b"}
