@@ -5,7 +5,8 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from onnxcomp.errors import UsageError
@@ -17,9 +18,11 @@ from onnxcomp.passes.codecs.dense import DenseParams
 from onnxcomp.passes.codecs.hyper import HyperParams
 from onnxcomp.passes.filters import ROOM, with_better_filters
 from onnxcomp.passes.fitting import fit
-from onnxcomp.passes.guesses import sensitivity
-from onnxcomp.passes.menus import FRAMING, Menu, keep, menu, uniform
-from onnxcomp.passes.settings import parse_rule
+from onnxcomp.passes.guesses import guesses, sensitivity
+from onnxcomp.passes.menus import FRAMING, NOISE, Menu, keep, menu, uniform
+from onnxcomp.passes.plan import Budget
+from onnxcomp.passes.settings import Settings, parse_rule
+from onnxcomp.passes.targets import choose
 
 
 def site(name: str = "w", rows: int = 256, length: int = 512, need: str = "matmul") -> WeightSite:
@@ -116,7 +119,7 @@ def toy(index: int, points: Sequence[tuple[int, float]]) -> Menu:
 points = st.lists(st.tuples(st.integers(1, 60), st.floats(0.0, 1.0)), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=200)
+@examples(deadline=None, max_examples=200)
 @given(st.lists(points, min_size=1, max_size=4), st.integers(0, 200))
 def test_allocations_stay_in_their_budget_and_near_the_best(
     offers: list[list[tuple[int, float]]], budget: int
@@ -147,6 +150,17 @@ def test_weights_count_alike_but_for_tables_that_are_only_looked_up() -> None:
     tied = site(rows=30_000, length=384, need="gather")
     tied = dataclasses.replace(tied, uses=(*tied.uses, Use("head", "MatMul", 1, "matmul")))
     assert sensitivity(tied) == 30_000 * 384
+
+
+def test_filters_count_by_the_root_of_their_size_and_together_as_before() -> None:
+    sites = [m.site for m in filters((64, 64), (256, 64), (256, 256))]
+    product = site("w", 512, 512)
+    found = guesses([*sites, product])
+    assert found["w"] == sensitivity(product)
+    assert found["f2"] == pytest.approx(2 * found["f1"]) == pytest.approx(4 * found["f0"])
+    assert sum(found[s.name] for s in sites) == pytest.approx(sum(s.size for s in sites))
+    raw = dataclasses.replace(sites[0], name="raw", filters_input=True)
+    assert guesses([*sites, raw])["raw"] == sensitivity(raw) > sensitivity(sites[0])
 
 
 def test_a_large_table_gets_fewer_bits_than_the_layers_behind_it() -> None:
@@ -197,6 +211,19 @@ def test_a_generous_target_leaves_weights_dense() -> None:
     picks, total = fit(menus, 10_000_000, lambda p: size(p))
     assert all(c.codec == "dense" and c.reason for c in picks)
     assert total == sum(m.site.nbytes for m in menus)
+
+
+def test_a_fit_is_not_worse_than_the_plan_of_a_number_of_bits() -> None:
+    """A frame that grows with every other setting: the best plans by bytes alone do not fit."""
+    menus = filters((64, 32), (512, 512), (256, 128), (512, 1024))
+
+    def size_of(picks: Sequence[Candidate]) -> int:
+        return size(picks) + 9000 * len({c.params for c in picks})
+
+    equal, total = choose(menus, Budget(bits=4), Settings(), size_of)
+    found, found_total = choose(menus, Budget(bytes=total), Settings(), size_of)
+    assert found_total <= total
+    assert cost(found) <= cost(equal) * (1 + NOISE)
 
 
 def test_what_is_kept_stays_kept_in_a_fit() -> None:

@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 import onnxcomp as oc
 from onnxcomp.cli.app import main
 from onnxcomp.cli.plots import scatter
+from onnxcomp.passes import menus
 from onnxcomp.passes.choices import Estimate
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.codec import Array, Stats
@@ -22,7 +23,7 @@ from onnxcomp.passes.evidence import blended
 from onnxcomp.passes.guesses import sensitivity
 from onnxcomp.passes.planner import prepare
 from onnxcomp.passes.probing import Probe
-from onnxcomp.passes.sensitivity import block_noise, measure_sensitivities
+from onnxcomp.passes.sensitivity import Sensitivities, block_noise, measure_sensitivities
 from onnxcomp.passes.settings import Settings
 from onnxcomp.passes.sites import read_weight
 from onnxcomp.passes.source import read
@@ -118,6 +119,26 @@ def test_sensitivities_tell_strong_paths_from_weak_ones(model: Path) -> None:
     assert found.noise["a"] == pytest.approx(0.5, abs=0.1)
     assert found.noise["b"] == pytest.approx(0.5e-4, rel=0.3)
     assert found.scale["a"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_what_parts_of_the_inputs_disagree_about_is_chance() -> None:
+    usual = {"a": 1.0, "b": 1.0, "c": 1.0}
+    true = {"a": 1.0, "b": 4.0, "c": 16.0}
+    sure = Sensitivities(true, {}, [true, true])
+    assert sure.chance(usual) == 0.0
+    assert sure.chance(true) == 1.0  # there is nothing to tell apart
+    unsure = Sensitivities(true, {}, [{**true, "a": 4.0}, {**true, "a": 0.25}])
+    assert 0.0 < unsure.chance(usual) < 1.0
+    opposite = Sensitivities(usual, {}, [true, {name: 1 / v for name, v in true.items()}])
+    assert opposite.chance(usual) == 1.0
+
+
+def test_codes_of_few_bits_count_for_being_shorter(model: Path) -> None:
+    site = prepare(read(model), Settings()).sites[0]
+    menu = menus.menu(site, ["hyper"], sensitivity=0.5, measured=0.5, scale=2.0)
+    for candidate in menu.options:
+        squared = candidate.error**2
+        assert menu.expected_noise(candidate) == pytest.approx(0.5 * squared + 2.0 * squared**2)
 
 
 def test_a_weight_that_the_inputs_do_not_reach_counts_as_usual(model: Path) -> None:
