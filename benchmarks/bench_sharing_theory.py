@@ -5,8 +5,8 @@
 A linear model of 1,024 weights is fitted to 4,096 inputs with m trained numbers: as a memory of m
 entries which every weight is a signed copy of (the map `fold`, but with slots of one entry), as the
 m weights that are largest times the deviation of their inputs, and as m weights drawn at random;
-all fitted anew by least squares. The error is that of the outputs, relative. Inputs are white, correlated (they lie
-near a space of 32 dimensions), or of few strong features (standard deviation 1 / i). The second
+all fitted anew by least squares. The error is that of the outputs, relative. Inputs are white,
+correlated (near a space of 32 dimensions), or of few strong features (deviation 1 / i). The second
 table has the spread of the inner product of two vectors after hashing, beside what the theory says:
 ``(|x|^2 |y|^2 + (xy)^2 - 2 sum x_i^2 y_i^2) / m`` for independent places.
 """
