@@ -97,6 +97,9 @@ _PLAN_OPTIONS = (
     ),
     click.option("--detect-sharing", is_flag=True, help="Store weights whose values repeat in the "
                  "same order by those values; they keep their bits."),
+    click.option("--distill", type=click.IntRange(0), default=0, metavar="N", help="Train what "
+                 "weights share (--method hash) for N steps towards MODEL's outputs on --data; "
+                 "needs torch."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of random choices."),
 )  # fmt: skip
 

@@ -98,7 +98,7 @@ def _cells(site: SiteReport, planned: Choice | None) -> tuple[str, ...]:
 def _rivalled(codec: str) -> bool:
     """Whether a codec is compared with another one, weight by weight."""
     from onnxcomp.passes.codecs import CODECS
-    from onnxcomp.passes.codecs.codec import RivalledCodec
+    from onnxcomp.passes.codecs.abilities import RivalledCodec
 
     return isinstance(CODECS.get(codec), RivalledCodec)
 

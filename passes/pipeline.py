@@ -84,6 +84,7 @@ def optimize(
     prune_score: PruneScore | None = None,
     prune_caches: bool | None = None,
     detect_sharing: bool = False,
+    distill: int = 0,
     jobs: int | None = None,
     cache: PathLike | None = None,
     verify: bool = True,
@@ -135,6 +136,8 @@ def optimize(
         prune_caches: Whether inputs and outputs that hold a KV cache may shrink.
         detect_sharing: Whether weights whose values repeat in the same order, such as folded ones
             that were trained to share, are stored by those values; they keep their bits.
+        distill: Steps of a short training of values that weights share (method "hash"), towards
+            the outputs of the dense model on `data`; needs torch.
         jobs: Threads; None for all processors. The bytes do not depend on it.
         cache: Folder of payloads of earlier runs.
         verify: Whether the result is run and compared.
@@ -169,7 +172,7 @@ def optimize(
         precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
         portable=portable, seed=seed, stock=stock, rest=rest, prune_ratio=prune_ratio,
         target_flops=target_flops, prune_score=prune_score, prune_caches=prune_caches,
-        detect_sharing=detect_sharing,
+        detect_sharing=detect_sharing, distill=distill,
     )  # fmt: skip
     check_calibration(calibration)
     run = Run(
@@ -223,6 +226,7 @@ def plan(
     prune_score: PruneScore | None = None,
     prune_caches: bool | None = None,
     detect_sharing: bool = False,
+    distill: int = 0,
     data: Any = None,
     calibration: CalibrationMode = "sequential",
 ) -> Plan:
@@ -242,7 +246,7 @@ def plan(
         precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
         portable=portable, seed=seed, stock=stock, rest=rest, prune_ratio=prune_ratio,
         target_flops=target_flops, prune_score=prune_score, prune_caches=prune_caches,
-        detect_sharing=detect_sharing,
+        detect_sharing=detect_sharing, distill=distill,
     )  # fmt: skip
     check_calibration(calibration)
     return plan_model(model, settings, Run(jobs=1, data=data, calibration=calibration))

@@ -12,6 +12,7 @@ from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.calibrated import Samples
 from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs.codec import FactoredCodec
+from onnxcomp.passes.distill import distilled
 from onnxcomp.passes.encode import Encoded, Progress, encode
 from onnxcomp.passes.factored import has_place
 from onnxcomp.passes.graph import Saved, save
@@ -88,6 +89,9 @@ def write(
             folder=path.parent,
             samples=samples,
         )
+    if plan.settings.distill:
+        with stage("distill"):
+            encoded = distilled(model, encoded, plan, samples, path.parent)
     with stage("write"):
         placements = [item.placement for item in encoded if item.placement is not None]
         found = spectra(model, placements)

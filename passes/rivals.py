@@ -13,12 +13,12 @@ import logging
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.choices import Choice
 from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.abilities import RivalledCodec
 from onnxcomp.passes.codecs.codec import (
     Array,
     CalibratedCodec,
     Codec,
     Params,
-    RivalledCodec,
     Stats,
     WeightSite,
 )

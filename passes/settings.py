@@ -269,6 +269,7 @@ class Settings:
         prune_score: What decides which channels go; None for the default.
         prune_caches: Whether inputs and outputs that hold a cache may shrink.
         detect_sharing: Whether dense weights are searched for values that repeat.
+        distill: Steps of training of values that weights share, towards the dense model's outputs.
         divide: Whether pruning takes the share of the budget with which least is lost.
     """
 
@@ -295,6 +296,7 @@ class Settings:
     prune_score: PruneScore | None = None
     prune_caches: bool | None = None
     detect_sharing: bool = False
+    distill: int = 0
     divide: bool | None = None
 
     def __post_init__(self) -> None:
@@ -307,6 +309,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name} is {value}", hint="it must be positive")
+        if self.distill < 0:
+            raise UsageError(f"distill is {self.distill}", hint="it is a number of steps")
         if self.min_size < 0:
             raise UsageError(f"min_size is {self.min_size}", hint="it must not be negative")
         _one_of("mode", self.mode, MODES)

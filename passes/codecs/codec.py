@@ -40,7 +40,6 @@ __all__ = [
     "Params",
     "Payload",
     "RankedCodec",
-    "RivalledCodec",
     "SpectralCodec",
     "Stats",
     "TensorLayout",
@@ -479,18 +478,3 @@ class AnchoredCodec(CalibratedCodec, Protocol):
     """
 
     anchored: ClassVar[Literal[True]]
-
-
-@runtime_checkable
-class RivalledCodec(Codec, Protocol):
-    """A codec that is mostly worse than another one at equal bytes, and says by how much.
-
-    Attributes:
-        rival: Name of the other codec.
-    """
-
-    rival: ClassVar[str]
-
-    def limit(self, params: Params) -> float:
-        """Relative error of products above which a weight stays dense."""
-        ...

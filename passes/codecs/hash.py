@@ -15,7 +15,8 @@ import numpy as np
 import onnx
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs import hash_projection
+from onnxcomp.passes.codecs import hash_format, hash_projection
+from onnxcomp.passes.codecs.abilities import SharedValues
 from onnxcomp.passes.codecs.codec import (
     Array,
     Attribute,
@@ -316,15 +317,47 @@ class HashCodec:
             tensors["codes"] = codes
         return Payload(tensors, self.shared(site, p), self.attributes(site, p))
 
+    def shared_values(self, site: WeightSite, payload: Payload) -> SharedValues:
+        """Entries of the memory, and which of them every weight is."""
+        memory, geometry, sharing = self._read(site, payload)
+        codes = _codes_of(payload)
+        places = hash_format.places(geometry, sharing, len(memory), codes)
+        signs = hash_format.chunk_signs(geometry, sharing, codes)
+        entries = places[..., None] * geometry.chunk + np.arange(geometry.chunk)
+        matrices = [
+            hash_format.to_matrix(array, geometry)
+            for array in (entries, np.broadcast_to(signs[..., None], entries.shape))
+        ]
+        index, factors = ((m.T if site.transposed else m).reshape(-1) for m in matrices)
+        values = memory.astype(np.float32).reshape(-1) * payload.tensors["scale"][0]
+        return SharedValues(
+            site.name,
+            site.shape,
+            values,
+            np.ascontiguousarray(index),
+            np.ascontiguousarray(factors),
+        )
+
+    def with_values(
+        self, site: WeightSite, params: Params, payload: Payload, values: Array
+    ) -> Payload:
+        """The same with another memory."""
+        p = HashParams.of(params)
+        return self._payload(site, p, values.reshape(-1, p.chunk), _codes_of(payload))
+
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """Expand to ``(rows, length)`` float32."""
-        memory, scale = _memory_of(payload), payload.tensors["scale"]
+        memory, geometry, sharing = self._read(site, payload)
+        return expand(memory, payload.tensors["scale"], geometry, sharing, _codes_of(payload))
+
+    def _read(self, site: WeightSite, payload: Payload) -> tuple[Array, Geometry, Sharing]:
+        """Memory, sizes and map of a payload."""
+        memory = _memory_of(payload)
         keys = [key for key in payload.shared if key.startswith("hash.map.")]
         if len(keys) != 1 or memory.ndim != 2 or memory.shape[1] not in CHUNKS or not len(memory):
             raise ValueError(f"memory {memory.shape} and {len(keys)} maps do not fit")
         geometry = Geometry(site.rows, site.length, memory.shape[1])
-        sharing = Sharing.of(payload.shared[keys[0]])
-        return expand(memory, scale, geometry, sharing, _codes_of(payload))
+        return memory, geometry, Sharing.of(payload.shared[keys[0]])
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:
         """Products and look-ups where the site has such uses; the dense weight always."""
