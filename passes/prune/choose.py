@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from onnxcomp.passes.prune.obs import Surgeon, damping
 from onnxcomp.passes.prune.select import Step, clusters, floor_of, greedy, merge, step_size
 from onnxcomp.passes.settings import PruneScore
 
-__all__ = ["by_obs", "by_rank", "removed"]
+__all__ = ["Numerical", "by_obs", "by_rank", "removed"]
 
 
 def by_obs(
@@ -65,6 +66,22 @@ def by_obs(
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Numerical:
+    """How the score `numerical` is read.
+
+    Attributes:
+        damp: Added to the diagonal of the mask problem, as a share of its mean.
+        steps: Newton steps; 0 for the closed form, which they equal.
+        heads: Whether the published weight of heads multiplies their scores ("score"), or heads
+            are as dear as the parameters they hold and compare by their scores alone ("cost").
+    """
+
+    damp: float = scores.DAMP
+    steps: int = 0
+    heads: Literal["score", "cost"] = "score"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Ranked:
     """Candidates of a group in the order in which they go."""
 
@@ -81,6 +98,7 @@ def by_rank(
     ledger: Ledger,
     share: float,
     score: PruneScore,
+    reading: Numerical | None = None,
     *,
     uniform: bool,
     least: float,
@@ -91,9 +109,11 @@ def by_rank(
     Scores of `flap` are standardised in each group; those of `numerical` are masks, which compare
     across products as they are, with the published weight on heads.
     """
-    columns = {c.name: _columns(c, seen.get(c.name), score, share) for c in consumers}
+    how = reading or Numerical()
+    columns = {c.name: _columns(c, seen.get(c.name), score, share, how) for c in consumers}
+    weigh = score == "numerical" and how.heads == "score"
     ranked = [
-        _ranked(analysis, group, consumers, columns, score, step_size(group, round_to))
+        _ranked(analysis, group, consumers, columns, score, step_size(group, round_to), weigh=weigh)
         for group in groups
         if group.kind != "inner"
     ]
@@ -118,7 +138,9 @@ def by_rank(
     return taken
 
 
-def _columns(consumer: Consumer, sums: Sums | None, score: PruneScore, share: float) -> Array:
+def _columns(
+    consumer: Consumer, sums: Sums | None, score: PruneScore, share: float, how: Numerical
+) -> Array:
     """Score of each column of a product."""
     tensor = consumer.weight.const_value
     assert tensor is not None
@@ -129,7 +151,7 @@ def _columns(consumer: Consumer, sums: Sums | None, score: PruneScore, share: fl
         return scores.wanda(weight, sums.gram)
     if score == "flap":
         return scores.flap(weight, sums.gram, sums.mean)
-    return scores.numerical(weight, sums.gram, share)
+    return scores.numerical(weight, sums.gram, share, damp=how.damp, steps=how.steps)
 
 
 def _ranked(
@@ -139,6 +161,8 @@ def _ranked(
     columns: Mapping[str, Array],
     score: PruneScore,
     width: int,
+    *,
+    weigh: bool,
 ) -> _Ranked:
     candidates = group.slots[0]
     totals = np.zeros(len(candidates))
@@ -154,7 +178,7 @@ def _ranked(
         totals = _norms(analysis, group)
     if score in ("numerical", "flap"):
         totals = totals / np.maximum(counts, 1)
-    if score == "numerical" and group.kind == "heads":
+    if weigh and group.kind == "heads":
         totals = totals * _head_weight(analysis, group)
     order = np.argsort(totals, kind="stable")
     steps, values = [], []

@@ -16,6 +16,9 @@ from onnxcomp.passes.prune.probe import Probe
 
 __all__ = ["Cost", "Ledger", "measure"]
 
+# Operators of attention on queries, keys and values, and where each reads a cache of keys.
+_ATTENTION = {"MultiHeadAttention": 6, "Attention": 4, "GroupQueryAttention": 3}
+
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "FusedConv", "Attention")
 
 
@@ -68,8 +71,19 @@ def _flops(node: ir.Node, seen: Probe) -> int:
     if node.op_type == "ConvTranspose" and right:
         return int(2 * np.prod(left) * np.prod(right[1:]))
     if node.op_type == "Attention" and node.domain == "com.microsoft" and right:
-        return int(2 * np.prod(left[:-1]) * np.prod(right))
+        scores = 2 * left[-2] * np.prod(left[:-1]) * right[-1] * 2 // 3
+        return int(2 * np.prod(left[:-1]) * np.prod(right) + scores)
+    if node.op_type in _ATTENTION and left and right:
+        keys = right[-2] + _past(node, seen)
+        return int(2 * keys * (np.prod(left) + np.prod(out)))
     return 0
+
+
+def _past(node: ir.Node, seen: Probe) -> int:
+    """Steps in the cache of keys that an attention operator reads."""
+    index = _ATTENTION[node.op_type]
+    past = _shape(seen, node.inputs[index] if len(node.inputs) > index else None)
+    return past[-2] if len(past) == 4 else 0
 
 
 def _cache_bytes(model: ir.Model) -> int:

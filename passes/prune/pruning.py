@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.calibrate import Feed
 from onnxcomp.passes.prune.axes import Analysis, analyse
-from onnxcomp.passes.prune.choose import by_obs, by_rank, removed
+from onnxcomp.passes.prune.choose import Numerical, by_obs, by_rank, removed
 from onnxcomp.passes.prune.compensate import Sums
 from onnxcomp.passes.prune.consumers import Consumer, find_consumers
 from onnxcomp.passes.prune.cost import Ledger, measure
@@ -51,6 +51,7 @@ class PruneOptions:
         allocation: "knapsack" for one budget over all layers, "uniform" for the same share of
             each; "auto" is what goes with the score.
         compensate: "fit" to fit what stays, "bias" for biases only, "none".
+        numerical: How the score of this name is read.
         least: Share of each group that always stays.
         round_to: Groups of 64 channels or more lose this many at a time.
         caches: Whether inputs and outputs that hold a cache may shrink.
@@ -64,6 +65,7 @@ class PruneOptions:
     score: PruneScore = "obs"
     allocation: Literal["auto", "knapsack", "uniform"] = "auto"
     compensate: Literal["fit", "bias", "none"] = "fit"
+    numerical: Numerical = Numerical()  # noqa: RUF009
     least: float = 0.1
     round_to: int = 8
     caches: bool = True
@@ -202,7 +204,7 @@ def _choose(
     )
     score: PruneScore = options.score if feeds else "magnitude"
     return by_rank(
-        analysis, groups.groups, needed, found, ledger, share, score,
+        analysis, groups.groups, needed, found, ledger, share, score, options.numerical,
         uniform=uniform, least=options.least, round_to=options.round_to,
     )  # fmt: skip
 

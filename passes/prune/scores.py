@@ -45,7 +45,9 @@ def mask_matrix(weight: Array, gram: Array, damp: float = DAMP) -> Array:
     return np.asarray(matrix + damp * max(scale, 1e-30) * np.eye(len(matrix)))
 
 
-def numerical(weight: Array, gram: Array, ratio: float, *, damp: float = DAMP) -> Array:
+def numerical(
+    weight: Array, gram: Array, ratio: float, *, damp: float = DAMP, steps: int = 0
+) -> Array:
     """The relaxed mask of the smallest loss: one Newton step, in closed form.
 
     The objective ``(1-z)^T A (1-z) / 2 + l (1^T z - (1-p) D)^2 / 2`` is quadratic, so one step
@@ -56,12 +58,15 @@ def numerical(weight: Array, gram: Array, ratio: float, *, damp: float = DAMP) -
         gram: float64 ``(D, D)``.
         ratio: Share p of the columns that is to go.
         damp: See `mask_matrix`.
+        steps: Newton steps as published, in the place of the closed form; 0 for that.
 
     Returns:
         z, float64 ``(D,)``; it may leave [0, 1].
     """
     matrix = mask_matrix(weight, gram, damp)
     penalty = PENALTY * float(np.trace(matrix)) / len(matrix)
+    if steps:
+        return newton(matrix, penalty, ratio, steps)
     direction = inverse(matrix).sum(axis=1)
     scale = penalty * ratio * len(matrix) / (1.0 + penalty * float(direction.sum()))
     return np.asarray(1.0 - scale * direction)

@@ -14,6 +14,10 @@ import onnxcomp
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.graph import load, save
+from onnxcomp.passes.prune.choose import Numerical
+from onnxcomp.passes.prune.cost import measure
+from onnxcomp.passes.prune.feeds import probe_feeds
+from onnxcomp.passes.prune.probe import probe
 from onnxcomp.passes.prune.pruning import PruneOptions, prune
 from onnxcomp.passes.prune.report import PruneReport
 from onnxcomp.runtime.evaluate import run_model
@@ -139,6 +143,66 @@ def test_caches_shrink_only_when_they_may() -> None:
     assert allowed.after.cache_bytes < allowed.before.cache_bytes
     kept, _ = run(proto, PruneOptions(ratio=0.3, caches=False))
     assert kept.inputs == () and kept.groups == ()
+
+
+def test_newton_steps_choose_what_the_closed_form_chooses() -> None:
+    reports = [
+        run(
+            wide(),
+            PruneOptions(ratio=0.3, score="numerical", numerical=Numerical(steps=n)),
+            feeds(),
+        )
+        for n in (0, 1, 50)
+    ]
+    assert len({report.groups for report, _ in reports}) == 1
+
+
+def test_heads_are_spared_by_the_published_weight_alone() -> None:
+    d = Draft()
+    h = d.add("LayerNormalization", "x", d.weight(8), axis=-1)
+    q, k, v = (d.linear(h, 8, 32) for _ in range(3))
+    y = d.add("MultiHeadAttention", q, k, v, num_heads=8, domain="com.microsoft")
+    y = d.add("Add", "x", d.linear(y, 32, 8))
+    y = d.add("Add", y, d.linear(d.add("Relu", d.linear(y, 8, 40)), 40, 8))
+    d.opsets.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    proto = d.model({"x": ["b", "t", 8]}, {y: ["b", "t", 8]})
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.standard_normal((4, 9, 8)).astype(np.float32)} for _ in range(10)]
+    heads = []
+    for reading in ("score", "cost"):
+        options = PruneOptions(
+            ratio=0.3,
+            score="numerical",
+            numerical=Numerical(heads=reading),  # type: ignore[arg-type]
+        )
+        model = load(proto)
+        canonicalize(model)
+        report = prune(model, options, feeds=data)
+        heads.append(sum(g.before - g.after for g in report.groups if g.kind == "heads"))
+    assert heads[0] == 0 < heads[1]
+
+
+def test_a_reshape_of_free_size_keeps_its_channels_and_says_so() -> None:
+    d = Draft()
+    h = d.add("Relu", d.linear("x", 8, 12))
+    mixed = d.add("Reshape", h, d.ints(-1, 4))  # channels join the free axis
+    proto = d.model({"x": ["n", 8]}, {d.linear(mixed, 4, 3): ["m", 3]})
+    report, _ = run(proto, PruneOptions(ratio=0.2))
+    assert report.groups == () and not report.met
+    assert any("joins it with an axis of free size" in reason for _, reason in report.kept)
+
+
+@pytest.mark.parametrize("op_type", ["MultiHeadAttention", "Attention of opset 23"])
+def test_operations_of_attention_count(op_type: str) -> None:
+    model = load(GRAPHS[op_type]())
+    canonicalize(model)
+    (one, *_) = probe_feeds(model)
+    seen = probe(model, [one])
+    weights = sum(
+        math.prod(i.dims) for i in GRAPHS[op_type]().graph.initializer if len(i.dims) == 2
+    )
+    b, t = one["x"].shape[:2]
+    assert measure(model, seen).flops == 2 * b * t * weights + 4 * b * t * t * 32
 
 
 @pytest.mark.parametrize(
