@@ -307,12 +307,17 @@ def pruning() -> Iterator[str]:
             if any(found):
                 values = ["" if row is None else f"{row['kl']:.4f}" for row in found]
                 cells.append((score, {"fit": "fitted"}.get(how, how), *values))
+    for ranks, name in (("even", "equal shares"), ("mixed", "planned ranks")):
+        found = [rows.get(f"lowrank {ratio} {ranks}") for ratio in ratios]
+        if any(found):
+            values = ["" if row is None else f"{row['kl']:.4f}" for row in found]
+            cells.append(("low-rank factors", name, *values))
     yield (
         "Structured pruning of the same language model: divergence from the dense predictions\n"
         "(nats) when a share of the parameters of its blocks is gone, nothing trained. `obs` is\n"
         "the default, and the only one that also takes positions inside heads; the others are\n"
-        "other methods' scores with their own allocation, here with the same fits:\n"
-        "`benchmarks/bench_prune.py`.\n"
+        "other methods' scores with their own allocation, here with the same fits; last,\n"
+        "low-rank factors of as many parameters: `benchmarks/bench_prune.py`.\n"
     )
     timed = rows.get("latency 0.2")
     if timed is not None:
@@ -324,7 +329,51 @@ def pruning() -> Iterator[str]:
         )
     columns = ("score", "rest", *(f"{100 * float(ratio):.0f} % fewer" for ratio in ratios))
     yield markdown(columns, cells)
+    yield from _pruned_decoding(rows)
+    yield from _divided(rows)
     yield from _pruned_images(rows)
+
+
+def _pruned_decoding(rows: Any) -> Iterator[str]:
+    """Speed, memory and caches of the pruned form with a cache."""
+    found = [
+        (ratio, rows[f"decode {ratio}"]) for ratio in ("0.2", "0.5") if f"decode {ratio}" in rows
+    ]
+    if not found:
+        return
+    yield (
+        "The form with a cache (`--prune-caches`), one token after the other on one thread, in\n"
+        "turns, and resident memory of a process with a session, each dense -> pruned:\n"
+    )
+    columns = ("fewer", "tokens a second", "cache bytes a token", "memory", "file")
+    yield markdown(
+        columns,
+        [
+            (
+                f"{100 * float(ratio):.0f} %",
+                " -> ".join(f"{speed:.0f}" for speed in row["tokens_per_second"]),
+                " -> ".join(f"{size:,}" for size in row["cache_bytes"]),
+                " -> ".join(f"{size / 1e6:.0f} MB" for size in row["rss_bytes"]),
+                f"{row['bytes'] / 1e6:.1f} MB",
+            )
+            for ratio, row in found
+        ],
+    )
+
+
+def _divided(rows: Any) -> Iterator[str]:
+    """One size for pruning and codes."""
+    cells = []
+    for ratio in (8, 12):
+        alone, both = (rows.get(f"division {ratio} {m}") for m in ("hyper", "prune+hyper"))
+        if alone is not None and both is not None:
+            share = both["division"][0]["share"]
+            cells.append(
+                (f"{ratio}x", f"{alone['kl']:.4f}", f"{both['kl']:.4f}", f"{100 * share:.3g} %")
+            )
+    if cells:
+        yield "One size divided between pruning and `hyper`: divergence, and the share pruned.\n"
+        yield markdown(("size", "hyper alone", "with pruning", "pruned"), cells)
 
 
 def _pruned_images(rows: Any) -> Iterator[str]:
