@@ -56,7 +56,8 @@ def test_the_schema_is_one_and_its_options_are_arguments_of_optimize() -> None:
     assert set(TARGETS) <= set(names)
     # A setting that decides about bytes must be reachable from a file.
     fields = {field.name for field in dataclasses.fields(Settings)}
-    assert fields - {"rules"} <= set(names) and "set_" in names
+    # `divide` follows from the method prune and a target.
+    assert fields - {"rules", "divide"} <= set(names) and "set_" in names
 
 
 def test_the_template_is_valid_with_and_without_its_comments(write: Write) -> None:

@@ -140,3 +140,14 @@ def test_a_size_for_pruning_and_codes_is_divided(
     assert "error of pruning" in text and "taken" in text
     refused = onnxcomp(*command, *options[:-2])
     assert refused.code == 2 and "--data" in refused.err
+
+
+def test_a_configuration_file_divides_a_size(
+    onnxcomp: Run, model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "plan.yaml"
+    text = f"method: [prune, int]\ntarget: {{ratio: 1.6}}\ndata: {{path: {inputs.name}}}\n"
+    config.write_text(f"version: 1\nmin_size: 64\n{text}")
+    answer = onnxcomp("plan", model, "--config", config, "--json")
+    assert answer.code == 0, answer.err
+    assert len(answer.json["division"]) > 1
