@@ -1,7 +1,7 @@
-"""The tables of the README, from ``benchmarks/results``.
+"""The tables of README.md and docs/numbers.md, from ``benchmarks/results``.
 
 python benchmarks/readme_tables.py            prints them
-python benchmarks/readme_tables.py --write    puts them into README.md
+python benchmarks/readme_tables.py --write    puts them into the pages
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["put_into", "tables"]
+__all__ = ["stale_pages", "tables"]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -137,6 +137,19 @@ SPEED_NAMES = {
 }
 
 
+# Of these, what the README shows.
+HEADLINE_PRODUCTS = (
+    "fp32",
+    "nbits4-b128",
+    "dynamic-int8",
+    "hyper-k4-L7-int8",
+    "hyper-k3-L7-int8",
+    "hyper-k2-L7-int8",
+    "hyper-k4-L7-exact",
+    "avx2-hyper-k4-L7-int8",
+)
+
+
 def speed_name(variant: str) -> str:
     """A row's name."""
     narrow = variant.removeprefix("avx2-")
@@ -184,6 +197,22 @@ def products() -> Iterator[str]:
         f"Of {goals} goals for the weight of 4096x4096 (`bars` in `results/matmul.json`), missed:\n"
         f"{'; '.join(texts) or 'none'}.\n"
     )
+
+
+def headline_products() -> Iterator[str]:
+    """The same, the products that matter most."""
+    results = read("matmul")
+    alone = [row for row in results["records"] if row["of_one_thread"] is None]
+    heights = (1, 16, 128)
+    cells = [(4096, 4096, m) for m in heights]
+    yield (
+        "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
+        f"in ONNX Runtime {results['onnxruntime']} (1.00): CPU time of one thread of an\n"
+        f"{results['cpu']}, weights not in the cache at one row:\n"
+        "`benchmarks/bench_matmul.py`.\n"
+    )
+    rows = speed_rows([row for row in alone if row["variant"] in HEADLINE_PRODUCTS], cells)
+    yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
 
 
 def two_threads(records: Sequence[Any]) -> Iterator[str]:
@@ -453,33 +482,52 @@ def planner() -> Iterator[str]:
     yield markdown(columns, ranks)
 
 
-def tables() -> str:
-    """All tables with the sentences before them."""
-    return "\n".join(
-        [
-            *minilm(),
-            *language_model(),
-            *restored(),
-            *products(),
-            *shared_products(),
-            *demo(),
-            *models(),
-            *planner(),
-            *presets(),
-            *pruning(),
-        ]
-    )
+# What each page shows, by heading.
+Sections = Mapping[str, Callable[[], Iterator[str]]]
+HEADLINES: Sections = {
+    "A sentence encoder": minilm,
+    "A language model": language_model,
+    "Speed": headline_products,
+}
+ALL: Sections = {
+    "A sentence encoder": minilm,
+    "A language model": language_model,
+    "Weights": restored,
+    "Products": products,
+    "Products with shared weights": shared_products,
+    "The model of the demo": demo,
+    "Models of other projects": models,
+    "Plans": planner,
+    "Presets": presets,
+    "Structured pruning": pruning,
+}
+PAGES: Mapping[Path, Sections] = {ROOT / "README.md": HEADLINES, ROOT / "docs" / "numbers.md": ALL}
 
 
-def put_into(text: str) -> str:
-    """A README with the tables in their place."""
+def tables(sections: Sections) -> str:
+    """All tables with the sentences before them, under their headings."""
+    parts = []
+    for heading, make in sections.items():
+        parts += [f"### {heading}\n", *make()]
+    return "\n".join(parts)
+
+
+def put_into(text: str, sections: Sections) -> str:
+    """A page with the tables in their place."""
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    return pattern.sub(lambda _: f"{BEGIN}\n{tables()}\n{END}", text)
+    return pattern.sub(lambda _: f"{BEGIN}\n{tables(sections)}\n{END}", text)
+
+
+def stale_pages() -> Mapping[Path, str]:
+    """Pages that differ from what the result files say, and what they should be."""
+    pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
+    wanted = {path: put_into(text, PAGES[path]) for path, text in pages.items()}
+    return {path: text for path, text in wanted.items() if text != pages[path]}
 
 
 if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
-        readme = ROOT / "README.md"
-        readme.write_text(put_into(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        for page, text in stale_pages().items():
+            page.write_text(text, encoding="utf-8")
     else:
-        print(tables())
+        print(tables(ALL))
