@@ -57,9 +57,11 @@ def info(terminal: Terminal) -> None:
     import onnxruntime
 
     from onnxcomp import __version__
-    from onnxcomp.ops import library_path, register
+    from onnxcomp.ops import cuda_architectures, library_path, register
+    from onnxcomp.runtime.machine import look
 
     register(onnxruntime.SessionOptions())
+    machine = look()
     facts = {
         "path": str(library_path()),
         "bytes": library_path().stat().st_size,
@@ -67,8 +69,17 @@ def info(terminal: Terminal) -> None:
         "onnxruntime": onnxruntime.__version__,
         "providers": onnxruntime.get_available_providers(),
         "operators": [entry["name"] for entry in operators()],
+        "cuda_architectures": list(cuda_architectures()),
+        "cuda_driver": machine.cuda,
+        "gpus": list(machine.gpus),
     }
-    shown = {**facts, "bytes": bytes_text(library_path().stat().st_size)}
+    shown = {
+        **facts,
+        "bytes": bytes_text(library_path().stat().st_size),
+        "cuda_architectures": list(cuda_architectures()) or "no CUDA kernels",
+        "cuda_driver": machine.cuda or "none",
+        "gpus": list(machine.gpus) or "none",
+    }
     rows = [
         (key, value if isinstance(value, str) else ", ".join(value)) for key, value in shown.items()
     ]

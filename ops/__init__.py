@@ -17,7 +17,12 @@ from onnxcomp.errors import RuntimeMissingError
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["library_path", "register"]
+__all__ = ["CUDA_OPERATORS", "cuda_architectures", "library_path", "register"]
+
+# What a library with CUDA kernels has kernels for; names in Weight are folded when a model loads.
+CUDA_OPERATORS = frozenset(
+    f"{family}{kind}" for family in ("Hyper", "Hash") for kind in ("MatMul", "Gather", "Decode")
+)
 
 _VARIABLE = "ONNXCOMP_OPS_LIBRARY"
 # Session configuration entry of options that have the library. ONNX Runtime ignores its name.
@@ -43,6 +48,32 @@ def library_path() -> Path:
     if not path.is_file():
         raise RuntimeMissingError(f"operator library {path} does not exist", hint=hint)
     return path
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What GPUs the library has kernels for, as CMake names them: ``("90-real", "120")``.
+
+    Empty for a library that was built without CUDA. Needs neither a GPU nor a driver.
+
+    Raises:
+        RuntimeMissingError: The library is missing or does not load.
+    """
+    import ctypes
+
+    path = library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeMissingError(
+            f"operator library {path} does not load: {error}", hint="build it on this machine"
+        ) from error
+    try:
+        function = library.onnxcomp_cuda_architectures
+    except AttributeError:
+        return ()
+    function.restype = ctypes.c_char_p
+    text: bytes = function()
+    return tuple(text.decode().split())
 
 
 def register(session_options: onnxruntime.SessionOptions) -> None:

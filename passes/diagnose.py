@@ -74,6 +74,7 @@ def _model(path: Path, machine: Machine, *, runnable: bool) -> Iterator[Finding]
     yield from _formats(opsets.get("", 1), proto.ir_version)
     if operators:
         yield _kernels(operators)
+        yield from _on_gpu(path, machine)
         yield from _loads(path, operators, machine)
     else:
         yield _load(path, "model loads", library=False, needed=True)
@@ -129,6 +130,29 @@ def _kernels(operators: Mapping[str, int]) -> Finding:
         hint = f"the library has no kernel for {', '.join(missing)}: update onnxcomp"
     facts = {name: {"nodes": count, "runs": runs[name]} for name, count in operators.items()}
     return Finding("operators", "note" if missing else "ok", text, hint if missing else "", facts)
+
+
+def _on_gpu(path: Path, machine: Machine) -> Iterator[Finding]:
+    """Which of the model's own nodes a GPU runs, where there is one or the library is for one."""
+    from onnxcomp.ops import CUDA_OPERATORS, cuda_architectures
+    from onnxcomp.runtime.session import FOLDED
+    from onnxcomp.runtime.structure import custom_nodes
+
+    try:
+        held = cuda_architectures()
+    except CompressionError:
+        return
+    if not held and not machine.gpus:
+        return
+    nodes = [node for node in custom_nodes(path) if not node.op_type.endswith(FOLDED)]
+    fallen = [node for node in nodes if not held or node.op_type not in CUDA_OPERATORS]
+    names = [node.name or f"the {node.op_type} of {node.output[0]}" for node in fallen]
+    facts = {"nodes": len(nodes), "on_cpu": names}
+    if fallen:
+        text = f"{len(fallen)} of {len(nodes)} nodes run on the CPU: {', '.join(names)}"
+        yield Finding("on a GPU", "note", text, "each of them costs copies to and fro", facts)
+    else:
+        yield Finding("on a GPU", "ok", f"all {len(nodes)} nodes have CUDA kernels", facts=facts)
 
 
 def _runs(known: bool, folded: bool) -> str:

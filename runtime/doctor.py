@@ -84,6 +84,7 @@ def environment(machine: Machine) -> Iterator[Finding]:
     if runtime.status != "problem":
         yield from _providers(machine)
         yield _library(machine)
+        yield from _cuda(machine)
     torch = _version("torch")
     text = f"torch {torch}" if torch else "not installed; only onnxcomp.models needs it"
     yield Finding("torch", "ok", text, facts={"version": torch})
@@ -177,3 +178,23 @@ def _library(machine: Machine) -> Finding:
         hint = "the fast kernels need x86-64 with AVX2, or 64-bit ARM"
         return Finding(title, "note", text, hint, facts)
     return Finding(title, "ok", f"{path} loads; kernels: {isa}", facts=facts)
+
+
+def _cuda(machine: Machine) -> Iterator[Finding]:
+    """What the library holds for GPUs, where it holds something or there is a GPU."""
+    from onnxcomp.ops import cuda_architectures
+
+    try:
+        held = cuda_architectures()
+    except CompressionError:
+        return  # said of the library already
+    facts = {"architectures": list(held), "driver": machine.cuda, "gpus": list(machine.gpus)}
+    title = "CUDA kernels"
+    if held:
+        driver = f"the driver runs CUDA {machine.cuda}" if machine.cuda else "there is no driver"
+        text = f"for compute capability {', '.join(held)}; {driver}"
+        yield Finding(title, "ok", text, facts=facts)
+    elif machine.gpus:
+        text = "none in this library: its operators run on the CPU, between copies"
+        hint = "with nvcc: pip install -C cmake.define.ONNXCOMP_CUDA=ON ."
+        yield Finding(title, "note", text, hint, facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import platform
@@ -41,6 +42,7 @@ class Machine:
         memory: Bytes of memory, or of the limit of the container; None where unknown.
         available: Bytes that are free for new programs; None where unknown.
         gpus: Name, memory and driver of each NVIDIA graphics processor.
+        cuda: Newest CUDA version that the driver runs: "13.0"; None without a driver.
     """
 
     processor: str
@@ -50,6 +52,7 @@ class Machine:
     memory: int | None
     available: int | None
     gpus: tuple[str, ...]
+    cuda: str | None
 
 
 def look() -> Machine:
@@ -63,7 +66,7 @@ def look() -> Machine:
         used = _number(Path("/sys/fs/cgroup/memory.current")) or 0
         available = min(available or limit, max(limit - used, 0))
     return Machine(
-        processor, platform.machine(), isa_of(flags), _cores(), memory, available, _gpus()
+        processor, platform.machine(), isa_of(flags), _cores(), memory, available, _gpus(), _cuda()
     )
 
 
@@ -122,3 +125,14 @@ def _gpus() -> tuple[str, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     return tuple(line.strip() for line in run.stdout.splitlines() if line.strip())
+
+
+def _cuda() -> str | None:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DOMAIN",
+    "custom_nodes",
     "custom_operators",
     "data_files",
     "model_bytes",
@@ -69,16 +70,24 @@ def custom_operators(model: PathLike) -> dict[str, int]:
     Calls inside the operators' own bodies do not count. Files without the domain's name in them
     are not parsed at all.
     """
+    counts: dict[str, int] = {}
+    for node in custom_nodes(model):
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+def custom_nodes(model: PathLike) -> list[onnx.NodeProto]:
+    """The model's calls of operators of com.onnxcomp but those inside the operators' own bodies."""
     if not _mentions(Path(model), DOMAIN.encode()):
-        return {}
+        return []
     proto = read_structure(model)
     bodies = [function.node for function in proto.functions if function.domain != DOMAIN]
-    counts: dict[str, int] = {}
-    for nodes in (proto.graph.node, *bodies):
-        for node in nested_nodes(nodes):
-            if node.domain == DOMAIN:
-                counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts
+    return [
+        node
+        for nodes in (proto.graph.node, *bodies)
+        for node in nested_nodes(nodes)
+        if node.domain == DOMAIN
+    ]
 
 
 def _mentions(path: Path, text: bytes) -> bool:

@@ -57,8 +57,9 @@ Plan PlanFor(const Task& task, const SourceSize& size, const Device& device) {
   plan.tiles = TilesFor(columns, size, device);
   plan.splits = SplitsFor(task, plan.tiles, columns, device);
   const int64_t padded = task.cut.groups * task.cut.group;
-  plan.factors = Align(columns * padded * 2);
-  plan.partial = plan.factors + Align(columns * task.cut.groups * 4);
+  plan.room = std::max<int64_t>(columns, plan.tiles == 1 ? kFewColumns : 0);
+  plan.factors = Align(plan.room * padded * 2);
+  plan.partial = plan.factors + Align(plan.room * task.cut.groups * 4);
   const int64_t partial = plan.splits == 1 ? 0 : plan.splits * task.batch * task.rows * 4;
   plan.bytes = plan.partial + Align(partial);
   return plan;
@@ -80,9 +81,10 @@ Columns PrepareColumns(const Task& task, const Plan& plan, const void* x, char* 
   auto* factors = reinterpret_cast<float*>(scratch + plan.factors);
   const Cut& cut = task.cut;
   const Prepare kernel{task.type,   x,             task.batch, cut.length, cut.groups, cut.group,
-                       cut.rotated, cut.placement, plan.parts, values,     factors};
+                       cut.rotated, cut.placement, plan.parts, plan.room,  values,    factors};
   Launch(stream, {DivideUp(task.batch * cut.groups, kWarps), 1, 1}, 0, kernel);
-  return {reinterpret_cast<const Vector*>(values), factors, task.batch * plan.parts, plan.parts};
+  return {reinterpret_cast<const Vector*>(values), factors, task.batch * plan.parts, plan.room,
+          plan.parts};
 }
 
 }  // namespace onnxcomp::gpu

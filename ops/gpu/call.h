@@ -60,6 +60,7 @@ inline int PartsOf(Type type, int64_t batch) {
 struct Plan {
   int parts;
   int tiles;       // of 8 columns in a block; 1: SmallProduct
+  int64_t room;    // for columns
   int64_t splits;  // blocks that share the units
   int64_t factors, partial, bytes;
 };

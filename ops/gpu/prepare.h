@@ -28,11 +28,15 @@ struct Placement {
   }
 };
 
+// Columns of SmallProduct: there is room for all of them, so that kernels know where each one lies.
+constexpr int kFewColumns = 8;
+
 // The columns of a product: M rows of activations in `parts` parts each, and their factors.
 struct Columns {
-  const Vector* values;  // ((group * steps + step) * count + column) * 4 + quarter
-  const float* factors;  // (groups, count)
+  const Vector* values;  // ((group * steps + step) * room + column) * 4 + quarter
+  const float* factors;  // (groups, room)
   int64_t count;         // M * parts
+  int64_t room;          // count, or kFewColumns if that is more
   int parts;
 };
 
@@ -109,6 +113,7 @@ struct Prepare {
   bool rotated;
   Placement placement;
   int parts;
+  int64_t room;
   uint16_t* values;  // as in Columns
   float* factors;
 
@@ -159,19 +164,18 @@ struct Prepare {
   // `most`: bits of the greatest magnitude of the group.
   ONNXCOMP_DEVICE void Write(int64_t row, int64_t g, int lane, uint32_t most,
                              const Share<float>& share) const {
-    const int64_t count = batch * parts;
     const int64_t column = row * parts;
     const bool finite = most < 0x7f800000u;
     const uint32_t exponent = most >> 23 < 27u ? 27u : most >> 23;  // 2^-100 at least
     const float factor = FloatOfBits(finite ? (exponent - 14u) << 23 : 0x7fc00000u);
     const float inverse = FloatOfBits((268u - exponent) << 23);
-    if (lane < parts) factors[g * count + column + lane] = factor;
+    if (lane < parts) factors[g * room + column + lane] = factor;
     ONNXCOMP_UNROLL
     for (int i = 0; i < kMaxGroup / kWarp; ++i) {
       const int t = i * kWarp + lane;
       if (t >= group) break;
       const Placement::Place place = placement.At(t);
-      const int64_t vector = (g * (group / kWarp) + place.step) * count + column;
+      const int64_t vector = (g * (group / kWarp) + place.step) * room + column;
       uint16_t* out = values + (vector * 4 + place.quarter) * kPerVector + place.slot;
       const float value = finite ? share.value[i] * inverse : 0.0f;
       const uint16_t high = HalfOfFloat(value);

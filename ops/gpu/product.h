@@ -3,7 +3,7 @@
 // A `Source` is a stored weight, cut into panels of 16 rows and units of 4 * kRun columns. It has
 //   kRun                          weights that a thread takes of each of its two rows in a unit
 //   kFewForms                     whether only SmallProduct and TiledProduct of 8 are compiled for it
-//   panels, units, units_per_group
+//   panels, units, unit_bits      log2 of the units of a group
 //   Raw, Load(panel, unit, lane)  what a thread reads from memory, ahead of its use
 //   Share(warp, raws)             what threads of a warp then take from each other
 //   Fill(thread, table), TableBytes()   what a block keeps in shared memory
@@ -73,11 +73,11 @@ ONNXCOMP_DEVICE void AddUnit(const Warp& warp, const Source& source, const char*
 template <class Source>
 struct SmallProduct {
   static constexpr int kBlocks = 3;
-  static constexpr int kColumns = 8;
+  static constexpr int kColumns = kFewColumns;
   static constexpr int kSteps = Source::kRun / kPerVector;
 
   Source source;
-  Columns x;
+  Columns x;  // with room for kColumns
   Output y;
 
   int64_t SharedBytes() const {
@@ -129,14 +129,15 @@ struct SmallProduct {
   }
 
   ONNXCOMP_DEVICE Vector LoadColumn(int64_t unit, int step, int lane) const {
-    const int column = lane / 4;
-    if (column >= x.count) return Vector{};
-    return x.values[((unit * kSteps + step) * x.count + column) * 4 + lane % 4];
+    // Lane l reads quarter l mod 4 of column l / 4, or where there is none, of the first one: what comes
+    // of that goes to columns that nobody reads.
+    const int place = lane / 4 < static_cast<int>(x.count) ? lane : lane % 4;
+    return x.values[(unit * kSteps + step) * (4 * kColumns) + place];
   }
 
   ONNXCOMP_DEVICE float Factor(int64_t unit, int column) const {
-    if (column >= x.count) return 0.0f;
-    return x.factors[unit / source.units_per_group * x.count + column];
+    const int place = column < static_cast<int>(x.count) ? column : 0;
+    return x.factors[(unit >> source.unit_bits) * kColumns + place];
   }
 
   ONNXCOMP_DEVICE void Finish(int thread, int64_t panel, const float* partial) const {
@@ -224,7 +225,7 @@ struct TiledProduct {
       const int64_t column = first + i / 4 % kColumns;
       const int64_t step = unit * kSteps + i / (4 * kColumns);
       if (column < x.count) {
-        CopyLater(stage.values + i, x.values + (step * x.count + column) * 4 + i % 4);
+        CopyLater(stage.values + i, x.values + (step * x.room + column) * 4 + i % 4);
       } else {
         stage.values[i] = Vector{};
       }
@@ -232,8 +233,8 @@ struct TiledProduct {
     if (thread >= kColumns) return;
     const int64_t column = first + thread;
     if (column < x.count) {
-      const int64_t group = unit / source.units_per_group;
-      CopyLater(stage.factors + thread, x.factors + group * x.count + column);
+      const int64_t group = unit >> source.unit_bits;
+      CopyLater(stage.factors + thread, x.factors + group * x.room + column);
     } else {
       stage.factors[thread] = 0.0f;
     }

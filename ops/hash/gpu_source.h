@@ -38,13 +38,13 @@ struct Source {
 
   GpuWeight weight;
   int64_t panels, units;
-  int64_t units_per_group;
+  int unit_bits;
 
   explicit Source(const GpuWeight& weight_in)
       : weight(weight_in),
         panels(weight_in.panels),
         units(gpu::DivideUp(weight_in.blocks, kTiles)),
-        units_per_group(1) {}
+        unit_bits(0) {}
 
   // Twice the slot of each tile, plus 1 for a minus; or, where tiles are no slots, only their panel and unit.
   struct Raw {

@@ -62,6 +62,9 @@ void WithBits(const GpuWeight& weight, const Body& body) {
   if constexpr (K <= 4) {
     if (weight.leveled) return body(Source<K, 32, Lookup::kLeveled>(weight));
   }
+  if constexpr (K <= 5) {
+    if (weight.states <= 7) return body(Source<K, 32, Lookup::kTwice>(weight));
+  }
   body(Source<K, 32, Lookup::kDirect>(weight));
 }
 
@@ -94,7 +97,7 @@ void Decode(const GpuWeight& weight, void* out, gpu::Type type, cudaStream_t str
   using Kernel = DecodeAll<K, kRun, Lookup::kDirect>;
   const int64_t most = 4 * int64_t{gpu::CurrentDevice().processors};
   const int64_t pieces = gpu::DivideUp(weight.panels * weight.groups, gpu::kWarps);
-  const Kernel kernel{weight, type, out, std::min(most, pieces)};
+  const Kernel kernel{weight, typename Kernel::Codes(weight), type, out, std::min(most, pieces)};
   gpu::Launch(stream, {kernel.blocks, 1, 1}, kernel.SharedBytes(), kernel);
 }
 

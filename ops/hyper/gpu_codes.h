@@ -11,6 +11,7 @@ using gpu::Vector;
 
 // How a kernel finds the value of a state.
 enum class Lookup {
+  kTwice,    // in the table, which lies in shared memory twice: up to 128 states
   kDirect,   // in the table
   kLeveled,  // in 256 levels, which a multiplication finds; see levels.h
   kPairs,    // two weights at a time: windows of L + k bits
@@ -30,19 +31,17 @@ struct GpuWeight {
   bool leveled;
   int8_t levels[256];
 
-  // Dword d of row `lane` of a panel, in one group.
-  ONNXCOMP_DEVICE uint32_t Dword(int64_t panel, int64_t g, int lane, int d) const {
-    const auto* words = reinterpret_cast<const uint32_t*>(codes);
-    return words[((panel * groups + g) * dwords + d) * 16 + lane];
+  // The dwords of row `lane` of a panel in one group: 16 words apart from each other.
+  ONNXCOMP_DEVICE const uint32_t* Row(int64_t panel, int64_t g, int lane) const {
+    return reinterpret_cast<const uint32_t*>(codes) + (panel * groups + g) * (dwords * 16) + lane;
   }
 
   // Bits [position, position + 32) of a row's cyclic string; position is above -32.
   ONNXCOMP_DEVICE uint32_t BitsAt(int64_t panel, int64_t g, int lane, int position) const {
     if (position < 0) position += dwords * 32;
     const int d = position / 32;
-    const uint32_t low = Dword(panel, g, lane, d);
-    const uint32_t high = Dword(panel, g, lane, d + 1 == dwords ? 0 : d + 1);
-    return Funnel(low, high, position % 32);
+    const uint32_t* row = Row(panel, g, lane);
+    return Funnel(row[d * 16], row[(d + 1 == dwords ? 0 : d + 1) * 16], position % 32);
   }
 
   ONNXCOMP_DEVICE float ScaleOf(int64_t panel, int64_t g, int lane) const {
@@ -51,31 +50,33 @@ struct GpuWeight {
   }
 };
 
-// The table in shared memory, as often as 32 KB hold it, so that threads of a warp rarely or never ask
-// the same bank for different words. Entry e is words e * copies .. e * copies + copies - 1.
-template <Lookup kLookup>
+// A table in shared memory, as often as 32 KB hold it, so that threads of a warp rarely or never ask
+// the same bank for different words. Entry e is words e * copies .. e * copies + copies - 1. Small
+// tables lie there twice, for weights that go to the low half of a word and to the high one.
 struct SharedTable {
-  static constexpr int kWords = 8192;
-
   int entry_bits;  // log2 of the entries
   int copy_bits;   // log2 of the copies
+  bool twice;
 
-  ONNXCOMP_DEVICE explicit SharedTable(const GpuWeight& weight, int bits) {
-    entry_bits = kLookup == Lookup::kLeveled ? 8 : weight.states;
-    if (kLookup == Lookup::kPairs) entry_bits += bits;
-    copy_bits = entry_bits <= 8 || kLookup == Lookup::kPairs ? 5 : 13 - entry_bits;
+  static SharedTable For(Lookup lookup, int states, int bits) {
+    if (lookup == Lookup::kPairs) return {states + bits, 5, false};
+    if (lookup == Lookup::kLeveled) return {8, 5, false};
+    if (lookup == Lookup::kTwice) return {states, 5, true};
+    return {states, states <= 8 ? 5 : 13 - states, false};
   }
 
-  ONNXCOMP_DEVICE int64_t Bytes() const { return int64_t{4} << (entry_bits + copy_bits); }
+  // Of one table.
+  ONNXCOMP_DEVICE int Size() const { return 4 << (entry_bits + copy_bits); }
+  ONNXCOMP_DEVICE int64_t Bytes() const { return int64_t{Size()} * (twice ? 2 : 1); }
 
   // Where windows begin in a word so that the bits below them count the bytes of an entry.
   ONNXCOMP_DEVICE int Shift() const { return copy_bits + 2; }
 
-  // Writes this thread's share; `word(entry)` is what an entry holds.
+  // Writes this thread's share of one table; `word(entry)` is what an entry holds.
   template <class WordOf>
   ONNXCOMP_DEVICE void Fill(int thread, char* table, const WordOf& word) const {
     auto* vectors = reinterpret_cast<Vector*>(table);
-    const int count = 1 << (entry_bits + copy_bits - 2);
+    const int count = Size() / 16;
     for (int i = thread; i < count; i += kThreads) {
       Vector vector;
       const uint32_t first = word(i * 4 >> copy_bits);
@@ -102,20 +103,19 @@ struct Strings {
 // L plus the bits that count the bytes of an entry.
 template <int K, int kRun, Lookup kLookup>
 struct Decoder {
+  SharedTable table;
   int lead;
-  uint32_t mask;      // of a window in place
-  uint32_t copy;      // bytes from the first copy to this thread's
+  uint32_t mask;       // of a window in place
+  uint32_t copy_mask;  // of a thread's number: its copy
   uint32_t multiplier, offset;
 
-  ONNXCOMP_DEVICE Decoder(const GpuWeight& weight, int lane) {
-    const SharedTable<kLookup> table(weight, K);
-    const int shift = kLookup == Lookup::kLeveled ? 0 : table.Shift();
-    lead = weight.states + shift;
-    mask = ((1u << table.entry_bits) - 1u) << table.Shift();
-    copy = static_cast<uint32_t>(lane & ((1 << table.copy_bits) - 1)) * 4u;
-    multiplier = weight.multiplier;
-    offset = weight.offset;
-  }
+  explicit Decoder(const GpuWeight& weight)
+      : table(SharedTable::For(kLookup, weight.states, K)),
+        lead(weight.states + (kLookup == Lookup::kLeveled ? 0 : table.Shift())),
+        mask(((1u << table.entry_bits) - 1u) << table.Shift()),
+        copy_mask((1u << table.copy_bits) - 1u),
+        multiplier(weight.multiplier),
+        offset(weight.offset) {}
 
   // Quarter `quarter` of unit `part` of a group: weights ((part * 4 + quarter) * kRun ...).
   ONNXCOMP_DEVICE void Load(const GpuWeight& weight, int64_t panel, int64_t g, int row, int begin,
@@ -123,9 +123,10 @@ struct Decoder {
     using Words = Strings<K, kRun>;
     if constexpr (kRun == 32) {
       const int first = begin * K / 32;
-      words[0] = weight.Dword(panel, g, row, first == 0 ? weight.dwords - 1 : first - 1);
+      const uint32_t* dwords = weight.Row(panel, g, row);
+      words[0] = dwords[(first == 0 ? weight.dwords - 1 : first - 1) * 16];
       ONNXCOMP_UNROLL
-      for (int i = 0; i < K; ++i) words[i + 1] = weight.Dword(panel, g, row, first + i);
+      for (int i = 0; i < K; ++i) words[i + 1] = dwords[(first + i) * 16];
     } else {
       ONNXCOMP_UNROLL
       for (int i = 0; i < Words::kWords; ++i) {
@@ -151,8 +152,9 @@ struct Decoder {
   }
 
   // The table's word for weight t, or for kPairs, for weights t and t + 1.
-  ONNXCOMP_DEVICE uint32_t Look(const char* table, const uint32_t* words, int t) const {
+  ONNXCOMP_DEVICE uint32_t Look(const char* table, int lane, const uint32_t* words, int t) const {
     const uint32_t window = Window(words, t);
+    const uint32_t copy = (static_cast<uint32_t>(lane) & copy_mask) * 4u;
     uint32_t place;
     if constexpr (kLookup == Lookup::kLeveled) {
       // The product's highest byte is the level, whatever stands above the window.
@@ -167,7 +169,7 @@ struct Decoder {
 // The value of a table's entry: a state, or a level.
 template <Lookup kLookup>
 ONNXCOMP_DEVICE int ValueOf(const GpuWeight& weight, int entry) {
-  if (kLookup == Lookup::kLeveled) return weight.levels[entry];
+  if constexpr (kLookup == Lookup::kLeveled) return weight.levels[entry];
   return weight.table[entry];
 }
 

@@ -22,7 +22,10 @@ struct DecodeAll {
   static constexpr int kPairs = kRun / 2;
   static constexpr int kMostParts = 2;
 
+  using Codes = Decoder<K, kRun, kLookup>;
+
   GpuWeight weight;
+  Codes decoder;
   gpu::Type type;
   void* out;       // (rows, length)
   int64_t blocks;  // of the grid
@@ -32,12 +35,11 @@ struct DecodeAll {
     uint32_t pair[kMostParts][kPairs];
   };
 
-  int64_t SharedBytes() const { return SharedTable<kLookup>(weight, K).Bytes(); }
+  int64_t SharedBytes() const { return decoder.table.Bytes(); }
 
   ONNXCOMP_DEVICE void operator()(gpu::Block& block) const {
-    const SharedTable<kLookup> table(weight, K);
     block.EachThread([&](int thread) {
-      table.Fill(thread, block.shared, [&](int entry) {
+      decoder.table.Fill(thread, block.shared, [&](int entry) {
         return static_cast<uint32_t>(ValueOf<kLookup>(weight, entry));
       });
     });
@@ -79,7 +81,6 @@ struct DecodeAll {
   // Decodes, and transforms over the strides 1 .. kRun / 4.
   ONNXCOMP_DEVICE void Look(int64_t panel, int64_t g, int half, int parts, int lane,
                             const char* table, Held& held) const {
-    const Decoder<K, kRun, kLookup> decoder(weight, lane);
     const int row = lane / 4 + 8 * half;
     ONNXCOMP_UNROLL
     for (int part = 0; part < kMostParts; ++part) {
@@ -91,8 +92,8 @@ struct DecodeAll {
       decoder.Load(weight, panel, g, row, (part * 4 + lane % 4) * kRun, strings.word[0]);
       ONNXCOMP_UNROLL
       for (int i = 0; i < kPairs; ++i) {
-        pair[i] = decoder.Look(table, strings.word[0], i) +
-                  (decoder.Look(table, strings.word[0], i + kPairs) << 16);
+        pair[i] = decoder.Look(table, lane, strings.word[0], i) +
+                  (decoder.Look(table, lane, strings.word[0], i + kPairs) << 16);
       }
       ONNXCOMP_UNROLL
       for (int stride = 1; stride < kPairs; stride *= 2) {

@@ -14,30 +14,35 @@ struct Source {
   static constexpr bool kFewForms = kRun == 8;
 
   GpuWeight weight;
+  Decoder<K, kRun, kLookup> decoder;
   int64_t panels, units;
-  int64_t units_per_group;
+  int unit_bits;
 
   explicit Source(const GpuWeight& weight_in)
       : weight(weight_in),
+        decoder(weight_in),
         panels(weight_in.panels),
         units(weight_in.groups * (weight_in.group / (4 * kRun))),
-        units_per_group(weight_in.group / (4 * kRun)) {}
+        unit_bits(weight_in.group == 8 * kRun ? 1 : 0) {}
 
   struct Raw {
     Strings<K, kRun> strings;
     float scale[2];
   };
 
-  ONNXCOMP_DEVICE int64_t TableBytes() const { return SharedTable<kLookup>(weight, K).Bytes(); }
+  ONNXCOMP_DEVICE int64_t TableBytes() const { return decoder.table.Bytes(); }
 
   ONNXCOMP_DEVICE void Fill(int thread, char* table) const {
-    SharedTable<kLookup>(weight, K).Fill(thread, table, [&](int entry) { return Word(entry); });
+    decoder.table.Fill(thread, table, [&](int entry) { return Word(entry); });
+    if (!decoder.table.twice) return;
+    decoder.table.Fill(thread, table + decoder.table.Size(),
+                       [&](int entry) { return HalfOf(entry) << 16; });
   }
 
   ONNXCOMP_DEVICE Raw Load(int64_t panel, int64_t unit, int lane) const {
-    const Decoder<K, kRun, kLookup> decoder(weight, lane);
-    const int64_t g = unit / units_per_group;
-    const int begin = (static_cast<int>(unit % units_per_group) * 4 + lane % 4) * kRun;
+    const int64_t g = unit >> unit_bits;
+    const int part = static_cast<int>(unit) & ((1 << unit_bits) - 1);
+    const int begin = (part * 4 + lane % 4) * kRun;
     Raw raw;
     ONNXCOMP_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -53,16 +58,13 @@ struct Source {
   // Weights 8 step .. 8 step + 7 of the thread's two rows.
   ONNXCOMP_DEVICE void Decode(const Raw& raw, int step, int lane, const char* table,
                               gpu::Fragment& a, gpu::Fragment& b) const {
-    const Decoder<K, kRun, kLookup> decoder(weight, lane);
     ONNXCOMP_UNROLL
     for (int half = 0; half < 2; ++half) {
       uint32_t pairs[4];
       ONNXCOMP_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int t = step * gpu::kPerVector + 2 * i;
-        pairs[i] = decoder.Look(table, raw.strings.word[half], t);
-        if (kLookup == Lookup::kPairs) continue;
-        pairs[i] = gpu::PackLow(pairs[i], decoder.Look(table, raw.strings.word[half], t + 1));
+        pairs[i] = Pair(table, lane, raw.strings.word[half], t);
       }
       a.word[half] = pairs[0];
       a.word[2 + half] = pairs[1];
@@ -76,6 +78,16 @@ struct Source {
   ONNXCOMP_DEVICE int Row(int row) const { return row; }
 
  private:
+  // Weights t and t + 1 as float16.
+  ONNXCOMP_DEVICE uint32_t Pair(const char* table, int lane, const uint32_t* words, int t) const {
+    const uint32_t low = decoder.Look(table, lane, words, t);
+    if constexpr (kLookup == Lookup::kPairs) return low;
+    if constexpr (kLookup == Lookup::kTwice) {
+      return low + decoder.Look(table + decoder.table.Size(), lane, words, t + 1);
+    }
+    return gpu::PackLow(low, decoder.Look(table, lane, words, t + 1));
+  }
+
   ONNXCOMP_DEVICE uint32_t HalfOf(int entry) const {
     return gpu::HalfOfFloat(static_cast<float>(ValueOf<kLookup>(weight, entry)));
   }

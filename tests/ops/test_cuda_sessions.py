@@ -191,3 +191,17 @@ def test_other_releases_of_the_runtime_give_memory_in_the_same_way(
             [*command, str(tmp_path / "data.npz")], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_a_library_says_which_gpus_it_is_for(
+    emulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxcomp.errors import RuntimeMissingError
+    from onnxcomp.ops import cuda_architectures
+
+    monkeypatch.setenv("ONNXCOMP_OPS_LIBRARY", str(emulated))
+    assert cuda_architectures() == ("emulated",)
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    monkeypatch.setenv("ONNXCOMP_OPS_LIBRARY", str(tmp_path / "broken.so"))
+    with pytest.raises(RuntimeMissingError, match="does not load"):
+        cuda_architectures()

@@ -228,3 +228,60 @@ def test_probes_tell_versions_and_operators(library: Path) -> None:
     options: Any = onnxruntime.SessionOptions()
     onnxcomp.register(options)
     assert probes.known_operators(names, options) == {"HyperMatMul"}
+
+
+@pytest.mark.parametrize(
+    ("held", "gpus", "cuda", "status", "words"),
+    [
+        ((), (), None, None, ""),
+        ((), ("NVIDIA H200",), "13.0", "note", "none in this library"),
+        (("90",), (), None, "ok", "for compute capability 90; there is no driver"),
+        (("80", "90"), ("NVIDIA H200",), "13.0", "ok", "80, 90; the driver runs CUDA 13.0"),
+    ],
+)
+def test_cuda_kernels_and_the_driver_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+    held: tuple[str, ...],
+    gpus: tuple[str, ...],
+    cuda: str | None,
+    status: str | None,
+    words: str,
+) -> None:
+    monkeypatch.setattr("onnxcomp.ops.cuda_architectures", lambda: held)
+    here = dataclasses.replace(machine.look(), gpus=gpus, cuda=cuda)
+    found = list(environment._cuda(here))
+    assert [finding.status for finding in found] == ([status] if status else [])
+    assert all(words in finding.text for finding in found)
+
+
+def test_nodes_that_a_gpu_would_not_run_are_named(
+    monkeypatch: pytest.MonkeyPatch, twins: tuple[Path, Path], tmp_path: Path
+) -> None:
+    here = dataclasses.replace(machine.look(), gpus=("NVIDIA H200",))
+    monkeypatch.setattr("onnxcomp.ops.cuda_architectures", lambda: ("90",))
+    (finding,) = diagnose._on_gpu(twins[1], here)
+    assert (finding.status, finding.text) == ("ok", "all 2 nodes have CUDA kernels")
+    model = onnx.load(twins[1])
+    for node in model.graph.node:
+        if node.op_type == "HyperMatMul":
+            node.op_type, node.name = "WindingMatMul", "odd one"
+    onnx.save(model, tmp_path / "model.onnx")
+    (finding,) = diagnose._on_gpu(tmp_path / "model.onnx", here)
+    assert finding.text == "1 of 2 nodes run on the CPU: odd one"
+    assert finding.facts == {"nodes": 2, "on_cpu": ["odd one"]}
+    monkeypatch.setattr("onnxcomp.ops.cuda_architectures", lambda: ())
+    (finding,) = diagnose._on_gpu(twins[1], here)
+    assert finding.status == "note" and len(finding.facts["on_cpu"]) == 2
+    assert list(diagnose._on_gpu(twins[1], dataclasses.replace(here, gpus=()))) == []
+
+
+def test_the_driver_says_which_cuda_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(reference: Any) -> int:
+        reference._obj.value = 13020
+        return 0
+
+    driver = SimpleNamespace(cuDriverGetVersion=answer)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: driver)
+    assert machine._cuda() == "13.2"
+    driver.cuDriverGetVersion = lambda _: 100
+    assert machine._cuda() is None
