@@ -66,17 +66,22 @@ def _of_bytes(menu: Menu, pick: Candidate, noise: float | None) -> str:
     steps = [front.options[index] for index in hull_of(front)]
     smaller = max((c for c in steps if c.bytes < pick.bytes), key=_bytes, default=None)
     larger = min((c for c in steps if c.bytes > pick.bytes), key=_bytes, default=None)
-    others = [c for c in (smaller, larger) if c is not None]
-    if not others:
-        return "the only setting that is offered"
-    own, *errors = _percents([_error(menu, c, pick, noise) for c in (pick, *others)])
-    what = "error of the weight" if noise is None else "expected error of the outputs"
-    parts = [
-        f"{_label(c, pick)} would {'save' if c.bytes < pick.bytes else 'cost'} "
-        f"{_size(abs(pick.bytes - c.bytes))} at {error}"
-        for c, error in zip(others, errors, strict=True)
-    ]
-    return f"{what} {own}; {', '.join(parts)}"
+    what = "the error of the weight" if noise is None else "the expected error of the outputs"
+    parts = []
+    if smaller is not None:
+        saved, added = _step(menu, smaller, pick, noise)
+        parts.append(f"{_label(smaller, pick)} would save {saved} and add {added} to {what}")
+        what = "it"
+    if larger is not None:
+        added, taken = _step(menu, larger, pick, noise)
+        parts.append(f"{_label(larger, pick)} would cost {added} and take {taken} from {what}")
+    return ", ".join(parts) or "the only setting that is offered"
+
+
+def _step(menu: Menu, other: Candidate, pick: Candidate, noise: float | None) -> tuple[str, str]:
+    """By how much another candidate differs in bytes and in the error."""
+    change = abs(_error(menu, other, pick, noise) - _error(menu, pick, pick, noise))
+    return _size(abs(pick.bytes - other.bytes)), f"{100 * change:.2g} %"
 
 
 def _error(menu: Menu, candidate: Candidate, pick: Candidate, noise: float | None) -> float:
@@ -87,23 +92,17 @@ def _error(menu: Menu, candidate: Candidate, pick: Candidate, noise: float | Non
     return math.sqrt(max(0.0, changed))
 
 
-def _percents(values: Sequence[float]) -> list[str]:
-    """Values in percent, with as many digits as tell the first from the others."""
-    own, *others = values
-    near = min(abs(value - own) for value in others) < 0.01 * own
-    return [f"{100 * value:.{5 if near else 3}g} %" for value in values]
-
-
 def _label(candidate: Candidate, beside: Candidate) -> str:
-    """The codec and the settings of a candidate in which it differs from another one."""
+    """The codec of a candidate and its first setting, where it differs from another one."""
     if candidate.codec == "dense":
         return "the dense weight"
     values = candidate.params.to_json()
-    if candidate.codec == beside.codec:
-        others = beside.params.to_json()
-        return " ".join(f"{k}={v}" for k, v in values.items() if others[k] != v)
-    first = next(iter(values.items()), None)
-    return candidate.codec if first is None else f"{candidate.codec} {first[0]}={first[1]}"
+    width = CODECS[candidate.codec].width
+    told = {} if candidate.codec != beside.codec else beside.params.to_json()
+    changed = [name for name, value in values.items() if told.get(name) != value]
+    name = width if width in changed else next(iter(changed), None)
+    setting = "" if name is None else f"{name}={values[name]}"
+    return setting if told and setting else f"{candidate.codec} {setting}".strip()
 
 
 def _bytes(candidate: Candidate) -> int:

@@ -31,6 +31,10 @@ function head() {
     const score = (value) => (value === null ? "–" : String(Number(value.toPrecision(4)))), { dense, compressed, passed } = result.evaluation;
     figures.push([score(compressed), `score by --eval, ${score(dense)} before`, passed ? ["good", "close enough"] : ["bad", "dropped too far"]]);
   }
+  if (result.speed) {
+    const { slowdown, max_slowdown, passed } = result.speed;
+    figures.push([times(slowdown), `the time of a run, ${times(max_slowdown)} allowed`, passed ? ["good", "fast enough"] : ["bad", "too slow"]]);
+  }
   return html("header", {},
     html("h1", {}, file(result.output.path || result.input.path)),
     html("p", { class: "soft small" }, `made from ${file(result.input.path)} by onnxcomp ${result.versions.onnxcomp || ""}`),

@@ -49,18 +49,14 @@ function table(sites) {
   const order = html("select", { "aria-label": "Order", onchange: (event) => sort(event.target.value) },
     html("option", { value: "", disabled: "", selected: "" }, "in model order"), columns.map(([name]) => html("option", { value: name }, "by " + name)));
   draw();
-  return section("Every tensor", null, html("div", { class: "tools" }, search, filter, order), count,
+  return section("Every tensor", mean > 0 ? `${mean.toFixed(1)} bits for each weight on average.` : null, html("div", { class: "tools" }, search, filter, order), count,
     html("div", { class: "scroll" }, html("table", { class: "cards sites" }, html("thead", {}, html("tr", {}, heads)), body)), more);
 }
 
 const bits = (site) => (8 * site.bytes_after) / Math.max(1, site.shape.reduce((product, size) => product * size, 1));
 
-// Why a tensor stays as it is; of a stored one, what share of the budget it got.
-function why(site) {
-  const stored = site.bytes_after < site.bytes_before;
-  const share = stored && mean > 0 ? `${bits(site).toFixed(1)} bits per weight, ${mean.toFixed(1)} on average` : "";
-  return [site.reason, share, site.note].filter(Boolean).join("; ");
-}
+// Why a tensor is stored like this, or stays as it is.
+const why = (site) => [site.reason, site.note].filter(Boolean).join("; ");
 
 function row(site, has) {
   const swatch = html("i"), smaller = site.bytes_after < site.bytes_before;
@@ -71,7 +67,8 @@ function row(site, has) {
     html("td", { "data-label": "uses" }, site.uses.length > 4 ? `${site.uses.slice(0, 3).join(", ")} and ${site.uses.length - 3} more` : site.uses.join(", ")),
     html("td", { class: "how" }, html("span", { class: "chip" }, swatch, site.method),
       html("small", {}, [settings(site.params), site.mode].filter(Boolean).join(", "))),
-    number("before", bytes(site.bytes_before)), number("after", bytes(site.bytes_after)),
+    number("before", bytes(site.bytes_before)),
+    number("after", [bytes(site.bytes_after), smaller && html("small", {}, `${bits(site).toFixed(1)} bits each`)]),
     number("ratio", smaller ? times(site.bytes_before / site.bytes_after) : "1×"),
     has.has("weight error") && number("weight error", percent(site.weight_error)),
     has.has("output error") && number("output error", percent(site.output_error)),

@@ -49,20 +49,21 @@ def test_equal_bits_say_so_and_say_who_has_more() -> None:
 def test_a_target_says_what_the_next_settings_would_do() -> None:
     found = words(candidate(3, 0.125), Budget(bytes=25_000))
     assert found == (
-        "error of the weight 12.5 %; bits=2 would save 8.19 KB at 25 %, "
-        "bits=4 would cost 8.19 KB at 6.25 %"
+        "bits=2 would save 8.19 KB and add 12 % to the error of the weight, "
+        "bits=4 would cost 8.19 KB and take 6.2 % from it"
     )
 
 
 def test_with_sensitivities_it_is_the_error_of_the_outputs() -> None:
     found = words(candidate(3, 0.125), Budget(bytes=25_000), sensitivity=0.04, measured=0.04)
-    own = math.sqrt(0.04) * 0.125
-    assert found.startswith(f"expected error of the outputs {100 * own:.3g} %; bits=2 would save")
+    added = 100 * math.sqrt(0.04) * 0.125
+    assert found.startswith("bits=2 would save 8.19 KB and add ")
+    assert f"add {added:.2g} % to the expected error of the outputs, bits=4" in found
 
 
 def test_the_largest_step_is_the_dense_weight() -> None:
     found = words(candidate(4, 0.0625), Budget(bytes=40_000))
-    assert "the dense weight would cost 229 KB at 0 %" in found
+    assert "the dense weight would cost 229 KB and take 6.2 % from it" in found
 
 
 def test_what_is_kept_keeps_its_reason() -> None:
