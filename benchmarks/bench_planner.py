@@ -32,6 +32,9 @@ import onnxcomp
 RATIOS = (4, 6, 8, 10)
 BITS = (5, 4, 3, 2)
 
+# What is ranked.
+KINDS = ("error", "time")
+
 # Models whose weights are compared one by one: of errors, and of times of products.
 ERROR_RANKS = ("resnet20_cifar10", "silero_vad", "squeezenet_fp16")
 TIME_RANKS = ("magika_standard_v3_3", "tinyllama_ref", "minilm_l6_v2_embed")
@@ -96,10 +99,25 @@ def measure(model: Path, data: Path) -> dict[str, Any]:
         }
 
 
+def write(models: list[dict[str, Any]], ranks: dict[str, Any]) -> None:
+    """Write all results, with the correlations over the points of all models together."""
+    rows = {what: [kinds[what] for kinds in ranks.values() if what in kinds] for what in KINDS}
+    together = {
+        what: {
+            "models": len(found),
+            "points": sum(row["points"] for row in found),
+            "rank_correlation": pooled(found),
+        }
+        for what, found in rows.items()
+        if found
+    }
+    write_results("planner", {"models": models, "ranks": ranks, "pooled": together})
+
+
 def earlier() -> dict[str, Any]:
     """Results of earlier runs."""
     path = RESULTS / "planner.json"
-    found: dict[str, Any] = {"models": [], "ranks": {}}
+    found: dict[str, Any] = {"models": [], "ranks": {}, "pooled": {}}
     if path.exists():
         found |= json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -117,12 +135,13 @@ def ranks(model: Path, data: Path) -> dict[str, Any]:
         return found
 
 
-def print_ranks(found: dict[str, Any]) -> None:
-    """Print one line for each model."""
-    for what in ("error", "time"):
-        rows = [kinds[what] for kinds in found.values() if what in kinds]
-        if rows:
-            print(f"{what}, all points of {len(rows)} models: rank correlation {pooled(rows):.3f}")
+def print_ranks(found: dict[str, Any], together: dict[str, Any]) -> None:
+    """Print one line for each model, and one for all."""
+    for what, row in together.items():
+        print(
+            f"{what}, all {row['points']} points of {row['models']} models: "
+            f"rank correlation {row['rank_correlation']:.3f}"
+        )
     columns = ("model", "what", "points", "rank correlation", "measured / expected")
     print_table(
         columns,
@@ -185,12 +204,12 @@ def main() -> None:
             row = measure(model, options.folder)
             rows = {row["name"]: row for row in earlier()["models"]} | {name: row}
             ordered = [rows[other] for other in MODELS if other in rows]
-            write_results("planner", {"models": ordered, "ranks": earlier()["ranks"]})
+            write(ordered, earlier()["ranks"])
         elif name in (*ERROR_RANKS, *TIME_RANKS):
             found = earlier()["ranks"] | {name: ranks(model, options.folder)}
-            write_results("planner", {"models": earlier()["models"], "ranks": found})
+            write(earlier()["models"], found)
     print_results(earlier()["models"])
-    print_ranks(earlier()["ranks"])
+    print_ranks(earlier()["ranks"], earlier()["pooled"])
 
 
 if __name__ == "__main__":

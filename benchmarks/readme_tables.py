@@ -467,10 +467,11 @@ def planner() -> Iterator[str]:
         "Expected against measured, weight by weight: noise of the outputs with one weight in 2,\n"
         "3 or 4 bits, and times of products on codes by the costs of the machine.\n"
     )
+    words = {"error": "noise of the outputs", "time": "time"}
     ranks = [
         (
             name,
-            {"error": "noise of the outputs", "time": "time"}[what],
+            words[what],
             str(row["points"]),
             f"{row['rank_correlation']:.2f}",
             f"{row['median_measured_over_expected']:.2f}",
@@ -478,6 +479,9 @@ def planner() -> Iterator[str]:
         for name, kinds in read("planner")["ranks"].items()
         for what, row in kinds.items()
     ]
+    for what, row in read("planner")["pooled"].items():
+        together = f"{row['rank_correlation']:.2f}"
+        ranks.append((f"all {row['models']}", words[what], str(row["points"]), together, ""))
     columns = ("model", "what", "points", "rank correlation", "measured / expected, median")
     yield markdown(columns, ranks)
 
