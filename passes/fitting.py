@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from onnxcomp.passes.allocate import allocate
 from onnxcomp.passes.choices import Candidate
 from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.codec import Params
 from onnxcomp.passes.menus import NOISE, Menu, equal_plans, keep
 
 __all__ = ["fit", "with_dense"]
@@ -81,13 +82,17 @@ class _Search:
         self._target = target
         self._size_of = size_of
         self._tried: list[tuple[int, Candidate]] = []
+        self._sizes: dict[tuple[tuple[str, Params], ...], int] = {}
 
     def try_(self, picks: list[Candidate]) -> int:
         """Measure a plan, keep it when it is better, and return its bytes.
 
         Among plans that fit, the better one costs less; where none fits, it is smaller.
         """
-        total = self._size_of(picks)
+        settings = tuple((pick.codec, pick.params) for pick in picks)
+        if settings not in self._sizes:
+            self._sizes[settings] = self._size_of(picks)
+        total = self._sizes[settings]
         if self.best_bytes < 0 or self.best_bytes > self._target:
             better = self.best_bytes < 0 or total < self.best_bytes
         else:
