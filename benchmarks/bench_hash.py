@@ -3,7 +3,8 @@
 Speed: HashMatMul on memories of several sizes, ONNX Runtime's float32 MatMul and HyperMatMul at 4
 bits take turns in one process; figures are medians of the CPU time of one thread. The dense and the
 hyperfunction weights of few rows of activations come from memory, as in a real model (100 MB of
-them); a shared memory is one for the whole model, so that it stays in whatever cache holds it.
+them); a shared memory is one for the whole model, here of 16 products (one product of many rows),
+so that it stays in whatever cache holds it.
 
 `--matched` prints the relative errors behind `predict` of the codec instead.
 """
@@ -15,11 +16,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx
 from bench_matmul import (
     Bench,
     Benches,
-    Maker,
     Product,
+    assemble,
     build,
     cpu_name,
     float_product,
@@ -49,22 +51,31 @@ POOLS = (
     ("int8, 4 MB", np.int8, 1 << 22),
 )
 COLD_ROWS, COLD_BYTES = 16, 100e6
+SHARERS = 16  # products that share a memory
 
 
-def hash_product(dtype: Any, size: int) -> Maker:
-    """HashMatMul on a random memory of `size` bytes, rounded activations where it is of int8."""
+def hash_products(
+    dtype: Any, size: int, length: int, rows: int, count: int
+) -> tuple[onnx.ModelProto, int]:
+    """Products that share a random memory of `size` bytes; rounded activations where it is int8.
 
-    def make(rng: np.random.Generator, i: int, length: int, rows: int) -> Product:
-        slots = size // np.dtype(dtype).itemsize // hash_format.TILE
-        memory = rng.standard_normal((slots, hash_format.TILE)).astype(np.float32)
-        if dtype is np.int8:
-            memory = np.clip(memory * 40, -127, 127)
-        geometry = Geometry(rows, length)
-        shared = hash_format.shared_tensors(geometry, Sharing(slots, *hash_format.seeds(i)))
-        tensors = {key.split(".")[1]: array for key, array in shared.items()}
+    Returns:
+        The model, and the bytes of its memory.
+    """
+    rng = np.random.default_rng(0)
+    slots = size // np.dtype(dtype).itemsize // hash_format.TILE
+    memory = rng.standard_normal((slots, hash_format.TILE)).astype(np.float32)
+    if dtype is np.int8:
+        memory = np.clip(memory * 40, -127, 127)
+    geometry = Geometry(rows, length)
+    products = []
+    for i in range(count):
+        sharing = Sharing(slots, *hash_format.seeds(0), base=i * geometry.tiles)
+        shared = hash_format.shared_tensors(geometry, sharing)
+        tensors = {f"{key.split('.')[1]}{i}": array for key, array in shared.items()}
         tensors |= {"scale": np.ones(1, np.float32), "codes": np.zeros((1, 1, 1), np.uint8)}
-        tensors[f"w{i}"] = memory.astype(dtype)
-        names = [f"w{i}", *hash_format.NODE_INPUTS[1:]]
+        tensors["memory"] = memory.astype(dtype)
+        names = [n if n in tensors else f"{n}{i}" for n in hash_format.NODE_INPUTS]
         node = helper.make_node(
             *("HashMatMul", ["x", *names], [f"y{i}"]),
             domain="com.onnxcomp",
@@ -72,22 +83,19 @@ def hash_product(dtype: Any, size: int) -> Maker:
             dtype=TensorProto.FLOAT,
             precision=int(dtype is np.int8),
         )
-        return Product([node], tensors)
-
-    return make
+        products.append(Product([node], tensors))
+    return assemble(products, length), tensors["memory"].nbytes
 
 
 def open_benches(length: int, rows: int, cold: bool) -> Benches:
     """Sessions of all variants for one shape."""
-    budget = int(COLD_BYTES * cold)
-    makers = {
-        "float32 MatMul": (float_product, budget),
-        "hyper": (hyper_product(4, 7, 128, 1), budget),
-    }
-    makers |= {name: (hash_product(dtype, size), 0) for name, dtype, size in POOLS}
-    benches: Benches = {}
-    for name, (make, cold_bytes) in makers.items():
-        model, count, size = build(make, length, rows, cold_bytes)
+    budget, benches = int(COLD_BYTES * cold), Benches()
+    for name, make in (("float32 MatMul", float_product), ("hyper", hyper_product(4, 7, 128, 1))):
+        model, count, size = build(make, length, rows, budget)
+        benches[name, 1] = Bench(open_session(model, 1, False), count, size, "")
+    count = SHARERS if cold else 1
+    for name, dtype, bytes_ in POOLS:
+        model, size = hash_products(dtype, bytes_, length, rows, count)
         benches[name, 1] = Bench(open_session(model, 1, False), count, size, "")
     return benches
 

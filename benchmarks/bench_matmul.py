@@ -160,26 +160,31 @@ def variants(wanted: str) -> dict[str, Variant]:
 def build(make: Maker, length: int, rows: int, cold_bytes: int) -> tuple[onnx.ModelProto, int, int]:
     """A graph of enough products to exceed `cold_bytes`: model, products, bytes of one weight."""
     rng = np.random.default_rng(length * 31 + rows)
-    nodes: list[onnx.NodeProto] = []
-    tensors: dict[str, Array] = {}
-    count = size = 0
-    while count == 0 or count * size < cold_bytes:
-        product = make(rng, count, length, rows)
-        nodes += product.nodes
-        tensors |= product.tensors
-        own = [array for name, array in product.tensors.items() if name[-1].isdigit()]
+    products: list[Product] = []
+    size = 0
+    while not products or len(products) * size < cold_bytes:
+        products.append(make(rng, len(products), length, rows))
+        own = [array for name, array in products[-1].tensors.items() if name[-1].isdigit()]
         size = sum(array.nbytes for array in own)
-        count += 1
+    return assemble(products, length), len(products), size
+
+
+def assemble(products: Sequence[Product], length: int) -> onnx.ModelProto:
+    """A graph of products of one input; tensors of one name are one tensor."""
+    tensors = {name: array for product in products for name, array in product.tensors.items()}
     graph = helper.make_graph(
-        nodes,
+        [node for product in products for node in product.nodes],
         "products",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, length])],
-        [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(count)],
+        [
+            helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None)
+            for i in range(len(products))
+        ],
         [numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
     domains = ("", "com.microsoft", "com.onnxcomp")
     opsets = [helper.make_opsetid(name, 17 if name == "" else 1) for name in domains]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8), count, size
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
 def open_session(model: onnx.ModelProto, threads: int, mapped: bool, isa: str = "") -> Any:

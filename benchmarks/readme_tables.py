@@ -246,6 +246,54 @@ def shared_products() -> Iterator[str]:
     yield markdown(("memory", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
 
 
+SHARING_NAMES = {
+    "dense": "all weights",
+    "shared": "shared (`share`)",
+    "roast": "shared as ROAST does, without the two remedies",
+    "small": "the same network, narrower",
+    "snip": "pruned before training, SNIP",
+    "synflow": "pruned before training, SynFlow",
+    "grasp": "pruned before training, GraSP",
+    "magnitude": "pruned before training, magnitude",
+    "random": "pruned before training, at random",
+    "lottery": "lottery ticket, trained four times as long",
+}
+SHARING_NETWORKS = {
+    "digits": "perceptron, digits",
+    "small-vgg": "VGG, CIFAR-10",
+    "resnet20-strided": "ResNet20, CIFAR-10",
+}
+
+
+def shared_training() -> Iterator[str]:
+    """Accuracy of networks trained in less memory."""
+    found: dict[tuple[str, str, int], list[float]] = {}
+    for row in read("sharing_training")["rows"]:
+        found.setdefault((row["network"], row["method"], row["ratio"]), []).append(row["accuracy"])
+    columns = [
+        (network, ratio)
+        for network in SHARING_NETWORKS
+        for ratio in sorted({r for n, _, r in found if n == network and r > 1})
+    ]
+    cells = []
+    for method, name in SHARING_NAMES.items():
+        scores = [
+            found.get((network, method, 1 if method == "dense" else ratio))
+            for network, ratio in columns
+        ]
+        if any(scores):
+            cells.append((name, *("" if s is None else share(sum(s) / len(s)) for s in scores)))
+    yield (
+        "Accuracy of networks that are trained with fewer numbers: as signed copies of a memory,\n"
+        "pruned before training (places of the weights that are left not counted), or with fewer\n"
+        "channels, which takes fewer operations, too. Few epochs on 8,000 to 10,000 images, one\n"
+        "seed: differences of a point are noise. `benchmarks/bench_sharing_training.py`, and\n"
+        "[sharing.md](sharing.md).\n"
+    )
+    titles = [f"{SHARING_NETWORKS[network]}, {ratio}x" for network, ratio in columns]
+    yield markdown(("weights", *titles), cells)
+
+
 def language_model() -> Iterator[str]:
     """Plain and calibrated codes beside integer rounding."""
     results = read("hyper_models")["language_model"]
@@ -499,6 +547,7 @@ ALL: Sections = {
     "Weights": restored,
     "Products": products,
     "Products with shared weights": shared_products,
+    "Training with shared weights": shared_training,
     "The model of the demo": demo,
     "Models of other projects": models,
     "Plans": planner,

@@ -97,7 +97,6 @@ void StreamInt8(const Weight& weight, const Activations& x, int64_t panel, int64
       const int8_t* four = codes + (minus ? x.negated : 0);
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) {
-        __builtin_prefetch(tile + q * 64 + 2048);
         const __m512i weights = Raise(Quad(tile + q * 64));
 #pragma GCC unroll 4
         for (int i = 0; i < M; ++i, four += 4) {

@@ -280,7 +280,11 @@ def test_a_weight_that_was_changed_after_the_export_stays_dense(tmp_path: Path) 
 
 def test_a_damaged_note_is_an_error(tmp_path: Path) -> None:
     export(small(8.0), arguments(), tmp_path / "plain.onnx")
-    for text in ("{", '{"memories": [{"slots": 0, "seed": 0, "layers": []}]}', '{"memories": 3}'):
+    layer = '{"rows": 64, "length": 64, "base": %d, "scale": 1.0}'
+    apart, over = f"{layer % 0}, {layer % 16}", f"{layer % 0}, {layer % 15}"
+    memory = '{"memories": [{"slots": %d, "seed": 0, "layers": [%s]%s}]}'
+    wrong = (memory % (0, "", ""), memory % (4, over, ""), memory % (4, apart, ', "map": "x"'))
+    for text in ("{", '{"memories": 3}', *wrong):
         model = onnx.load(tmp_path / "plain.onnx")
         for entry in model.metadata_props:
             if entry.key == "onnxcomp.sharing":

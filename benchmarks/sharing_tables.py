@@ -1,0 +1,122 @@
+"""The tables of docs/sharing.md, from ``benchmarks/results``.
+
+python benchmarks/sharing_tables.py            prints them
+python benchmarks/sharing_tables.py --write    puts them into docs/sharing.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+
+from readme_tables import RESULTS, ROOT, markdown, read, share
+
+__all__ = ["put_into", "tables"]
+
+BEGIN = "<!-- tables: benchmarks/sharing_tables.py -->\n"
+END = "<!-- end of tables -->"
+PAGE = ROOT / "docs" / "sharing.md"
+
+
+def projections() -> Iterator[str]:
+    """What is left of trained models."""
+    rows = read("sharing_projection")["rows"]
+    yield (
+        "A perceptron (64 - 256 - 256 - 10) trained on digits, its two large layers stored in 8\n"
+        "and 16 times fewer bytes: relative error of the logits of images that nothing was fitted\n"
+        "to, and accuracy. `benchmarks/bench_sharing_projection.py`.\n"
+    )
+    cells = [
+        (
+            row["what"],
+            f"{row['ratio']:.1f}x",
+            f"{row['error']:.3f}" if "error" in row else "",
+            share(row["accuracy"]),
+        )
+        for row in rows
+        if row["model"] == "digits"
+    ]
+    yield markdown(("weights", "smaller", "error of logits", "accuracy"), cells)
+    tables = [row for row in rows if row["model"] == "minilm"]
+    if tables:
+        yield (
+            "The table of word vectors of the sentence encoder all-MiniLM-L6-v2, all else as it\n"
+            "was, on 400 pairs of STS-B:\n"
+        )
+        cells = [
+            (
+                row["what"],
+                f"{row['ratio']:.1f}x",
+                f"{row['weight_error']:.3f}" if "weight_error" in row else "",
+                f"{row['spearman']:.4f}",
+                f"{row['one_minus_cosine']:.4f}",
+            )
+            for row in tables
+        ]
+        columns = ("table", "smaller", "error of the table", "Spearman", "1 - cosine")
+        yield markdown(columns, cells)
+
+
+def linear_models() -> Iterator[str]:
+    """Memory against error of linear models."""
+    rows = read("sharing_theory")["fits"]
+    yield (
+        "Linear models of 1,024 weights fitted with m numbers: shared, or the m weights that are\n"
+        "largest times the deviation of their inputs, or m drawn at random. Relative error of the\n"
+        "outputs: `benchmarks/bench_sharing_theory.py`.\n"
+    )
+    chosen = [row for row in rows if row["memory"] in (512, 128, 32)]
+    cells = [
+        (
+            row["inputs"],
+            str(row["memory"]),
+            *(f"{row[k]:.3f}" for k in ("shared", "largest", "random")),
+        )
+        for row in chosen
+    ]
+    yield markdown(("inputs", "m", "shared", "largest", "at random"), cells)
+
+
+def memory() -> Iterator[str]:
+    """Memory of processes."""
+    if not (RESULTS / "sharing_memory.json").exists():
+        return
+    results = read("sharing_memory")
+    names = {
+        "empty": "one layer of 16 x 16",
+        "dense": "eight layers of 2,048 x 2,048, dense",
+        "shared": f"the same, shared {results['compression']} times",
+    }
+    yield (
+        "Memory of a process that runs the model, Python and ONNX Runtime included:\n"
+        "`benchmarks/bench_sharing_memory.py`.\n"
+    )
+    cells = [
+        (
+            names[row["model"]],
+            f"{row['file_bytes'] / 1e6:.1f} MB",
+            f"{row['rss_bytes'] / 1e6:.1f} MB",
+            f"{row['median_ms']:.2f} ms",
+        )
+        for row in results["models"]
+    ]
+    yield markdown(("model", "file", "process", "one run"), cells)
+
+
+def tables() -> str:
+    """All tables with the sentences before them."""
+    return "\n".join([*projections(), *linear_models(), *memory()])
+
+
+def put_into(text: str) -> str:
+    """The page with the tables in their place."""
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    return pattern.sub(lambda _: f"{BEGIN}\n{tables()}\n{END}", text)
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(tables())
