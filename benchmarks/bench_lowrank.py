@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from bench_hyper_models import Judge, LanguageModel, SentenceModel
 from bench_matmul import Bench, Maker, Product, build, float_product, interleave, open_session
+from bench_minilm import quality
 from onnx import helper
 from results import RESULTS, print_table, write_results
 
@@ -218,6 +219,8 @@ def main() -> None:
         sweep("language_model", judge, model, 704, {"input_ids": windows}, arguments)
     if arguments.data is not None and arguments.minilm is not None:
         sentences = SentenceModel(arguments.minilm, arguments.data, PAIRS)
+        dense = quality(sentences.dense, sentences.dense, sentences.scores)["spearman"]
+        write_results(NAME, {**recorded(), "minilm_dense": round(dense, 5)})
         feeds = sentences.calibration(arguments.data)
         feeds = feeds[:: -(-len(feeds) // arguments.samples)]  # they are sorted by length
         sweep("minilm", sentences, arguments.minilm, 1536, feeds, arguments)
