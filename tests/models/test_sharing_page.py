@@ -1,11 +1,13 @@
-"""The tables of docs/sharing.md, and the picture beside them, are those of the result files."""
+"""The program in docs/sharing.md runs as printed; its tables and its picture are up to date."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 pytest.importorskip("torch")
@@ -20,6 +22,16 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
     )
+
+
+def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "docs/sharing.md", "exec"), {})
+    operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert "HashMatMul" in operators
+    assert (tmp_path / "model.onnx").stat().st_size < 4 * 512 * 512 / 8
 
 
 def test_the_tables_are_those_of_the_result_files() -> None:
