@@ -27,11 +27,13 @@ int TilesFor(int64_t columns, const SourceSize& size, const Device& device) {
   return size.table_bytes + StageBytes(16, size.steps) <= device.shared ? 16 : 8;
 }
 
-// Enough blocks for every multiprocessor to have two, as far as each has four units left.
+// As many blocks as run at once, as far as each has four units left: one more would begin when the
+// others end.
 int64_t SplitsFor(const Task& task, int tiles, int64_t columns, const Device& device) {
   if (tiles == 1) return 1;
   const int64_t blocks = DivideUp(task.panels, kWarps) * DivideUp(columns, 8 * int64_t{tiles});
-  const int64_t wanted = DivideUp(2 * int64_t{device.processors}, blocks);
+  const int64_t resident = int64_t{device.processors} * BlocksOf(tiles);
+  const int64_t wanted = std::max<int64_t>(resident / blocks, 1);
   const int64_t splits = std::clamp<int64_t>(task.units / 4, 1, wanted);
   // No split without units: DivideUp(units, splits) units for each may leave the last ones none.
   return DivideUp(task.units, DivideUp(task.units, splits));

@@ -1,6 +1,7 @@
 // Starts kernels: on a stream of a GPU, or in the emulation, at once.
 #pragma once
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -82,9 +83,17 @@ inline void CopyToHost(const void* from, void* to, size_t bytes) {
 
 #else
 
+// Few processors, so that small shapes take every way through the kernels; as much shared memory as a
+// test wants.
+inline Device CurrentDevice() {
+  const char* shared = std::getenv("ONNXCOMP_EMULATED_SHARED");
+  return {4, shared == nullptr ? int64_t{160} * 1024 : std::atoll(shared)};
+}
+
 template <class K>
 void Launch(cudaStream_t, const Grid& grid, int64_t shared, const K& kernel) {
   CheckGrid(grid);
+  if (shared > CurrentDevice().shared) throw GpuError("too much shared memory for this device");
   for (int64_t z = 0; z < grid.z; ++z) {
     for (int64_t y = 0; y < grid.y; ++y) {
       for (int64_t x = 0; x < grid.x; ++x) {
@@ -96,9 +105,6 @@ void Launch(cudaStream_t, const Grid& grid, int64_t shared, const K& kernel) {
     }
   }
 }
-
-// Few processors, so that small shapes take every way through the kernels.
-inline Device CurrentDevice() { return {4, 160 * 1024}; }
 
 inline void CopyToHost(const void* from, void* to, size_t bytes) { std::memcpy(to, from, bytes); }
 

@@ -154,11 +154,14 @@ struct SmallProduct {
   }
 };
 
+// Blocks of TiledProduct for which a multiprocessor has registers.
+constexpr int BlocksOf(int tiles) { return tiles > 8 ? 1 : 2; }
+
 // More columns: a block has eight panels, one for each warp, and kTiles * 8 columns, which its warps
 // read from shared memory while those of the next unit arrive. `splits` blocks share the units.
 template <class Source, int kTiles>
 struct TiledProduct {
-  static constexpr int kBlocks = kTiles > 8 ? 1 : 2;
+  static constexpr int kBlocks = BlocksOf(kTiles);
   static constexpr int kColumns = kTiles * 8;
   static constexpr int kSteps = Source::kRun / kPerVector;
   static constexpr int kVectors = kSteps * kColumns * 4;

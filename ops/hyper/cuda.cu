@@ -14,6 +14,9 @@ namespace {
 using gpu::Require;
 using Given = OnnxcompHyperWeight;
 
+// Shared memory of a block from which on tables of 64 KB fit beside activations. Turing has 64 KB.
+constexpr int64_t kPlenty = 99 * 1024;
+
 void Check(const Given& given) {
   Require(given.rows >= 1 && given.length >= 1, "rows and length must be at least 1");
   const int g = given.group;
@@ -39,6 +42,7 @@ GpuWeight Read(const Given& given) {
   weight.codes = static_cast<const uint8_t*>(given.codes);
   weight.scales = static_cast<const uint16_t*>(given.scales);
   weight.table = static_cast<const int8_t*>(given.table);
+  weight.copy_bits = gpu::CurrentDevice().shared >= kPlenty ? 5 : 4;
   Levels levels;
   const auto* copy = static_cast<const int8_t*>(given.table_copy);
   weight.leveled = copy != nullptr && levels.Find(copy, given.states);
@@ -56,8 +60,7 @@ void WithBits(const GpuWeight& weight, const Body& body) {
   if (weight.group < 128) return body(Source<K, 8, Lookup::kDirect>(weight));
   if constexpr (K <= 2) {
     const int bits = weight.states + K;
-    const bool fits = bits <= 8 || (bits == 9 && gpu::CurrentDevice().shared >= 99 * 1024);
-    if (fits) return body(Source<K, 32, Lookup::kPairs>(weight));
+    if (bits <= 8 || (bits == 9 && weight.copy_bits == 5)) return body(Source<K, 32, Lookup::kPairs>(weight));
   }
   if constexpr (K <= 4) {
     if (weight.leveled) return body(Source<K, 32, Lookup::kLeveled>(weight));

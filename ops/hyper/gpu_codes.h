@@ -30,6 +30,7 @@ struct GpuWeight {
   uint32_t offset;
   bool leveled;
   int8_t levels[256];
+  int copy_bits;  // log2 of the most copies of a table in shared memory: 5, or 4 where that is scarce
 
   // The dwords of row `lane` of a panel in one group: 16 words apart from each other.
   ONNXCOMP_DEVICE const uint32_t* Row(int64_t panel, int64_t g, int lane) const {
@@ -50,7 +51,7 @@ struct GpuWeight {
   }
 };
 
-// A table in shared memory, as often as 32 KB hold it, so that threads of a warp rarely or never ask
+// A table in shared memory, at most 32 times and as often as 32 KB (or 16) hold it, so that threads of a warp rarely or never ask
 // the same bank for different words. Entry e is words e * copies .. e * copies + copies - 1. Small
 // tables lie there twice, for weights that go to the low half of a word and to the high one.
 struct SharedTable {
@@ -58,11 +59,13 @@ struct SharedTable {
   int copy_bits;   // log2 of the copies
   bool twice;
 
-  static SharedTable For(Lookup lookup, int states, int bits) {
-    if (lookup == Lookup::kPairs) return {states + bits, 5, false};
-    if (lookup == Lookup::kLeveled) return {8, 5, false};
-    if (lookup == Lookup::kTwice) return {states, 5, true};
-    return {states, states <= 8 ? 5 : 13 - states, false};
+  static SharedTable For(Lookup lookup, const GpuWeight& weight, int bits) {
+    const int states = weight.states;
+    const int most = weight.copy_bits;
+    if (lookup == Lookup::kPairs) return {states + bits, most, false};
+    if (lookup == Lookup::kLeveled) return {8, most, false};
+    if (lookup == Lookup::kTwice) return {states, most, true};
+    return {states, states <= 8 ? most : most + 8 - states, false};
   }
 
   // Of one table.
@@ -110,7 +113,7 @@ struct Decoder {
   uint32_t multiplier, offset;
 
   explicit Decoder(const GpuWeight& weight)
-      : table(SharedTable::For(kLookup, weight.states, K)),
+      : table(SharedTable::For(kLookup, weight, K)),
         lead(weight.states + (kLookup == Lookup::kLeveled ? 0 : table.Shift())),
         mask(((1u << table.entry_bits) - 1u) << table.Shift()),
         copy_mask((1u << table.copy_bits) - 1u),
@@ -152,17 +155,17 @@ struct Decoder {
   }
 
   // The table's word for weight t, or for kPairs, for weights t and t + 1.
-  ONNXCOMP_DEVICE uint32_t Look(const char* table, int lane, const uint32_t* words, int t) const {
+  ONNXCOMP_DEVICE uint32_t Look(const char* shared, int lane, const uint32_t* words, int t) const {
     const uint32_t window = Window(words, t);
     const uint32_t copy = (static_cast<uint32_t>(lane) & copy_mask) * 4u;
     uint32_t place;
     if constexpr (kLookup == Lookup::kLeveled) {
       // The product's highest byte is the level, whatever stands above the window.
-      place = ((window * multiplier + offset) >> 17 & 0x7f80u) | copy;
+      place = ((window * multiplier + offset) >> (24 - table.Shift()) & mask) | copy;
     } else {
       place = (window & mask) | copy;
     }
-    return *reinterpret_cast<const uint32_t*>(table + place);
+    return *reinterpret_cast<const uint32_t*>(shared + place);
   }
 };
 

@@ -11,7 +11,7 @@ namespace onnxcomp::hyper {
 template <int K, int kRunLength, Lookup kLookup>
 struct Source {
   static constexpr int kRun = kRunLength;
-  static constexpr bool kFewForms = kRun == 8;
+  static constexpr bool kFewForms = kRun == 8 || (kLookup == Lookup::kDirect && K <= 5);  // rare
 
   GpuWeight weight;
   Decoder<K, kRun, kLookup> decoder;

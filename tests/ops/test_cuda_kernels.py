@@ -77,6 +77,22 @@ def test_hyper_kernels_agree_with_the_definition(
     check_product(benchmarks, calls, case, batch, ("float32", "float16")[states % 4 // 2])
 
 
+@pytest.mark.parametrize("shared", [65536, 101376, 166912])
+def test_every_generation_has_the_shared_memory_that_kernels_take(
+    calls: Any, benchmarks: Any, monkeypatch: pytest.MonkeyPatch, shared: int
+) -> None:
+    monkeypatch.setenv("ONNXCOMP_EMULATED_SHARED", str(shared))
+    for bits in range(1, 7):
+        for states in (6, 7, 8, 10, 12):
+            if states < bits + 2:
+                continue
+            case = benchmarks.hyper_case(20, 137, bits=bits, states=states, leveled=states == 12)
+            for batch in (3, 9, 20, 70):
+                check_product(benchmarks, calls, case, batch, "float16")
+    for batch in (3, 9, 20, 70):
+        check_product(benchmarks, calls, benchmarks.hash_case(20, 137), batch, "float16")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (16, 128), (300, 129), (40, 1500)])

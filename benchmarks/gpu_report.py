@@ -1,0 +1,151 @@
+"""What nvcc made of the CUDA kernels: registers, stack, and the instructions of their hot loops.
+
+Needs no GPU, but cuobjdump and nvdisasm (from CUDA, or `pip install nvidia-cuda-cuobjdump
+nvidia-cuda-nvdisasm`) and a library with machine code for one architecture. A stack means that
+registers did not suffice. The hot loop is the innermost one that multiplies on tensor cores; a
+step of it is one unit, 64 weights for each thread (16 where groups are of 32 or 64).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from results import print_table, write_results
+
+MISSING = 6  # the exit code of onnxcomp for what is missing on a machine
+_LOOKUPS = ("twice", "direct", "leveled", "pairs")
+_BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
+_LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel.
+
+    Attributes:
+        name: "hyper k=4 twice, 8 columns".
+        registers: Of a thread.
+        stack: Bytes of a thread's stack.
+        loop: Instructions of the hot loop; 0 where nothing is multiplied on tensor cores.
+        classes: How many there are of each kind.
+    """
+
+    name: str
+    registers: int
+    stack: int
+    loop: int
+    classes: dict[str, int]
+
+
+def readable(mangled: str) -> str:
+    """A short name for a kernel, from its mangled one."""
+    product = re.search(r"(Small|Tiled)ProductI", mangled)
+    tiles = re.search(r"EELi(\d+)EEEEEv", mangled)
+    columns = 8 * int(tiles[1]) if product and product[1] == "Tiled" and tiles else 8
+    source = re.search(r"hyper6SourceILi(\d)ELi(\d+)ELNS\d?_6LookupE(\d)", mangled)
+    if source:
+        short = ", runs of 8" if source[2] == "8" else ""
+        return f"hyper k={source[1]} {_LOOKUPS[int(source[3])]}{short}, {columns} columns"
+    shared = re.search(r"hash6SourceINS\d?_(\d)(\w+?)ELb(\d)", mangled)
+    if shared:
+        kind = {"Halves": "float16", "Bytes": "int8"}[shared[2][: int(shared[1])]]
+        return f"hash {kind}, {'tiles' if shared[3] == '1' else 'chunks'}, {columns} columns"
+    names = re.findall(r"\d(DecodeAll|GatherRows|PlainProduct|Prepare|AddSplits)", mangled)
+    rest = re.search(r"Li(\d)ELi(\d+)", mangled)
+    return (names[0] if names else mangled) + (f" k={rest[1]} run={rest[2]}" if rest else "")
+
+
+def usages(text: str) -> dict[str, tuple[int, int]]:
+    """Registers and stack of each kernel, from what cuobjdump lists."""
+    found, name = {}, ""
+    for line in text.splitlines():
+        function = re.search(r"Function (\S+):", line)
+        usage = _USAGE.search(line)
+        if function:
+            name = function[1]
+        elif usage and name:
+            found[name] = (int(usage[1]), int(usage[2]))
+    return found
+
+
+def listings(text: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Name and instructions, (address, text), of each kernel of a disassembly."""
+    for part in text.split("Function : ")[1:]:
+        name, _, rest = part.partition("\n")
+        matches = map(_LINE.match, rest.splitlines())
+        yield name.strip(), [(int(match[1], 16), match[2]) for match in matches if match]
+
+
+def hot_loop(code: list[tuple[int, str]]) -> list[str]:
+    """The shortest loop that holds a product on tensor cores."""
+    loops = []
+    for end, text in code:
+        branch = _BRANCH.search(text)
+        if branch and int(branch[1], 16) < end:
+            body = [one for at, one in code if int(branch[1], 16) <= at <= end]
+            if any("HMMA" in one for one in body):
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def opcode(text: str) -> str:
+    """The operation of an instruction, without its guard and its variants."""
+    return re.sub(r"^@!?U?P\w+ ", "", text).split()[0].split(".")[0]
+
+
+def report(library: Path) -> list[Kernel]:
+    """All kernels of a library.
+
+    Raises:
+        SystemExit: With code 6 when a tool is missing or the library has no CUDA kernels.
+    """
+    if shutil.which("cuobjdump") is None or shutil.which("nvdisasm") is None:
+        print("cuobjdump and nvdisasm are needed: they come with CUDA", file=sys.stderr)
+        raise SystemExit(MISSING)
+    resources = _run("cuobjdump", "--dump-resource-usage", str(library))
+    used = usages(resources)
+    if not used:
+        print(f"{library} has no CUDA kernels", file=sys.stderr)
+        raise SystemExit(MISSING)
+    kernels = []
+    for name, code in listings(_run("cuobjdump", "-sass", str(library))):
+        loop = hot_loop(code)
+        classes = dict(collections.Counter(map(opcode, loop)).most_common())
+        kernels.append(Kernel(readable(name), *used.get(name, (0, 0)), len(loop), classes))
+    return sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", type=Path)
+    kernels = report(parser.parse_args().library)
+    rows = [
+        (
+            kernel.name,
+            kernel.registers,
+            kernel.stack,
+            kernel.loop or "-",
+            ", ".join(f"{count} {name}" for name, count in list(kernel.classes.items())[:6]),
+        )
+        for kernel in kernels
+    ]
+    print_table(("kernel", "registers", "stack", "loop", "of it"), rows)
+    document = {"kernels": [dataclasses.asdict(kernel) for kernel in kernels]}
+    print(f"wrote {write_results('gpu_report', document)}")
+
+
+if __name__ == "__main__":
+    main()
