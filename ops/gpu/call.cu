@@ -48,7 +48,8 @@ std::string& LastError() {
 
 Type ReadType(int32_t type) {
   Require(type == 1 || type == 10 || type == 16,
-          "element type " + std::to_string(type) + " is not 1 (float32), 10 (float16) or 16 (bfloat16)");
+          "element type " + std::to_string(type) +
+              " is not 1 (float32), 10 (float16) or 16 (bfloat16)");
   return static_cast<Type>(type);
 }
 

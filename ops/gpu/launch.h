@@ -83,8 +83,8 @@ inline void CopyToHost(const void* from, void* to, size_t bytes) {
 
 #else
 
-// Few processors, so that small shapes take every way through the kernels; as much shared memory as a
-// test wants.
+// Few processors, so that small shapes take every way through the kernels; as much shared memory as
+// a test wants.
 inline Device CurrentDevice() {
   const char* shared = std::getenv("ONNXCOMP_EMULATED_SHARED");
   return {4, shared == nullptr ? int64_t{160} * 1024 : std::atoll(shared)};

@@ -1,12 +1,13 @@
 // Products of small tiles on tensor cores: float16 factors, float32 sums.
 //
-// The shape m16n8k16: A (16 rows, 16 terms), B (16 terms, 8 columns). Lane l has g = l / 4 and q = l mod 4;
+// The shape m16n8k16: A (16 rows, 16 terms), B (16 terms, 8 columns). Lane l has g = l / 4 and
+// q = l mod 4:
 //   A word 0: row g,     terms 2q, 2q + 1      B word 0: terms 2q, 2q + 1 of column g
 //   A word 1: row g + 8, terms 2q, 2q + 1      B word 1: terms 2q + 8, 2q + 9 of column g
 //   A word 2: row g,     terms 2q + 8, 2q + 9  sums 0, 1: row g,     columns 2q, 2q + 1
 //   A word 3: row g + 8, terms 2q + 8, 2q + 9  sums 2, 3: row g + 8, columns 2q, 2q + 1
-// (PTX ISA, "Matrix fragments for mma.m16n8k16"). Which term is which does not matter as long as A and B
-// agree: here the four terms of a lane are four neighbours.
+// (PTX ISA, "Matrix fragments for mma.m16n8k16"). Which term is which does not matter as long as A
+// and B agree: here the four terms of a lane are four neighbours.
 #pragma once
 
 #include "gpu/simt.h"

@@ -1,11 +1,12 @@
 /* The CUDA kernels without ONNX Runtime: plain C functions of libonnxcomp_ops.so.
  *
- * All functions return 0, or 1 with a text in `onnxcomp_cuda_error()` of the calling thread. Tensors are in
- * device memory and laid out as ops/hyper/spec.md and ops/hash/spec.md say; codes must be aligned to 4
- * bytes, `scratch` to 256. Work is put on `stream` (a cudaStream_t; null for the default one); nothing waits
- * and nothing is allocated, so that a stream may be under capture for a graph. Shapes are checked, contents
- * are not: any codes decode to something, and no content of codes or tables leads outside the tensors.
- * The same weight and input always give the same bits on the same kind of device.
+ * All functions return 0, or 1 with a text in `onnxcomp_cuda_error()` of the calling thread.
+ * Tensors are in device memory and laid out as ops/hyper/spec.md and ops/hash/spec.md say; codes
+ * must be aligned to 4 bytes, `scratch` to 256. Work is put on `stream` (a cudaStream_t; null for
+ * the default one); nothing waits and nothing is allocated, so that a stream may be under capture
+ * for a graph. Shapes are checked, contents are not: any codes decode to something, and no content
+ * of codes or tables leads outside the tensors. The same weight and input always give the same bits
+ * on the same kind of device.
  *
  * Element types are those of TensorProto: 1 float32, 10 float16, 16 bfloat16.
  */
@@ -25,9 +26,9 @@
 extern "C" {
 #endif
 
-/* A weight (rows, length) of the codec hyper. `table` lies in device memory. `table_copy`, the same bytes in
- * host memory, may be null; with it, tables of more than 256 states that hold only 256 levels are looked
- * up faster. */
+/* A weight (rows, length) of the codec hyper. `table` lies in device memory. `table_copy`, the same
+ * bytes in host memory, may be null; with it, tables of more than 256 states that hold only 256
+ * levels are looked up faster. */
 typedef struct OnnxcompHyperWeight {
   int64_t rows, length;
   int32_t group;  /* 32, 64, 128 or 256 */
@@ -54,38 +55,42 @@ typedef struct OnnxcompHashWeight {
 /* What went wrong in this thread's last call that returned 1. */
 ONNXCOMP_CUDA_API const char* onnxcomp_cuda_error(void);
 
-/* Compute capabilities the library holds machine code for, "90" or "75 80 86 89 90 100 120 ptx120". */
+/* Compute capabilities the library holds machine code for, as CMake names them: "80", or
+ * "75-real 80-real 120". */
 ONNXCOMP_CUDA_API const char* onnxcomp_cuda_architectures(void);
 
-/* Copies from device (or host) memory to host memory, and waits for it. For small tables, while a model loads. */
+/* Copies from device (or host) memory to host memory, and waits for it: for small tables, while a
+ * model loads. */
 ONNXCOMP_CUDA_API int onnxcomp_cuda_copy_to_host(const void* from, void* to, size_t bytes);
 
 /* Bytes of `scratch` that a product with a batch of so many rows needs on the current device. */
-ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_scratch(const OnnxcompHyperWeight* weight, int64_t batch, int32_t type,
-                                size_t* bytes);
-ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_scratch(const OnnxcompHashWeight* weight, int64_t batch, int32_t type,
-                               size_t* bytes);
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_scratch(const OnnxcompHyperWeight* weight, int64_t batch,
+                                                  int32_t type, size_t* bytes);
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_scratch(const OnnxcompHashWeight* weight, int64_t batch,
+                                                 int32_t type, size_t* bytes);
 
 /* y (batch, rows) = x (batch, length) W^T, summed in float32; x and y have the same type. */
-ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_matmul(const OnnxcompHyperWeight* weight, const void* x, void* y,
-                               int64_t batch, int32_t type, void* scratch, size_t bytes,
-                               void* stream);
-ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_matmul(const OnnxcompHashWeight* weight, const void* x, void* y,
-                              int64_t batch, int32_t type, void* scratch, size_t bytes,
-                              void* stream);
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_matmul(const OnnxcompHyperWeight* weight, const void* x,
+                                                 void* y, int64_t batch, int32_t type,
+                                                 void* scratch, size_t bytes, void* stream);
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_matmul(const OnnxcompHashWeight* weight, const void* x,
+                                                void* y, int64_t batch, int32_t type,
+                                                void* scratch, size_t bytes, void* stream);
 
-/* y (count, length) float32: rows of W by indices of `index_bytes` 4 or 8. A row whose index is outside
- * [-rows, rows) is filled with NaN. */
-ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_gather(const OnnxcompHyperWeight* weight, const void* indices,
-                               int32_t index_bytes, int64_t count, float* y, void* stream);
-ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_gather(const OnnxcompHashWeight* weight, const void* indices,
-                              int32_t index_bytes, int64_t count, float* y, void* stream);
+/* y (count, length) float32: rows of W by indices of `index_bytes` 4 or 8. A row whose index is
+ * outside [-rows, rows) is filled with NaN. */
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_gather(const OnnxcompHyperWeight* weight,
+                                                 const void* indices, int32_t index_bytes,
+                                                 int64_t count, float* y, void* stream);
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_gather(const OnnxcompHashWeight* weight,
+                                                const void* indices, int32_t index_bytes,
+                                                int64_t count, float* y, void* stream);
 
 /* w (rows, length) of any element type. */
-ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_decode(const OnnxcompHyperWeight* weight, void* w, int32_t type,
-                               void* stream);
-ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_decode(const OnnxcompHashWeight* weight, void* w, int32_t type,
-                              void* stream);
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_decode(const OnnxcompHyperWeight* weight, void* w,
+                                                 int32_t type, void* stream);
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hash_decode(const OnnxcompHashWeight* weight, void* w,
+                                                int32_t type, void* stream);
 
 #ifdef __cplusplus
 }

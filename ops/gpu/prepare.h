@@ -1,8 +1,8 @@
 // Activations made ready for a product on tensor cores.
 //
-// Each group of a row is rotated (codec hyper) or not (codec hash) in float32, and brought to 2^14 .. 2^15
-// by a power of two, its factor. What is left is float16: one part, within 2^-11; or two parts whose
-// sum is within 2^-22, as two columns of the product.
+// Each group of a row is rotated (codec hyper) or not (codec hash) in float32, and brought to 2^14
+// .. 2^15 by a power of two, its factor. What is left is float16: one part, within 2^-11; or two
+// parts whose sum is within 2^-22, as two columns of the product.
 #pragma once
 
 #include "gpu/simt.h"
@@ -12,9 +12,9 @@ namespace onnxcomp::gpu {
 constexpr int kMaxGroup = 256;
 constexpr int kPerVector = 8;  // halves of a vector: what a thread takes at a time
 
-// Which place the weights' kernel gives to weight t of a group. Four neighbouring threads share a row: a
-// `quarter` each, 8 weights at a time, `step` by `step`. Rotated groups give `run` weights in order
-// to each quarter; tiles of 16 columns give 4 of each of two tiles.
+// Which place the weights' kernel gives to weight t of a group. Four neighbouring threads share a
+// row: a `quarter` each, 8 weights at a time, `step` by `step`. Rotated groups give `run` weights
+// in order to each quarter; tiles of 16 columns give 4 of each of two tiles.
 struct Placement {
   int run;  // 8 or 32; 0 for tiles
 
@@ -128,7 +128,8 @@ struct Prepare {
     PerThread<Share<float>> shares;
     warp.EachLane([&](int thread) { Load(row, g, thread % kWarp, shares[thread]); });
     if (rotated) Rotate(warp, group, shares);
-    PerThread<uint32_t> most;  // bits of magnitudes are in the order of the magnitudes, NaN above all
+    // Bits of magnitudes are in the order of the magnitudes, those of NaN above all.
+    PerThread<uint32_t> most;
     warp.EachLane([&](int thread) {
       most[thread] = 0;
       ONNXCOMP_UNROLL

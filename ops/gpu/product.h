@@ -2,7 +2,7 @@
 //
 // A `Source` is a stored weight, cut into panels of 16 rows and units of 4 * kRun columns. It has
 //   kRun                          weights that a thread takes of each of its two rows in a unit
-//   kFewForms                     whether only SmallProduct and TiledProduct of 8 are compiled for it
+//   kFewForms                     SmallProduct and TiledProduct of 8 tiles suffice
 //   panels, units, unit_bits      log2 of the units of a group
 //   Raw, Load(panel, unit, lane)  what a thread reads from memory, ahead of its use
 //   Share(warp, raws)             what threads of a warp then take from each other
@@ -33,8 +33,8 @@ struct Output {
   }
 };
 
-// sums += the product of one unit; `load(step, tile, thread)` gives B and `factor(tile, i, thread)` the
-// factor of sum i.
+// sums += the product of one unit; `load(step, tile, thread)` gives B and `factor(tile, i, thread)`
+// the factor of sum i.
 template <int kTiles, class Source, class LoadB, class FactorOf>
 ONNXCOMP_DEVICE void AddUnit(const Warp& warp, const Source& source, const char* table,
                              PerThread<typename Source::Raw>& raw, const LoadB& load,
@@ -68,8 +68,8 @@ ONNXCOMP_DEVICE void AddUnit(const Warp& warp, const Source& source, const char*
   });
 }
 
-// At most eight columns: one panel for each block, whose warps share the units among them. Sums of the
-// warps are added in order, so that the result is always the same.
+// At most eight columns: one panel for each block, whose warps share the units among them. Sums of
+// the warps are added in order, so that the result is always the same.
 template <class Source>
 struct SmallProduct {
   static constexpr int kBlocks = 3;
@@ -129,8 +129,8 @@ struct SmallProduct {
   }
 
   ONNXCOMP_DEVICE Vector LoadColumn(int64_t unit, int step, int lane) const {
-    // Lane l reads quarter l mod 4 of column l / 4, or where there is none, of the first one: what comes
-    // of that goes to columns that nobody reads.
+    // Lane l reads quarter l mod 4 of column l / 4, or where there is none, of the first one: what
+    // comes of that goes to columns that nobody reads.
     const int place = lane / 4 < static_cast<int>(x.count) ? lane : lane % 4;
     return x.values[(unit * kSteps + step) * (4 * kColumns) + place];
   }
@@ -157,8 +157,9 @@ struct SmallProduct {
 // Blocks of TiledProduct for which a multiprocessor has registers.
 constexpr int BlocksOf(int tiles) { return tiles > 8 ? 1 : 2; }
 
-// More columns: a block has eight panels, one for each warp, and kTiles * 8 columns, which its warps
-// read from shared memory while those of the next unit arrive. `splits` blocks share the units.
+// More columns: a block has eight panels, one for each warp, and kTiles * 8 columns, which its
+// warps read from shared memory while those of the next unit arrive. `splits` blocks share the
+// units.
 template <class Source, int kTiles>
 struct TiledProduct {
   static constexpr int kBlocks = BlocksOf(kTiles);

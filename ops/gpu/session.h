@@ -1,7 +1,7 @@
 // What kernels of CUDAExecutionProvider take from the session: its stream and its memory.
 //
-// With ONNXCOMP_CUDA_EMULATED everything is the CPU's, and kernels are registered for its provider: sessions
-// then run the code around the emulated kernels (tests/ops).
+// With ONNXCOMP_CUDA_EMULATED everything is the CPU's, and kernels are registered for its provider:
+// sessions then run the code around the emulated kernels (tests/ops).
 #pragma once
 
 #include "common/attributes.h"

@@ -1,11 +1,11 @@
 // Blocks, warps and threads, for a GPU and, emulated, for a CPU.
 //
-// A kernel is a structure whose `operator()(Block&)` is written once. nvcc compiles it for GPUs, where
-// every thread runs it. Any C++ compiler compiles it for CPUs, where one thread runs whole blocks:
-// `EachThread` and `EachLane` become loops, and what a GPU keeps in the registers of each thread
-// becomes an array. So every line of a kernel but the few inside `#if ONNXCOMP_ON_GPU` is executed
-// and compared with the definition by tests that need no GPU. What emulation cannot show is a
-// missing `Sync`, because its loops run one after the other.
+// A kernel is a structure whose `operator()(Block&)` is written once. nvcc compiles it for GPUs,
+// where every thread runs it. Any C++ compiler compiles it for CPUs, where one thread runs whole
+// blocks: `EachThread` and `EachLane` become loops, and what a GPU keeps in the registers of each
+// thread becomes an array. So every line of a kernel but the few inside `#if ONNXCOMP_ON_GPU` is
+// executed and compared with the definition by tests that need no GPU. What emulation cannot show
+// is a missing `Sync`, because its loops run one after the other.
 #pragma once
 
 #include <cstddef>
@@ -209,8 +209,8 @@ ONNXCOMP_DEVICE void StoreElement(Type type, void* data, int64_t index, float va
   }
 }
 
-// Stores `values` as columns column .. column + kCount - 1 of the row that begins at element `row`, as far
-// as they are below `length`; in vectors where these are whole and aligned.
+// Stores `values` as columns column .. column + kCount - 1 of the row that begins at element `row`,
+// as far as they are below `length`; in vectors where these are whole and aligned.
 template <int kCount>
 ONNXCOMP_DEVICE void StoreRun(Type type, void* data, int64_t row, int64_t column, int64_t length,
                               const float* values) {

@@ -1,7 +1,8 @@
-// HashMatMul, HashGather and HashDecode for CUDAExecutionProvider: nodes to calls of the C functions.
+// HashMatMul, HashGather and HashDecode for CUDAExecutionProvider: nodes to calls of the C
+// functions.
 //
-// Attribute 'precision' makes no difference here; see hyper/gpu_ops.cc. Scale and map, eight numbers, lie
-// in the memory of the CPU, where shapes are, because they decide which kernel runs.
+// Attribute 'precision' makes no difference here; see hyper/gpu_ops.cc. Scale and map, eight
+// numbers, lie in the memory of the CPU, where shapes are, because they decide which kernel runs.
 
 #include "common/weight_op.h"
 #include "gpu/session.h"

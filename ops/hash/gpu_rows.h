@@ -90,8 +90,8 @@ struct GatherRows {
   }
 };
 
-// y = x W^T in float32 arithmetic. A block has one panel and up to 8 rows of activations; its warps share
-// the tiles. Half a warp takes the even columns of a tile, the other half the odd ones.
+// y = x W^T in float32 arithmetic. A block has one panel and up to 8 rows of activations; its warps
+// share the tiles. Half a warp takes the even columns of a tile, the other half the odd ones.
 struct PlainProduct {
   static constexpr int kBlocks = 3;
   static constexpr int kBatch = 8;

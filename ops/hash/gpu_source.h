@@ -12,8 +12,8 @@ ONNXCOMP_DEVICE uint32_t LoadPair(const uint16_t* elements) {
   return *reinterpret_cast<const uint32_t*>(elements);
 }
 
-// Of int8: with 0x64 above it, a byte b is the float16 1024 + b; what is taken away again gives exactly
-// its value, since b is the value plus 128.
+// Of int8: with 0x64 above it, a byte b is the float16 1024 + b; what is taken away again gives
+// exactly its value, since b is the value plus 128.
 ONNXCOMP_DEVICE uint32_t LoadPair(const int8_t* elements) {
   const uint32_t bytes = *reinterpret_cast<const uint16_t*>(elements) ^ 0x8080u;
 #if ONNXCOMP_ON_GPU
@@ -46,7 +46,8 @@ struct Source {
         units(gpu::DivideUp(weight_in.blocks, kTiles)),
         unit_bits(0) {}
 
-  // Twice the slot of each tile, plus 1 for a minus; or, where tiles are no slots, only their panel and unit.
+  // Twice the slot of each tile, plus 1 for a minus; or, where tiles are no slots, only their panel
+  // and unit.
   struct Raw {
     uint32_t place[kWhole ? kTiles : 1];
     int64_t tile;  // the unit's first one

@@ -15,8 +15,8 @@ void AddOps(const Api& api, std::deque<CustomOp>& ops);
 // The same for CUDAExecutionProvider.
 void AddGpuOps(const Api& api, std::deque<CustomOp>& ops);
 
-// Element types of a node's inputs from the memory on: memory, scale, codes, map, then what only the
-// portable body reads.
+// Element types of a node's inputs from the memory on: memory, scale, codes, map, then what only
+// the portable body reads.
 std::vector<int> WithWeight(std::vector<int> inputs, int memory);
 
 // Checks that 'precision' 1 (int8), if asked for, has a memory of int8.

@@ -36,8 +36,8 @@ void ReadMap(const Dims& dims, const int64_t* values, Weight& weight) {
   weight.map = map;
 }
 
-// One code for each chunk, or a single zero for none. Null codes cannot be read: of the only chunk they
-// count, since a zero changes nothing; else a single one is taken for zero.
+// One code for each chunk, or a single zero for none. Null codes cannot be read: of the only chunk
+// they count, since a zero changes nothing; else a single one is taken for zero.
 bool HasCodes(const Dims& dims, const uint8_t* codes, const Weight& weight) {
   const bool zero = dims == Dims{1, 1, 1} && (codes == nullptr || codes[0] == 0);
   if (dims == Dims{weight.panels, weight.blocks, weight.parts()}) {

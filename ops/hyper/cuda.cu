@@ -60,7 +60,8 @@ void WithBits(const GpuWeight& weight, const Body& body) {
   if (weight.group < 128) return body(Source<K, 8, Lookup::kDirect>(weight));
   if constexpr (K <= 2) {
     const int bits = weight.states + K;
-    if (bits <= 8 || (bits == 9 && weight.copy_bits == 5)) return body(Source<K, 32, Lookup::kPairs>(weight));
+    const int most = weight.copy_bits + 4;  // 64 KB, or 16 KB
+    if (bits <= most) return body(Source<K, 32, Lookup::kPairs>(weight));
   }
   if constexpr (K <= 4) {
     if (weight.leveled) return body(Source<K, 32, Lookup::kLeveled>(weight));

@@ -30,7 +30,7 @@ struct GpuWeight {
   uint32_t offset;
   bool leveled;
   int8_t levels[256];
-  int copy_bits;  // log2 of the most copies of a table in shared memory: 5, or 4 where that is scarce
+  int copy_bits;  // log2 of the most copies of a table in shared memory: 5, or 4 where it is scarce
 
   // The dwords of row `lane` of a panel in one group: 16 words apart from each other.
   ONNXCOMP_DEVICE const uint32_t* Row(int64_t panel, int64_t g, int lane) const {
@@ -51,9 +51,10 @@ struct GpuWeight {
   }
 };
 
-// A table in shared memory, at most 32 times and as often as 32 KB (or 16) hold it, so that threads of a warp rarely or never ask
-// the same bank for different words. Entry e is words e * copies .. e * copies + copies - 1. Small
-// tables lie there twice, for weights that go to the low half of a word and to the high one.
+// A table in shared memory, at most 32 times and as often as 32 KB (or 16) hold it, so that threads
+// of a warp rarely or never ask the same bank for different words. Entry e is words e * copies .. e
+// * copies + copies - 1. Small tables lie there twice, for weights that go to the low half of a
+// word and to the high one.
 struct SharedTable {
   int entry_bits;  // log2 of the entries
   int copy_bits;   // log2 of the copies
@@ -94,8 +95,8 @@ struct SharedTable {
 
 // The strings that a thread decodes in one step: kRun weights of its two rows, kRun = 32 or 8.
 //
-// For 32 weights these are the K dwords that hold them and the one before, as they are in memory. For
-// 8 weights they are words that begin `Lead` bits before the weights.
+// For 32 weights these are the K dwords that hold them and the one before, as they are in memory.
+// For 8 weights they are words that begin `Lead` bits before the weights.
 template <int K, int kRun>
 struct Strings {
   static constexpr int kWords = kRun == 32 ? K + 1 : (kRun * K + 31) / 32 + 1;
@@ -146,7 +147,8 @@ struct Decoder {
     return Funnel(words[i], words[i + 1], 32 - lead);
   }
 
-  // 32 bits from the beginning of the window of weight t on (or, but for kLeveled, from Shift() before).
+  // 32 bits from the beginning of the window of weight t on (or, but for kLeveled, from Shift()
+  // before).
   ONNXCOMP_DEVICE uint32_t Window(const uint32_t* words, int t) const {
     const int position = (t + 1) * K;
     const uint32_t low = Led(words, position / 32);

@@ -1,8 +1,9 @@
-// HyperMatMul, HyperGather and HyperDecode for CUDAExecutionProvider: nodes to calls of the C functions.
+// HyperMatMul, HyperGather and HyperDecode for CUDAExecutionProvider: nodes to calls of the C
+// functions.
 //
-// Attribute 'precision' makes no difference here: tensor cores multiply codes by activations in float16
-// parts, which is at least as exact as the int8 of precision 1. An index outside the weight cannot be
-// told to the session without waiting for the GPU: its row is NaN.
+// Attribute 'precision' makes no difference here: tensor cores multiply codes by activations in
+// float16 parts, which is at least as exact as the int8 of precision 1. An index outside the weight
+// cannot be told to the session without waiting for the GPU: its row is NaN.
 
 #include <optional>
 

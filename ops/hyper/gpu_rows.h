@@ -1,4 +1,5 @@
-// HyperDecode and HyperGather on a GPU: codes back to weights, with integers as spec.md section 2 has them.
+// HyperDecode and HyperGather on a GPU: codes back to weights, with integers as spec.md section 2
+// has them.
 #pragma once
 
 #include "gpu/launch.h"
@@ -12,10 +13,10 @@ ONNXCOMP_DEVICE float Weigh(int t, int h, float scale) {
   return static_cast<float>(gpu::Negative(t) ? -h : h) * scale;
 }
 
-// The whole weight. A warp takes one group of one panel; four threads share a row, so that most of the
-// transform stays inside a thread. Two weights t and t + kRun / 2 are one 32-bit integer, high * 2^16 +
-// low: sums of such integers are the sums of their halves as long as these fit 16 bits, and up to the
-// last stride they are below 127 * 128.
+// The whole weight. A warp takes one group of one panel; four threads share a row, so that most of
+// the transform stays inside a thread. Two weights t and t + kRun / 2 are one 32-bit integer, high
+// * 2^16 + low: sums of such integers are the sums of their halves as long as these fit 16 bits,
+// and up to the last stride they are below 127 * 128.
 template <int K, int kRun, Lookup kLookup>
 struct DecodeAll {
   static constexpr int kBlocks = 2;

@@ -7,7 +7,8 @@
 
 namespace onnxcomp::hyper {
 
-// K bits for each weight, kRunLength weights of a row at a time: 32 for groups of 128 and 256, else 8.
+// K bits for each weight, kRunLength weights of a row at a time: 32 for groups of 128 and 256, else
+// 8.
 template <int K, int kRunLength, Lookup kLookup>
 struct Source {
   static constexpr int kRun = kRunLength;
