@@ -12,11 +12,21 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MEMORY_TYPES", "TYPES", "Calls", "HashWeight", "HyperWeight"]
+__all__ = ["MEMORY_TYPES", "TYPES", "Calls", "HashWeight", "HyperLevels", "HyperWeight"]
 
 Array = np.ndarray[Any, Any]
 TYPES: Mapping[str, int] = {"float32": 1, "float16": 10, "bfloat16": 16}
 MEMORY_TYPES: Mapping[str, int] = {"float32": 1, "float16": 10, "int8": 3}
+
+
+class HyperLevels(ctypes.Structure):
+    """OnnxcompHyperLevels."""
+
+    _fields_ = (
+        ("multiplier", ctypes.c_uint16),
+        ("offset", ctypes.c_uint16),
+        ("values", ctypes.c_int8 * 256),
+    )
 
 
 class HyperWeight(ctypes.Structure):
@@ -31,7 +41,7 @@ class HyperWeight(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
-        ("table_copy", ctypes.c_void_p),
+        ("levels", ctypes.POINTER(HyperLevels)),
     )
 
 
@@ -72,6 +82,15 @@ class Calls:
         self._library.onnxcomp_cuda_error.restype = ctypes.c_char_p
         self._library.onnxcomp_cuda_architectures.restype = ctypes.c_char_p
         self.architectures: str = self._library.onnxcomp_cuda_architectures().decode()
+
+    def levels(self, table: Array) -> HyperLevels | None:
+        """The levels of a table of more than 256 states; None where it has none."""
+        levels, found = HyperLevels(), ctypes.c_int32()
+        states = len(table).bit_length() - 1
+        self._library.onnxcomp_cuda_hyper_levels(
+            _pointer(table.ctypes.data), states, ctypes.byref(levels), ctypes.byref(found)
+        )
+        return levels if found.value else None
 
     def scratch(self, weight: Weight, batch: int, dtype: str) -> int:
         """Bytes of scratch memory of a product."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,9 +55,18 @@ class Comparison:
     error: float
 
 
+def _weight(calls: Calls, memory: Memory, case: Case) -> Any:
+    """The weight as kernels take it, with its levels where it has some."""
+    weight = case.weight(memory.place)
+    if isinstance(case, HyperCase) and case.geometry.state_bits > 8:
+        levels = calls.levels(case.table)
+        weight.levels = None if levels is None else ctypes.pointer(levels)
+    return weight
+
+
 def multiply(calls: Calls, memory: Memory, case: Case, x: Array, dtype: str) -> Array:
     """Y of a kernel as float64."""
-    weight = case.weight(memory.place)
+    weight = _weight(calls, memory, case)
     size = calls.scratch(weight, len(x), dtype)
     scratch, intact = memory.output((size,), np.uint8)
     y, read = memory.output((len(x), case.geometry.rows), DTYPES[dtype])
@@ -81,7 +91,7 @@ def product_error(calls: Calls, memory: Memory, case: Case, batch: int, dtype: s
 def _decode_error(calls: Calls, memory: Memory, case: Case, dtype: str) -> float:
     want = case.dense().astype(DTYPES[dtype])
     w, read = memory.output(want.shape, DTYPES[dtype])
-    calls.decode(case.weight(memory.place), w, dtype)
+    calls.decode(_weight(calls, memory, case), w, dtype)
     return 0.0 if np.array_equal(read(), want) else float("inf")
 
 
@@ -90,7 +100,7 @@ def _gather_error(calls: Calls, memory: Memory, case: Case, kind: Any) -> float:
     indices = np.array([0, rows - 1, -1, -rows, rows // 2], kind)
     y, read = memory.output((5, case.geometry.length), np.float32)
     place = memory.place(indices)
-    calls.gather(case.weight(memory.place), place, indices.itemsize, 5, y)
+    calls.gather(_weight(calls, memory, case), place, indices.itemsize, 5, y)
     return 0.0 if np.array_equal(read(), case.dense()[indices]) else float("inf")
 
 

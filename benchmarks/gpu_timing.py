@@ -120,16 +120,16 @@ class HyperWeights:
         states, group = _STATES[bits], 128
         units = -(-rows // 16) * -(-length // group) * 16
         size = units * (group * bits // 8 + 2)
-        table = torch.randint(-127, 128, (1 << states,), dtype=torch.int8)
-        self.kept: list[Any] = [table, table.cuda()]
+        table = torch.randint(-127, 128, (1 << states,), dtype=torch.int8, device="cuda")
+        self.kept: list[Any] = [table]
         self.weights = []
         for _ in range(_rounds(size)):
             codes = _random_bytes(units * group * bits // 8)
             scales = (torch.rand(units, device="cuda") * 0.01).half()
             self.kept += [codes, scales]
             places = (codes.data_ptr(), scales.data_ptr())
-            tables = (self.kept[1].data_ptr(), table.data_ptr())
-            self.weights.append(HyperWeight(rows, length, group, bits, states, *places, *tables))
+            settings = (rows, length, group, bits, states)
+            self.weights.append(HyperWeight(*settings, *places, table.data_ptr(), None))
 
 
 class HashWeights:

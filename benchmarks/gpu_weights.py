@@ -34,11 +34,11 @@ class HyperCase:
         return hyper_format.decode(self.codes, self.scales, self.table, extent, self.geometry.group)
 
     def weight(self, place: Place) -> HyperWeight:
-        """The weight as kernels take it."""
+        """The weight as kernels take it, without levels."""
         of = self.geometry
         return HyperWeight(
             of.rows, of.length, of.group, of.bits, of.state_bits,
-            place(self.codes), place(self.scales), place(self.table), self.table.ctypes.data,
+            place(self.codes), place(self.scales), place(self.table), None,
         )  # fmt: skip
 
 

@@ -68,13 +68,18 @@ void Launch(cudaStream_t stream, const Grid& grid, int64_t shared, const K& kern
 }
 
 inline Device CurrentDevice() {
+  thread_local int known = -1;
+  thread_local Device device{};
   int id = 0;
+  CheckCuda(cudaGetDevice(&id));
+  if (id == known) return device;
   int processors = 0;
   int shared = 0;
-  CheckCuda(cudaGetDevice(&id));
   CheckCuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, id));
   CheckCuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-  return {processors, shared};
+  device = {processors, shared};
+  known = id;
+  return device;
 }
 
 inline void CopyToHost(const void* from, void* to, size_t bytes) {

@@ -26,9 +26,14 @@
 extern "C" {
 #endif
 
-/* A weight (rows, length) of the codec hyper. `table` lies in device memory. `table_copy`, the same
- * bytes in host memory, may be null; with it, tables of more than 256 states that hold only 256
- * levels are looked up faster. */
+/* The 256 levels of a table of more than 256 states, where it has no more; see
+ * onnxcomp_cuda_hyper_levels. */
+typedef struct OnnxcompHyperLevels {
+  uint16_t multiplier, offset;
+  int8_t values[256];
+} OnnxcompHyperLevels;
+
+/* A weight (rows, length) of the codec hyper. `levels` lies in host memory and may be null. */
 typedef struct OnnxcompHyperWeight {
   int64_t rows, length;
   int32_t group;  /* 32, 64, 128 or 256 */
@@ -37,7 +42,7 @@ typedef struct OnnxcompHyperWeight {
   const void* codes;
   const void* scales;
   const void* table;
-  const void* table_copy;
+  const OnnxcompHyperLevels* levels;
 } OnnxcompHyperWeight;
 
 /* A weight (rows, length) of the codec hash. `codes` is null where chunks do not choose. */
@@ -62,6 +67,11 @@ ONNXCOMP_CUDA_API const char* onnxcomp_cuda_architectures(void);
 /* Copies from device (or host) memory to host memory, and waits for it: for small tables, while a
  * model loads. */
 ONNXCOMP_CUDA_API int onnxcomp_cuda_copy_to_host(const void* from, void* to, size_t bytes);
+
+/* Looks for the levels of a table of 2^states entries in host memory, once while a model loads: with
+ * them its weights are looked up faster. Sets `found` to 1 or 0. */
+ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_levels(const void* table, int32_t states,
+                                                 OnnxcompHyperLevels* levels, int32_t* found);
 
 /* Bytes of `scratch` that a product with a batch of so many rows needs on the current device. */
 ONNXCOMP_CUDA_API int onnxcomp_cuda_hyper_scratch(const OnnxcompHyperWeight* weight, int64_t batch,

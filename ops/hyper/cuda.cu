@@ -43,13 +43,12 @@ GpuWeight Read(const Given& given) {
   weight.scales = static_cast<const uint16_t*>(given.scales);
   weight.table = static_cast<const int8_t*>(given.table);
   weight.copy_bits = gpu::CurrentDevice().shared >= kPlenty ? 5 : 4;
-  Levels levels;
-  const auto* copy = static_cast<const int8_t*>(given.table_copy);
-  weight.leveled = copy != nullptr && levels.Find(copy, given.states);
+  weight.leveled = given.levels != nullptr;
   if (weight.leveled) {
-    weight.multiplier = static_cast<uint32_t>(levels.multiplier) << 16;
-    weight.offset = static_cast<uint32_t>(levels.offset) << 16;
-    std::memcpy(weight.levels, levels.values, sizeof weight.levels);
+    Require(given.states > 8, "a table of at most 256 states has no levels");
+    weight.multiplier = static_cast<uint32_t>(given.levels->multiplier) << 16;
+    weight.offset = static_cast<uint32_t>(given.levels->offset) << 16;
+    std::memcpy(weight.levels, given.levels->values, sizeof weight.levels);
   }
   return weight;
 }
@@ -128,6 +127,16 @@ void Gather(const GpuWeight& weight, const void* indices, int64_t count, float* 
 }  // namespace onnxcomp::hyper
 
 using onnxcomp::hyper::GpuWeight;
+
+extern "C" int onnxcomp_cuda_hyper_levels(const void* table, int32_t states,
+                                          OnnxcompHyperLevels* levels, int32_t* found) {
+  onnxcomp::hyper::Levels search{};
+  *found = search.Find(static_cast<const int8_t*>(table), states) ? 1 : 0;
+  levels->multiplier = search.multiplier;
+  levels->offset = search.offset;
+  std::memcpy(levels->values, search.values, sizeof levels->values);
+  return 0;
+}
 
 extern "C" int onnxcomp_cuda_hyper_scratch(const OnnxcompHyperWeight* weight, int64_t batch,
                                            int32_t type, size_t* bytes) {

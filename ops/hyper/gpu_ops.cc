@@ -20,10 +20,15 @@ class GpuReader {
   GpuReader(const NodeInfo& node, size_t first) : reader_(node, first, /*readable=*/false) {
     const OrtValue* table = node.Constant(first + 2);
     if (table == nullptr) return;
-    const int64_t size = Count(DimsOf(node.api(), table));
-    table_.emplace(static_cast<size_t>(size));
-    gpu::CheckCall(onnxcomp_cuda_copy_to_host(DataOf<int8_t>(node.api(), table), table_->data(),
-                                              table_->size()));
+    std::vector<int8_t> copy(static_cast<size_t>(Count(DimsOf(node.api(), table))));
+    if (copy.size() != 1024 && copy.size() != 4096) return;  // no levels, or nothing to read
+    gpu::CheckCall(onnxcomp_cuda_copy_to_host(DataOf<int8_t>(node.api(), table), copy.data(),
+                                              copy.size()));
+    int32_t found = 0;
+    OnnxcompHyperLevels levels{};
+    gpu::CheckCall(onnxcomp_cuda_hyper_levels(copy.data(), copy.size() == 1024 ? 10 : 12, &levels,
+                                              &found));
+    if (found != 0) levels_ = levels;
   }
 
   int64_t rows() const { return reader_.rows(); }
@@ -34,12 +39,12 @@ class GpuReader {
     const Format& format = weight.format;
     return {format.rows,  format.length, format.group, format.bits,
             format.states, weight.codes, weight.scales, weight.table,
-            table_ ? table_->data() : nullptr};
+            levels_ ? &*levels_ : nullptr};
   }
 
  private:
   WeightReader reader_;
-  std::optional<std::vector<int8_t>> table_;
+  std::optional<OnnxcompHyperLevels> levels_;
 };
 
 template <class T>

@@ -188,6 +188,12 @@ def test_the_same_product_gives_the_same_bits(calls: Any, benchmarks: Any) -> No
         )
 
 
+def test_levels_are_found_where_a_table_has_them(calls: Any, benchmarks: Any) -> None:
+    assert calls.levels(benchmarks.hyper_case(1, 1, states=12, leveled=True).table) is not None
+    assert calls.levels(benchmarks.hyper_case(1, 1, states=12).table) is None
+    assert calls.levels(benchmarks.hyper_case(1, 1, states=8).table) is None
+
+
 def test_an_empty_batch_needs_nothing(calls: Any, benchmarks: Any) -> None:
     memory = benchmarks.HostMemory()
     weight = benchmarks.hyper_case(20, 100).weight(memory.place)
