@@ -29,3 +29,11 @@ def test_a_missing_library_exits_6(
 
 def test_a_file_that_is_no_model_exits_5(onnxcomp: Run, tmp_path: Path) -> None:
     assert onnxcomp("doctor", tmp_path / "absent.onnx").code == 5
+
+
+def test_ops_info_says_which_gpus_the_library_and_the_machine_have(onnxcomp: Run) -> None:
+    answer = onnxcomp("ops", "info")
+    assert answer.code == 0 and "cuda_architectures" in answer.out
+    document = onnxcomp("ops", "info", "--json").json
+    assert isinstance(document["cuda_architectures"], list) and isinstance(document["gpus"], list)
+    assert document["cuda_driver"] is None or isinstance(document["cuda_driver"], str)
