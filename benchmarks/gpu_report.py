@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from gpu_calls import Calls
 from results import print_table, write_results
 
 MISSING = 6  # the exit code of onnxcomp for what is missing on a machine
@@ -131,7 +132,8 @@ def _run(*command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library", type=Path)
-    kernels = report(parser.parse_args().library)
+    library: Path = parser.parse_args().library
+    kernels = report(library)
     rows = [
         (
             kernel.name,
@@ -143,7 +145,12 @@ def main() -> None:
         for kernel in kernels
     ]
     print_table(("kernel", "registers", "stack", "loop", "of it"), rows)
-    document = {"kernels": [dataclasses.asdict(kernel) for kernel in kernels]}
+    document = {
+        "architectures": Calls(library).architectures,
+        "library_bytes": library.stat().st_size,
+        "kernels": [dataclasses.asdict(kernel) for kernel in kernels],
+    }
+    print(f"{document['architectures']}: {len(kernels)} kernels, {document['library_bytes']} bytes")
     print(f"wrote {write_results('gpu_report', document)}")
 
 
