@@ -47,6 +47,7 @@ class Evidence:
         measured: The same, of the weights it was measured of.
         scale: Noise power of the outputs over the square of a relative change of each weight's
             scale, of the same weights.
+        chance: How much of the differences between sensitivities is chance, 0 to 1.
         timing: What settings cost in time; None where that does not matter.
     """
 
@@ -55,6 +56,7 @@ class Evidence:
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
     measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
     scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    chance: float = 0.0
     timing: Timing | None = None
 
 
@@ -129,9 +131,9 @@ def _errors(
     real = samples()
     if real is not None:
         told = measure_sensitivities(prepared.model, prepared.sites, real)
-        doubt = max(_DOUBT, told.chance(guesses(prepared.sites)))
-        used = blended(prepared.sites, told.noise, doubt)
-        return Evidence(spread(real, _FEEDS), calibrated, used, told.noise, told.scale)
+        chance = told.chance(guesses(prepared.sites))
+        used = blended(prepared.sites, told.noise, max(_DOUBT, chance))
+        return Evidence(spread(real, _FEEDS), calibrated, used, told.noise, told.scale, chance)
     if settings.max_error is None:
         return Evidence()
     return Evidence(sensitivities=_scaled(prepared, settings))

@@ -28,6 +28,9 @@ _FRAMES = 20
 # Allocations with shared tensors counted, and bytes of the name and the type of a tensor.
 _ALIKE, _HEADER = 6, 80
 
+# Share of the target that a plan with equal settings has to use to be preferred.
+_USED = 0.99
+
 # A plan is good when less than this part of the target is left over.
 _CLOSE = 400
 
@@ -81,29 +84,37 @@ class _Search:
         self.best_bytes = -1
         self._target = target
         self._size_of = size_of
+        self._handicap = 1.0
         self._tried: list[tuple[int, Candidate]] = []
         self._sizes: dict[tuple[tuple[str, Params], ...], int] = {}
 
-    def try_(self, picks: list[Candidate]) -> int:
+    def try_(self, picks: list[Candidate], handicap: float = 1.0) -> int:
         """Measure a plan, keep it when it is better, and return its bytes.
 
         Among plans that fit, the better one costs less; where none fits, it is smaller.
+
+        Args:
+            picks: The plan.
+            handicap: What its cost is multiplied by, in this comparison and in later ones, where it
+                uses nearly all of the target.
         """
         settings = tuple((pick.codec, pick.params) for pick in picks)
         if settings not in self._sizes:
             self._sizes[settings] = self._size_of(picks)
         total = self._sizes[settings]
+        handicap = handicap if total >= _USED * self._target else 1.0
         if self.best_bytes < 0 or self.best_bytes > self._target:
             better = self.best_bytes < 0 or total < self.best_bytes
         else:
-            better = total <= self._target and self._betters(self._cost(picks), total)
+            cost = handicap * self._cost(picks)
+            better = total <= self._target and self._betters(cost, total)
         if better:
-            self.best, self.best_bytes = picks, total
+            self.best, self.best_bytes, self._handicap = picks, total, handicap
         return total
 
     def _betters(self, cost: float, total: int) -> bool:
         """Whether a plan that fits costs less, or about as much and uses more of the target."""
-        best = self._cost(self.best)
+        best = self._handicap * self._cost(self.best)
         return cost < best * (1 - NOISE) or (cost <= best * (1 + NOISE) and total > self.best_bytes)
 
     def correct(self, menus: Sequence[Menu], budget: int) -> None:
@@ -129,13 +140,18 @@ class _Search:
                 return
 
     def try_given(self, plans: Sequence[list[Candidate]]) -> None:
-        """Measure plans where they could fit and be better."""
+        """Measure plans with equal settings where they could fit and be better.
+
+        They are left only for a gain that is more than chance in what sensitivities tell.
+        """
+        handicap = 1.0 - max((menu.chance for menu in self.menus), default=0.0)
         for picks in plans:
             fits = self.best_bytes <= self._target
             if not fits or (
-                _bytes(picks) <= self._target and self._cost(picks) < self._cost(self.best)
+                _bytes(picks) <= self._target
+                and handicap * self._cost(picks) < self._handicap * self._cost(self.best)
             ):
-                self.try_(picks)
+                self.try_(picks, handicap)
 
     def try_few(self, menus: Sequence[Menu]) -> None:
         """Allocate among two or three neighbouring equal settings, which share tensors and bodies.

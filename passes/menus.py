@@ -60,6 +60,7 @@ class Menu:
             scale; None where that was not measured.
         guess: What stands for it in the objective where it is not known, see `guesses`; None for
             that of the weight alone.
+        chance: How much of the differences between sensitivities is chance, 0 to 1.
         price: What a second counts in the objective.
         fastest: Seconds from which on it counts, so that costs are not negative.
     """
@@ -70,6 +71,7 @@ class Menu:
     measured: float | None = None
     scale: float | None = None
     guess: float | None = None
+    chance: float = 0.0
     price: float = 0.0
     fastest: float = 0.0
 

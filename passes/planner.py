@@ -150,7 +150,9 @@ def make_menus(prepared: Prepared, settings: Settings, evidence: Evidence) -> li
     for site, stats in observed(prepared.model, prepared.sites, evidence.feeds):
         estimates.look_at(stats)
         found[site.name] = _menu(site, methods, settings, evidence, estimates, usual[site.name])
-    return [found[site.name] for site in prepared.sites]
+    return [
+        dataclasses.replace(found[site.name], chance=evidence.chance) for site in prepared.sites
+    ]
 
 
 def make_plan(

@@ -226,6 +226,23 @@ def test_a_fit_is_not_worse_than_the_plan_of_a_number_of_bits() -> None:
     assert cost(found) <= cost(equal) * (1 + NOISE)
 
 
+def test_equal_settings_are_left_for_a_gain_that_is_more_than_chance() -> None:
+    menus = [menu(site(f"w{i}", 64 << i, 512), ["hyper"], sensitivity=4.0**-i) for i in range(4)]
+    equal = [uniform(m, 4) for m in menus]
+
+    def gain(chance: float) -> float:
+        doubtful = [dataclasses.replace(m, chance=chance) for m in menus]
+        picks, _ = fit(doubtful, size(equal), size, [equal])
+        return sum(m.cost_of(c) for m, c in zip(menus, picks, strict=True)) / sum(
+            m.cost_of(c) for m, c in zip(menus, equal, strict=True)
+        )
+
+    free = gain(0.0)
+    assert free < 0.9
+    assert gain(1.02 - free) == 1.0
+    assert gain(0.98 - free) == free
+
+
 def test_what_is_kept_stays_kept_in_a_fit() -> None:
     kept = Menu(site("k"), (keep(site("k"), "holds NaN"),))
     picks, _ = fit([kept, menu(site("w"), ["hyper"])], 600_000, lambda p: size(p))
