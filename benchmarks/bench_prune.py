@@ -196,6 +196,19 @@ def image_jobs() -> Iterator[tuple[str, PruneOptions]]:
             )
 
 
+def record(key: str, row: Row) -> None:
+    """Print a row, and write it beside those of other runs, which may have ended meanwhile."""
+    print(key, row, flush=True)
+    write_results("prune", {"rows": recorded() | {key: row}})
+
+
+def recorded() -> dict[str, Row]:
+    """Rows of earlier runs."""
+    path = RESULTS / "prune.json"
+    rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    return rows
+
+
 def fill(
     rows: dict[str, Row],
     case: Any,
@@ -212,8 +225,7 @@ def fill(
             output = Path(folder) / "pruned.onnx"
             done = pruned(case, options, output, case.feeds)
             rows[key] = done | case.judge(output)
-        print(key, rows[key], flush=True)
-        write_results("prune", {"rows": rows})
+        record(key, rows[key])
 
 
 def lowrank_jobs(path: Path, data: Any) -> Iterator[tuple[str, Callable[[Path], Any]]]:
@@ -268,8 +280,7 @@ def fill_compiled(
             row["cpu_seconds"] = round(time.process_time() - start, 1)
             row |= {"division": report.division} if report.division else {}
             rows[key] = row | case.judge(output)
-        print(key, rows[key], flush=True)
-        write_results("prune", {"rows": rows})
+        record(key, rows[key])
 
 
 class Decoder:
@@ -332,13 +343,12 @@ def decode(rows: dict[str, Row], case: LanguageModel, wanted: str) -> None:
             row = pruned(None, PruneOptions(ratio=ratio), output, cached_feeds(case), path)
             forms = [Decoder(form, case.tokens[0]) for form in (path, output)]
             times = np.array([[form.seconds(64) for form in forms] for _ in range(15)])
-            dense, own = (1 / statistics.median(column) for column in times.T)
+            dense, own = (1 / statistics.median(column) for column in times.T.tolist())
             row["tokens_per_second"] = [round(dense, 1), round(own, 1)]
             row["time"] = statistics.median((times[:, 1] / times[:, 0]).tolist())
             memory = [load_model(form, library=True)["rss_bytes"] for form in (path, output)]
             rows[key] = row | {"rss_bytes": memory}
-        print(key, rows[key], flush=True)
-        write_results("prune", {"rows": rows})
+        record(key, rows[key])
 
 
 def _product_times(
@@ -367,8 +377,7 @@ def latency(rows: dict[str, Row], case: LanguageModel, only: str) -> None:
             output = Path(folder) / "pruned.onnx"
             pruned(case, PruneOptions(ratio=ratio, least=0.1), output, case.feeds[:8])
             rows[key] = _compare(case, output, Path(folder))
-        print(key, rows[key], flush=True)
-        write_results("prune", {"rows": rows})
+        record(key, rows[key])
 
 
 def _compare(case: LanguageModel, output: Path, folder: Path) -> Row:
@@ -411,8 +420,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--only", default="")
     given = parser.parse_args()
-    path = RESULTS / "prune.json"
-    rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    rows = recorded()
     end = time.monotonic() + given.seconds
     late = lambda: time.monotonic() > end  # noqa: E731
     for part in given.parts.split(","):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,7 @@ from onnxcomp.passes.prune.observe import moments
 from onnxcomp.passes.prune.prepare import prepare, tidy
 from onnxcomp.passes.prune.probe import probe
 from onnxcomp.passes.prune.report import FitReport, GroupReport, PruneReport
-from onnxcomp.passes.prune.rewrite import remove
+from onnxcomp.passes.prune.rewrite import remove, take
 from onnxcomp.passes.prune.select import Step
 from onnxcomp.passes.settings import SCORES, PruneScore
 
@@ -147,7 +147,7 @@ def prune(
         for name, text in _declared(model).items()
         if shapes[name] != text
     )
-    after = measure(model, probe(model, probe_feeds(model)[:1] if changed else inputs[:1]))
+    after = measure(model, probe(model, [_shrunk(analysis, inputs[0], classes)]))
     return PruneReport(
         asked=options.share,
         reached=ledger.removed,
@@ -223,6 +223,17 @@ def _touched(consumers: Sequence[Consumer], groups: Groups) -> list[Consumer]:
     """Products that read channels of some group."""
     own = {c for g in groups.groups for slot in g.slots for candidate in slot for c in candidate}
     return [consumer for consumer in consumers if own & set(consumer.classes.tolist())]
+
+
+def _shrunk(analysis: Analysis, feed: Feed, classes: Collection[int]) -> Feed:
+    """Inputs of the model for what is left of it: caches lose positions."""
+    gone = np.isin(analysis.relations.classes, list(classes))
+    found = dict(feed)
+    for member in analysis.members:
+        name = member.value.name or ""
+        if member.value.const_value is None and name in found:
+            found[name] = take(found[name], member.axes, ~gone[member.atoms])
+    return found
 
 
 def _declared(model: ir.Model) -> dict[str, str]:

@@ -20,7 +20,7 @@ from onnxcomp.passes.prune.axes import Analysis
 from onnxcomp.passes.prune.rules_attention import Heads
 from onnxcomp.passes.scopes import Names, new_initializer, remove_dead
 
-__all__ = ["Rewriter", "kept_shape", "remove"]
+__all__ = ["Rewriter", "kept_shape", "remove", "take"]
 
 
 def remove(analysis: Analysis, classes: Collection[int]) -> int:

@@ -141,6 +141,13 @@ def test_caches_shrink_only_when_they_may() -> None:
     allowed, _ = run(proto, PruneOptions(ratio=0.3))
     assert {name for name, _, _ in allowed.inputs} >= {"past_key", "past_value"}
     assert allowed.after.cache_bytes < allowed.before.cache_bytes
+    model = load(proto)
+    canonicalize(model)
+    rng = np.random.default_rng(0)
+    shapes = {"x": (2, 9, 10), "past_key": (2, 2, 5, 6), "past_value": (2, 2, 5, 6)}
+    one = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    report = prune(model, PruneOptions(ratio=0.3), feeds=[one])
+    assert 2 * report.after.flops == report.before.flops  # half of the heads, on the same inputs
     kept, _ = run(proto, PruneOptions(ratio=0.3, caches=False))
     assert kept.inputs == () and kept.groups == ()
 
