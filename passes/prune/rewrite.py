@@ -61,7 +61,7 @@ def take(array: Array, axes: Sequence[int], kept: Array) -> Array:
     """An array without the positions of some axes that go."""
     axes = tuple(axes)
     moved = np.moveaxis(array, axes, range(len(axes)))
-    picked = moved.reshape(-1, *moved.shape[len(axes) :])[kept.ravel()]
+    picked = moved.reshape(kept.size, *moved.shape[len(axes) :])[kept.ravel()]
     shaped = picked.reshape(*kept_shape(kept), *moved.shape[len(axes) :])
     return np.ascontiguousarray(np.moveaxis(shaped, range(len(axes)), axes))
 

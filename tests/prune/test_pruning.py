@@ -144,9 +144,14 @@ def test_caches_shrink_only_when_they_may() -> None:
     model = load(proto)
     canonicalize(model)
     rng = np.random.default_rng(0)
-    shapes = {"x": (2, 9, 10), "past_key": (2, 2, 5, 6), "past_value": (2, 2, 5, 6)}
-    one = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    report = prune(model, PruneOptions(ratio=0.3), feeds=[one])
+    steps = (5, 0)  # a cache may be empty
+    shapes = [
+        {"x": (2, 9, 10)} | dict.fromkeys(("past_key", "past_value"), (2, 2, n, 6)) for n in steps
+    ]
+    data = [
+        {k: rng.standard_normal(s).astype(np.float32) for k, s in one.items()} for one in shapes
+    ]
+    report = prune(model, PruneOptions(ratio=0.3), feeds=data[::-1])
     assert 2 * report.after.flops == report.before.flops  # half of the heads, on the same inputs
     kept, _ = run(proto, PruneOptions(ratio=0.3, caches=False))
     assert kept.inputs == () and kept.groups == ()
@@ -233,17 +238,19 @@ def matrix_elements(path: Path) -> int:
     return sum(math.prod(tensor.dims) for tensor in tensors if len(tensor.dims) == 2)
 
 
-def test_optimize_prunes_first_and_encodes_what_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["int", "hyper", "lowrank"])
+def test_optimize_prunes_first_and_encodes_what_is_left(method: str, tmp_path: Path) -> None:
     onnx.save(wide(), tmp_path / "m.onnx")
     inputs = {"x": np.concatenate([feed["x"] for feed in feeds()])}
     np.savez(tmp_path / "data.npz", **inputs)
     result = onnxcomp.optimize(
-        tmp_path / "m.onnx", tmp_path / "s.onnx", method="prune+int", prune_ratio=0.25,
-        min_size=1024, data=tmp_path / "data.npz",
+        tmp_path / "m.onnx", tmp_path / "s.onnx", method=f"prune+{method}", prune_ratio=0.25,
+        min_size=1024,
+        set_=".*:rank=8" if method == "lowrank" else (), data=tmp_path / "data.npz",
     )  # fmt: skip
     assert result.verify is not None and result.verify.passed
     assert result.report.prune is not None and result.report.prune["met"]
-    assert {site.method for site in result.report.sites if site.compressed} == {"int"}
+    assert {site.method for site in result.report.sites if site.compressed} == {method}
     before = matrix_elements(tmp_path / "m.onnx")
     after = sum(math.prod(site.shape) for site in result.report.sites if len(site.shape) == 2)
     assert after <= 0.8 * before
