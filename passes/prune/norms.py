@@ -106,7 +106,7 @@ class ChannelSums:
 
 def find_norms(analysis: Analysis, gone: Array) -> list[Norm]:
     """Nodes behind something that goes, ``gone[class]``, whose statistics may be written anew."""
-    bound = {m.value: m for m in analysis.members if m.role == CARRIED and m.input_index == 3}
+    bound = {m.value: m for m in analysis.members if m.role == CARRIED and m.input_index in (3, 4)}
     return [
         Norm(node, *_stored(node), _classes(analysis, node, bound))
         for node in _behind(analysis, gone)

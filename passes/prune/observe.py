@@ -14,7 +14,7 @@ from onnxcomp.passes.calibrate import HELD_OUT, Feed
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.prune.axes import Analysis
-from onnxcomp.passes.prune.compensate import Sums
+from onnxcomp.passes.prune.compensate import Sums, temper, tempered
 from onnxcomp.passes.prune.consumers import Consumer
 from onnxcomp.passes.prune.meetings import silenced
 from onnxcomp.passes.prune.norms import ChannelSums, Norm
@@ -57,18 +57,30 @@ def moments(
     chain = Chain(analysis.model, list(feeds), wanted, folder)
     for consumer in _ordered(chain, consumers):
         weight, bias = _dense(consumer)
-        sums = Sums(weight.shape[1], 0)
-        for values in chain.advance(consumer.wanted):
+        seen, held = Sums(weight.shape[1], 0), Sums(weight.shape[1], 0)
+        for number, values in enumerate(chain.advance(consumer.wanted)):
             x = consumer.vectors(values[consumer.reads])
-            sums.add(x, None)
-            sums.power += _power(consumer, values, x.astype(np.float32) @ weight.T + bias)
-        _check(consumer, sums)
-        if sums.count < ENOUGH * weight.shape[1]:
+            for part, own in _shares(len(feeds), number, len(x), (seen, held)):
+                part.add(x[own], None)
+            seen.power += _power(consumer, values, x.astype(np.float32) @ weight.T + bias)
+        _check(consumer, seen, held)
+        if seen.count + held.count < ENOUGH * weight.shape[1]:
             log.warning(
                 "%s: %d input vectors for %d columns; %d or more are needed for good fits",
-                *(consumer.name, sums.count, weight.shape[1], ENOUGH * weight.shape[1]),
-            )
-        yield consumer, sums.means()
+                consumer.name, seen.count + held.count, weight.shape[1], ENOUGH * weight.shape[1],
+            )  # fmt: skip
+        yield consumer, _together(weight, seen, held)
+
+
+def _together(weight: Array, seen: Sums, held: Sums) -> Sums:
+    """Means over all data, with moments drawn to their diagonal where the data are few."""
+    share = temper(weight.astype(np.float64), seen.means(), held.means())
+    seen.gram += held.gram
+    seen.mean += held.mean
+    seen.count += held.count
+    found = seen.means()
+    found.gram = tempered(found.gram, share)
+    return found
 
 
 def _power(consumer: Consumer, values: Mapping[str, Array], outputs: Array) -> float:
@@ -144,7 +156,7 @@ class Walk:
             shift = _shift(consumer, values, exact, len(x))
             if shift is not None and shift.shape == target.shape:
                 target += shift
-            for sums, part in self._shares(number, len(x), (seen, held)):
+            for sums, part in _shares(len(self._feeds), number, len(x), (seen, held)):
                 sums.add(x[part], target[part])
         _check(consumer, seen, held)
         return seen.means(), held.means()
@@ -155,7 +167,7 @@ class Walk:
         seen, held = ChannelSums(size), ChannelSums(size)
         for number, (values, exact) in enumerate(self._values(norm)):
             x, t = (norm.channels(of[norm.wanted[0]]) for of in (values, exact))
-            for sums, part in self._shares(number, x.shape[1], (seen, held)):
+            for sums, part in _shares(len(self._feeds), number, x.shape[1], (seen, held)):
                 sums.add(x[:, part], t[:, part])
         return seen, held
 
@@ -163,16 +175,17 @@ class Walk:
         """What an item reads, of the model as it is and of the dense one."""
         return zip(self._chain.advance(item.wanted), self._dense.advance(item.wanted), strict=True)
 
-    def _shares(
-        self, number: int, count: int, both: tuple[Kept, Kept]
-    ) -> Iterator[tuple[Kept, slice]]:
-        """Keep every tenth input back, or of a few inputs the last tenth of their vectors."""
-        if len(self._feeds) >= HELD_OUT:
-            yield both[number % HELD_OUT == HELD_OUT - 1], slice(None)
-            return
-        cut = count - count // HELD_OUT
-        yield both[0], slice(cut)
-        yield both[1], slice(cut, None)
+
+def _shares(
+    total: int, number: int, count: int, both: tuple[Kept, Kept]
+) -> Iterator[tuple[Kept, slice]]:
+    """Keep every tenth input back, or of a few inputs the last tenth of their vectors."""
+    if total >= HELD_OUT:
+        yield both[number % HELD_OUT == HELD_OUT - 1], slice(None)
+        return
+    cut = count - count // HELD_OUT
+    yield both[0], slice(cut)
+    yield both[1], slice(cut, None)
 
 
 def _shift(

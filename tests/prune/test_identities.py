@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp.passes.prune.compensate import Sums, best_fit, fitted, masked
+from onnxcomp.passes.prune.compensate import (
+    Sums,
+    best_fit,
+    fitted,
+    masked,
+    temper,
+    tempered,
+)
 from onnxcomp.passes.prune.obs import Surgeon, damping
 from onnxcomp.passes.prune.scores import PENALTY, mask_matrix, newton, numerical, wanda
 
@@ -129,3 +136,35 @@ def test_masks_keep_everything_else() -> None:
 def test_moments_without_full_rank_are_inverted_with_more_damping() -> None:
     surgeon = Surgeon(np.ones((2, 3)), np.zeros((3, 3)), 0.0)
     assert np.isfinite(surgeon.losses(np.arange(3)[:, None])).all()
+
+
+def few(seed: int, count: int, rank: int) -> tuple[np.ndarray, Sums, Sums]:
+    """A weight, and moments of a few vectors with `rank` independent directions and noise."""
+    rng = np.random.default_rng(seed)
+    weight, mixing = rng.standard_normal((6, 64)), rng.standard_normal((rank, 64))
+    x = rng.standard_normal((count + 40, rank)) @ mixing + 0.1 * rng.standard_normal((1, 64))
+    x += 0.05 * rng.standard_normal(x.shape)
+    parts = (x[:count], x[count:])
+    seen, held = (sums(weight, part, part @ weight.T) for part in parts)
+    return weight, seen, held
+
+
+def test_moments_of_few_vectors_are_drawn_to_their_diagonal() -> None:
+    independent = [temper(*few(seed, 30, 64)) for seed in range(5)]
+    related = [temper(*few(seed, 30, 4)) for seed in range(5)]
+    assert min(independent) >= 0.3 > max(related)
+    assert temper(*few(0, 640, 64)) == 0.0  # as many as fits trust
+    weight, seen, _ = few(0, 30, 64)
+    assert 0.5 < temper(weight, seen, Sums(64, 6)) < 1.0
+    drawn = tempered(seen.gram, 1.0)
+    np.testing.assert_array_equal(drawn, np.diag(np.diag(seen.gram)))
+
+
+def test_fits_to_few_vectors_use_what_held_out_ones_allow() -> None:
+    gone = np.arange(0, 64, 4)
+    for seed in range(3):
+        weight, seen, held = few(seed, 30, 64)
+        fit = best_fit(weight, np.zeros(6), gone, seen, held)
+        plain = fitted(weight, seen.gram, weight @ seen.gram, gone, damping(seen.gram))
+        assert fit.used in ("mask", "bias", "fit")
+        assert fit.after <= held.error(plain) / held.power
