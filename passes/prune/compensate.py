@@ -13,7 +13,7 @@ import numpy as np
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.prune.obs import damping, inverse
 
-__all__ = ["Fit", "Sums", "fitted", "masked", "temper", "tempered"]
+__all__ = ["Fit", "Sums", "fitted", "masked", "measured_loss", "temper", "tempered"]
 
 # Shrinkage towards the original weight, as a share of the mean diagonal of the moments.
 SHRINK = 0.01
@@ -41,6 +41,8 @@ class Sums:
         self.cross = np.zeros((rows, length))
         self.target = np.zeros(rows)
         self.power = 0.0
+        # Means over vectors kept aside, where there are too few to trust what `gram` promises.
+        self.held: Sums | None = None
 
     def add(self, x: Array, target: Array | None) -> None:
         """Add vectors ``(n, length)`` with wanted outputs ``(n, rows)``."""
@@ -103,6 +105,24 @@ def temper(weight: Array, seen: Sums, held: Sums) -> float:
         return float(np.einsum("ij,ij->", lost @ held.gram, lost))
 
     return min(_TEMPERS, key=error)
+
+
+def measured_loss(weight: Array, sums: Sums, gone: Array, *, biased: bool) -> float:
+    """Squared error of the outputs on vectors kept aside, the columns that stay fitted.
+
+    Args:
+        weight: float64 ``(rows, length)``.
+        sums: Means over calibration data, with `held`.
+        gone: Numbers of the columns that go.
+        biased: Whether a bias makes up for the mean.
+    """
+    assert sums.held is not None
+    gamma = damping(sums.gram, SHRINK)
+    lost = weight - fitted(weight, sums.gram, weight @ sums.gram, gone, gamma)
+    held = sums.held.gram
+    if biased:
+        held = held - np.outer(sums.held.mean, sums.held.mean)
+    return max(0.0, float(np.einsum("ij,ij->", lost @ held, lost)))
 
 
 def masked(weight: Array, gone: Array) -> Array:

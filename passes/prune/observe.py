@@ -14,7 +14,7 @@ from onnxcomp.passes.calibrate import HELD_OUT, Feed
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.prune.axes import Analysis
-from onnxcomp.passes.prune.compensate import Sums, temper, tempered
+from onnxcomp.passes.prune.compensate import ANCHORED, Sums, temper, tempered
 from onnxcomp.passes.prune.consumers import Consumer
 from onnxcomp.passes.prune.meetings import silenced
 from onnxcomp.passes.prune.norms import ChannelSums, Norm
@@ -74,12 +74,14 @@ def moments(
 
 def _together(weight: Array, seen: Sums, held: Sums) -> Sums:
     """Means over all data, with moments drawn to their diagonal where the data are few."""
+    few = seen.count < ANCHORED * weight.shape[1] and held.count > 0
+    kept = held.means() if few else None
     share = temper(weight.astype(np.float64), seen.means(), held.means())
     seen.gram += held.gram
     seen.mean += held.mean
     seen.count += held.count
     found = seen.means()
-    found.gram = tempered(found.gram, share)
+    found.gram, found.held = tempered(found.gram, share), kept
     return found
 
 

@@ -14,12 +14,19 @@ import onnxcomp
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.canonicalize import canonicalize
 from onnxcomp.passes.graph import load, save
-from onnxcomp.passes.prune.choose import Numerical
-from onnxcomp.passes.prune.cost import measure
+from onnxcomp.passes.prune.axes import analyse
+from onnxcomp.passes.prune.choose import Numerical, by_obs
+from onnxcomp.passes.prune.compensate import measured_loss
+from onnxcomp.passes.prune.consumers import find_consumers
+from onnxcomp.passes.prune.cost import Ledger, measure
 from onnxcomp.passes.prune.feeds import probe_feeds
+from onnxcomp.passes.prune.groups import find_groups
+from onnxcomp.passes.prune.observe import moments
+from onnxcomp.passes.prune.prepare import prepare
 from onnxcomp.passes.prune.probe import probe
 from onnxcomp.passes.prune.pruning import PruneOptions, prune
 from onnxcomp.passes.prune.report import PruneReport
+from onnxcomp.passes.prune.select import Step
 from onnxcomp.runtime.evaluate import run_model
 
 from .graphs import GRAPHS, Draft
@@ -306,3 +313,31 @@ def test_a_cache_may_change_its_shape_in_a_run(tmp_path: Path) -> None:
     assert result.report.prune is not None
     assert {change["name"] for change in result.report.prune["inputs"]} >= {"past_key"}
     assert result.verify is not None and result.verify.passed
+
+
+def test_few_vectors_do_not_promise_what_others_do_not_keep() -> None:
+    """Thirty vectors seem to need thirty of 64 columns; the losses of steps say better."""
+    model = load(wide())
+    canonicalize(model)
+    prepare(model)
+    analysis = analyse(model, probe_feeds(model))
+    groups, consumers = find_groups(analysis), find_consumers(analysis)
+    data = feeds(1, 33)
+    known = {consumer.name: sums for consumer, sums in moments(analysis, consumers, data)}
+    assert all(sums.held is not None for sums in known.values())
+    ledger = Ledger(analysis, groups)
+    seen = [(consumer, known[consumer.name]) for consumer in consumers]
+    steps = by_obs(groups.groups, consumers, seen, ledger, 0.99, least=0.2, round_to=8)
+    for consumer in consumers:
+        own = [step for step in steps if consumer.columns(_gone(ledger, step)).size]
+        weight = consumer.matrix(consumer.weight.const_value.numpy())  # type: ignore[union-attr]
+        gone = consumer.columns(ledger.gone)
+        sums = known[consumer.name]
+        loss = measured_loss(weight, sums, gone, biased=True) / sums.power
+        assert sum(step.loss for step in own) >= 0.99 * loss > 0.0
+
+
+def _gone(ledger: Ledger, step: Step) -> np.ndarray:
+    gone = np.zeros_like(ledger.gone)
+    gone[list(step.classes)] = True
+    return gone
