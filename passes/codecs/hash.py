@@ -81,7 +81,7 @@ class HashParams(Params):
         memory: What the memory holds: "float32", "float16" or "int8".
         seed: Seed of rotations and signs.
         limit: Relative error of products on inputs kept aside, or of the weight where there are no
-            inputs, above which a weight stays dense; 1 or more for never.
+            inputs, above which a weight stays dense; 1 for whatever is better than nothing.
     """
 
     compression: int = 4
