@@ -50,7 +50,7 @@ def projections() -> Iterator[str]:
                 f"{row['ratio']:.1f}x",
                 f"{row['weight_error']:.3f}" if "weight_error" in row else "",
                 f"{row['spearman']:.4f}",
-                f"{row['one_minus_cosine']:.4f}",
+                f"{abs(row['one_minus_cosine']):.4f}",
             )
             for row in tables
         ]
