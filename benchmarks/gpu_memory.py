@@ -84,16 +84,17 @@ class HostMemory:
 
 
 class GpuMemory:
-    """Memory of the GPU that torch has chosen."""
+    """Memory of the GPU that torch has chosen, or of another of its devices."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         """Keep nothing yet."""
+        self._device = device
         self._kept: list[Any] = []
 
     def _put(self, payload: Array) -> tuple[Any, int]:
         import torch
 
-        room = torch.empty(payload.nbytes + 3 * _GUARD, dtype=torch.uint8, device="cuda")
+        room = torch.empty(payload.nbytes + 3 * _GUARD, dtype=torch.uint8, device=self._device)
         framed, start = _framed(payload, room.data_ptr())
         room.copy_(torch.from_numpy(framed))
         self._kept.append(room)
@@ -111,7 +112,8 @@ class GpuMemory:
         room, start = self._put(_poison(shape, dtype))
 
         def read() -> Array:
-            torch.cuda.synchronize()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
             return _inside(room.cpu().numpy(), start, shape, dtype)
 
         return int(room.data_ptr()) + start, read

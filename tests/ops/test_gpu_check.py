@@ -72,6 +72,14 @@ def test_the_comparisons_of_a_gpu_hold_for_the_emulation(benchmarks: Any, emulat
     assert [one for one in found if not one.error <= 1.0] == []
 
 
+def test_memory_of_torch_serves_kernels_in_the_same_way(benchmarks: Any, emulated: Path) -> None:
+    pytest.importorskip("torch")
+    calls, case = benchmarks.Calls(emulated), benchmarks.hyper_case(35, 137)
+    for dtype in benchmarks.DTYPES:
+        memory = benchmarks.GpuMemory("cpu")
+        assert benchmarks.product_error(calls, memory, case, 5, dtype) <= 1.0
+
+
 def test_guard_bytes_find_what_is_written_outside(benchmarks: Any) -> None:
     import ctypes
 
