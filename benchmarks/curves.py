@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 __all__ = ["Line", "Panel", "draw"]
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 300, 260, 48, 44, 44
+ENTRY, ROW = 88, 18  # least width of an entry of the legend, and height of a row of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +72,19 @@ def _panel(panel: Panel, shares: Sequence[float], left: float) -> list[str]:
     return [*parts, "</g>"]
 
 
+def _rows(entries: Mapping[str, tuple[str, str]], width: float) -> int:
+    """Rows of a legend."""
+    return -(-len(entries) // int((width - LEFT) // ENTRY))
+
+
 def _legend(entries: Mapping[str, tuple[str, str]], width: float) -> list[str]:
+    columns = -(-len(entries) // _rows(entries, width))
     parts = []
     for number, (text, (colour, dash)) in enumerate(entries.items()):
-        x = LEFT + number * (width - LEFT) / len(entries)
-        line = f'<path d="M{x:.0f} {HEIGHT - 6}h24" stroke="{colour}" stroke-dasharray="{dash}"'
-        parts.append(f'{line} class="l"/><text x="{x + 30:.0f}" y="{HEIGHT - 2}">{text}</text>')
+        x = LEFT + number % columns * (width - LEFT) / columns
+        y = HEIGHT + number // columns * ROW
+        line = f'<path d="M{x:.0f} {y - 6}h24" stroke="{colour}" stroke-dasharray="{dash}"'
+        parts.append(f'{line} class="l"/><text x="{x + 30:.0f}" y="{y - 2}">{text}</text>')
     return parts
 
 
@@ -95,15 +103,16 @@ def draw(
         legend: Colour and dash of each entry.
     """
     width = WIDTH * len(panels)
+    height = HEIGHT + ROW * (_rows(legend, width) - 1)
     style = (
         "text{font:12px sans-serif;fill:#222}.t{font-weight:bold}.e{text-anchor:end}"
         ".m{text-anchor:middle}.g{stroke:#ddd}.l{fill:none;stroke-width:2}"
     )
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">',
         f"<title>{title.capitalize()}</title>",
         f"<style>{style}</style>",
-        f'<rect width="{width}" height="{HEIGHT}" fill="#fff"/>',
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
         f'<text x="{LEFT}" y="16">{title}</text>',
     ]
     for number, panel in enumerate(panels):
