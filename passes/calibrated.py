@@ -7,6 +7,7 @@ earlier ones feeds it. Where plain encoding does as well on held-out inputs, pla
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -173,8 +174,8 @@ def encode_calibrated(
         if site.name not in observed:
             note = calibration.reasons.get(site.name, "")
             coded = dataclasses.replace(coded, note=f"not calibrated: {note}" if note else "")
-            weight = read_weight(model, site)
-            coded = judged(site, weight, plan[site.name], coded, threads=jobs)
+            read = functools.partial(read_weight, model, site)
+            coded = judged(site, read, plan[site.name], coded, threads=jobs)
             yield site, coded
         # A table's products come after its look-ups: those see it encoded plainly.
         replace(site, coded)
@@ -183,7 +184,8 @@ def encode_calibrated(
             own = dataclasses.replace(stats, site=site)
             weight = read_weight(model, site)
             coded = _better(site, weight, plan[site.name], own, plain(site), jobs)
-            coded = judged(site, weight, plan[site.name], coded, own, threads=jobs)
+            read = functools.partial(read_weight, model, site)
+            coded = judged(site, read, plan[site.name], coded, own, threads=jobs)
             replace(site, coded)
             yield site, coded
 

@@ -8,6 +8,7 @@ unnamed temporary file and mapped back, so that memory does not grow with the mo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -193,10 +194,11 @@ def encode(
             progress(done, total, site.name)
         return _encode_site(model, site, plan[site.name], cache, jobs)
 
-    results: Iterator[tuple[WeightSite, Coded]] = (
-        (site, judged(site, read_weight(model, site), plan[site.name], plain(site), threads=jobs))
-        for site in work
-    )
+    def compared(site: WeightSite) -> Coded:
+        read = functools.partial(read_weight, model, site)
+        return judged(site, read, plan[site.name], plain(site), threads=jobs)
+
+    results: Iterator[tuple[WeightSite, Coded]] = ((site, compared(site)) for site in work)
     if samples is not None:
         results = encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
     for site, coded in results:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.choices import Choice
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 def judged(
     site: WeightSite,
-    weight: Array,
+    read: Callable[[], Array],
     choice: Choice,
     coded: Coded,
     stats: Stats | None = None,
@@ -43,7 +44,7 @@ def judged(
 
     Args:
         site: The weight.
-        weight: Its canonical matrix ``(rows, length)``.
+        read: Gives its canonical matrix ``(rows, length)``; called only where there is a rival.
         choice: What the plan says about it.
         coded: What its codec made of it.
         stats: Inputs of its products; None to judge by the weight's own error.
@@ -57,7 +58,7 @@ def judged(
     rival = CODECS[codec.rival]
     params = _fitting(rival, site, coded.payload.nbytes)
     if params is not None:
-        other = _error(rival, site, weight, params, stats, threads)
+        other = _error(rival, site, read(), params, stats, threads)
         size = rival.size(site, params)
         said += f", {rival.name} {other:.3g} in {size / coded.payload.nbytes:.2f} times the bytes"
     log.info("%s: %s", site.name, said)
