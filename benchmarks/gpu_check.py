@@ -37,6 +37,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", type=Path, action="append", default=[], help="run it in sessions"
     )
+    parser.add_argument("--models", type=Path, help="a folder of models to run in sessions")
     parser.add_argument("--name", default="gpu_check", help="of the JSON in benchmarks/results")
     return parser.parse_args(given)
 
@@ -135,10 +136,11 @@ def sessions(options: argparse.Namespace) -> list[dict[str, Any]]:
     if gpu_sessions.CUDA not in onnxruntime.get_available_providers():
         print("sessions: this ONNX Runtime has no CUDA execution provider")
         return []
+    models = list(options.model)
+    if options.models is not None:
+        models += sorted(options.models.glob("*.onnx"))
     with tempfile.TemporaryDirectory() as folder:
-        rows = gpu_sessions.compare_models(
-            options.model, gpu_sessions.CUDA, options.library, Path(folder)
-        )
+        rows = gpu_sessions.compare_models(models, gpu_sessions.CUDA, options.library, Path(folder))
     cells = [tuple(dataclasses.asdict(row).values()) for row in rows]
     print_table([field.name for field in dataclasses.fields(gpu_sessions.SessionRow)], cells)
     return [dataclasses.asdict(row) for row in rows]

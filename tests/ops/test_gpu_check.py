@@ -136,3 +136,34 @@ def test_sessions_are_compared_with_the_cpu(
     assert (row.model, row.copies, row.elsewhere) == ("model.onnx", 0, ())
     assert row.error == 0.0
     assert row.tokens_per_second > 0
+
+
+def test_models_are_written_in_all_forms_that_sessions_compare(
+    benchmarks: Any, hyper: Any, emulated: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((128, 128)).astype(np.float32) / 12 for _ in range(2)]
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["x", "w0"], ["h"]),
+            onnx.helper.make_node("Relu", ["h"], ["r"]),
+            onnx.helper.make_node("MatMul", ["r", "w1"], ["y"]),
+        ],
+        "perceptron",
+        [onnx.helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 128])],
+        [onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 128])],
+        [onnx.numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
+    )
+    imports = [onnx.helper.make_opsetid("", 17)]
+    model, folder = tmp_path / "net.onnx", tmp_path / "forms"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=9), model)
+    folder.mkdir()
+    samples = {"x": rng.standard_normal((4, 64, 128)).astype(np.float32).reshape(256, 128)}
+    written = list(benchmarks.gpu_models.write_models(model, folder, samples))
+    names = [path.name.removeprefix("net.").removesuffix(".onnx") for path in written]
+    assert names == ["float16", "4bit", "2bit", "pruned.4bit"]
+    rows = benchmarks.gpu_sessions.compare_models(
+        written, "CPUExecutionProvider", emulated, tmp_path
+    )
+    assert all(row.error == 0.0 and row.copies == 0 for row in rows)
+    assert onnx.load(written[0]).graph.initializer[0].data_type == TensorProto.FLOAT16
