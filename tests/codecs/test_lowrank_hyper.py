@@ -75,16 +75,6 @@ def test_calibration_lowers_the_error_of_products(make_site: SiteMaker) -> None:
     assert output_error(weight, fitted, stats.gram) < 0.7 * output_error(weight, plain, stats.gram)
 
 
-def test_measured_errors_of_products_are_those_of_fitted_factors_in_many_bits(
-    make_site: SiteMaker,
-) -> None:
-    site, weight = make_site(160, 224), weight_of(160, 224, 100)
-    stats, params = stats_of(site), [LowRankHyperParams(rank, 6, 8) for rank in (32, 64)]
-    for item, expected in zip(params, CODEC.measure(site, weight, params, stats), strict=True):
-        fitted = CODEC.decode(site, CODEC.encode_calibrated(site, weight, item, stats))
-        assert output_error(weight, fitted, stats.gram) == pytest.approx(expected, rel=0.05)
-
-
 def test_fitting_the_second_factor_makes_up_for_a_part_of_the_first_ones_noise(
     make_site: SiteMaker,
 ) -> None:
