@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from readme_tables import ROOT, markdown, read
+from page_parts import ROOT, markdown, read
 
 __all__ = ["put_into", "tables"]
 

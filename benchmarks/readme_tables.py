@@ -6,31 +6,20 @@ python benchmarks/readme_tables.py --write    puts them into the pages
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from page_parts import ROOT, decibels, markdown, read, share
+from pruning_tables import pruning
+from speed_tables import headline_products, products, shared_products
+
 __all__ = ["stale_pages", "tables"]
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN = "<!-- tables: benchmarks/readme_tables.py -->\n"
 END = "<!-- end of tables -->"
-
-
-def read(name: str) -> dict[str, Any]:
-    """One result file."""
-    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return document
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in (columns, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]]) + "\n"
 
 
 def minilm() -> Iterator[str]:
@@ -117,133 +106,10 @@ def models() -> Iterator[str]:
     yield markdown((*columns, "inputs", "load, ms", "memory, MB"), rows)
 
 
-def decibels(value: float | None) -> str:
-    """A signal-to-noise ratio; without noise there is none."""
-    return "exact" if value is None else f"{value:.1f} dB"
-
-
 def loads(row: dict[str, Any], key: str, unit: float) -> str:
     """A number of the original and of both forms of the compressed model."""
     forms = ("dense", "library", "portable")
     return " / ".join(f"{row['loads'][form][key] / unit:.0f}" for form in forms)
-
-
-SPEED_NAMES = {
-    "fp32": "ONNX Runtime MatMul, float32",
-    "dynamic-int8": "DynamicQuantizeLinear and MatMulInteger, int8",
-    "nbits4-b128": "MatMulNBits int4, block 128, accuracy level 4",
-    "nbits4-b32": "MatMulNBits int4, block 32, accuracy level 4",
-    "nbits2-b128": "MatMulNBits int2, block 128, accuracy level 4",
-}
-
-
-# Of these, what the README shows.
-HEADLINE_PRODUCTS = (
-    "fp32",
-    "nbits4-b128",
-    "dynamic-int8",
-    "hyper-k4-L7-int8",
-    "hyper-k3-L7-int8",
-    "hyper-k2-L7-int8",
-    "hyper-k4-L7-exact",
-    "avx2-hyper-k4-L7-int8",
-)
-
-
-def speed_name(variant: str) -> str:
-    """A row's name."""
-    narrow = variant.removeprefix("avx2-")
-    return SPEED_NAMES.get(variant, narrow + (", AVX2 only" if narrow != variant else ""))
-
-
-def speed_rows(records: Sequence[Any], cells: Sequence[tuple[int, int, int]]) -> list[list[str]]:
-    """Speeds over float32 of every variant, by (length, rows, m)."""
-    speed = {(r["variant"], r["length"], r["rows"], r["m"]): r["over_fp32"] for r in records}
-    variants = [v for v in dict.fromkeys(r["variant"] for r in records) if v != "fp32"]
-    return [
-        [speed_name(variant), *(f"{speed[(variant, *cell)]:.2f}" for cell in cells)]
-        for variant in variants
-    ]
-
-
-def products() -> Iterator[str]:
-    """Speed of one product."""
-    results = read("matmul")
-    alone = [row for row in results["records"] if row["of_one_thread"] is None]
-    loads = [row["load_average"] for row in results["records"]]
-    yield (
-        "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
-        f"in ONNX Runtime {results['onnxruntime']} (1.00): CPU time of one thread of an\n"
-        f"{results['cpu']}, a machine with a load of {min(loads):.0f} to {max(loads):.0f};\n"
-        "weights are not in the cache at few rows. `k4-L7` is 4 bits and 2^7 states:\n"
-        "`benchmarks/bench_matmul.py`.\n"
-    )
-    heights = sorted({row["m"] for row in alone})
-    cells = [(4096, 4096, m) for m in heights]
-    columns = ("product", *(f"{m} row" + "s" * (m > 1) for m in heights))
-    yield markdown(columns, speed_rows(alone, cells))
-    yield "The same with weights of other shapes, at 1, 16 and 128 rows.\n"
-    shapes = ((768, 3072), (4096, 11008))
-    cells = [(*shape, m) for shape in shapes for m in (1, 16, 128)]
-    columns = ("product", *(f"{length}x{rows}, {m}" for length, rows, m in cells))
-    yield markdown(columns, speed_rows(alone, cells))
-    yield from two_threads(results["records"])
-    missed = [bar for bar in results["bars"] if not bar["met"]]
-    texts = [
-        f"{bar['what']}: {bar['found']:.2f} where {bar['must']} was the goal" for bar in missed
-    ]
-    goals = len(results["bars"])
-    yield (
-        f"Of {goals} goals for the weight of 4096x4096 (`bars` in `results/matmul.json`), missed:\n"
-        f"{'; '.join(texts) or 'none'}.\n"
-    )
-
-
-def headline_products() -> Iterator[str]:
-    """The same, the products that matter most."""
-    results = read("matmul")
-    alone = [row for row in results["records"] if row["of_one_thread"] is None]
-    heights = (1, 16, 128)
-    cells = [(4096, 4096, m) for m in heights]
-    yield (
-        "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
-        f"in ONNX Runtime {results['onnxruntime']} (1.00): CPU time of one thread of an\n"
-        f"{results['cpu']}, weights not in the cache at one row:\n"
-        "`benchmarks/bench_matmul.py`.\n"
-    )
-    rows = speed_rows([row for row in alone if row["variant"] in HEADLINE_PRODUCTS], cells)
-    yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
-
-
-def two_threads(records: Sequence[Any]) -> Iterator[str]:
-    """What two threads cost together, in CPU time of one."""
-    both = [row for row in records if row["threads"] == 2]
-    share = {(r["variant"], r["length"], r["rows"], r["m"]): r["of_one_thread"] for r in both}
-    cells = list(dict.fromkeys((r["length"], r["rows"], r["m"]) for r in both))
-    rows = [
-        [SPEED_NAMES.get(variant, variant), *(f"{share[(variant, *cell)]:.2f}" for cell in cells)]
-        for variant in dict.fromkeys(r["variant"] for r in both)
-    ]
-    yield "CPU time of two threads together, in times of one thread.\n"
-    yield markdown(("product", *(f"{length}x{n}, {m}" for length, n, m in cells)), rows)
-
-
-def shared_products() -> Iterator[str]:
-    """Speed of products with shared weights."""
-    results = read("hash")
-    over = {(row["variant"], row["m"]): row["over"] for row in results["records"]}
-    heights = sorted({m for _, m in over})
-    names = {"hyper": "hyper, 4 bits, int8"}
-    rows = [
-        (names.get(name, name), *(f"{over[name, m]:.2f}" for m in heights))
-        for name in dict.fromkeys(name for name, _ in over)
-    ]
-    yield (
-        "The same product with a weight that was trained as signed copies of a memory, by\n"
-        "element type and size of the memory that all layers share; a dense weight of float32\n"
-        "has 67 MB: `benchmarks/bench_hash.py`.\n"
-    )
-    yield markdown(("memory", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
 
 
 SHARING_NAMES = {
@@ -373,108 +239,8 @@ def restored() -> Iterator[str]:
     )
 
 
-def pruning() -> Iterator[str]:
-    """Structured pruning by score, on the language model and on ResNet20."""
-    rows = read("prune")["rows"]
-    ratios = [r for r in ("0.1", "0.2", "0.3", "0.5") if f"language {r} obs fit" in rows]
-    cells = []
-    for score in ("obs", "wanda", "numerical", "flap", "magnitude"):
-        for how in ("fit", "bias", "none"):
-            found = [rows.get(f"language {ratio} {score} {how}") for ratio in ratios]
-            if any(found):
-                values = ["" if row is None else f"{row['kl']:.4f}" for row in found]
-                cells.append((score, {"fit": "fitted"}.get(how, how), *values))
-    for ranks, name in (("even", "equal shares"), ("mixed", "planned ranks")):
-        found = [rows.get(f"lowrank {ratio} {ranks}") for ratio in ratios]
-        if any(found):
-            values = ["" if row is None else f"{row['kl']:.4f}" for row in found]
-            cells.append(("low-rank factors", name, *values))
-    yield (
-        "Structured pruning of the same language model: divergence from the dense predictions\n"
-        "(nats) when a share of the parameters of its blocks is gone, nothing trained. `obs` is\n"
-        "the default, and the only one that also takes positions inside heads; the others are\n"
-        "other methods' scores with their own allocation, here with the same fits; last,\n"
-        "low-rank factors of as many parameters: `benchmarks/bench_prune.py`.\n"
-    )
-    timed = rows.get("latency 0.2")
-    if timed is not None:
-        yield (
-            "With 20 % fewer, products that shrank take "
-            f"{100 * (1 - timed['time']):.0f} % less time for "
-            f"{100 * (1 - timed['flops']):.0f} % fewer\noperations at 128 positions "
-            "(one thread, dense and pruned in turns).\n"
-        )
-    columns = ("score", "rest", *(f"{100 * float(ratio):.0f} % fewer" for ratio in ratios))
-    yield markdown(columns, cells)
-    yield from _pruned_decoding(rows)
-    yield from _divided(rows)
-    yield from _pruned_images(rows)
-
-
-def _pruned_decoding(rows: Any) -> Iterator[str]:
-    """Speed, memory and caches of the pruned form with a cache."""
-    found = [
-        (ratio, rows[f"decode {ratio}"]) for ratio in ("0.2", "0.5") if f"decode {ratio}" in rows
-    ]
-    if not found:
-        return
-    yield (
-        "The form with a cache (`--prune-caches`), one token after the other on one thread, in\n"
-        "turns, and resident memory of a process with a session, each dense -> pruned:\n"
-    )
-    columns = ("fewer", "tokens a second", "cache bytes a token", "memory", "file")
-    yield markdown(
-        columns,
-        [
-            (
-                f"{100 * float(ratio):.0f} %",
-                " -> ".join(f"{speed:.0f}" for speed in row["tokens_per_second"]),
-                " -> ".join(f"{size:,}" for size in row["cache_bytes"]),
-                " -> ".join(f"{size / 1e6:.0f} MB" for size in row["rss_bytes"]),
-                f"{row['bytes'] / 1e6:.1f} MB",
-            )
-            for ratio, row in found
-        ],
-    )
-
-
-def _divided(rows: Any) -> Iterator[str]:
-    """One size for pruning and codes."""
-    cells = []
-    for ratio in (8, 12):
-        alone, both = (rows.get(f"division {ratio} {m}") for m in ("hyper", "prune+hyper"))
-        if alone is not None and both is not None:
-            share = both["division"][0]["share"]
-            cells.append(
-                (f"{ratio}x", f"{alone['kl']:.4f}", f"{both['kl']:.4f}", f"{100 * share:.3g} %")
-            )
-    if cells:
-        yield "One size divided between pruning and `hyper`: divergence, and the share pruned.\n"
-        yield markdown(("size", "hyper alone", "with pruning", "pruned"), cells)
-
-
-def _pruned_images(rows: Any) -> Iterator[str]:
-    names = {"resnet": "ResNet20, CIFAR-10", "mobilenet": "MobileNetV2, ImageNet crops"}
-    shares = ("0.8", "0.7", "0.5")
-    kinds = dict.fromkeys((key.split()[0], *key.split()[2:]) for key in rows if key[0] in "rm")
-    cells = []
-    for model, score, how in kinds:
-        found = [rows.get(f"{model} {part} {score} {how}") for part in shares]
-        values = ["" if row is None else f"{100 * row['accuracy']:.1f} %" for row in found]
-        cells.append((names[model], score, {"fit": "fitted"}.get(how, how), *values))
-    if cells:
-        yield "The same for image models: accuracy with a share of the FLOPs left.\n"
-        columns = ("model", "score", "rest", *(f"{100 * float(p):.0f} % of FLOPs" for p in shares))
-        yield markdown(columns, cells)
-
-
 def _one_digit(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
-
-
-def share(value: float | None) -> str:
-    """A share in percent; empty where there is none."""
-    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def planner() -> Iterator[str]:

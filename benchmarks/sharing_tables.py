@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from readme_tables import RESULTS, ROOT, markdown, read, share
+from page_parts import RESULTS, ROOT, markdown, read, share
 
 __all__ = ["put_into", "tables"]
 

@@ -1,0 +1,105 @@
+"""Tables of structured pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from page_parts import markdown, read
+
+__all__ = ["pruning"]
+
+
+def pruning() -> Iterator[str]:
+    """Structured pruning by score, on the language model and on ResNet20."""
+    rows = read("prune")["rows"]
+    ratios = [r for r in ("0.1", "0.2", "0.3", "0.5") if f"language {r} obs fit" in rows]
+    cells = []
+    for score in ("obs", "wanda", "numerical", "flap", "magnitude"):
+        for how in ("fit", "bias", "none"):
+            found = [rows.get(f"language {ratio} {score} {how}") for ratio in ratios]
+            if any(found):
+                values = ["" if row is None else f"{row['kl']:.4f}" for row in found]
+                cells.append((score, {"fit": "fitted"}.get(how, how), *values))
+    for ranks, name in (("even", "equal shares"), ("mixed", "planned ranks")):
+        found = [rows.get(f"lowrank {ratio} {ranks}") for ratio in ratios]
+        if any(found):
+            values = ["" if row is None else f"{row['kl']:.4f}" for row in found]
+            cells.append(("low-rank factors", name, *values))
+    yield (
+        "Structured pruning of the same language model: divergence from the dense predictions\n"
+        "(nats) when a share of the parameters of its blocks is gone, nothing trained. `obs` is\n"
+        "the default, and the only one that also takes positions inside heads; the others are\n"
+        "other methods' scores with their own allocation, here with the same fits; last,\n"
+        "low-rank factors of as many parameters: `benchmarks/bench_prune.py`.\n"
+    )
+    timed = rows.get("latency 0.2")
+    if timed is not None:
+        yield (
+            "With 20 % fewer, products that shrank take "
+            f"{100 * (1 - timed['time']):.0f} % less time for "
+            f"{100 * (1 - timed['flops']):.0f} % fewer\noperations at 128 positions "
+            "(one thread, dense and pruned in turns).\n"
+        )
+    columns = ("score", "rest", *(f"{100 * float(ratio):.0f} % fewer" for ratio in ratios))
+    yield markdown(columns, cells)
+    yield from _pruned_decoding(rows)
+    yield from _divided(rows)
+    yield from _pruned_images(rows)
+
+
+def _pruned_decoding(rows: Any) -> Iterator[str]:
+    """Speed, memory and caches of the pruned form with a cache."""
+    found = [
+        (ratio, rows[f"decode {ratio}"]) for ratio in ("0.2", "0.5") if f"decode {ratio}" in rows
+    ]
+    if not found:
+        return
+    yield (
+        "The form with a cache (`--prune-caches`), one token after the other on one thread, in\n"
+        "turns, and resident memory of a process with a session, each dense -> pruned:\n"
+    )
+    columns = ("fewer", "tokens a second", "cache bytes a token", "memory", "file")
+    yield markdown(
+        columns,
+        [
+            (
+                f"{100 * float(ratio):.0f} %",
+                " -> ".join(f"{speed:.0f}" for speed in row["tokens_per_second"]),
+                " -> ".join(f"{size:,}" for size in row["cache_bytes"]),
+                " -> ".join(f"{size / 1e6:.0f} MB" for size in row["rss_bytes"]),
+                f"{row['bytes'] / 1e6:.1f} MB",
+            )
+            for ratio, row in found
+        ],
+    )
+
+
+def _divided(rows: Any) -> Iterator[str]:
+    """One size for pruning and codes."""
+    cells = []
+    for ratio in (8, 12):
+        alone, both = (rows.get(f"division {ratio} {m}") for m in ("hyper", "prune+hyper"))
+        if alone is not None and both is not None:
+            share = both["division"][0]["share"]
+            cells.append(
+                (f"{ratio}x", f"{alone['kl']:.4f}", f"{both['kl']:.4f}", f"{100 * share:.3g} %")
+            )
+    if cells:
+        yield "One size divided between pruning and `hyper`: divergence, and the share pruned.\n"
+        yield markdown(("size", "hyper alone", "with pruning", "pruned"), cells)
+
+
+def _pruned_images(rows: Any) -> Iterator[str]:
+    names = {"resnet": "ResNet20, CIFAR-10", "mobilenet": "MobileNetV2, ImageNet crops"}
+    shares = ("0.8", "0.7", "0.5")
+    kinds = dict.fromkeys((key.split()[0], *key.split()[2:]) for key in rows if key[0] in "rm")
+    cells = []
+    for model, score, how in kinds:
+        found = [rows.get(f"{model} {part} {score} {how}") for part in shares]
+        values = ["" if row is None else f"{100 * row['accuracy']:.1f} %" for row in found]
+        cells.append((names[model], score, {"fit": "fitted"}.get(how, how), *values))
+    if cells:
+        yield "The same for image models: accuracy with a share of the FLOPs left.\n"
+        columns = ("model", "score", "rest", *(f"{100 * float(p):.0f} % of FLOPs" for p in shares))
+        yield markdown(columns, cells)

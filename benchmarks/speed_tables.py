@@ -1,0 +1,127 @@
+"""Tables of the speed of products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from page_parts import markdown, read
+
+__all__ = ["headline_products", "products", "shared_products"]
+
+SPEED_NAMES = {
+    "fp32": "ONNX Runtime MatMul, float32",
+    "dynamic-int8": "DynamicQuantizeLinear and MatMulInteger, int8",
+    "nbits4-b128": "MatMulNBits int4, block 128, accuracy level 4",
+    "nbits4-b32": "MatMulNBits int4, block 32, accuracy level 4",
+    "nbits2-b128": "MatMulNBits int2, block 128, accuracy level 4",
+}
+
+
+# Of these, what the README shows.
+HEADLINE_PRODUCTS = (
+    "fp32",
+    "nbits4-b128",
+    "dynamic-int8",
+    "hyper-k4-L7-int8",
+    "hyper-k3-L7-int8",
+    "hyper-k2-L7-int8",
+    "hyper-k4-L7-exact",
+    "avx2-hyper-k4-L7-int8",
+)
+
+
+def speed_name(variant: str) -> str:
+    """A row's name."""
+    narrow = variant.removeprefix("avx2-")
+    return SPEED_NAMES.get(variant, narrow + (", AVX2 only" if narrow != variant else ""))
+
+
+def speed_rows(records: Sequence[Any], cells: Sequence[tuple[int, int, int]]) -> list[list[str]]:
+    """Speeds over float32 of every variant, by (length, rows, m)."""
+    speed = {(r["variant"], r["length"], r["rows"], r["m"]): r["over_fp32"] for r in records}
+    variants = [v for v in dict.fromkeys(r["variant"] for r in records) if v != "fp32"]
+    return [
+        [speed_name(variant), *(f"{speed[(variant, *cell)]:.2f}" for cell in cells)]
+        for variant in variants
+    ]
+
+
+def products() -> Iterator[str]:
+    """Speed of one product."""
+    results = read("matmul")
+    alone = [row for row in results["records"] if row["of_one_thread"] is None]
+    loads = [row["load_average"] for row in results["records"]]
+    yield (
+        "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
+        f"in ONNX Runtime {results['onnxruntime']} (1.00): CPU time of one thread of an\n"
+        f"{results['cpu']}, a machine with a load of {min(loads):.0f} to {max(loads):.0f};\n"
+        "weights are not in the cache at few rows. `k4-L7` is 4 bits and 2^7 states:\n"
+        "`benchmarks/bench_matmul.py`.\n"
+    )
+    heights = sorted({row["m"] for row in alone})
+    cells = [(4096, 4096, m) for m in heights]
+    columns = ("product", *(f"{m} row" + "s" * (m > 1) for m in heights))
+    yield markdown(columns, speed_rows(alone, cells))
+    yield "The same with weights of other shapes, at 1, 16 and 128 rows.\n"
+    shapes = ((768, 3072), (4096, 11008))
+    cells = [(*shape, m) for shape in shapes for m in (1, 16, 128)]
+    columns = ("product", *(f"{length}x{rows}, {m}" for length, rows, m in cells))
+    yield markdown(columns, speed_rows(alone, cells))
+    yield from two_threads(results["records"])
+    missed = [bar for bar in results["bars"] if not bar["met"]]
+    texts = [
+        f"{bar['what']}: {bar['found']:.2f} where {bar['must']} was the goal" for bar in missed
+    ]
+    goals = len(results["bars"])
+    yield (
+        f"Of {goals} goals for the weight of 4096x4096 (`bars` in `results/matmul.json`), missed:\n"
+        f"{'; '.join(texts) or 'none'}.\n"
+    )
+
+
+def headline_products() -> Iterator[str]:
+    """The same, the products that matter most."""
+    results = read("matmul")
+    alone = [row for row in results["records"] if row["of_one_thread"] is None]
+    heights = (1, 16, 128)
+    cells = [(4096, 4096, m) for m in heights]
+    yield (
+        "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
+        f"in ONNX Runtime {results['onnxruntime']} (1.00): CPU time of one thread of an\n"
+        f"{results['cpu']}, weights not in the cache at one row:\n"
+        "`benchmarks/bench_matmul.py`.\n"
+    )
+    rows = speed_rows([row for row in alone if row["variant"] in HEADLINE_PRODUCTS], cells)
+    yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
+
+
+def two_threads(records: Sequence[Any]) -> Iterator[str]:
+    """What two threads cost together, in CPU time of one."""
+    both = [row for row in records if row["threads"] == 2]
+    share = {(r["variant"], r["length"], r["rows"], r["m"]): r["of_one_thread"] for r in both}
+    cells = list(dict.fromkeys((r["length"], r["rows"], r["m"]) for r in both))
+    rows = [
+        [SPEED_NAMES.get(variant, variant), *(f"{share[(variant, *cell)]:.2f}" for cell in cells)]
+        for variant in dict.fromkeys(r["variant"] for r in both)
+    ]
+    yield "CPU time of two threads together, in times of one thread.\n"
+    yield markdown(("product", *(f"{length}x{n}, {m}" for length, n, m in cells)), rows)
+
+
+def shared_products() -> Iterator[str]:
+    """Speed of products with shared weights."""
+    results = read("hash")
+    over = {(row["variant"], row["m"]): row["over"] for row in results["records"]}
+    heights = sorted({m for _, m in over})
+    names = {"hyper": "hyper, 4 bits, int8"}
+    rows = [
+        (names.get(name, name), *(f"{over[name, m]:.2f}" for m in heights))
+        for name in dict.fromkeys(name for name, _ in over)
+    ]
+    yield (
+        "The same product with a weight that was trained as signed copies of a memory, by\n"
+        "element type and size of the memory that all layers share; a dense weight of float32\n"
+        "has 67 MB: `benchmarks/bench_hash.py`.\n"
+    )
+    yield markdown(("memory", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
