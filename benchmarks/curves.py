@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 __all__ = ["Line", "Panel", "draw"]
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 300, 260, 48, 44, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 260, 48, 20, 44, 44
+LABEL = 36  # least distance of two labels
 ENTRY, ROW = 88, 18  # least width of an entry of the legend, and height of a row of it
 
 
@@ -50,7 +51,7 @@ def _panel(panel: Panel, shares: Sequence[float], left: float) -> list[str]:
 
     def x(kept: float) -> float:
         """Place of a share of parameters: logarithmic, all of them on the right."""
-        return LEFT + (WIDTH - LEFT - 12) * (1 - math.log(kept) / math.log(shares[-1]))
+        return LEFT + (WIDTH - LEFT - RIGHT) * (1 - math.log(kept) / math.log(shares[-1]))
 
     def y(accuracy: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (high - accuracy) / (high - low)
@@ -60,9 +61,13 @@ def _panel(panel: Panel, shares: Sequence[float], left: float) -> list[str]:
     steps = round((high - low) * 10)
     for step in range(0, steps + 1, max(1, steps // 5)):
         value = low + step / 10
-        parts.append(f'<path class="g" d="M{LEFT} {y(value):.1f}H{WIDTH - 12}"/>')
+        parts.append(f'<path class="g" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" class="e">{value:.0%}</text>')
+    last = math.inf
     for kept in shares:
+        if last - x(kept) < LABEL:
+            continue
+        last = x(kept)
         place = f'x="{x(kept):.1f}" y="{HEIGHT - BOTTOM + 18}"'
         parts.append(f'<text {place} class="m">{_percent(kept)}</text>')
     for line in panel.lines:
