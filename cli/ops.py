@@ -91,7 +91,8 @@ def operators() -> list[dict[str, Any]]:
     """Names and inputs of the operators in compressed models, from the codecs' portable bodies."""
     from onnxcomp.passes.codecs import CODECS
 
-    bodies = [body for codec in CODECS.values() for body in codec.functions(_OPSET)]
+    # Codecs may share operators.
+    bodies = {body.name: body for codec in CODECS.values() for body in codec.functions(_OPSET)}
     return [
         {
             "name": body.name,
@@ -100,6 +101,6 @@ def operators() -> list[dict[str, Any]]:
             # What ends in Weight never has a kernel: the session folds it.
             "runs": "constant at load" if body.name.endswith("Weight") else "kernel or body",
         }
-        for body in bodies
+        for body in bodies.values()
         if body.name.endswith(_KINDS)
     ]
