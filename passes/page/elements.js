@@ -68,7 +68,8 @@ function section(title, note, ...children) {
   return html("section", {}, html("h2", {}, title), note && html("p", { class: "soft small" }, note), ...children);
 }
 
-// Charts are drawn for the width they have, and again when it changes.
+// Charts are drawn for the width they have: when all are in the page, and again when it changes.
+const charts = [];
 function drawn(height, draw) {
   const chart = svg("svg", { class: "chart", height });
   let last = 0;
@@ -79,6 +80,7 @@ function drawn(height, draw) {
     chart.setAttribute("viewBox", `0 0 ${width} ${height}`);
     chart.replaceChildren(...draw(width, height).flat().filter(Boolean));
   };
+  charts.push(again);
   new ResizeObserver(again).observe(chart);
   return chart;
 }

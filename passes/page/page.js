@@ -214,3 +214,4 @@ document.getElementById("page").replaceChildren(...[
   [ratios(), network()].every(Boolean) ? html("div", { class: "two" }, ratios(), network()) : ratios() || network(),
   frontier(), pruned(), spectra(), speed(), outputs(), table(sites), facts(), hint,
 ].filter(Boolean));
+charts.forEach((draw) => draw());
