@@ -121,7 +121,8 @@ OrtStatus* MakeDomain(const char*, OrtCustomOpDomain** out) {
   return nullptr;
 }
 OrtStatus* DomainAdd(OrtCustomOpDomain*, const OrtCustomOp* op) {
-  registered.push_back(op);
+  // Operators of another provider need its device.
+  if (op->GetExecutionProviderType(op) == nullptr) registered.push_back(op);
   return nullptr;
 }
 OrtStatus* AddDomain(OrtSessionOptions*, OrtCustomOpDomain*) { return nullptr; }
