@@ -98,6 +98,9 @@ _MEASURED = 1 << 16
 # What a planner may choose from. Zero points take 4 or 8 bits for each block and always pay.
 _OFFERED = tuple(IntegerParams(bits, block) for bits in (8, 4) for block in (32, 64, 128))
 
+# For what a target leaves, beside the usual block; at 4 bits other codecs make more of the bytes.
+_FINEST, _USUAL = IntegerParams(8, 16), IntegerParams(8, 128)
+
 
 def _forms(site: WeightSite, params: IntegerParams) -> list[Form]:
     """Ways to cut a weight into blocks; among equally small ones the first is preferred.
@@ -173,6 +176,8 @@ class IntegerCodec:
             dataclasses.replace(params, block=_form(site, params).block): None
             for params in _OFFERED
         }
+        if _USUAL in found:
+            found[_FINEST] = None
         smaller = [params for params in found if self.size(site, params) < site.nbytes]
         return sorted(smaller, key=lambda params: -self.size(site, params))
 

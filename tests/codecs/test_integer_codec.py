@@ -96,7 +96,13 @@ def test_the_measured_error_tells_outliers_from_normal_data(make_site: SiteMaker
         decoded = CODEC.decode(site, CODEC.encode(site, weight, params))
         error = np.linalg.norm(decoded - weight) / np.linalg.norm(weight)
         assert guess == pytest.approx(error, rel=1e-5)
-        assert guess > 1.2 * CODEC.predict(site, params)
+        least = 1.1 if params.block == 16 else 1.2  # short blocks keep outliers to themselves
+        assert guess > least * CODEC.predict(site, params)
+
+
+def test_blocks_of_16_are_offered_beside_the_usual_ones_only(make_site: SiteMaker) -> None:
+    assert IntegerParams(8, 16) in CODEC.candidates(make_site(64, 512))
+    assert IntegerParams(8, 16) not in CODEC.candidates(make_site(256, 704))
 
 
 def test_the_measured_error_of_products_weighs_the_inputs(make_site: SiteMaker) -> None:
