@@ -273,7 +273,6 @@ def planner() -> Iterator[str]:
     yield (
         "Bytes of the output for `--ratio`, in percent of what was asked for; above 100 no plan\n"
         "is small enough, and the exit code is 3: small tensors and names alone are too much.\n"
-        "magika has three large weights, and no settings for them between 97.35 and 100 % at 4x.\n"
     )
     cells = [
         (row["name"], *(f"{100 * at['bytes'] / at['target']:.2f}" for at in row["ratios"]))
