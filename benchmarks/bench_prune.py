@@ -422,7 +422,10 @@ def main() -> None:
     given = parser.parse_args()
     rows = recorded()
     end = time.monotonic() + given.seconds
-    late = lambda: time.monotonic() > end  # noqa: E731
+
+    def late() -> bool:
+        return time.monotonic() > end
+
     for part in given.parts.split(","):
         if part in ("resnet", "mobilenet"):
             image = {"resnet": ResNet, "mobilenet": MobileNet}[part](given.data)

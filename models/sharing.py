@@ -117,6 +117,7 @@ def share(
     tiles = sum(Geometry(*extent).tiles for extent in shapes.values())
 
     def make(tiles: int, weight: torch.Tensor) -> SharedMemory:
+        """The memory of weights of so many tiles, beside one of them."""
         return SharedMemory(
             max(1, math.ceil(tiles / compression)),
             seed=seed,

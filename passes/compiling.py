@@ -136,6 +136,7 @@ def _divided(task: _Task, settings: Settings) -> _Work:
     found: list[tuple[Trial, _Work]] = []
 
     def attempt(share: float) -> Trial | None:
+        """The plan where pruning takes this share; None where it cannot."""
         score = settings.prune_score if share else None
         own = dataclasses.replace(
             settings, divide=None, prune_ratio=share or None, prune_score=score

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.errors import ModelError
 from onnxcomp.passes import calibrate
 from onnxcomp.passes.calibrate import HELD_OUT, Feed
+from onnxcomp.passes.probing import NoiseShares
 from onnxcomp.passes.prune import observe
 from onnxcomp.passes.sensitivity import spread
 
@@ -159,19 +159,11 @@ def output_noise(reference: Path, other: Path, feeds: Sequence[Feed]) -> float:
     """
     from onnxcomp.runtime.evaluate import iterate_model
 
-    power: dict[str, float] = {}
-    wrong: dict[str, float] = {}
+    noise = NoiseShares()
     runs = zip(iterate_model(reference, feeds), iterate_model(other, feeds), strict=True)
     for exact, found in runs:
-        for name, array in _floats(exact).items():
-            wide = array.astype(np.float64)
-            power[name] = power.get(name, 0.0) + float(np.square(wide).sum())
-            wide -= found[name]
-            wrong[name] = wrong.get(name, 0.0) + float(np.square(wide).sum())
-    shares = [wrong[name] / power[name] for name in power if power[name] > 0.0]
-    if not shares:
-        raise ModelError("no output is floating point and other than zero on these inputs")
-    return float(np.mean(shares))
+        noise.add(_floats(exact), found)
+    return float(np.mean(noise.shares()))
 
 
 def _floats(outputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from onnxcomp.passes.codecs.codec import Array, WeightSite
 from onnxcomp.passes.graph import copy_model, save
 from onnxcomp.passes.scopes import initializers
 
-__all__ = ["Probe", "made_up_inputs", "stored_form"]
+__all__ = ["NoiseShares", "Probe", "made_up_inputs", "stored_form"]
 
 # The IR version from which on a listed initializer is a default, and an unlisted one a constant.
 _LISTING_IR = 4
@@ -31,6 +31,33 @@ def stored_form(site: WeightSite, weight: Array) -> Array:
     """A canonical matrix ``(rows, length)`` as the tensor it stands for."""
     stored = weight.T if site.transposed else weight
     return np.ascontiguousarray(stored).reshape(site.shape)
+
+
+class NoiseShares:
+    """Noise of outputs against exact ones, added up over runs, for each output by name."""
+
+    def __init__(self) -> None:
+        self._power: dict[str, float] = {}
+        self._wrong: dict[str, float] = {}
+
+    def add(self, exact: Mapping[str, Array], found: Mapping[str, Array]) -> None:
+        """Take in one run; outputs that `exact` does not name do not count."""
+        for name, array in exact.items():
+            wide = array.astype(np.float64)
+            self._power[name] = self._power.get(name, 0.0) + float(np.square(wide).sum())
+            wide -= found[name]
+            self._wrong[name] = self._wrong.get(name, 0.0) + float(np.square(wide).sum())
+
+    def shares(self) -> list[float]:
+        """``|y' - y|^2 / |y|^2`` of each output, summed over all runs.
+
+        Raises:
+            ModelError: No output says anything.
+        """
+        shares = [self._wrong[name] / power for name, power in self._power.items() if power > 0.0]
+        if not shares:
+            raise ModelError("no output is floating point and other than zero on these inputs")
+        return shares
 
 
 class Probe:
@@ -80,18 +107,10 @@ class Probe:
             inputs: Which inputs to run.
         """
         stored = {site.name: self._typed(site, weight) for site, weight in weights.items()}
-        power: dict[str, float] = {}
-        wrong: dict[str, float] = {}
+        noise = NoiseShares()
         for feed, exact in zip(self._feeds[inputs], self._exact[inputs], strict=True):
-            found = self._outputs(feed, stored)
-            for name, array in exact.items():
-                wide = array.astype(np.float64)
-                power[name] = power.get(name, 0.0) + float(np.square(wide).sum())
-                wide -= found[name]
-                wrong[name] = wrong.get(name, 0.0) + float(np.square(wide).sum())
-        shares = [wrong[name] / power[name] for name in power if power[name] > 0.0]
-        if not shares:
-            raise ModelError("no output is floating point and other than zero on these inputs")
+            noise.add(exact, self._outputs(feed, stored))
+        shares = noise.shares()
         return float(max(shares) if worst else np.mean(shares))
 
     def _typed(self, site: WeightSite, weight: Array) -> Array:

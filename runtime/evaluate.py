@@ -57,6 +57,7 @@ def runner(session: onnxruntime.InferenceSession) -> Callable[[Feed], list[Any]]
     foreign = any("bfloat16" in kind for kind in kinds)
 
     def run(feed: Feed) -> list[Any]:
+        """All outputs, in the model's order."""
         try:
             if not foreign:
                 return list(session.run(names, feed))

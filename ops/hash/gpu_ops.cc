@@ -4,8 +4,7 @@
 // Attribute 'precision' makes no difference here; see hyper/gpu_ops.cc. Scale and map, eight
 // numbers, lie in the memory of the CPU, where shapes are, because they decide which kernel runs.
 
-#include "common/weight_op.h"
-#include "gpu/session.h"
+#include "gpu/kernels.h"
 #include "hash/kernel.h"
 
 namespace onnxcomp::hash {
@@ -15,8 +14,16 @@ namespace {
 template <class M>
 class GpuReader {
  public:
+  static constexpr auto kScratch = onnxcomp_cuda_hash_scratch;
+  static constexpr auto kMatMul = onnxcomp_cuda_hash_matmul;
+  static constexpr auto kGather = onnxcomp_cuda_hash_gather;
+  static constexpr auto kDecode = onnxcomp_cuda_hash_decode;
+
   GpuReader(const NodeInfo& node, size_t first)
       : reader_(node, first, kMemoryOf<M>, /*readable=*/false) {}
+
+  static void CheckProduct(const NodeInfo&, bool int8) { CheckPrecision(int8, kMemoryOf<M>); }
+  static void CheckGather(const NodeInfo&) {}
 
   int64_t rows() const { return reader_.rows(); }
   int64_t length() const { return reader_.length(); }
@@ -33,73 +40,6 @@ class GpuReader {
   WeightReader reader_;
 };
 
-template <class T, class M>
-class GpuMatMul : public Kernel {
- public:
-  explicit GpuMatMul(const NodeInfo& node) : api_(node.api()), reader_(node, 1), memory_(node) {
-    CheckPrecision(ReadInt8<T>(node), kMemoryOf<M>);
-  }
-
-  void Compute(OrtKernelContext* context) const override {
-    const OrtValue* x = InputOf(api_, context, 0);
-    Dims dims = DimsOf(api_, x);
-    CheckLastDim(dims, reader_.length());
-    const OnnxcompHashWeight weight = reader_.Read(context);
-    dims.back() = reader_.rows();
-    T* y = OutputOf<T>(api_, context, dims);
-    dims.pop_back();
-    const int64_t batch = Count(dims);
-    size_t bytes = 0;
-    gpu::CheckCall(onnxcomp_cuda_hash_scratch(&weight, batch, kTypeOf<T>, &bytes));
-    memory_.With(context, bytes, [&](void* scratch) {
-      gpu::CheckCall(onnxcomp_cuda_hash_matmul(&weight, DataOf<T>(api_, x), y, batch, kTypeOf<T>,
-                                               scratch, bytes, gpu::StreamOf(api_, context)));
-    });
-  }
-
- private:
-  Api api_;
-  GpuReader<M> reader_;
-  gpu::Memory memory_;
-};
-
-template <class Index, class M>
-class GpuGather : public Kernel {
- public:
-  explicit GpuGather(const NodeInfo& node) : api_(node.api()), reader_(node, 1) {}
-
-  void Compute(OrtKernelContext* context) const override {
-    const OrtValue* indices = InputOf(api_, context, 0);
-    Dims dims = DimsOf(api_, indices);
-    const int64_t count = Count(dims);
-    const OnnxcompHashWeight weight = reader_.Read(context);
-    dims.push_back(reader_.length());
-    auto* y = OutputOf<float>(api_, context, dims);
-    gpu::CheckCall(onnxcomp_cuda_hash_gather(&weight, DataOf<Index>(api_, indices), sizeof(Index),
-                                             count, y, gpu::StreamOf(api_, context)));
-  }
-
- private:
-  Api api_;
-  GpuReader<M> reader_;
-};
-
-template <class M>
-class GpuDecode : public Kernel {
- public:
-  explicit GpuDecode(const NodeInfo& node) : api_(node.api()), reader_(node, 0) {}
-
-  void Compute(OrtKernelContext* context) const override {
-    const OnnxcompHashWeight weight = reader_.Read(context);
-    auto* w = OutputOf<float>(api_, context, {weight.rows, weight.length});
-    gpu::CheckCall(onnxcomp_cuda_hash_decode(&weight, w, kFloat, gpu::StreamOf(api_, context)));
-  }
-
- private:
-  Api api_;
-  GpuReader<M> reader_;
-};
-
 // Adds an operator whose weight begins at input `first`.
 template <class K, class M>
 void Add(const Api& api, std::deque<CustomOp>& ops, const char* name, std::vector<int> inputs,
@@ -111,12 +51,12 @@ void Add(const Api& api, std::deque<CustomOp>& ops, const char* name, std::vecto
 
 template <class M>
 void AddForMemory(const Api& api, std::deque<CustomOp>& ops) {
-  Add<GpuMatMul<float, M>, M>(api, ops, "HashMatMul", {kFloat}, kFloat, InferMatMul);
-  Add<GpuMatMul<Half, M>, M>(api, ops, "HashMatMul", {kFloat16}, kFloat16, InferMatMul);
-  Add<GpuMatMul<Brain, M>, M>(api, ops, "HashMatMul", {kBfloat16}, kBfloat16, InferMatMul);
-  Add<GpuGather<int32_t, M>, M>(api, ops, "HashGather", {kInt32}, kFloat, InferGather);
-  Add<GpuGather<int64_t, M>, M>(api, ops, "HashGather", {kInt64}, kFloat, InferGather);
-  Add<GpuDecode<M>, M>(api, ops, "HashDecode", {}, kFloat, InferDecode);
+  Add<gpu::MatMulKernel<float, GpuReader<M>>, M>(api, ops, "HashMatMul", {kFloat}, kFloat, InferMatMul);
+  Add<gpu::MatMulKernel<Half, GpuReader<M>>, M>(api, ops, "HashMatMul", {kFloat16}, kFloat16, InferMatMul);
+  Add<gpu::MatMulKernel<Brain, GpuReader<M>>, M>(api, ops, "HashMatMul", {kBfloat16}, kBfloat16, InferMatMul);
+  Add<gpu::GatherKernel<int32_t, GpuReader<M>>, M>(api, ops, "HashGather", {kInt32}, kFloat, InferGather);
+  Add<gpu::GatherKernel<int64_t, GpuReader<M>>, M>(api, ops, "HashGather", {kInt64}, kFloat, InferGather);
+  Add<gpu::DecodeKernel<GpuReader<M>>, M>(api, ops, "HashDecode", {}, kFloat, InferDecode);
 }
 
 }  // namespace

@@ -7,8 +7,7 @@
 
 #include <optional>
 
-#include "common/weight_op.h"
-#include "gpu/session.h"
+#include "gpu/kernels.h"
 #include "hyper/kernel.h"
 
 namespace onnxcomp::hyper {
@@ -17,6 +16,11 @@ namespace {
 // A weight whose tensors lie on the GPU.
 class GpuReader {
  public:
+  static constexpr auto kScratch = onnxcomp_cuda_hyper_scratch;
+  static constexpr auto kMatMul = onnxcomp_cuda_hyper_matmul;
+  static constexpr auto kGather = onnxcomp_cuda_hyper_gather;
+  static constexpr auto kDecode = onnxcomp_cuda_hyper_decode;
+
   GpuReader(const NodeInfo& node, size_t first) : reader_(node, first, /*readable=*/false) {
     const OrtValue* table = node.Constant(first + 2);
     if (table == nullptr) return;
@@ -30,6 +34,9 @@ class GpuReader {
                                               &found));
     if (found != 0) levels_ = levels;
   }
+
+  static void CheckProduct(const NodeInfo&, bool) {}
+  void CheckGather(const NodeInfo& node) const { CheckColumns(node, length()); }
 
   int64_t rows() const { return reader_.rows(); }
   int64_t length() const { return reader_.length(); }
@@ -47,75 +54,6 @@ class GpuReader {
   std::optional<OnnxcompHyperLevels> levels_;
 };
 
-template <class T>
-class GpuMatMul : public Kernel {
- public:
-  explicit GpuMatMul(const NodeInfo& node) : api_(node.api()), reader_(node, 1), memory_(node) {
-    ReadInt8<T>(node);
-  }
-
-  void Compute(OrtKernelContext* context) const override {
-    const OrtValue* x = InputOf(api_, context, 0);
-    Dims dims = DimsOf(api_, x);
-    CheckLastDim(dims, reader_.length());
-    const OnnxcompHyperWeight weight = reader_.Read(context);
-    dims.back() = reader_.rows();
-    T* y = OutputOf<T>(api_, context, dims);
-    dims.pop_back();
-    const int64_t batch = Count(dims);
-    size_t bytes = 0;
-    gpu::CheckCall(onnxcomp_cuda_hyper_scratch(&weight, batch, kTypeOf<T>, &bytes));
-    memory_.With(context, bytes, [&](void* scratch) {
-      gpu::CheckCall(onnxcomp_cuda_hyper_matmul(&weight, DataOf<T>(api_, x), y, batch, kTypeOf<T>,
-                                                scratch, bytes, gpu::StreamOf(api_, context)));
-    });
-  }
-
- private:
-  Api api_;
-  GpuReader reader_;
-  gpu::Memory memory_;
-};
-
-template <class Index>
-class GpuGather : public Kernel {
- public:
-  explicit GpuGather(const NodeInfo& node) : api_(node.api()), reader_(node, 1) {
-    CheckColumns(node, reader_.length());
-  }
-
-  void Compute(OrtKernelContext* context) const override {
-    const OrtValue* indices = InputOf(api_, context, 0);
-    Dims dims = DimsOf(api_, indices);
-    const int64_t count = Count(dims);
-    const OnnxcompHyperWeight weight = reader_.Read(context);
-    dims.push_back(reader_.length());
-    auto* y = OutputOf<float>(api_, context, dims);
-    gpu::CheckCall(onnxcomp_cuda_hyper_gather(&weight, DataOf<Index>(api_, indices), sizeof(Index),
-                                              count, y, gpu::StreamOf(api_, context)));
-  }
-
- private:
-  Api api_;
-  GpuReader reader_;
-};
-
-class GpuDecode : public Kernel {
- public:
-  explicit GpuDecode(const NodeInfo& node) : api_(node.api()), reader_(node, 0) {}
-
-  void Compute(OrtKernelContext* context) const override {
-    const OnnxcompHyperWeight weight = reader_.Read(context);
-    auto* w = OutputOf<float>(api_, context, {weight.rows, weight.length});
-    gpu::CheckCall(
-        onnxcomp_cuda_hyper_decode(&weight, w, kFloat, gpu::StreamOf(api_, context)));
-  }
-
- private:
-  Api api_;
-  GpuReader reader_;
-};
-
 template <class K>
 void Add(const Api& api, std::deque<CustomOp>& ops, const char* name, std::vector<int> inputs,
          int output, CustomOp::Infer infer) {
@@ -126,12 +64,12 @@ void Add(const Api& api, std::deque<CustomOp>& ops, const char* name, std::vecto
 }  // namespace
 
 void AddGpuOps(const Api& api, std::deque<CustomOp>& ops) {
-  Add<GpuMatMul<float>>(api, ops, "HyperMatMul", {kFloat}, kFloat, InferMatMul);
-  Add<GpuMatMul<Half>>(api, ops, "HyperMatMul", {kFloat16}, kFloat16, InferMatMul);
-  Add<GpuMatMul<Brain>>(api, ops, "HyperMatMul", {kBfloat16}, kBfloat16, InferMatMul);
-  Add<GpuGather<int32_t>>(api, ops, "HyperGather", {kInt32}, kFloat, InferGather);
-  Add<GpuGather<int64_t>>(api, ops, "HyperGather", {kInt64}, kFloat, InferGather);
-  Add<GpuDecode>(api, ops, "HyperDecode", {}, kFloat, InferDecode);
+  Add<gpu::MatMulKernel<float, GpuReader>>(api, ops, "HyperMatMul", {kFloat}, kFloat, InferMatMul);
+  Add<gpu::MatMulKernel<Half, GpuReader>>(api, ops, "HyperMatMul", {kFloat16}, kFloat16, InferMatMul);
+  Add<gpu::MatMulKernel<Brain, GpuReader>>(api, ops, "HyperMatMul", {kBfloat16}, kBfloat16, InferMatMul);
+  Add<gpu::GatherKernel<int32_t, GpuReader>>(api, ops, "HyperGather", {kInt32}, kFloat, InferGather);
+  Add<gpu::GatherKernel<int64_t, GpuReader>>(api, ops, "HyperGather", {kInt64}, kFloat, InferGather);
+  Add<gpu::DecodeKernel<GpuReader>>(api, ops, "HyperDecode", {}, kFloat, InferDecode);
 }
 
 }  // namespace onnxcomp::hyper
