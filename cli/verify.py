@@ -13,6 +13,9 @@ from onnxcomp.cli.terminal import Terminal, percent_text, with_terminal
 
 __all__ = ["command", "show_verification"]
 
+# Relative L2 difference of an output from which on a result is hardly of use: -6 dB of noise.
+_FAR = 0.5
+
 
 @click.command("verify")
 @click.argument("reference", type=FILE)
@@ -98,6 +101,12 @@ def show_verification(terminal: Terminal, document: Mapping[str, Any], *, made_u
         terminal.table(columns, rows, left=2)
     if rows and made_up:
         terminal.say("inputs were made up: give real ones with --data to know the real loss")
+    known = [row["rel_l2"] for row in document["outputs"].values() if row["rel_l2"] is not None]
+    if max(known, default=0.0) > _FAR:
+        terminal.say(
+            f"warning: an output differs by {100 * max(known):.0f} % from the original's: "
+            "more bits, a smaller ratio or --data lose less"
+        )
     for failure in document["failures"]:
         terminal.say(f"FAILED: {failure}")
 

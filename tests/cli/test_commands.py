@@ -338,3 +338,10 @@ def test_a_loss_on_made_up_inputs_is_said_to_be_one(
     assert (made_up.code, real.code) == (0, 0)
     assert note in made_up.out and note not in real.out
     assert note in onnxcomp("verify", small_model, tmp_path / "a.onnx").out
+
+
+def test_a_large_loss_is_warned_of(onnxcomp: Run, small_model: Path, tmp_path: Path) -> None:
+    close = onnxcomp("optimize", small_model, "-o", tmp_path / "a.onnx", "--bits", "5")
+    far = onnxcomp("optimize", small_model, "-o", tmp_path / "b.onnx", "--bits", "1")
+    assert "warning: an output differs" not in close.out
+    assert "warning: an output differs by" in far.out
