@@ -23,7 +23,7 @@ function head() {
   if (result.verify) {
     const outputs = Object.values(result.verify.outputs).filter((o) => o.rel_l2 !== null);
     const most = Math.max(0, ...outputs.map((o) => o.rel_l2));
-    figures.push([outputs.length ? percent(most) : "–", "largest relative difference of an output"]);
+    figures.push([outputs.length ? percent(most) : "–", "largest relative difference of an output", most > 0.5 && ["bad"]]);
     const passed = result.verify.passed;
     figures.push([passed ? "verified" : "FAILED", "with the library and without", [passed ? "good" : "bad"]]);
   } else figures.push(["not verified", "the result was not run", ["warn"]]);
