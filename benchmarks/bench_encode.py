@@ -19,10 +19,10 @@ from bench_hyper_quality import sample
 from results import print_table, write_results
 
 from onnxcomp.errors import CompressionError
-from onnxcomp.passes.codecs import native
-from onnxcomp.passes.codecs.codec import Array
-from onnxcomp.passes.codecs.hyper_format import Geometry
-from onnxcomp.passes.codecs.hyper_tables import WINDINGS, spread, table
+from onnxcomp.passes.codecs.hyper import native
+from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.tables import WINDINGS, spread, table
+from onnxcomp.passes.weight import Array
 
 # What the project promises for 2^7 states: million weights per second and core, by bits.
 BARS = {2: 20.0, 3: 20.0, 4: 12.0}

@@ -32,10 +32,10 @@ from bench_matmul import (
 from onnx import TensorProto, helper
 from results import print_table, write_results
 
-from onnxcomp.passes.codecs import hash_format
-from onnxcomp.passes.codecs.codec import Use, WeightSite
-from onnxcomp.passes.codecs.hash import HashCodec, HashParams
-from onnxcomp.passes.codecs.hash_format import Geometry, Sharing
+from onnxcomp.passes.codecs.hash import format as hash_format
+from onnxcomp.passes.codecs.hash.codec import HashCodec, HashParams
+from onnxcomp.passes.codecs.hash.format import Geometry, Sharing
+from onnxcomp.passes.weight import Use, WeightSite
 
 # Names of variants, element types and bytes of their memories; what they are called for a
 # 4096 x 4096 weight.

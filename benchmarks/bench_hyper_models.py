@@ -27,10 +27,10 @@ from judges import ImageModel, Judge, LanguageModel, SentenceModel
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
-from onnxcomp.passes.calibrate import Stats, collect
-from onnxcomp.passes.canonicalize import canonicalize
-from onnxcomp.passes.graph import load
-from onnxcomp.passes.sites import find_sites
+from onnxcomp.passes.analysis.weight_sites import find_sites
+from onnxcomp.passes.calibration.statistics import Stats, collect
+from onnxcomp.passes.ir.model import load
+from onnxcomp.passes.transforms.canonicalize import canonicalize
 
 # Writes a form of a model and returns its bytes.
 Writer = Callable[[Path], int]

@@ -26,11 +26,11 @@ from rounding import clipped, lloyd_max, nf4, rounded
 from scipy import stats
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import WeightSite
-from onnxcomp.passes.codecs.hyper import HyperParams
-from onnxcomp.passes.codecs.hyper_format import GROUPS, STATE_BITS
-from onnxcomp.passes.codecs.hyper_tables import WINDINGS
-from onnxcomp.passes.codecs.winding import WindingParams
+from onnxcomp.passes.codecs.hyper.codec import HyperParams
+from onnxcomp.passes.codecs.hyper.format import GROUPS, STATE_BITS
+from onnxcomp.passes.codecs.hyper.tables import WINDINGS
+from onnxcomp.passes.codecs.winding.codec import WindingParams
+from onnxcomp.passes.weight import WeightSite
 
 Array = npt.NDArray[Any]
 # Weights restored, and bits stored for each.

@@ -35,8 +35,8 @@ from onnx import helper
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
-from onnxcomp.passes.codecs.lowrank import STEP
-from onnxcomp.passes.plan import Plan
+from onnxcomp.passes.codecs.lowrank.codec import STEP
+from onnxcomp.passes.planning.plan import Plan
 
 Array = npt.NDArray[Any]
 NAME = "lowrank"

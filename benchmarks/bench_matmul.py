@@ -33,7 +33,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.ops import register
-from onnxcomp.passes.codecs import hyper_format
+from onnxcomp.passes.codecs.hyper import format as hyper_format
 
 RESULTS = Path(__file__).parent / "results"
 BEST_ISA = os.environ.get("ONNXCOMP_ISA", "")  # the best one where it is empty

@@ -32,13 +32,13 @@ from results import write_results
 
 import onnxcomp as oc
 from onnxcomp.errors import CompressionError
-from onnxcomp.passes import graph
-from onnxcomp.passes.canonicalize import canonicalize
+from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.expand import expand
-from onnxcomp.passes.rewrite import Placement, rewrite
-from onnxcomp.passes.settings import typed_params
-from onnxcomp.passes.sites import find_sites, read_weight
+from onnxcomp.passes.config.settings import typed_params
+from onnxcomp.passes.ir import model as graph
+from onnxcomp.passes.lowering.expand import expand
+from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.transforms.canonicalize import canonicalize
 from onnxcomp.runtime.evaluate import Outputs, run_model
 from onnxcomp.runtime.inputs import synthesize_inputs
 

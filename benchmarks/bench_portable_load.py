@@ -22,8 +22,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcomp.passes.codecs import hyper_bodies, hyper_format
-from onnxcomp.passes.codecs.codec import DOMAIN, Array, Kind, Payload, WeightSite
+from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
+from onnxcomp.passes.codecs.hyper import format as hyper_format
+from onnxcomp.passes.codecs.protocol import Payload
+from onnxcomp.passes.weight import DOMAIN, Array, Kind, WeightSite
 
 LOADER = """
 import json, sys, time

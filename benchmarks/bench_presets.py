@@ -25,7 +25,7 @@ from inputs import CLASSIFIERS
 from results import RESULTS, compile_model, print_table, write_results
 
 import onnxcomp
-from onnxcomp.passes.presets import PRESETS
+from onnxcomp.passes.config.presets import PRESETS
 
 Loss = Callable[[Any, Any, Path], float]
 
@@ -90,7 +90,7 @@ def earlier() -> list[dict[str, Any]]:
 
 
 def told(rows: list[dict[str, Any]], preset: str) -> str:
-    """What `onnxcomp.passes.presets` says of a preset."""
+    """What `onnxcomp.passes.config.file.presets` says of a preset."""
     own = [row for row in rows if row["preset"] == preset]
     return "; ".join(f"{r['model']} {r['ratio']:.1f}x, {100 * r['loss']:.1f} %" for r in own)
 

@@ -36,9 +36,9 @@ from PIL import Image
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
-from onnxcomp.passes.canonicalize import canonicalize
-from onnxcomp.passes.graph import load, save
-from onnxcomp.passes.prune.pruning import PruneOptions, prune
+from onnxcomp.passes.ir.model import load, save
+from onnxcomp.passes.transforms.canonicalize import canonicalize
+from onnxcomp.passes.transforms.prune.pruning import PruneOptions, prune
 from onnxcomp.runtime.bench import load_model
 
 Array = npt.NDArray[Any]

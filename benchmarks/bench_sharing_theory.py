@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from results import print_table, write_results
 
-from onnxcomp.passes.codecs.hash_format import mix, reduce, seeds
+from onnxcomp.passes.codecs.hash.format import mix, reduce, seeds
 
 Array = npt.NDArray[Any]
 FEATURES, INPUTS, SEEDS = 1024, 4096, 3

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from gpu_calls import MEMORY_TYPES, HashWeight, HyperWeight
 
-from onnxcomp.passes.codecs import hash_format, hyper_format
+from onnxcomp.passes.codecs.hash import format as hash_format
+from onnxcomp.passes.codecs.hyper import format as hyper_format
 
 __all__ = ["HashCase", "HyperCase", "hash_case", "hyper_case"]
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import onnx
 import onnx.numpy_helper
 
-from onnxcomp.passes.codecs.codec import Stats
-from onnxcomp.passes.codecs.integer_grid import Grid, gptq, rounded
+from onnxcomp.passes.codecs.integer.grid import Grid, gptq, rounded
 from onnxcomp.passes.codecs.moments import damped
+from onnxcomp.passes.weight import Stats
 
 __all__ = ["gptq_model", "round_model", "stored_bytes", "table_names"]
 

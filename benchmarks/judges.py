@@ -15,7 +15,7 @@ from inputs import CLASSIFIERS
 from tokenizers import Tokenizer
 
 import onnxcomp
-from onnxcomp.passes.calibrate import split_batches
+from onnxcomp.passes.calibration.statistics import split_batches
 
 __all__ = ["ImageModel", "Judge", "LanguageModel", "SentenceModel"]
 

@@ -13,16 +13,16 @@ import itertools
 
 import numpy as np
 
-from onnxcomp.passes.codecs import native
-from onnxcomp.passes.codecs.codec import Array
-from onnxcomp.passes.codecs.hyper_format import Geometry
-from onnxcomp.passes.codecs.hyper_tables import (
+from onnxcomp.passes.codecs.hyper import native
+from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.tables import (
     WINDINGS,
     Winding,
     level_bits,
     quantiles,
     winding_table,
 )
+from onnxcomp.passes.weight import Array
 
 GROUP = 128
 

@@ -54,7 +54,7 @@ def command(
 
 def show_costs(terminal: Terminal) -> None:
     """Measure this machine, keep the numbers, and print what some products take."""
-    from onnxcomp.passes.costs import costs_path, measure_costs
+    from onnxcomp.passes.latency.cost_table import costs_path, measure_costs
 
     def told(key: str, done: int, total: int) -> None:
         if not terminal.quiet:

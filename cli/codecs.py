@@ -11,7 +11,9 @@ import click
 from onnxcomp.cli.terminal import Terminal, percent_text, with_terminal
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.codecs.codec import Codec, Params, WeightSite
+    from onnxcomp.passes.codecs.params import Params
+    from onnxcomp.passes.codecs.protocol import Codec
+    from onnxcomp.passes.weight import WeightSite
 
 __all__ = ["command"]
 
@@ -26,7 +28,7 @@ def command(terminal: Terminal, name: str | None) -> None:
     """
     from onnxcomp.errors import UsageError
     from onnxcomp.passes.codecs import CODECS
-    from onnxcomp.passes.settings import suggest
+    from onnxcomp.passes.suggest import suggest
 
     if name is not None and name not in CODECS:
         raise UsageError(f"no codec named '{name}'", hint=suggest(name, CODECS))
@@ -70,8 +72,8 @@ def show(terminal: Terminal, entry: dict[str, Any]) -> None:
 
 def describe(codec: Codec) -> dict[str, Any]:
     """Everything `codecs` prints about one codec."""
-    from onnxcomp.passes.codecs.codec import GradedCodec, RankedCodec
-    from onnxcomp.passes.settings import is_stock
+    from onnxcomp.passes.codecs.protocol import GradedCodec, RankedCodec
+    from onnxcomp.passes.config.settings import is_stock
 
     site = sample_site()
     return {
@@ -94,7 +96,7 @@ def describe(codec: Codec) -> dict[str, Any]:
 
 def sample_site() -> WeightSite:
     """A plain float32 weight of 1024 x 1024."""
-    from onnxcomp.passes.codecs.codec import Use, WeightSite
+    from onnxcomp.passes.weight import Use, WeightSite
 
     return WeightSite(
         name="weight",

@@ -15,7 +15,7 @@ from onnxcomp.cli.progress import progress
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.pipeline import Result
+    from onnxcomp.passes.driver.api import Result
 
 __all__ = ["command"]
 

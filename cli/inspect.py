@@ -15,7 +15,7 @@ from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 from onnxcomp.cli.values import size
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.inspect import Difference, Inspection, Interface
+    from onnxcomp.passes.report.inspect import Difference, Inspection, Interface
 
 __all__ = ["command"]
 
@@ -44,7 +44,7 @@ def command(
     For a compressed model also how each weight is stored. Tensors that cannot be compressed are
     listed with the reason, with -v one by one.
     """
-    from onnxcomp.passes.inspect import diff, inspect_model
+    from onnxcomp.passes.report.inspect import diff, inspect_model
 
     if groups:
         listed = show_groups(terminal, model)

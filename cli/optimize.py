@@ -21,8 +21,8 @@ from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.pipeline import Result
-    from onnxcomp.passes.report import Report
+    from onnxcomp.passes.driver.api import Result
+    from onnxcomp.passes.report.report import Report
 
 __all__ = ["command"]
 
@@ -80,7 +80,7 @@ def command(
         except (onnxcomp.TargetMissedError, onnxcomp.RejectedError) as error:
             result, failure = error.result, error
     if report is not None:
-        from onnxcomp.passes.page import write_page
+        from onnxcomp.passes.report.page import write_page
 
         write_page(result.report.to_json(), report)
     show_result(terminal, result)

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from onnxcomp.cli.prune import PRUNE_OPTIONS
 from onnxcomp.cli.values import ratio, rule, shape, size
-from onnxcomp.passes.presets import PRESETS
+from onnxcomp.passes.config.presets import PRESETS
 
 __all__ = [
     "EXTERNAL_DATA",
@@ -136,8 +136,8 @@ def settings_in_effect(values: Mapping[str, Any]) -> dict[str, Any]:
     preset, config = given.pop("preset"), given.pop("config")
     if preset is None and config is None:
         return given
-    from onnxcomp.passes.config import TARGETS, config_options, merged
-    from onnxcomp.passes.presets import preset_options
+    from onnxcomp.passes.config.file import TARGETS, config_options, merged
+    from onnxcomp.passes.config.presets import preset_options
 
     source = click.get_current_context().get_parameter_source
     explicit = {k: v for k, v in given.items() if source(k) is not ParameterSource.DEFAULT}

@@ -96,7 +96,7 @@ def prune_text(pruned: Mapping[str, Any] | None) -> list[str]:
 
 def show_groups(terminal: Terminal, model: Path) -> dict[str, Any]:
     """Print what pruning could take out of a model; the same as plain values."""
-    from onnxcomp.passes.prune.listing import list_groups
+    from onnxcomp.passes.transforms.prune.listing import list_groups
 
     found = list_groups(model)
     rows = [

@@ -28,7 +28,7 @@ def command(
     The page is one file that works offline: sizes, errors, every tensor with the reason for what
     became of it.
     """
-    from onnxcomp.passes.page import write_page
+    from onnxcomp.passes.report.page import write_page
 
     points = _list(frontier, "frontier")
     write_page(_json(result), output, bench=_list(bench, "models"), frontier=points)

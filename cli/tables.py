@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.cli.terminal import Terminal, bytes_text
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.choices import Choice
-    from onnxcomp.passes.report import SiteReport
+    from onnxcomp.passes.planning.candidates import Choice
+    from onnxcomp.passes.report.report import SiteReport
 
 __all__ = ["shape_text", "show_reasons", "show_sites", "stored_text", "uses_text"]
 

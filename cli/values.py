@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.settings import Rule
+    from onnxcomp.passes.config.settings import Rule
 
 __all__ = ["ratio", "rule", "shape", "size"]
 
 
 def size(text: str) -> int:
     """Bytes: ``120MB`` and ``16KB`` are decimal, ``16KiB`` is binary, a bare number is bytes."""
-    from onnxcomp.passes.settings import parse_size
+    from onnxcomp.passes.config.settings import parse_size
 
     return parse_size(text)
 
 
 def rule(text: str) -> Rule:
     """Settings for some weights: ``REGEX:bits=3,mode=folded``."""
-    from onnxcomp.passes.settings import parse_rule
+    from onnxcomp.passes.config.settings import parse_rule
 
     return parse_rule(text)
 

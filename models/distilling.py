@@ -18,11 +18,11 @@ import torch
 
 from onnxcomp.errors import ModelError
 from onnxcomp.models.torch_operators import OPERATORS
-from onnxcomp.passes.calibrate import HELD_OUT, Feed
+from onnxcomp.passes.calibration.segmented_run import Chain, read_values
+from onnxcomp.passes.calibration.statistics import HELD_OUT
 from onnxcomp.passes.codecs.abilities import SharedValues
-from onnxcomp.passes.codecs.codec import Array
-from onnxcomp.passes.scopes import initializers, is_default_domain
-from onnxcomp.passes.segments import Chain, read_values
+from onnxcomp.passes.ir.traversal import initializers, is_default_domain
+from onnxcomp.passes.weight import Array, Feed
 
 __all__ = ["distill"]
 

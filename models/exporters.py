@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.models.torch_calls import Call, import_torch, named_leaves
-from onnxcomp.passes.graph import load
-from onnxcomp.passes.settings import suggest
+from onnxcomp.passes.ir.model import load
+from onnxcomp.passes.suggest import suggest
 
 __all__ = ["EXPORTERS", "export_graph"]
 

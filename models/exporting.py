@@ -20,11 +20,16 @@ from onnxcomp.models.torch_calls import (
     import_torch,
     run,
 )
-from onnxcomp.passes.graph import load, save
-from onnxcomp.passes.numerics import MINIMUM_AGREEMENT, Comparison, Metrics, export_tolerance
-from onnxcomp.passes.outcome import RejectedError, Result, TargetMissedError
-from onnxcomp.passes.sharing import write_note
-from onnxcomp.passes.source import refuse_overwriting, workspace
+from onnxcomp.passes.driver.result import RejectedError, Result, TargetMissedError
+from onnxcomp.passes.ir.files import refuse_overwriting, workspace
+from onnxcomp.passes.ir.model import load, save
+from onnxcomp.passes.transforms.lower_shared_weights import write_note
+from onnxcomp.passes.verification.numerics import (
+    MINIMUM_AGREEMENT,
+    Comparison,
+    Metrics,
+    export_tolerance,
+)
 
 __all__ = ["ExportResult", "TorchCheck", "export"]
 
@@ -259,7 +264,7 @@ def _compile(
     check: TorchCheck | None,
 ) -> ExportResult:
     """Write the model with `optimize`, which checks it on the same inputs unless given others."""
-    from onnxcomp.passes.pipeline import optimize
+    from onnxcomp.passes.driver.api import optimize
 
     chosen = dict(options)
     if not chosen.keys() - _NEUTRAL:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs.hash_format import LANES, TILE, Geometry, mix, reduce, seeds
+from onnxcomp.passes.codecs.hash.format import LANES, TILE, Geometry, mix, reduce, seeds
 
 __all__ = [
     "Map",

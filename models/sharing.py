@@ -28,8 +28,8 @@ from onnxcomp.models.shared_layers import (
     SharedLinear,
     SharedMemory,
 )
-from onnxcomp.passes.codecs.hash_format import Geometry
-from onnxcomp.passes.sharing import Layer, Memory
+from onnxcomp.passes.codecs.hash.format import Geometry
+from onnxcomp.passes.transforms.lower_shared_weights import Layer, Memory
 
 __all__ = ["memories", "multiplied_out", "share"]
 

@@ -1,6 +1,6 @@
 """What is installed here and what this machine offers, with what to do about each problem.
 
-`onnxcomp.passes.diagnose` adds what takes the compiler: its encoders, and models.
+`onnxcomp.passes.report.doctor` adds what takes the compiler: its encoders, and models.
 """
 
 from __future__ import annotations

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-LIBRARIES = ("onnxcomp/ops/libonnxcomp_ops.so", "onnxcomp/passes/codecs/libonnxcomp_encoders.so")
+LIBRARIES = (
+    "onnxcomp/ops/libonnxcomp_ops.so",
+    "onnxcomp/passes/codecs/hyper/libonnxcomp_encoders.so",
+)
 MODEL = "onnxcomp/models/character_kinds"
 
 
@@ -40,11 +43,11 @@ def check_contents(names: list[str]) -> None:
         "onnxcomp/errors.py",
         "onnxcomp/runtime/package/templates/run.py",
         "onnxcomp/runtime/package/templates/triton.md",
-        "onnxcomp/passes/config.schema.json",
-        "onnxcomp/passes/config.template.yaml",
-        "onnxcomp/passes/page/page.html",
-        "onnxcomp/passes/page/page.css",
-        "onnxcomp/passes/page/page.js",
+        "onnxcomp/passes/config/schema.json",
+        "onnxcomp/passes/config/template.yaml",
+        "onnxcomp/passes/report/page/page.html",
+        "onnxcomp/passes/report/page/page.css",
+        "onnxcomp/passes/report/page/page.js",
         f"{MODEL}/model.onnx",
         f"{MODEL}/held_out.npz",
         f"{MODEL}/LICENSE-UNICODE",

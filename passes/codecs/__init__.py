@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from onnxcomp.passes.codecs.codec import Codec
 from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.half import HalfCodec
-from onnxcomp.passes.codecs.hash import HashCodec
-from onnxcomp.passes.codecs.hyper import HyperCodec
-from onnxcomp.passes.codecs.hyper_lowrank import HyperLowRankCodec
-from onnxcomp.passes.codecs.integer import IntegerCodec
-from onnxcomp.passes.codecs.lowrank import LowRankCodec
-from onnxcomp.passes.codecs.lowrank_hyper import LowRankHyperCodec
-from onnxcomp.passes.codecs.lowrank_int import LowRankIntCodec
-from onnxcomp.passes.codecs.winding import WindingCodec
+from onnxcomp.passes.codecs.hash.codec import HashCodec
+from onnxcomp.passes.codecs.hyper.codec import HyperCodec
+from onnxcomp.passes.codecs.integer.codec import IntegerCodec
+from onnxcomp.passes.codecs.lowrank.codec import LowRankCodec
+from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec
+from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec
+from onnxcomp.passes.codecs.lowrank.lowrank_int import LowRankIntCodec
+from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.codecs.winding.codec import WindingCodec
 
 __all__ = ["CODECS"]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Protocol, runtime_checkable
 
-from onnxcomp.passes.codecs.codec import Array, Codec, Params, Payload, WeightSite
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.weight import Array, WeightSite
 
 __all__ = ["RivalledCodec", "SharedValues", "TrainableCodec"]
 

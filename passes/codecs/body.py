@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcomp.passes.codecs.codec import DOMAIN
+from onnxcomp.passes.weight import DOMAIN
 
 __all__ = ["Body"]
 

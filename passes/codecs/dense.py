@@ -10,18 +10,9 @@ import numpy as np
 import onnx
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs.codec import (
-    DTYPES,
-    Array,
-    Attribute,
-    Builder,
-    Kind,
-    LoadMemory,
-    Params,
-    Payload,
-    TensorLayout,
-    WeightSite,
-)
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.weight import DTYPES, Array, Attribute, Kind, WeightSite
 
 __all__ = ["DenseCodec", "DenseParams"]
 

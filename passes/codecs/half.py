@@ -15,18 +15,9 @@ import numpy as np
 import onnx
 
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.passes.codecs.codec import (
-    Array,
-    Attribute,
-    Builder,
-    Kind,
-    LoadMemory,
-    Params,
-    Payload,
-    Stats,
-    TensorLayout,
-    WeightSite,
-)
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = ["HalfCodec", "HalfParams"]
 

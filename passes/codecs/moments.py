@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcomp.passes.codecs.codec import Array, Stats
+from onnxcomp.passes.weight import Array, Stats
 
 __all__ = [
     "ENOUGH",

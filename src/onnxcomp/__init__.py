@@ -18,10 +18,7 @@ from onnxcomp import errors
 if TYPE_CHECKING:
     from onnxcomp.ops import library_path as get_library_path
     from onnxcomp.ops import register
-    from onnxcomp.passes.diagnose import doctor
-    from onnxcomp.passes.graph import load, save
-    from onnxcomp.passes.graphsurgeon import from_gs, to_gs
-    from onnxcomp.passes.pipeline import (
+    from onnxcomp.passes.driver.api import (
         RejectedError,
         Result,
         TargetMissedError,
@@ -34,8 +31,11 @@ if TYPE_CHECKING:
         plan,
         verify,
     )
-    from onnxcomp.passes.plan import Plan
-    from onnxcomp.passes.report import Report
+    from onnxcomp.passes.ir.graphsurgeon import from_gs, to_gs
+    from onnxcomp.passes.ir.model import load, save
+    from onnxcomp.passes.planning.plan import Plan
+    from onnxcomp.passes.report.doctor import doctor
+    from onnxcomp.passes.report.report import Report
     from onnxcomp.runtime.package import Package, package
     from onnxcomp.runtime.session import InferenceSession
 
@@ -73,27 +73,27 @@ __version__ = "0.1.0"
 _HOMES = {
     "InferenceSession": ("runtime.session", "InferenceSession"),
     "Package": ("runtime.package", "Package"),
-    "Plan": ("passes.plan", "Plan"),
-    "RejectedError": ("passes.pipeline", "RejectedError"),
-    "Report": ("passes.report", "Report"),
-    "Result": ("passes.pipeline", "Result"),
-    "TargetMissedError": ("passes.pipeline", "TargetMissedError"),
-    "apply": ("passes.pipeline", "apply"),
-    "doctor": ("passes.diagnose", "doctor"),
-    "expand": ("passes.pipeline", "expand"),
-    "from_gs": ("passes.graphsurgeon", "from_gs"),
-    "frontier": ("passes.pipeline", "frontier"),
+    "Plan": ("passes.planning.plan", "Plan"),
+    "RejectedError": ("passes.driver.api", "RejectedError"),
+    "Report": ("passes.report.report", "Report"),
+    "Result": ("passes.driver.api", "Result"),
+    "TargetMissedError": ("passes.driver.api", "TargetMissedError"),
+    "apply": ("passes.driver.api", "apply"),
+    "doctor": ("passes.report.doctor", "doctor"),
+    "expand": ("passes.driver.api", "expand"),
+    "from_gs": ("passes.ir.graphsurgeon", "from_gs"),
+    "frontier": ("passes.driver.api", "frontier"),
     "get_library_path": ("ops", "library_path"),
-    "inspect": ("passes.pipeline", "inspect"),
-    "load": ("passes.graph", "load"),
-    "mend": ("passes.pipeline", "mend"),
-    "optimize": ("passes.pipeline", "optimize"),
+    "inspect": ("passes.driver.api", "inspect"),
+    "load": ("passes.ir.model", "load"),
+    "mend": ("passes.driver.api", "mend"),
+    "optimize": ("passes.driver.api", "optimize"),
     "package": ("runtime.package", "package"),
-    "plan": ("passes.pipeline", "plan"),
+    "plan": ("passes.driver.api", "plan"),
     "register": ("ops", "register"),
-    "save": ("passes.graph", "save"),
-    "to_gs": ("passes.graphsurgeon", "to_gs"),
-    "verify": ("passes.pipeline", "verify"),
+    "save": ("passes.ir.model", "save"),
+    "to_gs": ("passes.ir.graphsurgeon", "to_gs"),
+    "verify": ("passes.driver.api", "verify"),
 }
 
 

@@ -15,7 +15,7 @@ import yaml
 
 import onnxcomp
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.config import (
+from onnxcomp.passes.config.file import (
     TARGETS,
     checked_options,
     config_options,
@@ -23,8 +23,8 @@ from onnxcomp.passes.config import (
     schema,
     template_text,
 )
-from onnxcomp.passes.presets import PRESETS, preset_options
-from onnxcomp.passes.settings import Settings
+from onnxcomp.passes.config.presets import PRESETS, preset_options
+from onnxcomp.passes.config.settings import Settings
 
 Write = Callable[[str], Path]
 

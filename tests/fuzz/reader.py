@@ -27,7 +27,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["onnxcomp"]):
-    from onnxcomp.passes import compiling, expand, graph, inlining, reading, sites  # noqa: F401
+    from onnxcomp.passes.driver import compile  # noqa: F401
 
 import models
 

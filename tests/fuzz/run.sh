@@ -14,7 +14,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 BUILD=${BUILD:-build/sanitized} PYTHON=${PYTHON:-python} SEED=${SEED:-1}
-libraries="$BUILD/ops/libonnxcomp_ops.so $BUILD/passes/codecs/libonnxcomp_encoders.so"
+libraries="$BUILD/ops/libonnxcomp_ops.so $BUILD/passes/codecs/hyper/libonnxcomp_encoders.so"
 flags="-fsanitize=address,undefined -fno-sanitize-recover=all"
 
 build() {

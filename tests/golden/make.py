@@ -11,10 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp.passes.codecs import hyper_format, hyper_viterbi
-from onnxcomp.passes.codecs.codec import Array
-from onnxcomp.passes.codecs.hyper_format import Geometry
-from onnxcomp.passes.codecs.hyper_tables import spread, table
+from onnxcomp.passes.codecs.hyper import (
+    format as hyper_format,
+)
+from onnxcomp.passes.codecs.hyper import (
+    viterbi as hyper_viterbi,
+)
+from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.tables import spread, table
+from onnxcomp.passes.weight import Array
 
 FOLDER = Path(__file__).parent
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp.passes.codecs.codec import Array, Need, Use, WeightSite
-from onnxcomp.passes.codecs.integer import IntegerCodec, IntegerParams
+from onnxcomp.passes.codecs.integer.codec import IntegerCodec, IntegerParams
+from onnxcomp.passes.weight import Array, Need, Use, WeightSite
 
 FOLDER = Path(__file__).parent
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp.passes.codecs.codec import Array, WeightSite
-from onnxcomp.passes.codecs.winding import WindingCodec, WindingParams
+from onnxcomp.passes.codecs.winding.codec import WindingCodec, WindingParams
+from onnxcomp.passes.weight import Array, WeightSite
 
 FOLDER = Path(__file__).parent
 

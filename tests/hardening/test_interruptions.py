@@ -92,7 +92,7 @@ def test_an_older_output_survives_an_interrupted_run(
 
 
 def test_uninterrupted_blocks_are_finished_first() -> None:
-    from onnxcomp.passes.interruptions import uninterrupted
+    from onnxcomp.passes.ir.atomic import uninterrupted
 
     done = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():

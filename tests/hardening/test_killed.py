@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp.passes.cache import PayloadCache
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.codec import Use, WeightSite
-from onnxcomp.passes.codecs.hyper import HyperParams
-from onnxcomp.passes.source import workspace
+from onnxcomp.passes.codecs.hyper.codec import HyperParams
+from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.ir.files import workspace
+from onnxcomp.passes.weight import Use, WeightSite
 
 
 def test_a_killed_run_is_finished_by_the_next_one(

@@ -12,11 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxcomp
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.passes.canonicalize import canonicalize
+from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
+from onnxcomp.passes.calibration.perturbation import made_up_inputs, stored_form
 from onnxcomp.passes.codecs.abilities import SharedValues
-from onnxcomp.passes.graph import load
-from onnxcomp.passes.probing import made_up_inputs, stored_form
-from onnxcomp.passes.sites import find_sites, read_weight
+from onnxcomp.passes.ir.model import load
+from onnxcomp.passes.transforms.canonicalize import canonicalize
 
 torch = pytest.importorskip("torch")
 

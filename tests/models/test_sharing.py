@@ -27,8 +27,8 @@ from onnxcomp.models.shared_layers import (  # noqa: E402
     SharedMemory,
 )
 from onnxcomp.models.sharing import multiplied_out  # noqa: E402
-from onnxcomp.passes.codecs import hash_format  # noqa: E402
-from onnxcomp.passes.codecs.hash_format import Geometry, Sharing, seeds  # noqa: E402
+from onnxcomp.passes.codecs.hash import format as hash_format  # noqa: E402
+from onnxcomp.passes.codecs.hash.format import Geometry, Sharing, seeds  # noqa: E402
 
 
 class Small(nn.Module):

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.errors import RuntimeMissingError
 from onnxcomp.ops import library_path, register
-from onnxcomp.passes.codecs import hyper_format
+from onnxcomp.passes.codecs.hyper import format as hyper_format
 
 Array = np.ndarray[Any, Any]
 DOMAIN = "com.onnxcomp"

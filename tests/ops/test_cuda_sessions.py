@@ -18,7 +18,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcomp.passes.codecs import hash_bodies, hash_format
+from onnxcomp.passes.codecs.hash import bodies as hash_bodies
+from onnxcomp.passes.codecs.hash import format as hash_format
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[onnx.ModelProto, dict[str, Array]], Array]

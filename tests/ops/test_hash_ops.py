@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxcomp
-from onnxcomp.passes.codecs import hash_bodies, hash_format
-from onnxcomp.passes.codecs.codec import DOMAIN
-from onnxcomp.passes.codecs.hash_format import Geometry, Sharing
+from onnxcomp.passes.codecs.hash import bodies as hash_bodies
+from onnxcomp.passes.codecs.hash import format as hash_format
+from onnxcomp.passes.codecs.hash.format import Geometry, Sharing
+from onnxcomp.passes.weight import DOMAIN
 
 Array = npt.NDArray[Any]
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 import onnxcomp
-from onnxcomp.passes.codecs.codec import DOMAIN, Use, WeightSite
-from onnxcomp.passes.codecs.winding import WindingCodec, WindingParams
-from onnxcomp.passes.codecs.winding_bodies import functions
-from onnxcomp.passes.codecs.winding_format import GRIDS, NODE_INPUTS
+from onnxcomp.passes.codecs.winding.bodies import functions
+from onnxcomp.passes.codecs.winding.codec import WindingCodec, WindingParams
+from onnxcomp.passes.codecs.winding.format import GRIDS, NODE_INPUTS
+from onnxcomp.passes.weight import DOMAIN, Use, WeightSite
 
 Array = npt.NDArray[Any]
 CODEC = WindingCodec()

@@ -11,8 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.errors import RuntimeMissingError
 from onnxcomp.ops import library_path
-from onnxcomp.passes.codecs import hyper_bodies, hyper_format
-from onnxcomp.passes.codecs.codec import DOMAIN
+from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
+from onnxcomp.passes.codecs.hyper import format as hyper_format
+from onnxcomp.passes.weight import DOMAIN
 
 Array = np.ndarray[Any, Any]
 SaveModel = Callable[..., Path]

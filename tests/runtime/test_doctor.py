@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 import onnxcomp
-from onnxcomp.passes import diagnose
+from onnxcomp.passes.report import doctor
 from onnxcomp.runtime import doctor as environment
 from onnxcomp.runtime import machine, probes
 from onnxcomp.runtime.doctor import Diagnosis, Finding
@@ -90,7 +90,7 @@ def test_loading_that_would_not_fit_is_not_tried(
     twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = dataclasses.replace(machine.look(), available=1 << 20)
-    monkeypatch.setattr(diagnose, "look", lambda: small)
+    monkeypatch.setattr(doctor, "look", lambda: small)
     finding = by_name(onnxcomp.doctor(twins[1]))["loads without the library"]
     assert finding.status == "note" and "not tried" in finding.text
 
@@ -259,20 +259,20 @@ def test_nodes_that_a_gpu_would_not_run_are_named(
 ) -> None:
     here = dataclasses.replace(machine.look(), gpus=("NVIDIA H200",))
     monkeypatch.setattr("onnxcomp.ops.cuda_architectures", lambda: ("90",))
-    (finding,) = diagnose._on_gpu(twins[1], here)
+    (finding,) = doctor._on_gpu(twins[1], here)
     assert (finding.status, finding.text) == ("ok", "all 2 nodes have CUDA kernels")
     model = onnx.load(twins[1])
     for node in model.graph.node:
         if node.op_type == "HyperMatMul":
             node.op_type, node.name = "WindingMatMul", "odd one"
     onnx.save(model, tmp_path / "model.onnx")
-    (finding,) = diagnose._on_gpu(tmp_path / "model.onnx", here)
+    (finding,) = doctor._on_gpu(tmp_path / "model.onnx", here)
     assert finding.text == "1 of 2 nodes run on the CPU: odd one"
     assert finding.facts == {"nodes": 2, "on_cpu": ["odd one"]}
     monkeypatch.setattr("onnxcomp.ops.cuda_architectures", lambda: ())
-    (finding,) = diagnose._on_gpu(twins[1], here)
+    (finding,) = doctor._on_gpu(twins[1], here)
     assert finding.status == "note" and len(finding.facts["on_cpu"]) == 2
-    assert list(diagnose._on_gpu(twins[1], dataclasses.replace(here, gpus=()))) == []
+    assert list(doctor._on_gpu(twins[1], dataclasses.replace(here, gpus=()))) == []
 
 
 def test_the_driver_says_which_cuda_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""What the operators of a model read, over samples of its inputs."""

@@ -1,0 +1,149 @@
+"""Run a model with other values in the place of some weights, without building it again.
+
+Weights become inputs with the dense values as defaults, so that one session answers what the
+outputs would be for any choice of decoded weights. Products are those of the dense operators.
+Visits the main graph and all subgraphs, whose weights are moved to the main graph.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.ir.traversal import initializers
+from onnxcomp.passes.weight import Array, Feed, WeightSite
+
+__all__ = ["NoiseShares", "Probe", "made_up_inputs", "stored_form"]
+
+# The IR version from which on a listed initializer is a default, and an unlisted one a constant.
+_LISTING_IR = 4
+
+
+def stored_form(site: WeightSite, weight: Array) -> Array:
+    """A canonical matrix ``(rows, length)`` as the tensor it stands for."""
+    stored = weight.T if site.transposed else weight
+    return np.ascontiguousarray(stored).reshape(site.shape)
+
+
+class NoiseShares:
+    """Noise of outputs against exact ones, added up over runs, for each output by name."""
+
+    def __init__(self) -> None:
+        self._power: dict[str, float] = {}
+        self._wrong: dict[str, float] = {}
+
+    def add(self, exact: Mapping[str, Array], found: Mapping[str, Array]) -> None:
+        """Take in one run; outputs that `exact` does not name do not count."""
+        for name, array in exact.items():
+            wide = array.astype(np.float64)
+            self._power[name] = self._power.get(name, 0.0) + float(np.square(wide).sum())
+            wide -= found[name]
+            self._wrong[name] = self._wrong.get(name, 0.0) + float(np.square(wide).sum())
+
+    def shares(self) -> list[float]:
+        """``|y' - y|^2 / |y|^2`` of each output, summed over all runs.
+
+        Raises:
+            ModelError: No output says anything.
+        """
+        shares = [self._wrong[name] / power for name, power in self._power.items() if power > 0.0]
+        if not shares:
+            raise ModelError("no output is floating point and other than zero on these inputs")
+        return shares
+
+
+class Probe:
+    """A model whose weights can be changed from run to run.
+
+    Args:
+        model: The canonical model; only read.
+        sites: Weights that can be changed.
+        feeds: Inputs by name.
+        folder: Where the model is written for ONNX Runtime.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load or run the model.
+    """
+
+    def __init__(
+        self, model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed], folder: Path
+    ) -> None:
+        from onnxcomp.runtime.evaluate import run_session
+        from onnxcomp.runtime.session import InferenceSession
+
+        path = save(_opened(model, sites), folder / "probe.onnx").files[0]
+        self._session = InferenceSession(path)
+        self._run = run_session
+        self._feeds = list(feeds)
+        self._dtypes = {
+            value.name: value.type for value in self._session.get_overridable_initializers()
+        }
+        self._exact = [self._outputs(feed, {}) for feed in self._feeds]
+
+    def _outputs(self, feed: Feed, weights: Mapping[str, Array]) -> dict[str, Array]:
+        found = self._run(self._session, {**feed, **weights})
+        return {name: array for name, array in found.items() if array.dtype.kind == "f"}
+
+    def noise(
+        self,
+        weights: Mapping[WeightSite, Array],
+        *,
+        worst: bool = False,
+        inputs: slice = slice(None),
+    ) -> float:
+        """Mean over outputs of ``|y' - y|^2 / |y|^2``, each summed over all inputs.
+
+        Args:
+            weights: Other values ``(rows, length)`` of some weights.
+            worst: Return that of the worst output instead of the mean.
+            inputs: Which inputs to run.
+        """
+        stored = {site.name: self._typed(site, weight) for site, weight in weights.items()}
+        noise = NoiseShares()
+        for feed, exact in zip(self._feeds[inputs], self._exact[inputs], strict=True):
+            noise.add(exact, self._outputs(feed, stored))
+        shares = noise.shares()
+        return float(max(shares) if worst else np.mean(shares))
+
+    def _typed(self, site: WeightSite, weight: Array) -> Array:
+        kinds: dict[str, Any] = {"float32": np.float32, "float16": np.float16}
+        if site.dtype not in kinds:
+            import ml_dtypes
+
+            return stored_form(site, weight).astype(ml_dtypes.bfloat16)
+        return stored_form(site, weight).astype(kinds[site.dtype])
+
+
+def _opened(model: ir.Model, sites: Sequence[WeightSite]) -> ir.Model:
+    """A copy in which the weights are inputs of the main graph, with their values as defaults."""
+    copy = copy_model(model)
+    copy.ir_version = max(copy.ir_version, _LISTING_IR)
+    values = initializers(copy)
+    for site in sites:
+        value = values[site.name]
+        assert value.const_value is not None
+        graph = value.graph
+        if graph is not None and graph is not copy.graph:
+            del graph.initializers[site.name]
+            copy.graph.initializers[site.name] = value
+        value.type = ir.TensorType(value.const_value.dtype)
+        value.shape = ir.Shape(site.shape)
+        if not value.is_graph_input():
+            copy.graph.inputs.append(value)
+    return copy
+
+
+def made_up_inputs(model: ir.Model, *, seed: int = 0, samples: int = 4) -> list[Feed]:
+    """Inputs that a model accepts, made up; see `runtime.inputs.synthesize_inputs`."""
+    from onnxcomp.runtime.inputs import synthesize_inputs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(copy_model(model), Path(folder) / "model.onnx").files[0]
+        return list(synthesize_inputs(path, seed=seed, samples=samples))

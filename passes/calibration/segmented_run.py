@@ -1,0 +1,191 @@
+"""Run a model piece by piece, keeping for each input only what the rest of the model still reads.
+
+Statistics of a weight are wanted from a model whose earlier weights are compressed already. Run as
+segments, one after the other, that costs one pass over the data, not one for each weight.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.ir.traversal import subgraphs
+from onnxcomp.passes.weight import Array
+
+__all__ = ["Chain", "read_values"]
+
+Feed = Mapping[str, Array]
+
+
+def read_values(node: ir.Node) -> Iterator[ir.Value]:
+    """Values a node reads, those its subgraphs capture included."""
+    yield from (value for value in node.inputs if value is not None)
+    for _, graph in subgraphs(node):
+        for inner in graph:
+            yield from read_values(inner)
+        yield from graph.outputs
+
+
+class Chain:
+    """A model on its way through its nodes, for many inputs at once.
+
+    Args:
+        model: The model; only read. Its nodes are in topological order.
+        feeds: Inputs by name.
+        groups: Names of the main graph's values that will be asked for, in sets of values that
+            are asked for together.
+        folder: Where segments are written for ONNX Runtime; None for the system's place.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        feeds: Sequence[Feed],
+        groups: Iterable[Sequence[str]],
+        folder: Path | None = None,
+    ) -> None:
+        self._model = model
+        self._folder = folder
+        self._nodes = list(model.graph)
+        self._producer = {
+            value.name or "": index
+            for index, node in enumerate(self._nodes)
+            for value in node.outputs
+        }
+        self._needed, self._last = self._plan(list(groups))
+        self._held: list[dict[str, Array]] = [dict(feed) for feed in feeds]
+        self._weights: dict[str, Array] = {}
+        self._done = 0
+
+    def _plan(self, groups: Sequence[Sequence[str]]) -> tuple[list[int], dict[str, int]]:
+        """Nodes the wanted values follow from, and how far on the way each value is needed."""
+        needed: set[int] = set()
+        last: dict[str, int] = {}
+        for group in groups:
+            stop = self.position(group)
+            last.update({name: max(last.get(name, -1), stop) for name in group})
+        pending = [self._producer[name] for name in last if name in self._producer]
+        while pending:
+            index = pending.pop()
+            if index in needed:
+                continue
+            needed.add(index)
+            for value in read_values(self._nodes[index]):
+                name = value.name or ""
+                last[name] = max(last.get(name, -1), index)
+                if name in self._producer:
+                    pending.append(self._producer[name])
+        return sorted(needed), last
+
+    def position(self, group: Sequence[str]) -> int:
+        """Number of nodes that must have run for all values to be there."""
+        return max(self._producer.get(name, -1) + 1 for name in group)
+
+    def replace(self, name: str, weight: Array) -> None:
+        """Put other values in the place of an initializer, for the nodes that have not run."""
+        self._weights[name] = weight
+
+    def advance(self, wanted: Sequence[str]) -> Iterator[dict[str, Array]]:
+        """Run the nodes up to some values, one input after the other.
+
+        Args:
+            wanted: Values to return: one of the groups the chain was made for, whose position is
+                not before that of the last call.
+
+        Yields:
+            For each input the wanted values by name.
+
+        Raises:
+            ModelError: ONNX Runtime cannot load or run the segment.
+        """
+        stop = self.position(wanted)
+        part = [index for index in self._needed if self._done <= index < stop]
+        later = {name for name, last in self._last.items() if last >= stop}
+        made = {value.name or "" for index in part for value in self._nodes[index].outputs}
+        outputs = sorted(made & (later | set(wanted)))
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            run = self._session(part, outputs, Path(folder)) if outputs else None
+            for number, held in enumerate(self._held):
+                if run is not None:
+                    held = {**held, **run(held)}
+                self._held[number] = {n: array for n, array in held.items() if n in later}
+                yield {name: held[name] for name in wanted}
+        self._done = max(self._done, stop)
+        self._weights = {n: w for n, w in self._weights.items() if self._last.get(n, -1) >= stop}
+
+    def _session(self, part: Sequence[int], outputs: Sequence[str], folder: Path) -> Any:
+        """A function from held values to the segment's outputs."""
+        from onnxcomp.runtime.evaluate import runner
+        from onnxcomp.runtime.session import InferenceSession
+
+        if not self._held:
+            return None
+        model = _segment(self._model, part, outputs, self._held[0], self._weights)
+        path = save(model, folder / "segment.onnx").files[0]
+        session = InferenceSession(path)
+        names = [value.name for value in session.get_inputs()]
+        call = runner(session)
+
+        def run(held: Feed) -> dict[str, Array]:
+            results = call({name: held[name] for name in names})
+            for name, result in zip(outputs, results, strict=True):
+                if not isinstance(result, np.ndarray):
+                    raise ModelError(f"value {name!r} is no tensor: the model cannot be cut there")
+            return dict(zip(outputs, results, strict=True))
+
+        return run
+
+
+def _segment(
+    model: ir.Model,
+    part: Sequence[int],
+    outputs: Sequence[str],
+    held: Feed,
+    weights: Mapping[str, Array],
+) -> ir.Model:
+    """A model of some nodes that reads what is held and returns the outputs."""
+    copy = copy_model(model)
+    graph = copy.graph
+    nodes = list(graph)
+    kept = {nodes[index] for index in part}
+    values = {value.name: value for node in kept for value in node.outputs}
+    graph.outputs.clear()
+    inputs = [value for value in graph.inputs if value.name in held or value.is_initializer()]
+    graph.inputs.clear()
+    graph.inputs.extend(inputs)
+    read = {value.name: value for node in kept for value in read_values(node)}
+    for name, value in read.items():
+        producer = value.producer()
+        if producer is not None and producer.graph is graph and producer not in kept:
+            graph.inputs.append(_as_input(value, held[name or ""]))
+    graph.remove([node for node in reversed(nodes) if node not in kept])
+    graph.outputs.extend(values[name] for name in outputs)
+    for name, initializer in list(graph.initializers.items()):
+        if name not in read:
+            if initializer.is_graph_input():
+                graph.inputs.remove(initializer)
+            del graph.initializers[name]
+        elif name in weights:
+            assert initializer.const_value is not None
+            kind = initializer.const_value.dtype
+            array = weights[name].astype(kind.numpy())
+            initializer.const_value = ir.Tensor(array, dtype=kind, name=name)
+    return copy
+
+
+def _as_input(value: ir.Value, sample: Array) -> ir.Value:
+    """An input in the place of a value whose producer is not in the segment."""
+    kind = ir.TensorType(ir.DataType.from_numpy(sample.dtype))
+    shape = ir.Shape([None] * sample.ndim)
+    new = ir.Value(name=value.name, shape=shape, type=kind)
+    name, value.name = value.name, None
+    value.replace_all_uses_with(new)
+    new.name = name
+    return new

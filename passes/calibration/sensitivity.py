@@ -1,0 +1,156 @@
+"""How much a model's outputs suffer from noise in each of its weights, measured on a few inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.calibration.perturbation import Probe
+from onnxcomp.passes.weight import Array, Feed, WeightSite
+
+__all__ = ["Sensitivities", "block_noise", "measure_sensitivities", "spread"]
+
+log = logging.getLogger(__name__)
+
+# Inputs that are looked at, and small ones, of which more are needed to say as much.
+_FEEDS, _SMALL_FEEDS = 16, 32
+
+# Draws of noise for each weight, each on a share of the inputs: one draw says little about a weight
+# that acts in few directions.
+_DRAWS = 2
+
+# Elements up to which an input is small.
+_SMALL = 1 << 13
+
+# Relative size of the noise: between the errors of four and of three bits per weight, so that what
+# is not linear in the error shows as it will.
+_NOISE = 0.1
+
+# Relative change of the scale of a weight.
+_SHRUNK = 0.1
+
+# Weights that share a scale in block formats.
+_BLOCK = 128
+
+# Bytes of dense weights above which a model is not opened for this.
+_LARGEST = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sensitivities:
+    """What the outputs suffer from each weight, by its name; nothing where that is not known.
+
+    Attributes:
+        noise: Relative noise power of the outputs over that of noise in the weight.
+        scale: The same over the square of a relative change of the weight's scale. Codes of few
+            bits are means of what they stand for, and shorter: by the square of their error.
+        draws: `noise` by parts of the inputs.
+    """
+
+    noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    draws: Sequence[Mapping[str, float]] = ()
+
+    def chance(self, usual: Mapping[str, float]) -> float:
+        """How much of the differences between weights is chance, 0 to 1.
+
+        Differences are those of logarithms to what is expected of each weight; by as much as two
+        parts of the inputs disagree, their mean is uncertain.
+
+        Args:
+            usual: What is expected of each weight without inputs, up to a factor.
+        """
+        if len(self.draws) != 2:
+            return 0.0
+        first, second = self.draws
+        names = [n for n in self.noise if first.get(n, 0.0) > 0.0 and second.get(n, 0.0) > 0.0]
+        if len(names) < 2:
+            return 0.0
+        apart = np.var([math.log(first[name] / second[name]) for name in names], ddof=1) / 4
+        told = np.var([math.log(self.noise[name] / usual[name]) for name in names], ddof=1)
+        return min(1.0, float(apart / told)) if told > 0.0 else 1.0
+
+
+def block_noise(weight: Array, rng: np.random.Generator, relative: float = _NOISE) -> Array:
+    """Noise as block formats make it: white within a block of a row, in proportion to its norm.
+
+    Args:
+        weight: ``(rows, length)``.
+        rng: Source of randomness.
+        relative: Size relative to the weight.
+
+    Returns:
+        The weight with noise, float32 ``(rows, length)``.
+    """
+    result = np.array(weight, np.float32)
+    for start in range(0, weight.shape[1], _BLOCK):
+        part = result[:, start : start + _BLOCK]
+        noise = rng.standard_normal(part.shape, dtype=np.float32)
+        scale = relative * np.sqrt(np.mean(np.square(part), axis=1, keepdims=True))
+        part += noise * scale
+    return result
+
+
+def spread(feeds: Sequence[Feed], count: int) -> list[Feed]:
+    """At most `count` of the inputs, from all over them."""
+    step = max(1, len(feeds) // count)
+    return list(feeds[::step][:count])
+
+
+def measure_sensitivities(
+    model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed]
+) -> Sensitivities:
+    """What noise in each weight, and a smaller weight, do to the outputs.
+
+    Args:
+        model: The canonical model; only read.
+        sites: Its weights.
+        feeds: Inputs by name.
+
+    Returns:
+        Numbers without weights that no output depends on with these inputs, and without all those
+        of a model that cannot be run with changed weights.
+    """
+    if not sites or sum(site.nbytes for site in sites) > _LARGEST:
+        return Sensitivities()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            small = sum(array.size for array in feeds[0].values()) <= _SMALL
+            chosen = spread(feeds, _SMALL_FEEDS if small else _FEEDS)
+            probe = Probe(model, sites, chosen, Path(folder))
+            found = _measured(model, sites, probe, min(_DRAWS, len(chosen)))
+        except ModelError as error:
+            log.warning("sensitivities are not measured: %s", error.message)
+            return Sensitivities()
+    log.info("sensitivities: %s", {n: float(f"{v:.3g}") for n, v in found.noise.items()})
+    return found
+
+
+def _measured(
+    model: ir.Model, sites: Sequence[WeightSite], probe: Probe, draws: int
+) -> Sensitivities:
+    rng = np.random.default_rng(0)
+    parts: list[dict[str, float]] = [{} for _ in range(draws)]
+    scale: dict[str, float] = {}
+    for site in sites:
+        weight = read_weight(model, site)
+        for draw, part in enumerate(parts):
+            noisy = {site: block_noise(weight, rng)}
+            part[site.name] = probe.noise(noisy, inputs=slice(draw, None, draws)) / _NOISE**2
+        smaller = {site: weight * np.float32(1.0 - _SHRUNK)}
+        scale[site.name] = probe.noise(smaller, inputs=slice(0, None, draws)) / _SHRUNK**2
+    noise = {site.name: sum(part[site.name] for part in parts) / draws for site in sites}
+    kept = [name for name, value in noise.items() if 0.0 < value < math.inf]
+    kept = [name for name in kept if math.isfinite(scale[name])]
+    return Sensitivities(
+        {name: noise[name] for name in kept}, {name: scale[name] for name in kept}, parts
+    )

@@ -1,0 +1,327 @@
+"""What the inputs of a weight look like: second moments over calibration data.
+
+A weight ``W (rows, length)`` that becomes ``W + E`` changes the outputs of its products by
+``E x``, in the mean square ``tr(E G E^T)`` with ``G = E[x x^T]``. Every calibrated method works on
+this one matrix. It is gathered as a stream: the model runs segment by segment, products of one
+value share its matrix, and only the matrices of one such group are in memory at a time.
+
+Visits the main graph; weights used in subgraphs have no statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.calibration.im2col import Patches, patches, windows
+from onnxcomp.passes.calibration.segmented_run import Chain
+from onnxcomp.passes.codecs.moments import ENOUGH
+from onnxcomp.passes.weight import Array, Feed, Stats, Use, WeightSite
+
+__all__ = [
+    "HELD_OUT",
+    "Calibration",
+    "Stats",
+    "collect",
+    "split_batches",
+    "unobservable",
+]
+
+log = logging.getLogger(__name__)
+
+
+# One input in ten is held out to judge by.
+HELD_OUT = 10
+
+# Input vectors multiplied at a time, in float32; sums of these products are float64.
+_CHUNK = 4096
+
+# Samples of one input that run at a time where the batch axis can be cut.
+_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Source:
+    """Where input vectors come from.
+
+    Attributes:
+        value: Name of the value.
+        kind: "rows" where the last axis holds a vector, "columns" where the one before it does,
+            "patches" for convolutions, "indices" for look-ups.
+        patches: Of a convolution.
+    """
+
+    value: str
+    kind: str
+    patches: Patches | None = None
+
+
+def _source(node: ir.Node, use: Use, site: WeightSite, convolutions: bool) -> _Source | str:
+    """Where a use reads its vectors, or why that is not known."""
+    if use.need == "gather":
+        indices = node.inputs[1]
+        assert indices is not None
+        return _Source(indices.name or "", "indices")
+    x = node.inputs[0]
+    if use.need == "matmul" and x is not None:
+        flipped = node.op_type == "Gemm" and node.attributes.get_int("transA", False)
+        return _Source(x.name or "", "columns" if flipped else "rows")
+    if use.op_type == "Conv" and use.input_index == 1 and not use.path and x is not None:
+        if not convolutions:
+            return "statistics of convolutions were not asked for"
+        cut = windows(node, site.shape[2:])
+        if cut is None or node.attributes.get_int("group", 1) != 1:
+            return "convolution in groups, or with automatic padding"
+        return _Source(x.name or "", "patches", cut)
+    return f"{use.op_type} does not multiply its input with the weight"
+
+
+def _sources(
+    model: ir.Model, site: WeightSite, convolutions: bool
+) -> tuple[tuple[_Source, ...], str]:
+    """Sources of all uses that can be observed, and a reason where there is no product."""
+    nodes = {node.name: node for node in model.graph}
+    found: list[_Source] = []
+    reasons: list[str] = []
+    for use in site.uses:
+        if use.node not in nodes:
+            reasons.append("used inside a subgraph")
+            continue
+        source = _source(nodes[use.node], use, site, convolutions)
+        if isinstance(source, str):
+            reasons.append(source)
+        elif source not in found:
+            found.append(source)
+    if all(source.kind == "indices" for source in found):
+        return tuple(found), "; ".join(dict.fromkeys(reasons)) or "only rows are looked up"
+    return tuple(found), ""
+
+
+def unobservable(model: ir.Model, site: WeightSite, *, convolutions: bool = True) -> str:
+    """Why the inputs of a site's products cannot be observed; empty when they can."""
+    return _sources(model, site, convolutions)[1]
+
+
+def _names(sources: Sequence[_Source]) -> list[str]:
+    return list(dict.fromkeys(source.value for source in sources))
+
+
+class _Moments:
+    """Sums over input vectors."""
+
+    def __init__(self, length: int, *, cross: bool = False, reference: bool = False) -> None:
+        self.tokens = 0
+        self.sum = np.zeros(length)
+        self.square = np.zeros((length, length))
+        self.cross = np.zeros((length, length)) if cross else None
+        self.reference = np.zeros((length, length)) if reference else None
+
+    def add(self, x: Array, reference: Array | None) -> None:
+        """Add vectors ``(n, length)``; `reference` holds the same ones of another model."""
+        for start in range(0, len(x), _CHUNK):
+            part = x[start : start + _CHUNK].astype(np.float32, copy=False)
+            with np.errstate(over="ignore", invalid="ignore"):
+                self.square += part.T @ part
+                self.sum += part.sum(axis=0, dtype=np.float64)
+                if self.cross is not None and reference is not None:
+                    other = reference[start : start + _CHUNK].astype(np.float32, copy=False)
+                    self.cross += other.T @ part
+                    if self.reference is not None:
+                        self.reference += other.T @ other
+        self.tokens += len(x)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no NaN and no infinity went in."""
+        return bool(np.isfinite(self.sum).all() and np.isfinite(self.square).all())
+
+
+def _vectors(array: Array, source: _Source) -> Array:
+    """The vectors in a value: ``(vectors, length)``."""
+    if source.kind == "patches":
+        assert source.patches is not None
+        return patches(array, source.patches)
+    if source.kind == "columns":
+        array = array.T
+    return np.asarray(array.reshape(-1, array.shape[-1]))
+
+
+class Calibration:
+    """Statistics of weights, in the order in which the model uses them.
+
+    Weights that are replaced on the way count: what comes later is observed behind them.
+
+    Args:
+        model: The canonical model; only read.
+        feeds: Inputs by name.
+        sites: Weights to observe.
+        reference: A model of the same structure to take `Stats.cross` from.
+        convolutions: Whether convolutions are observed.
+        folder: Where pieces of the model are written for ONNX Runtime.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        feeds: Sequence[Feed],
+        sites: Sequence[WeightSite],
+        *,
+        reference: ir.Model | None = None,
+        convolutions: bool = True,
+        folder: Path | None = None,
+    ) -> None:
+        found = {site.name: _sources(model, site, convolutions) for site in sites}
+        self.reasons = {name: reason for name, (_, reason) in found.items() if reason}
+        self._feeds = list(feeds)
+        by_sources: dict[tuple[_Source, ...], list[WeightSite]] = {}
+        for site in sites:
+            if site.name not in self.reasons:
+                by_sources.setdefault(found[site.name][0], []).append(site)
+        wanted = [_names(sources) for sources in by_sources]
+        self._chain = Chain(model, self._feeds, wanted, folder)
+        self._dense = Chain(reference, self._feeds, wanted, folder) if reference else None
+        self._groups = sorted(
+            by_sources.items(), key=lambda item: self._chain.position(_names(item[0]))
+        )
+
+    def replace(self, site: WeightSite, weight: Array) -> None:
+        """Put ``(rows, length)`` in the place of a weight for all that is observed later."""
+        stored = weight.T if site.transposed else weight
+        self._chain.replace(site.name, np.ascontiguousarray(stored).reshape(site.shape))
+
+    def __iter__(self) -> Iterator[tuple[tuple[WeightSite, ...], Stats]]:
+        """Groups of sites whose products read the same values, each with its statistics.
+
+        The `Stats.site` is the first of the group.
+
+        Raises:
+            ModelError: Inputs of a weight hold NaN or infinite values.
+        """
+        for sources, sites in self._groups:
+            yield tuple(sites), self._observe(sources, sites)
+
+    def _observe(self, sources: Sequence[_Source], sites: Sequence[WeightSite]) -> Stats:
+        site = sites[0]
+        seen = _Moments(site.length, cross=self._dense is not None)
+        paired = self._dense is not None
+        kept = _Moments(site.length, cross=paired, reference=paired)
+        counts = np.zeros(site.rows) if any(s.kind == "indices" for s in sources) else None
+        names = _names(sources)
+        found = self._chain.advance(names)
+        dense = self._dense.advance(names) if self._dense else [{}] * len(self._feeds)
+        for number, (values, exact) in enumerate(zip(found, dense, strict=True)):
+            for source in sources:
+                if source.kind == "indices":
+                    assert counts is not None
+                    counts += np.bincount(values[source.value].ravel() % site.rows, None, site.rows)
+                    continue
+                x = _vectors(values[source.value], source)
+                reference = _vectors(exact[source.value], source) if exact else None
+                self._share(number, x, reference, seen, kept)
+            if not (seen.finite and kept.finite):
+                raise ModelError(
+                    f"inputs of weight {site.name!r} are NaN, infinite or too large "
+                    f"(calibration input {number + 1} of {len(self._feeds)})",
+                    hint="correct the calibration data, or leave --data away",
+                )
+        return _stats(site, seen, kept, counts)
+
+    def _share(
+        self, number: int, x: Array, reference: Array | None, seen: _Moments, kept: _Moments
+    ) -> None:
+        """Keep every tenth input back, or of a few inputs the last tenth of their vectors."""
+        if len(self._feeds) >= HELD_OUT:
+            (kept if number % HELD_OUT == HELD_OUT - 1 else seen).add(x, reference)
+            return
+        cut = len(x) - len(x) // HELD_OUT
+        seen.add(x[:cut], None if reference is None else reference[:cut])
+        kept.add(x[cut:], None if reference is None else reference[cut:])
+
+
+def _stats(site: WeightSite, seen: _Moments, kept: _Moments, counts: Array | None) -> Stats:
+    tokens = max(seen.tokens, 1)
+    if seen.tokens < ENOUGH * site.length:
+        log.warning(
+            "%s: %d input vectors for %d columns; %d or more are needed for full use",
+            *(site.name, seen.tokens, site.length, ENOUGH * site.length),
+        )
+    return Stats(
+        site=site,
+        tokens=seen.tokens,
+        gram=seen.square / tokens,
+        mean=seen.sum / tokens,
+        held_out=kept.square / kept.tokens if kept.tokens else None,
+        cross=None if seen.cross is None else seen.cross / tokens,
+        frequencies=counts,
+        held_cross=_mean(kept.cross, kept.tokens),
+        held_reference=_mean(kept.reference, kept.tokens),
+    )
+
+
+def _mean(total: Array | None, tokens: int) -> Array | None:
+    return None if total is None or not tokens else total / tokens
+
+
+def collect(
+    model: ir.Model,
+    feeds: Sequence[Feed],
+    sites: Sequence[WeightSite],
+    *,
+    reference: ir.Model | None = None,
+    convolutions: bool = True,
+    folder: Path | None = None,
+) -> Iterator[Stats]:
+    """Statistics of all sites that can be observed, in the order of their use.
+
+    Sites whose products read the same values share arrays. `unobservable` tells why a site is
+    left out.
+
+    Args:
+        model: The canonical model the sites were found in.
+        feeds: Inputs by name.
+        sites: Weights to observe.
+        reference: A model of the same structure to take `Stats.cross` from.
+        convolutions: Whether convolutions are observed, with ``im2col`` vectors.
+        folder: Where pieces of the model are written for ONNX Runtime.
+
+    Raises:
+        ModelError: The model does not run, or inputs of a weight hold NaN or infinite values.
+    """
+    calibration = Calibration(
+        model, feeds, sites, reference=reference, convolutions=convolutions, folder=folder
+    )
+    for group, stats in calibration:
+        for site in group:
+            yield dataclasses.replace(stats, site=site)
+
+
+def split_batches(feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]]) -> list[Feed]:
+    """Cut inputs with many samples along a batch axis that all inputs share.
+
+    The axis is the first one where it is free in every input, under one name, and of one size.
+
+    Args:
+        feeds: Inputs by name.
+        dims: Declared sizes of each input; a name or None where a size is free.
+    """
+    first = {next(iter(sizes)) if len(sizes) else 0 for sizes in dims.values()}
+    free = len(first) == 1 and not isinstance(next(iter(first)), int)
+    result: list[Feed] = []
+    for feed in feeds:
+        sizes = {len(array) for array in feed.values()} if free else {1}
+        count = next(iter(sizes)) if len(sizes) == 1 else 1
+        step = _BATCH if len(feeds) >= HELD_OUT else max(1, min(_BATCH, count // HELD_OUT))
+        if count <= 1:
+            result.append(feed)
+            continue
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            result.append({name: array[part] for name, array in feed.items()})
+    return result

@@ -1,0 +1,1 @@
+"""The codec hash: signed copies of a small shared memory."""

@@ -1,0 +1,1 @@
+"""The codec hyper: trellis-coded values behind a random-sign Hadamard rotation."""

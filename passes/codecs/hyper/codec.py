@@ -1,0 +1,294 @@
+"""The hyperfunction codec: one cyclic bit string and one scale per group of a weight's row.
+
+Format: ops/hyper/spec.md. A row's weights are the orbit of a shift map under the string, read on a
+winding through the normal distribution; the encoder is a tail-biting Viterbi search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, TypeVar
+
+import numpy as np
+import onnx
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.hyper import (
+    feedback as hyper_feedback,
+)
+from onnxcomp.passes.codecs.hyper import (
+    format as hyper_format,
+)
+from onnxcomp.passes.codecs.hyper import (
+    native,
+)
+from onnxcomp.passes.codecs.hyper.feedback import Coder
+from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.tables import GROUP_GAIN, NORMAL_SQNR, WINDINGS
+from onnxcomp.passes.codecs.moments import anchored, damped, with_weight_error
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
+
+__all__ = ["HyperCodec", "HyperParams"]
+
+V = TypeVar("V")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HyperParams(Params):
+    """Settings of the hyperfunction codec.
+
+    Attributes:
+        bits: Bits per weight, 1..6.
+        state_bits: Bits of a state: 6, 7, 8, 10 or 12, at least ``bits + 2``. Seven decode fastest;
+            more are more accurate and slower to encode.
+        group: Largest group of weights with one scale: 32, 64, 128 or 256. A smaller one is taken
+            where padding would make it cheaper.
+    """
+
+    bits: int = 4
+    state_bits: int = 7
+    group: int = 128
+
+
+# What a planner may choose from; seven state bits suffice up to five bits per weight. Groups other
+# than 128 are the small change with which a plan meets a size.
+_OFFERED = tuple(
+    HyperParams(bits, 8 if bits == 6 else 7, group)
+    for bits in (6, 5, 4, 3, 2, 1)
+    for group in (128, 32, 64, 256)
+)
+
+
+def _views(site: WeightSite, params: HyperParams) -> list[Geometry]:
+    """Ways to cut a weight into groups; among equally small ones the first is preferred.
+
+    A weight that is only ever used dense may also be read flat, as rows of one group each: short
+    rows, such as those of depthwise convolutions, then need no padding.
+    """
+    groups = [g for g in sorted(hyper_format.GROUPS, reverse=True) if g <= params.group]
+    extents = [(g, site.rows, site.length) for g in groups]
+    if not site.fusable:
+        extents += [(g, site.size // g, g) for g in groups if site.size % g == 0]
+    return [Geometry(params.bits, params.state_bits, *extent) for extent in extents]
+
+
+def _geometry(site: WeightSite, params: HyperParams) -> Geometry:
+    """The smallest view of the weight."""
+    return min(_views(site, params), key=lambda view: view.nbytes)
+
+
+def _coded_geometry(payload: Payload, table: Array) -> Geometry:
+    """The geometry of a payload, from its tensors and attributes, which may come from a file.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    group, extent = payload.attributes.get("group"), payload.attributes.get("extent")
+    codes = payload.tensors["codes"]
+    if (
+        not isinstance(group, int)
+        or group not in hyper_format.GROUPS
+        or codes.ndim != 5
+        or not len(table)
+    ):
+        raise ValueError(f"codes {codes.shape}, table {table.shape} and group {group} do not fit")
+    if not isinstance(extent, Sequence) or isinstance(extent, str) or len(extent) != 2:
+        raise ValueError(f"extent {extent} is no pair")
+    rows, length = (int(size) for size in extent)
+    bits = codes.shape[2] * 32 // group
+    return Geometry(bits, len(table).bit_length() - 1, group, rows, length)
+
+
+def _coder(geometry: Geometry, threads: int) -> Coder:
+    return Coder(geometry.bits, geometry.state_bits, geometry.group, threads)
+
+
+def _table_of(payload: Payload) -> Array:
+    for key, array in payload.shared.items():
+        if key.startswith("hyper.table.") and array.ndim == 1:
+            return array
+    raise ValueError("there is no table")
+
+
+class HyperCodec:
+    """HyperMatMul, HyperGather, HyperDecode and HyperWeight of ops/hyper/spec.md."""
+
+    name: ClassVar[str] = "hyper"
+    summary: ClassVar[str] = (
+        "hyperfunction: 1 to 6 bits per weight, trellis-coded, by values or for given inputs"
+    )
+    params_type: ClassVar[type[Params]] = HyperParams
+    automatic: ClassVar[bool] = True
+    width: ClassVar[str | None] = "bits"
+    anchored: ClassVar[Literal[True]] = True
+    qualities: ClassVar[Mapping[str, str]] = {
+        "fast": "state_bits=6: least time to encode, and on CPUs without AVX-512 to run",
+        "balanced": "state_bits=7, the default",
+        "best": "state_bits=12: 8 to 16 % less error power up to 4 bits; slow to encode",
+    }
+
+    def refuse(self, site: WeightSite) -> str | None:
+        """Why no setting of this codec suits the site; None when one does."""
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
+        least = min(self.size(site, params) for params in _OFFERED)
+        if least >= site.nbytes:
+            shape = f"{site.rows} x {site.length}"
+            return f"{shape} needs {least} bytes padded to whole groups, {site.nbytes} dense"
+        return None
+
+    def check(self, params: Params) -> None:
+        """Raise `UsageError` when the parameters are out of range."""
+        hyper = HyperParams.of(params)
+        if not 1 <= hyper.bits <= 6:
+            raise UsageError(f"hyper: bits={hyper.bits}", hint="bits are 1 to 6 per weight")
+        if hyper.state_bits not in hyper_format.STATE_BITS:
+            sizes = ", ".join(map(str, hyper_format.STATE_BITS))
+            raise UsageError(
+                f"hyper: state_bits={hyper.state_bits}", hint=f"state_bits are one of {sizes}"
+            )
+        if (hyper.bits, hyper.state_bits) not in WINDINGS:
+            raise UsageError(
+                f"hyper: state_bits={hyper.state_bits} are too few for bits={hyper.bits}",
+                hint=f"bits={hyper.bits} need state_bits of {hyper.bits + 2} or more",
+            )
+        if hyper.group not in hyper_format.GROUPS:
+            sizes = ", ".join(map(str, hyper_format.GROUPS))
+            raise UsageError(f"hyper: group={hyper.group}", hint=f"groups are one of {sizes}")
+
+    def graded(self, params: Params, quality: str) -> HyperParams:
+        """The settings with the states of that quality, where they exist for so many bits."""
+        hyper = HyperParams.of(params)
+        state_bits = {"fast": 6, "best": 12}.get(quality, hyper.state_bits)
+        known = (hyper.bits, state_bits) in WINDINGS
+        return dataclasses.replace(hyper, state_bits=state_bits) if known else hyper
+
+    def candidates(self, site: WeightSite) -> Sequence[HyperParams]:
+        """Settings smaller than the dense tensor, from most to fewest bytes."""
+        found = {
+            dataclasses.replace(params, group=_geometry(site, params).group): None
+            for params in _OFFERED
+        }
+        smaller = [params for params in found if self.size(site, params) < site.nbytes]
+        return sorted(smaller, key=lambda params: -self.size(site, params))
+
+    def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
+        """Codes and scales of spec.md section 1."""
+        geometry = _geometry(site, HyperParams.of(params))
+        return {
+            "codes": TensorLayout(geometry.codes_shape, np.dtype(np.uint8)),
+            "scales": TensorLayout(geometry.scales_shape, np.dtype(np.float16)),
+        }
+
+    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
+        """Table and constants of the portable body, spec.md section 4."""
+        g = _geometry(site, HyperParams.of(params))
+        return hyper_format.shared_tensors(g.bits, g.state_bits, g.group, g.rows, g.length)
+
+    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
+        """The group and the extent that is coded, which is another than the site's when flat."""
+        geometry = _geometry(site, HyperParams.of(params))
+        return {"group": geometry.group, "extent": (geometry.rows, geometry.length)}
+
+    def size(self, site: WeightSite, params: Params) -> int:
+        """Bytes of codes and scales, exactly."""
+        return _geometry(site, HyperParams.of(params)).nbytes
+
+    def predict(self, site: WeightSite, params: Params) -> float:
+        """Relative error measured on normal data; the rotation makes all weights alike."""
+        geometry = _geometry(site, HyperParams.of(params))
+        decibels = NORMAL_SQNR[geometry.bits, geometry.state_bits]
+        decibels += GROUP_GAIN[geometry.bits, geometry.group]
+        # Noise is even within a group; what falls on the padding is cut off.
+        last = geometry.length % geometry.group
+        kept = 1.0 - last * (1.0 - last / geometry.group) / geometry.length
+        return math.sqrt(kept) * math.pow(10.0, -decibels / 20.0)
+
+    def encode(
+        self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
+    ) -> Payload:
+        """Encode ``(rows, length)`` float32; equal bytes with and without native code.
+
+        Raises:
+            ModelError: Values too large for float16 scales, or not finite.
+        """
+        geometry = _geometry(site, HyperParams.of(params))
+        weight = np.asarray(weight, np.float32).reshape(geometry.rows, geometry.length)
+        codes, scales = _coder(geometry, threads).encode(weight)
+        return self._payload(site, params, codes, scales)
+
+    def calibrates(self, site: WeightSite, params: Params) -> bool:
+        """Whether rows of the weight are rows of the stored form: not so where it is read flat."""
+        geometry = _geometry(site, HyperParams.of(params))
+        return (geometry.rows, geometry.length) == (site.rows, site.length)
+
+    def encode_calibrated(
+        self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
+    ) -> Payload:
+        """Encode for inputs with the second moments of `stats`, with feedback between groups.
+
+        With moments beside those of the dense model, errors of earlier weights are made up for in
+        part. Rows that are looked up as well count a little for themselves, too.
+
+        Raises:
+            ModelError: Values too large for float16 scales.
+        """
+        geometry = _geometry(site, HyperParams.of(params))
+        moments = damped(stats)
+        if stats.frequencies is not None:
+            moments = with_weight_error(moments, weight)
+        target = anchored(np.asarray(weight, np.float32), stats)
+        codes, scales = hyper_feedback.encode(target, _coder(geometry, threads), moments)
+        return self._payload(site, params, codes, scales)
+
+    def _payload(self, site: WeightSite, params: Params, codes: Array, scales: Array) -> Payload:
+        shared, attributes = self.shared(site, params), self.attributes(site, params)
+        return Payload({"codes": codes, "scales": scales}, shared, attributes)
+
+    def decode(self, site: WeightSite, payload: Payload) -> Array:
+        """Decode to ``(rows, length)`` float32; equal values with and without native code."""
+        values = _table_of(payload)
+        geometry = _coded_geometry(payload, values)
+        codes, scales = payload.tensors["codes"], payload.tensors["scales"]
+        if native.available():
+            weight = native.hyper_decode(codes, scales, values, geometry)
+        else:
+            extent = (geometry.rows, geometry.length)
+            weight = hyper_format.decode(codes, scales, values, extent, geometry.group)
+        return weight.reshape(site.rows, site.length)
+
+    def kinds(self, site: WeightSite) -> frozenset[Kind]:
+        """Products and look-ups where the site has such uses; the dense weight always."""
+        return site.kinds
+
+    def emit(
+        self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
+    ) -> V:
+        """W -> Hyper...(codes, scales, ...), then Reshape where the weight is coded flat."""
+        from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
+
+        geometry = _coded_geometry(payload, _table_of(payload))
+        coded = dataclasses.replace(site, rows=geometry.rows, length=geometry.length)
+        result = hyper_bodies.emit(builder, coded, payload, kind, x)
+        if (coded.rows, coded.length) == (site.rows, site.length):
+            return result
+        extent = np.array([site.rows, site.length], np.int64)
+        shape = builder.constant(f"hyper.shape.{site.rows}x{site.length}", extent)
+        return builder.node("Reshape", [result, shape])
+
+    def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
+        """What folding the portable body takes."""
+        from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
+
+        return hyper_bodies.load_memory(site, _geometry(site, HyperParams.of(params)), kind)
+
+    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
+        """Portable bodies, valid in models of this opset."""
+        from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
+
+        return hyper_bodies.functions(opset)

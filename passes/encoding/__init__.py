@@ -1,0 +1,1 @@
+"""Payloads of weights: encoded, calibrated, compared, kept."""

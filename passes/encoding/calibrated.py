@@ -1,0 +1,210 @@
+"""Encode weights for the inputs they really have, and judge by inputs kept back.
+
+Weights are encoded in the order of their use, each for what the model behind the compressed
+earlier ones feeds it. Where plain encoding does as well on held-out inputs, plain encoding it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.moments import held_out_error
+from onnxcomp.passes.codecs.protocol import AnchoredCodec, CalibratedCodec, Codec, RankedCodec
+from onnxcomp.passes.encoding.dense_fallback import judged
+from onnxcomp.passes.encoding.encoded import Coded, weight_error
+from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.planning.plan import Plan
+from onnxcomp.passes.suggest import suggest
+from onnxcomp.passes.weight import Array, Feed, Stats, WeightSite
+
+__all__ = [
+    "CALIBRATIONS",
+    "CalibrationMode",
+    "Samples",
+    "check_calibration",
+    "encode_calibrated",
+    "load_samples",
+    "tell_of_plain_factors",
+]
+
+log = logging.getLogger(__name__)
+
+# Whether weights are calibrated behind the compressed earlier ones, behind dense ones, or not.
+CalibrationMode = Literal["sequential", "parallel", "off"]
+CALIBRATIONS: tuple[CalibrationMode, ...] = ("sequential", "parallel", "off")
+
+# Inputs that the fidelity gate runs when there is calibration data.
+_WITNESSES = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Samples:
+    """Calibration inputs and how they are used.
+
+    Attributes:
+        feeds: Inputs by name.
+        sequential: Whether weights are observed behind the compressed earlier ones.
+    """
+
+    feeds: Sequence[Feed]
+    sequential: bool = True
+
+    @property
+    def witnesses(self) -> list[Feed]:
+        """A few inputs to compare models on, held-out ones where there are any."""
+        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_WITNESSES]
+
+
+def check_calibration(mode: str) -> None:
+    """Raise `UsageError` when there is no such mode."""
+    if mode not in CALIBRATIONS:
+        raise UsageError(f"calibration {mode!r} is unknown", hint=suggest(mode, CALIBRATIONS))
+
+
+def load_samples(
+    source: Callable[[], Sequence[Feed] | None],
+    mode: CalibrationMode,
+    sites: Sequence[WeightSite],
+    plan: Plan,
+) -> Samples | None:
+    """Calibration inputs for the encoders; None where they are of no use.
+
+    Args:
+        source: Gives the inputs in small batches, or None.
+        mode: How they are used.
+        sites: The model's weights.
+        plan: Decisions for them.
+
+    Raises:
+        UsageError: A file cannot be read, or a name, shape or type does not fit the model.
+    """
+    if mode == "off" or not _uses_samples(sites, plan):
+        return None
+    feeds = source()
+    return None if feeds is None else Samples(feeds, mode == "sequential")
+
+
+def tell_of_plain_factors(plan: Plan) -> None:
+    """Warn where weights get factors without inputs to fit them to: that is where most is lost."""
+    count = sum(isinstance(CODECS[choice.codec], RankedCodec) for choice in plan)
+    if count:
+        log.warning(
+            "no calibration data: the factors of %d weight%s are the nearest to the weights alone, "
+            "not to what products give; with --data they lose less",
+            count,
+            "s" if count > 1 else "",
+        )
+
+
+# Encodes a weight without calibration.
+Plain = Callable[[WeightSite], Coded]
+
+
+def _codec(site: WeightSite, choice: Choice) -> CalibratedCodec | None:
+    """The codec of a weight when it can be calibrated."""
+    codec: Codec = CODECS[choice.codec]
+    if isinstance(codec, CalibratedCodec) and codec.calibrates(site, choice.params):
+        return codec
+    return None
+
+
+def _uses_samples(sites: Sequence[WeightSite], plan: Plan) -> bool:
+    """Whether any weight of a plan can be calibrated."""
+    return any(_codec(site, plan[site.name]) for site in sites if not plan[site.name].kept)
+
+
+def encode_calibrated(
+    model: ir.Model,
+    work: Sequence[WeightSite],
+    plan: Plan,
+    samples: Samples,
+    plain: Plain,
+    *,
+    jobs: int = 1,
+    folder: Path | None = None,
+) -> Iterator[tuple[WeightSite, Coded]]:
+    """Encode weights, each once, in the order of their use; those not observed come first.
+
+    Args:
+        model: The canonical model; only read.
+        work: Weights to encode.
+        plan: Decisions for them.
+        samples: Calibration inputs.
+        plain: Encodes a weight without calibration.
+        jobs: Threads of the encoders.
+        folder: Where temporary files lie.
+
+    Raises:
+        ModelError: The model does not run, or inputs of a weight hold NaN or infinite values.
+    """
+    able = [site for site in work if _codec(site, plan[site.name])]
+    anchored = any(isinstance(CODECS[plan[site.name].codec], AnchoredCodec) for site in able)
+    reference = model if anchored and samples.sequential else None
+    calibration = Calibration(model, samples.feeds, able, reference=reference, folder=folder)
+    observed = {site.name for site in able} - set(calibration.reasons)
+
+    def replace(site: WeightSite, coded: Coded) -> None:
+        if samples.sequential and coded.payload is not None:
+            decoded = CODECS[plan[site.name].codec].decode(site, coded.payload)
+            calibration.replace(site, decoded)
+
+    for site in work:
+        looked_up = any(use.need == "gather" for use in site.uses)
+        if site.name in observed and not (looked_up and samples.sequential):
+            continue
+        coded = plain(site)
+        if site.name not in observed:
+            note = calibration.reasons.get(site.name, "")
+            coded = dataclasses.replace(coded, note=f"not calibrated: {note}" if note else "")
+            read = functools.partial(read_weight, model, site)
+            coded = judged(site, read, plan[site.name], coded, threads=jobs)
+            yield site, coded
+        # A table's products come after its look-ups: those see it encoded plainly.
+        replace(site, coded)
+    for group, stats in calibration:
+        for site in group:
+            own = dataclasses.replace(stats, site=site)
+            weight = read_weight(model, site)
+            coded = _better(site, weight, plan[site.name], own, plain(site), jobs)
+            read = functools.partial(read_weight, model, site)
+            coded = judged(site, read, plan[site.name], coded, own, threads=jobs)
+            replace(site, coded)
+            yield site, coded
+
+
+def _better(
+    site: WeightSite, weight: Array, choice: Choice, stats: Stats, plain: Coded, jobs: int
+) -> Coded:
+    """The calibrated form of a weight where it is better than the plain one."""
+    codec = _codec(site, choice)
+    if plain.payload is None or codec is None:
+        return plain
+    if not isinstance(codec, AnchoredCodec):
+        stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
+    before = held_out_error(weight, codec.decode(site, plain.payload), stats)
+    if before is None:
+        return dataclasses.replace(plain, note="not calibrated: too few inputs to keep some back")
+    try:
+        payload = codec.encode_calibrated(site, weight, choice.params, stats, threads=jobs)
+    except ModelError as error:
+        note = f"not calibrated: {error.message}"
+        return dataclasses.replace(plain, output_error=before, note=note)
+    decoded = codec.decode(site, payload)
+    after = held_out_error(weight, decoded, stats)
+    if after is None or not after < before:
+        note = f"not calibrated: held-out output error {after:.4g}, plainly encoded {before:.4g}"
+        log.info("%s: %s", site.name, note)
+        return dataclasses.replace(plain, output_error=before, note=note)
+    log.info("%s: held-out output error %.4g, plainly encoded %.4g", site.name, after, before)
+    return Coded(payload, weight_error(weight, decoded), output_error=after)

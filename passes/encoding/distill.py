@@ -1,0 +1,152 @@
+"""Train what is shared, after encoding and before the graph is rewritten, where it was asked for.
+
+The training itself needs torch and lives in `onnxcomp.models.distilling`, which is loaded by name:
+nothing in this folder imports a training framework.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError
+from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.calibration.perturbation import stored_form
+from onnxcomp.passes.codecs.abilities import SharedValues, TrainableCodec
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Payload
+from onnxcomp.passes.encoding.calibrated import Samples
+from onnxcomp.passes.encoding.encoded import weight_error
+from onnxcomp.passes.encoding.encoder import Encoded
+from onnxcomp.passes.lowering.rewrite import Placement
+from onnxcomp.passes.planning.plan import Plan
+from onnxcomp.passes.weight import Array
+
+__all__ = ["distilled"]
+
+log = logging.getLogger(__name__)
+
+
+def _trainer() -> Any:
+    """The module that trains.
+
+    Raises:
+        RuntimeMissingError: torch is not installed.
+    """
+    try:
+        return importlib.import_module("onnxcomp.models.distilling")
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"distilling needs torch: {error}", hint="pip install 'onnxcomp[torch]'"
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Trained:
+    """A weight whose values are trained."""
+
+    item: Encoded
+    codec: TrainableCodec
+    placement: Placement
+    params: Params
+    shared: SharedValues
+
+    def stored(self, values: Array) -> tuple[Payload, Array]:
+        """The payload with these values, and what they are in it."""
+        site, payload = self.placement.site, self.placement.payload
+        made = self.codec.with_values(site, self.params, payload, values)
+        return made, self.codec.shared_values(site, made).values
+
+    def result(self, model: ir.Model, payload: Payload, note: str) -> Encoded:
+        """What becomes of the weight."""
+        payload = dataclasses.replace(payload, attributes=self.placement.payload.attributes)
+        decoded = self.codec.decode(self.placement.site, payload)
+        note = "; ".join(part for part in (self.item.note, note) if part)
+        return dataclasses.replace(
+            self.item,
+            placement=dataclasses.replace(self.placement, payload=payload),
+            error=weight_error(read_weight(model, self.placement.site), decoded),
+            output_error=None,
+            note=note,
+        )
+
+
+def _trainable(item: Encoded) -> _Trained | None:
+    """A weight that can be trained; None for others."""
+    placement = item.placement
+    if placement is None or placement.params is None:
+        return None
+    codec = placement.codec
+    if not isinstance(codec, TrainableCodec):
+        return None
+    shared = codec.shared_values(placement.site, placement.payload)
+    return _Trained(item, codec, placement, placement.params, shared)
+
+
+def distilled(
+    model: ir.Model,
+    encoded: Sequence[Encoded],
+    plan: Plan,
+    samples: Samples | None,
+    folder: Path | None = None,
+) -> list[Encoded]:
+    """Weights with trained values, where those are better on the inputs kept aside.
+
+    Args:
+        model: The canonical dense model; only read.
+        encoded: Its weights.
+        plan: Says how many steps.
+        samples: Calibration inputs.
+        folder: Where temporary files lie.
+
+    Raises:
+        UsageError: There are no calibration inputs.
+        RuntimeMissingError: torch is not installed.
+    """
+    found = [made for item in encoded if (made := _trainable(item))]
+    if samples is None:
+        raise UsageError("there is nothing to distill from", hint="give inputs with --data")
+    if not found:
+        log.warning("nothing to distill: no weight shares values (--method hash makes them share)")
+        return list(encoded)
+    trainer = _trainer()
+    try:
+        values, before, after = trainer.distill(
+            model,
+            [one.shared for one in found],
+            samples.feeds,
+            plan.settings.distill,
+            lambda number, array: found[number].stored(array)[1],
+            fixed=_decoded(encoded, {one.shared.name for one in found}),
+            seed=plan.settings.seed,
+            folder=folder,
+        )
+    except ModelError as error:
+        log.warning("not distilled: %s", error.message)
+        return list(encoded)
+    said = f"outputs have error {before:.3g} on inputs kept aside, distilled {after:.3g}"
+    log.info("%s", said)
+    if not after < before:
+        log.warning("not distilled: %s", said)
+        return list(encoded)
+    changed = {
+        one.shared.name: one.result(model, one.stored(array)[0], said)
+        for one, array in zip(found, values, strict=True)
+    }
+    return [changed.get(item.site.name, item) for item in encoded]
+
+
+def _decoded(encoded: Sequence[Encoded], trained: set[str]) -> dict[str, Array]:
+    """Stored tensors of the compressed weights that are not trained."""
+    placements = [item.placement for item in encoded if item.site.name not in trained]
+    return {
+        p.site.name: stored_form(p.site, p.codec.decode(p.site, p.payload))
+        for p in placements
+        if p is not None
+    }

@@ -1,0 +1,69 @@
+"""What became of one weight, and how far it is from the dense one."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+
+import numpy as np
+
+from onnxcomp.passes.codecs.protocol import Payload
+from onnxcomp.passes.weight import Array
+
+__all__ = ["Coded", "let_go", "weight_error"]
+
+# Elements compared at a time when an error is measured.
+_BLOCK = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Coded:
+    """One encoded weight.
+
+    Attributes:
+        payload: What is stored; None when the weight stays as it is.
+        error: Relative Frobenius error of the decoded weight.
+        reason: Why the weight stays as it is; empty when it does not.
+        output_error: Relative error of its products on held-out inputs; None where not measured.
+        note: What is to be said about it.
+    """
+
+    payload: Payload | None
+    error: float
+    reason: str = ""
+    output_error: float | None = None
+    note: str = ""
+
+
+def let_go(array: Array) -> None:
+    """Give the pages of an array that is mapped from a file back; reading it maps them anew."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def weight_error(weight: Array, decoded: Array) -> float:
+    """Relative Frobenius error ``|decoded - weight| / |weight|`` in float64.
+
+    Args:
+        weight: Float32 ``(rows, length)``.
+        decoded: The same shape.
+
+    Returns:
+        The error; 0 for two zero matrices, infinity when only `weight` is zero.
+    """
+    noise = power = 0.0
+    if weight.strides[0] < weight.strides[1]:  # in the order of memory
+        weight, decoded = weight.T, decoded.T
+    rows = max(1, _BLOCK // max(1, weight.shape[-1]))
+    for start in range(0, len(weight), rows):
+        exact = weight[start : start + rows].astype(np.float64)
+        power += float(np.square(exact).sum())
+        exact -= decoded[start : start + rows]
+        noise += float(np.square(exact).sum())
+        let_go(weight)
+    if power == 0.0:
+        return 0.0 if noise == 0.0 else float("inf")
+    return float(np.sqrt(noise / power))

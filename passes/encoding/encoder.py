@@ -1,0 +1,243 @@
+"""Encoding the weights of a plan, one at a time.
+
+Threads work inside one weight, never on two of them: memory is bounded by the largest weight, and
+the bytes do not depend on the number of threads. Payloads of large models are written to an
+unnamed temporary file and mapped back, so that memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.protocol import Codec, MeasuredCodec, Payload
+from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
+from onnxcomp.passes.encoding.dense_fallback import judged
+from onnxcomp.passes.encoding.encoded import Coded, let_go, weight_error
+from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.lowering.rewrite import Placement
+from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.planning.plan import Plan
+from onnxcomp.passes.weight import Array, WeightSite
+
+__all__ = ["Encoded", "Progress", "encode", "not_finite", "precision_attributes"]
+
+# Planned payload bytes above which payloads go to a temporary file.
+SPILL_BYTES = 1 << 25
+
+# A weight whose measured error is this many times the codec's expectation is not one the codec is
+# made for (values beyond the range of its scales, say): it stays dense.
+_UNUSUAL = 2.0
+
+_ALIGNMENT = 64
+
+
+def precision_attributes(precision: str) -> dict[str, int]:
+    """What is added to the attributes of every payload: nothing for "exact" arithmetic."""
+    return {"precision": 1} if precision == "int8" else {}
+
+
+class Progress(Protocol):
+    """Told about the work before each weight and after the last one."""
+
+    def __call__(self, done: int, total: int, site: str) -> None:
+        """Report dense bytes encoded so far, all of them, and the weight that is next."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of one weight.
+
+    Attributes:
+        site: The weight.
+        choice: What the plan says about it.
+        placement: What to wire into the graph; None when the weight stays as it is.
+        error: Measured relative Frobenius error of the decoded weight; 0 when it stays.
+        reason: Why it stays; empty when it does not.
+        output_error: Relative error of its products on held-out inputs; None where not measured.
+        note: What is to be said about its calibration.
+    """
+
+    site: WeightSite
+    choice: Choice
+    placement: Placement | None
+    error: float
+    reason: str = ""
+    output_error: float | None = None
+    note: str = ""
+
+
+def not_finite(weight: Array) -> str:
+    """Why a weight cannot be encoded for its values; empty when all are finite."""
+    if weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
+        return "holds infinities or NaN"
+    return ""
+
+
+class _Spill:
+    """An unnamed temporary file that takes arrays and maps them back, all at once at the end."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives on in maps
+        self._arrays: list[tuple[int, tuple[int, ...], np.dtype[np.generic]]] = []
+        self._end = 0
+
+    def store(self, array: Array) -> int:
+        """Append an array and return its number."""
+        self._end += -self._end % _ALIGNMENT
+        self._file.seek(self._end)
+        self._file.write(np.ascontiguousarray(array).data)
+        self._arrays.append((self._end, array.shape, array.dtype))
+        self._end += array.nbytes
+        return len(self._arrays) - 1
+
+    def arrays(self) -> list[Array]:
+        """All arrays, read-only, in one map; the file goes away with them."""
+        self._file.flush()
+        if self._end == 0:
+            return [np.empty(shape, dtype) for _, shape, dtype in self._arrays]
+        mapped = np.memmap(self._file, np.uint8, mode="r", shape=(self._end,))
+        self._file.close()
+        return [_view(mapped, offset, shape, dtype) for offset, shape, dtype in self._arrays]
+
+
+def _view(mapped: Array, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return np.asarray(mapped[offset : offset + count]).view(dtype).reshape(shape)
+
+
+def _payload(
+    site: WeightSite, weight: Array, choice: Choice, cache: PayloadCache | None, jobs: int
+) -> Payload:
+    codec: Codec = CODECS[choice.codec]
+    if cache is None:
+        return codec.encode(site, weight, choice.params, threads=jobs)
+    key = cache.key(site, weight, codec, choice.params)
+    payload = cache.get(key, site, codec, choice.params)
+    if payload is None:
+        payload = codec.encode(site, weight, choice.params, threads=jobs)
+        cache.put(key, payload)
+    return payload
+
+
+def _encode_site(
+    model: ir.Model, site: WeightSite, choice: Choice, cache: PayloadCache | None, jobs: int
+) -> Coded:
+    """Payload, measured error and, where the weight stays as it is, the reason."""
+    weight = read_weight(model, site)
+    reason = not_finite(weight)
+    if reason:
+        return Coded(None, 0.0, reason)
+    try:
+        payload = _payload(site, weight, choice, cache, jobs)
+    except ModelError as error:
+        return Coded(None, 0.0, error.message)
+    # The weight and its decoded form are not held in full at the same time.
+    let_go(weight)
+    codec: Codec = CODECS[choice.codec]
+    measured = weight_error(weight, codec.decode(site, payload))
+    usual = codec.predict(site, choice.params)
+    if isinstance(codec, MeasuredCodec) and choice.error is not None:
+        usual = choice.error
+    if not measured <= _UNUSUAL * usual:
+        reason = f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"
+        return Coded(None, 0.0, reason)
+    return Coded(payload, measured)
+
+
+def encode(
+    model: ir.Model,
+    sites: Sequence[WeightSite],
+    plan: Plan,
+    *,
+    jobs: int = 1,
+    cache: PayloadCache | None = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+    samples: Samples | None = None,
+) -> list[Encoded]:
+    """Encode every site the plan does not keep; the result is in the order of `sites`.
+
+    Args:
+        model: The model, canonicalised; it is only read.
+        sites: Its sites.
+        plan: A settled plan with one choice for each site.
+        jobs: Threads of the encoders.
+        cache: Payloads of earlier runs.
+        progress: Told about each weight.
+        folder: Where the temporary file lives; None for the system's place.
+        samples: Calibration inputs; None to encode plainly.
+
+    Raises:
+        ModelError: The model does not run on the calibration inputs, or gives NaN.
+    """
+    work = [site for site in sites if not plan[site.name].kept]
+    total = sum(site.nbytes for site in work)
+    large = sum(plan[site.name].bytes or 0 for site in work) > SPILL_BYTES
+    spill = _Spill(folder) if large else None
+    done = 0
+    stored: dict[str, Coded] = {}
+    numbers: dict[str, Mapping[str, int]] = {}
+
+    def plain(site: WeightSite) -> Coded:
+        if progress is not None:
+            progress(done, total, site.name)
+        return _encode_site(model, site, plan[site.name], cache, jobs)
+
+    def compared(site: WeightSite) -> Coded:
+        read = functools.partial(read_weight, model, site)
+        return judged(site, read, plan[site.name], plain(site), threads=jobs)
+
+    results: Iterator[tuple[WeightSite, Coded]] = ((site, compared(site)) for site in work)
+    if samples is not None:
+        results = encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
+    for site, coded in results:
+        if spill is not None and coded.payload is not None:
+            stored_tensors = coded.payload.tensors.items()
+            numbers[site.name] = {key: spill.store(t) for key, t in stored_tensors}
+            del stored_tensors  # or the payload would live as long as the next weight's
+            coded = dataclasses.replace(
+                coded, payload=dataclasses.replace(coded.payload, tensors={})
+            )
+        stored[site.name] = coded
+        done += site.nbytes
+    if progress is not None:
+        progress(done, total, "")
+    arrays = spill.arrays() if spill is not None else []
+    extra = precision_attributes(plan.settings.precision)
+    return [_encoded(site, plan[site.name], stored, numbers, arrays, extra) for site in sites]
+
+
+def _encoded(
+    site: WeightSite,
+    choice: Choice,
+    stored: Mapping[str, Coded],
+    numbers: Mapping[str, Mapping[str, int]],
+    arrays: Sequence[Array],
+    extra: Mapping[str, int],
+) -> Encoded:
+    if site.name not in stored:
+        return Encoded(site, choice, None, 0.0, choice.reason)
+    coded = stored[site.name]
+    payload = coded.payload
+    if payload is None:
+        return Encoded(site, choice, None, 0.0, coded.reason)
+    if site.name in numbers:
+        tensors = {key: arrays[number] for key, number in numbers[site.name].items()}
+        payload = dataclasses.replace(payload, tensors=tensors)
+    payload = dataclasses.replace(payload, attributes={**payload.attributes, **extra})
+    placement = Placement(site, CODECS[choice.codec], payload, choice.mode, choice.params)
+    return Encoded(
+        site, choice, placement, coded.error, output_error=coded.output_error, note=coded.note
+    )

@@ -1,0 +1,165 @@
+"""Payloads of earlier runs, by content: an interrupted or repeated run encodes nothing twice.
+
+One file for each weight, named by a hash of everything the payload follows from. Files are written
+beside their place and renamed, so a killed run leaves only whole ones; a file whose checksum or
+layout is wrong is encoded again and replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.weight import Array, Attribute, WeightSite
+
+__all__ = ["PayloadCache"]
+
+log = logging.getLogger(__name__)
+
+# Changes whenever the files do; what is in them also follows from the code of the encoders.
+FORMAT = 2
+
+_ATTRIBUTES = "__attributes__"
+
+# Bytes of the checksum in front of a file.
+_DIGEST = hashlib.sha256().digest_size
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of the code that payloads follow from: the codecs and the native encoders."""
+    from onnxcomp.passes.codecs.hyper import native
+
+    digest = hashlib.sha256()
+    files = sorted(Path(native.__file__).parent.glob("*.py"))
+    library = native.library_path()
+    for file in [*files, *([] if library is None else [library])]:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _running(process: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
+
+
+class PayloadCache:
+    """A folder of payloads. Files that a killed run has begun are removed when it is opened.
+
+    Args:
+        folder: Made when it does not exist.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"the cache {str(self.folder)!r} cannot be made: {error.strerror}",
+                hint="name another folder with --cache, or do without",
+            ) from error
+        for part in self.folder.glob("*.part"):
+            owner = part.name.split(".")[1]
+            if not owner.isdecimal() or not _running(int(owner)):
+                with contextlib.suppress(OSError):
+                    part.unlink()
+
+    def key(self, site: WeightSite, weight: Array, codec: Codec, params: Params) -> str:
+        """Name of the payload: a hash of weight, codec, parameters and the encoders' code.
+
+        Args:
+            site: Where the weight lives; its name does not matter, its element type does.
+            weight: Canonical matrix, float32 ``(rows, length)``.
+            codec: The codec.
+            params: Its settings.
+        """
+        facts = [
+            FORMAT,
+            code_version(),
+            codec.name,
+            params.to_json(),
+            list(weight.shape),
+            site.dtype,
+        ]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest.update(np.ascontiguousarray(weight).data)
+        return digest.hexdigest()
+
+    def path(self, key: str) -> Path:
+        """The file of a payload."""
+        return self.folder / f"{key}.payload"
+
+    def get(self, key: str, site: WeightSite, codec: Codec, params: Params) -> Payload | None:
+        """The payload, or None when there is none that is whole and fits the codec's layout."""
+        tensors = self._read(key)
+        if tensors is None:
+            return None
+        stored: dict[str, Any] = json.loads(tensors.pop(_ATTRIBUTES).tobytes())
+        attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        if not _fits(tensors, codec, site, params):
+            return None
+        return Payload(tensors, codec.shared(site, params), attributes)
+
+    def _read(self, key: str) -> dict[str, Array] | None:
+        try:
+            stored = self.path(key).read_bytes()
+        except OSError:
+            return None
+        if hashlib.sha256(stored[_DIGEST:]).digest() != stored[:_DIGEST]:
+            return None
+        with np.load(io.BytesIO(stored[_DIGEST:]), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+
+    def put(self, key: str, payload: Payload) -> None:
+        """Store a payload under its key, replacing what is there."""
+        text = json.dumps(_plain(payload.attributes)).encode()
+        body = io.BytesIO()
+        arrays = {**payload.tensors, _ATTRIBUTES: np.frombuffer(text, np.uint8)}
+        np.savez(body, allow_pickle=False, **arrays)
+        part = self.folder / f"{key}.{os.getpid()}.{threading.get_ident()}.part"
+        try:
+            with part.open("wb") as file:
+                file.write(hashlib.sha256(body.getbuffer()).digest())
+                file.write(body.getbuffer())
+            part.replace(self.path(key))
+        except OSError as error:  # a full disk, say: the run itself does not need the file
+            log.warning("the cache cannot be written: %s", error)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+
+def _plain(attributes: Mapping[str, Attribute]) -> dict[str, object]:
+    return {
+        key: value if isinstance(value, int | float | str) else [int(item) for item in value]
+        for key, value in attributes.items()
+    }
+
+
+def _fits(tensors: Mapping[str, Array], codec: Codec, site: WeightSite, params: Params) -> bool:
+    layout = codec.layout(site, params)
+    return tensors.keys() == layout.keys() and all(
+        tensors[name].shape == want.shape and tensors[name].dtype == want.dtype
+        for name, want in layout.items()
+    )

@@ -1,0 +1,164 @@
+"""What a compressed model says about itself: one metadata entry, enough to expand and inspect it.
+
+The entry `onnxcomp` is JSON. Sites with equal settings share a recipe::
+
+    {"version": 1,
+     "recipes": [{"codec": "hyper", "params": {...}, "mode": "auto", "attributes": {...},
+                  "tensors": ["codes", "scales"], "shared": ["hyper.table.k4.L7", ...]}],
+     "sites": {"fc1.weight": [0, [256, 64], "float32", 64, 256, true], ...}}
+
+A site lists its recipe, the stored tensor's shape and dtype, rows, length and transposed. The
+tensor `codes` of site `fc1.weight` is the initializer ``fc1.weight::codes``; a shared tensor has
+the domain in front: ``com.onnxcomp::hyper.table.k4.L7``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.weight import DOMAIN, Attribute, WeightSite
+
+__all__ = [
+    "KEY",
+    "USE_KEY",
+    "WEIGHT_KEY",
+    "Recipe",
+    "Record",
+    "compressed_tensors",
+    "own_name",
+    "read_record",
+    "shared_name",
+    "write_record",
+]
+
+# Key of the model's entry, and on a node the codec that asked for it.
+KEY = "onnxcomp"
+# On the node whose output is a whole decoded weight in its stored form: the name of the weight.
+WEIGHT_KEY = "onnxcomp.weight"
+# On the node whose output is a product or a look-up by standard operators: JSON of the weight's
+# name, of what is done with it ("matmul", "gather"), and of the inputs that lead to the operand.
+USE_KEY = "onnxcomp.use"
+_VERSION = 1
+
+# Element types that weights are compressed from.
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one weight was stored.
+
+    Attributes:
+        codec: Name of the codec.
+        params: Its parameters by name; empty when they were not told.
+        mode: The mode asked for: "auto", "fused", "folded" or "decode".
+        attributes: Attributes of the payload.
+        tensors: Keys of the payload's own tensors.
+        shared: Keys of its shared tensors.
+    """
+
+    codec: str
+    params: Mapping[str, Any]
+    mode: str
+    attributes: Mapping[str, Attribute]
+    tensors: Sequence[str]
+    shared: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One compressed weight: where it was, without its uses, and how it is stored."""
+
+    site: WeightSite
+    recipe: Recipe
+
+
+def own_name(site: str, key: str) -> str:
+    """Name of the initializer that holds a weight's own tensor."""
+    return f"{site}::{key}"
+
+
+def shared_name(key: str) -> str:
+    """Name of the initializer that holds a shared tensor or a constant."""
+    return f"{DOMAIN}::{key}"
+
+
+def read_record(model: ir.Model) -> dict[str, Record]:
+    """The compressed weights of a model by name; empty for a model that has none.
+
+    Raises:
+        ModelError: The entry is damaged or was written by a newer version.
+    """
+    text = model.metadata_props.get(KEY)
+    if text is None:
+        return {}
+    try:
+        entry = json.loads(text)
+        if entry["version"] > _VERSION:
+            raise ModelError(
+                f"the model was compressed by a newer version (format {entry['version']})",
+                hint="update onnxcomp",
+            )
+        recipes = [_recipe(recipe) for recipe in entry["recipes"]]
+        return {name: _record(name, values, recipes) for name, values in entry["sites"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"the metadata entry {KEY!r} is damaged: {error}", hint="compress the model again"
+        ) from error
+
+
+def _recipe(values: Mapping[str, Any]) -> Recipe:
+    recipe = Recipe(**values)
+    kinds = {"codec": str, "params": dict, "mode": str, "attributes": dict}
+    kinds |= {"tensors": list, "shared": list}
+    for field, kind in kinds.items():
+        if not isinstance(getattr(recipe, field), kind):
+            raise TypeError(f"{field} is {getattr(recipe, field)!r}")
+    if not all(isinstance(key, str) for key in (*recipe.tensors, *recipe.shared)):
+        raise TypeError("the name of a tensor is no text")
+    return recipe
+
+
+def _record(name: str, values: Sequence[Any], recipes: Sequence[Recipe]) -> Record:
+    index, shape, dtype, rows, length, transposed = values
+    sizes = (index, rows, length, *shape)
+    if not all(isinstance(size, int) for size in sizes) or not 0 <= index < len(recipes):
+        raise TypeError(f"weight {name!r} is described by {values}")
+    if min(rows, length, *shape) < 1 or rows * length != math.prod(shape) or dtype not in _DTYPES:
+        raise ValueError(f"weight {name!r} cannot be {dtype} {shape} of {rows} rows of {length}")
+    site = WeightSite(name, tuple(shape), dtype, (), "", rows, length, bool(transposed))
+    return Record(site, recipes[index])
+
+
+def write_record(model: ir.Model, records: Mapping[str, Record]) -> None:
+    """Set the entry of a model; none when there is nothing to record."""
+    if not records:
+        model.metadata_props.pop(KEY, None)
+        return
+    recipes: list[dict[str, Any]] = []
+    sites: dict[str, list[Any]] = {}
+    for name, record in records.items():
+        recipe, site = dataclasses.asdict(record.recipe), record.site
+        if recipe not in recipes:
+            recipes.append(recipe)
+        index = recipes.index(recipe)
+        sites[name] = [index, site.shape, site.dtype, site.rows, site.length, site.transposed]
+    entry = {"version": _VERSION, "recipes": recipes, "sites": sites}
+    model.metadata_props[KEY] = json.dumps(entry, separators=(",", ":"))
+
+
+def compressed_tensors(model: ir.Model) -> frozenset[str]:
+    """Names of the initializers that are parts of compressed weights; plain ones do not count."""
+    names: set[str] = set()
+    for site, record in read_record(model).items():
+        if record.recipe.codec != "dense":
+            names.update(own_name(site, key) for key in record.recipe.tensors)
+            names.update(shared_name(key) for key in record.recipe.shared)
+    return frozenset(names)

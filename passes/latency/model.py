@@ -1,0 +1,123 @@
+"""Expected times of one model on this machine: what settings cost beside the dense weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.passes.calibration.perturbation import made_up_inputs
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.latency.cost_table import CostTable, cached_costs, measure_costs
+from onnxcomp.passes.weight import Feed, WeightSite
+
+__all__ = ["Timing", "measure_timing", "product_heights"]
+
+log = logging.getLogger(__name__)
+
+# Runs of the dense model.
+_RUNS = 5
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timing:
+    """What a run of a model takes.
+
+    Attributes:
+        costs: Of products on this machine.
+        heights: Rows of activations of each product with a weight, by the weight's name.
+        dense_seconds: Processor time of one run of the dense model, on one thread.
+    """
+
+    costs: CostTable
+    heights: Mapping[str, Sequence[int]]
+    dense_seconds: float
+
+    def __call__(self, codec: Codec, site: WeightSite, params: Params) -> float | None:
+        """Expected seconds that a run takes longer with a setting than with the dense weight."""
+        return self.costs.added(codec, params, site, self.heights.get(site.name, ()))
+
+
+def measure_timing(
+    model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed] | None
+) -> Timing:
+    """Run the dense model, and take the costs of this machine, measured now if need be.
+
+    Args:
+        model: The canonical model; only read.
+        sites: Its weights.
+        feeds: Real inputs; None to make some up.
+
+    Raises:
+        ModelError: The model cannot be run.
+    """
+    from onnxcomp.runtime.evaluate import runner
+    from onnxcomp.runtime.session import open_session
+
+    feed = (feeds or made_up_inputs(model, samples=1))[0]
+    table = cached_costs()
+    if table is None:
+        log.warning("measuring what products cost on this machine; this happens once")
+        table = measure_costs()
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(copy_model(model), Path(folder) / "dense.onnx").files[0]
+        run = runner(open_session(path, library=False, threads=1))
+        run(feed)
+        times = [_thread_seconds(run, feed) for _ in range(_RUNS)]
+    return Timing(table, product_heights(model, sites, feed), float(np.median(times)))
+
+
+def _thread_seconds(run: Any, feed: Feed) -> float:
+    start = time.thread_time()
+    run(feed)
+    return time.thread_time() - start
+
+
+def product_heights(
+    model: ir.Model, sites: Sequence[WeightSite], feed: Feed
+) -> dict[str, list[int]]:
+    """Rows of activations of each product with a weight in one run, by the weight's name.
+
+    Products in subgraphs are not counted.
+    """
+    from onnxcomp.runtime.evaluate import runner
+    from onnxcomp.runtime.session import open_session
+
+    copy = copy_model(model)
+    nodes = {node.name: node for node in copy.graph}
+    read: dict[str, list[tuple[str, bool]]] = {}
+    for site in sites:
+        for use in site.uses:
+            node = nodes.get(use.node)
+            value = node.inputs[0] if node is not None and use.need == "matmul" else None
+            if node is not None and value is not None:
+                flipped = node.op_type == "Gemm" and bool(node.attributes.get_int("transA", 0))
+                read.setdefault(site.name, []).append((value.name or "", flipped))
+    names = {name for entries in read.values() for name, _ in entries}
+    shapes = {name: np.shape(array) for name, array in feed.items()}
+    wanted = [value for node in copy.graph for value in node.outputs if value.name in names]
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(wanted)
+    if wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save(copy, Path(folder) / "values.onnx").files[0]
+            results = runner(open_session(path, library=False, threads=1))(feed)
+        shapes |= {v.name or "": np.shape(r) for v, r in zip(wanted, results, strict=True)}
+    return {
+        name: [_height(shapes[value], flipped) for value, flipped in entries if value in shapes]
+        for name, entries in read.items()
+    }
+
+
+def _height(shape: Sequence[int], flipped: bool) -> int:
+    rest = shape[1:] if flipped else shape[:-1]
+    return int(np.prod(rest, dtype=np.int64))

@@ -1,0 +1,1 @@
+"""Payloads to nodes and function bodies, and back."""

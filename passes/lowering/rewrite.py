@@ -1,0 +1,369 @@
+"""Put payloads in the place of weights.
+
+``MatMul(x, W) -> HyperMatMul(x, codes, ...)``, ``Gather(W, i) -> HyperGather(i, codes, ...)``, and
+``Gemm(A, W, C) -> Add(Mul(HyperMatMul(A), alpha), Mul(C, beta))``; convolutions and recurrent
+operators take the factors of a codec that has them (see `factored`); any other consumer of ``W``
+reads ``Reshape(Transpose(HyperWeight(codes, ...)))``, made once for each graph that needs it. The
+operators are those of the codec. Visits the main graph and all subgraphs, which see the payloads by
+capture; function bodies are not visited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Codec, FactoredCodec, Payload
+from onnxcomp.passes.ir import metadata
+from onnxcomp.passes.ir.manifest import (
+    KEY,
+    USE_KEY,
+    WEIGHT_KEY,
+    Recipe,
+    Record,
+    read_record,
+    write_record,
+)
+from onnxcomp.passes.ir.model import Change
+from onnxcomp.passes.ir.tensors import dtype_name
+from onnxcomp.passes.ir.traversal import (
+    LISTING_IR,
+    default_opset,
+    initializers,
+    remove_dead,
+    remove_initializer,
+    replace_value,
+    scopes,
+)
+from onnxcomp.passes.lowering.builder import GraphBuilder, Stock
+from onnxcomp.passes.lowering.factors import split, splits
+from onnxcomp.passes.weight import DOMAIN, Attribute, Kind, Mode, Use, WeightSite
+
+__all__ = ["FUNCTION_IR", "Placement", "rewrite"]
+
+# The IR version that introduced model-local functions.
+FUNCTION_IR = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """One weight and what to store in its place.
+
+    Attributes:
+        site: The weight.
+        codec: The codec that made the payload.
+        payload: What is stored; arrays may be mapped from files, or virtual for sizing.
+        mode: How uses are served. "auto" fuses products and look-ups the codec has operators for
+            and folds the rest; "folded" and "decode" serve every use with the dense weight.
+        params: Parameters of the codec, for the record.
+    """
+
+    site: WeightSite
+    codec: Codec
+    payload: Payload
+    mode: Mode | Literal["auto"] = "auto"
+    params: Params | None = None
+
+
+def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool = True) -> Change:
+    """Replace weights by payloads, in place.
+
+    Names, order and types of the model's inputs and outputs stay, as does its operator set. The
+    import of our domain, the functions the nodes need and a metadata entry are added; the IR
+    version becomes at least `FUNCTION_IR` when there are functions.
+
+    Args:
+        model: The model the sites were found in.
+        placements: At most one for each site.
+        portable: Add the functions, so that the model runs without the operator library.
+
+    Returns:
+        The number of uses rewired, with a note for each weight.
+
+    Raises:
+        ModelError: A site is not in the model.
+    """
+    opset = default_opset(model)
+    if opset is None:
+        raise ModelError("the model imports no standard operator set")
+    work = _Rewriter(model, Stock(model, opset))
+    fused = [work.fuse(placement) for placement in placements]
+    # Products may have weights as their other operand: those follow when all products are fused.
+    dense = [work.restore(placement) for placement in placements]
+    for placement in placements:
+        remove_initializer(work.weights[placement.site.name])
+    for domain in sorted(work.stock.domains):
+        model.graph.opset_imports.setdefault(domain, 1)
+    _add_functions(model, placements, work.stock.operators, portable=portable)
+    _add_records(model, placements)
+    notes = [
+        f"{placement.site.name}: {placement.codec.name}, {fusions} fused, {others} dense"
+        for placement, fusions, others in zip(placements, fused, dense, strict=True)
+    ]
+    return Change(sum(fused) + sum(dense), tuple(notes))
+
+
+class _Rewriter:
+    """The state of one rewrite."""
+
+    def __init__(self, model: ir.Model, stock: Stock) -> None:
+        self.stock = stock
+        self.weights = initializers(model)
+        self._nodes = {node.name: node for scope in scopes(model) for node in scope.graph}
+
+    def _node(self, name: str) -> ir.Node:
+        if name not in self._nodes:
+            raise ModelError(f"the model has no node {name!r}", hint="find the sites again")
+        return self._nodes[name]
+
+    def fuse(self, placement: Placement) -> int:
+        """Replace the products and look-ups of one weight; return how many."""
+        if placement.site.name not in self.weights:
+            raise ModelError(f"the model has no initializer {placement.site.name!r}")
+        if placement.mode not in ("auto", "fused"):
+            return 0
+        kinds = placement.codec.kinds(placement.site)
+        uses = [use for use in placement.site.uses if use.need in kinds]
+        fused = sum(self._fuse_use(placement, use) for use in uses)
+        if isinstance(placement.codec, FactoredCodec):
+            others = [use for use in placement.site.uses if use.need not in kinds]
+            fused += sum(self._split_use(placement, placement.codec, use) for use in others)
+        return fused
+
+    def _split_use(self, placement: Placement, codec: FactoredCodec, use: Use) -> bool:
+        """Use the two factors of a weight one after the other; return whether that is possible."""
+        node, site = self._node(use.node), placement.site
+        if not splits(node, use, site):
+            return False
+        x = node.inputs[0]
+        assert x is not None
+        builder = self._builder(placement, node, use.node)
+        kind, result = split(builder, node, site, *codec.factors(builder, site, placement.payload))
+        producer = result.producer()
+        assert producer is not None
+        route = [0, 0]  # both ways lead through the first input of two nodes
+        producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, route])
+        if producer is not node:
+            self._put(result, node)
+        return True
+
+    def _fuse_use(self, placement: Placement, use: Use) -> bool:
+        node = self._node(use.node)
+        path = [self._node(name) for name in use.path]
+        dtype = _dtype_at_use(path, placement.site.dtype)
+        converted = dtype != placement.site.dtype
+        if converted and _in_parts(placement.codec, self.stock.opset):
+            # Tensors of standard operators have the stored type: the Cast has to stay.
+            return False
+        site = dataclasses.replace(placement.site, dtype=dtype)
+        builder = self._builder(placement, node, use.node)
+        result = _replacement(placement, site, use, node, builder)
+        if result.producer() is None:
+            result = builder.node("Identity", [result])
+        self._put(result, node)
+        remove_dead(reversed(path))
+        return True
+
+    def _put(self, result: ir.Value, node: ir.Node) -> None:
+        """Put a value in the place of a node's output, and its producer in that of the node."""
+        producer = result.producer()
+        assert producer is not None and node.graph is not None
+        replace_value(node.outputs[0], result)
+        node.graph.remove(node, safe=True)
+        producer.name = node.name
+        if metadata.GENERATED_NAME in node.meta:
+            producer.meta[metadata.GENERATED_NAME] = node.meta[metadata.GENERATED_NAME]
+
+    def _builder(self, placement: Placement, anchor: ir.Node, label: str) -> GraphBuilder:
+        site, codec = placement.site, placement.codec.name
+        return GraphBuilder(self.stock, anchor, label, site, codec, placement.payload)
+
+    def restore(self, placement: Placement) -> int:
+        """Give whoever still reads a weight the decoded one; return how many uses that are."""
+        weight = self.weights[placement.site.name]
+        by_graph = defaultdict(list)
+        for node, index in weight.uses():
+            by_graph[node.graph].append((node, index))
+        for graph, uses in by_graph.items():
+            consumers = {node for node, _ in uses}
+            assert graph is not None
+            anchor = next(node for node in graph if node in consumers)
+            builder = self._builder(placement, anchor, placement.site.name)
+            restored = _stored_form(placement, builder)
+            for node, index in uses:
+                node.replace_input_with(index, restored)
+        return sum(map(len, by_graph.values()))
+
+
+def _dtype_at_use(path: Sequence[ir.Node], stored: str) -> str:
+    casts = [node.attributes["to"].as_int() for node in path if node.op_type == "Cast"]
+    return dtype_name(ir.DataType(casts[-1])) if casts else stored
+
+
+def _replacement(
+    placement: Placement, site: WeightSite, use: Use, node: ir.Node, builder: GraphBuilder
+) -> ir.Value:
+    """The value that takes the place of a node's output."""
+    if use.need == "gather":
+        return _emitted(placement, site, "gather", node.inputs[1], builder)
+    x = node.inputs[0]
+    if node.op_type != "Gemm":
+        return _emitted(placement, site, "matmul", x, builder)
+    if node.attributes.get_int("transA", 0):
+        assert x is not None
+        x = builder.node("Transpose", [x], {"perm": [1, 0]})
+    product = _emitted(placement, site, "matmul", x, builder)
+    return _affine(node, product, site.dtype, builder)
+
+
+def _in_parts(codec: Codec, opset: int) -> bool:
+    """Whether a use becomes standard operators, or several of ours, none of which explains it.
+
+    Codecs made of others, with ``+`` in their name, make several.
+    """
+    return "+" in codec.name or not codec.functions(opset)
+
+
+def _emitted(
+    placement: Placement, site: WeightSite, kind: Kind, x: ir.Value | None, builder: GraphBuilder
+) -> ir.Value:
+    """A codec's product or look-up, marked where only its nodes' metadata can tell what it is."""
+    assert x is not None
+    result = placement.codec.emit(builder, site, placement.payload, kind, x)
+    producer = result.producer()
+    if producer is not None and _in_parts(placement.codec, builder.opset):
+        route = _route(result, x)
+        producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, route])
+    return result
+
+
+def _route(result: ir.Value, x: ir.Value) -> list[int]:
+    """Which inputs lead from a value back to `x`, through nodes that a codec asked for."""
+    pending: list[tuple[ir.Value, list[int]]] = [(result, [])]
+    while pending:
+        value, route = pending.pop(0)
+        if value is x:
+            return route
+        producer = value.producer()
+        if producer is None or KEY not in producer.metadata_props:
+            continue
+        for index, operand in enumerate(producer.inputs):
+            if operand is not None:
+                pending.append((operand, [*route, index]))
+    raise ModelError(f"the nodes made for {result.name!r} do not read {x.name!r}")
+
+
+def _affine(node: ir.Node, product: ir.Value, dtype: str, builder: GraphBuilder) -> ir.Value:
+    """``alpha * product + beta * C`` of a Gemm."""
+    product = _scaled(product, node.attributes.get_float("alpha", 1.0), dtype, builder)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    beta = node.attributes.get_float("beta", 1.0)
+    if bias is None or beta == 0.0:
+        return product
+    return builder.node("Add", [product, _scaled(bias, beta, dtype, builder)])
+
+
+def _scaled(value: ir.Value, factor: float, dtype: str, builder: GraphBuilder) -> ir.Value:
+    if factor == 1.0:
+        return value
+    kind = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+    array = np.array(factor, kind.get(dtype, ir.DataType.BFLOAT16).numpy())
+    return builder.node("Mul", [value, builder.constant(f"scalar.{dtype}.{factor!r}", array)])
+
+
+def _stored_form(placement: Placement, builder: GraphBuilder) -> ir.Value:
+    """The decoded weight in the shape and type of the tensor it replaces."""
+    site, codec = placement.site, placement.codec
+    kinds = codec.kinds(site)
+    wanted: Kind = "decode" if placement.mode == "decode" else "weight"
+    kind: Kind = wanted if wanted in kinds else "weight" if "weight" in kinds else "decode"
+    value = codec.emit(builder, site, placement.payload, kind, None)
+    shape = (site.rows, site.length)
+    if site.transposed:
+        value = builder.node("Transpose", [value], {"perm": [1, 0]})
+        shape = shape[::-1]
+    if shape != site.shape:
+        dims = "x".join(map(str, site.shape))
+        target = builder.constant(f"shape.{dims}", np.array(site.shape, np.int64))
+        value = builder.node("Reshape", [value, target])
+    producer = value.producer()
+    if producer is not None:
+        value.shape = ir.Shape(site.shape)
+        value.type = ir.TensorType(_DTYPES[site.dtype])
+        producer.metadata_props[WEIGHT_KEY] = site.name
+    return value
+
+
+_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+def _add_functions(
+    model: ir.Model, placements: Sequence[Placement], operators: set[str], *, portable: bool
+) -> None:
+    """Import our domain, and add the functions that are called, directly or by one another."""
+    if not operators:
+        return
+    model.graph.opset_imports[DOMAIN] = 1
+    if not portable:
+        return
+    opset = default_opset(model)
+    assert opset is not None
+    codecs = {placement.codec.name: placement.codec for placement in placements}
+    bodies = {body.name: body for codec in codecs.values() for body in codec.functions(opset)}
+    wanted, pending = set[str](), set(operators)
+    while pending:
+        name = pending.pop()
+        if name in bodies and name not in wanted:
+            wanted.add(name)
+            pending |= {node.op_type for node in bodies[name].node if node.domain == DOMAIN}
+    # In the codec's order, callees first: onnx.reference needs a function before its callers.
+    for body in (body for name, body in bodies.items() if name in wanted):
+        if (body.domain, body.name, "") not in model.functions:
+            function = ir.serde.deserialize_function(body)
+            model.functions[function.identifier()] = function
+    if model.functions:
+        _raise_ir_version(model)
+
+
+def _raise_ir_version(model: ir.Model) -> None:
+    """Functions need IR 8. From IR 4 on a listed initializer could be overridden: unlist them."""
+    if model.ir_version < LISTING_IR:
+        for value in list(model.graph.inputs):
+            if value.is_initializer():
+                model.graph.inputs.remove(value)
+    model.ir_version = max(model.ir_version, FUNCTION_IR)
+
+
+def _plain(value: Attribute) -> Attribute:
+    """An attribute as JSON gives it back."""
+    return value if isinstance(value, (str, int, float)) else [int(item) for item in value]
+
+
+def _add_records(model: ir.Model, placements: Sequence[Placement]) -> None:
+    records = read_record(model)
+    for placement in placements:
+        if placement.codec.name == "dense":
+            continue
+        params = {} if placement.params is None else placement.params.to_json()
+        recipe = Recipe(
+            placement.codec.name,
+            params,
+            placement.mode,
+            {key: _plain(value) for key, value in placement.payload.attributes.items()},
+            list(placement.payload.tensors),
+            list(placement.payload.shared),
+        )
+        records[placement.site.name] = Record(placement.site, recipe)
+    write_record(model, records)

@@ -1,0 +1,1 @@
+"""Which codec and settings each weight gets, with exact bytes."""

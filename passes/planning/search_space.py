@@ -1,0 +1,319 @@
+"""What there is to choose from for each weight, what a choice costs, and equal settings for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Codec, GradedCodec
+from onnxcomp.passes.config.settings import Rule, typed_params
+from onnxcomp.passes.planning.candidates import Candidate, Estimate, Estimator, thin_again
+from onnxcomp.passes.planning.sensitivity_prior import sensitivity
+from onnxcomp.passes.suggest import suggest
+from onnxcomp.passes.weight import WeightSite
+
+__all__ = [
+    "FRAMING",
+    "NOISE",
+    "Menu",
+    "distance",
+    "equal_plans",
+    "keep",
+    "menu",
+    "offered_bits",
+    "predicted",
+    "uniform",
+    "uniform_bits",
+]
+
+# Times smaller a weight becomes in plans with equal settings for all, of codecs whose settings are
+# not counted in bits.
+_RATIOS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+# Bytes of the nodes, names and tensor headers that come with one compressed weight; the exact
+# number depends on the lengths of names and is counted when the skeleton is serialised.
+FRAMING = 768
+
+# Bits that filters of an input get more, worth about what they count more in `guesses`: a bit is a
+# factor of four in squared error. One more is taken where the number of bits is not offered.
+_RAW_BITS = 3
+
+# Key of a rule that stands for named settings of a codec.
+QUALITY = "quality"
+
+# Relative differences of cost that mean nothing: the errors are expectations.
+NOISE = 0.003
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Menu:
+    """What there is to choose from for one site.
+
+    Attributes:
+        site: The weight.
+        options: Candidates; never empty.
+        sensitivity: Noise power of the model's outputs over that of the weight, both relative, as
+            far as known; None for the guess.
+        measured: The same as it was measured, to predict by; None where that is `sensitivity`.
+        scale: Noise power of the outputs over the square of a relative change of the weight's
+            scale; None where that was not measured.
+        guess: What stands for it in the objective where it is not known, see `guesses`; None for
+            that of the weight alone.
+        chance: How much of the differences between sensitivities is chance, 0 to 1.
+        price: What a second counts in the objective.
+        fastest: Seconds from which on it counts, so that costs are not negative.
+    """
+
+    site: WeightSite
+    options: tuple[Candidate, ...]
+    sensitivity: float | None = None
+    measured: float | None = None
+    scale: float | None = None
+    guess: float | None = None
+    chance: float = 0.0
+    price: float = 0.0
+    fastest: float = 0.0
+
+    def with_options(self, options: Iterable[Candidate]) -> Menu:
+        """The menu with other candidates."""
+        return dataclasses.replace(self, options=tuple(options))
+
+    def noise(self, candidate: Candidate) -> float:
+        """Noise power that a candidate counts for: ``sensitivity * harm^2 + scale * harm^4``."""
+        factor = self.guess if self.sensitivity is None else self.sensitivity
+        factor = sensitivity(self.site) if factor is None else factor
+        return factor * candidate.harm**2 + self._shrinking(candidate)
+
+    def expected_noise(self, candidate: Candidate) -> float:
+        """Noise power that a candidate is expected to add to the outputs, relative to theirs."""
+        known = self.measured or self.sensitivity or 0.0
+        return known * candidate.harm**2 + self._shrinking(candidate)
+
+    def _shrinking(self, candidate: Candidate) -> float:
+        """What it does that codes are means: a weight with error e is shorter by e^2."""
+        return (self.scale or 0.0) * candidate.harm**4
+
+    def cost_of(self, candidate: Candidate) -> float:
+        """Objective of a candidate: its noise, and its time at the price of time."""
+        return self.noise(candidate) + self.price * (candidate.time - self.fastest)
+
+    def cost(self, index: int) -> float:
+        """Objective of one option."""
+        return self.cost_of(self.options[index])
+
+
+def keep(site: WeightSite, reason: str) -> Candidate:
+    """The candidate that leaves a weight as it is, or as the two thin ones that it was."""
+    if site.rank is not None:
+        return thin_again(site, reason)
+    return Candidate(site, "dense", CODECS["dense"].params_type(), site.nbytes, 0.0, reason=reason)
+
+
+def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Params]:
+    """What a codec offers, at a named quality."""
+    if not isinstance(codec, GradedCodec):
+        raise UsageError(f"codec {codec.name!r} has no qualities", hint="leave quality= away")
+    if quality not in codec.qualities:
+        hint = suggest(str(quality), codec.qualities)
+        raise UsageError(f"quality {quality!r} of {codec.name} is unknown", hint=hint)
+    return [codec.graded(params, str(quality)) for params in offered]
+
+
+def _settings_of(
+    codec: Codec, site: WeightSite, fixed: Mapping[str, object], quality: object = None
+) -> list[Params]:
+    """Settings a codec offers for a site, with some parameters held fixed.
+
+    A fixed number of bits picks among what is offered; any other value is taken at its word, with
+    the other parameters as offered.
+    """
+    offered = list(codec.candidates(site))
+    if quality is not None:
+        offered = _graded(codec, offered, quality)
+    if codec.width is not None and codec.width in fixed:
+        wanted = fixed[codec.width]
+        offered = [p for p in offered if getattr(p, codec.width) == wanted] or offered
+    if not fixed:
+        return offered
+    forced = dict.fromkeys(dataclasses.replace(params, **fixed) for params in offered)
+    valid = []
+    for params in forced:
+        try:
+            codec.check(params)
+        except UsageError:
+            continue
+        valid.append(params)
+    if forced and not valid:
+        codec.check(next(iter(forced)))
+    return valid
+
+
+def predicted(codec: Codec, site: WeightSite, params: Sequence[Params]) -> list[Estimate]:
+    """What a codec expects without looking at the weight."""
+    return [Estimate(codec.predict(site, item)) for item in params]
+
+
+def _candidates(
+    codec: Codec, site: WeightSite, fixed: Mapping[str, object], estimator: Estimator
+) -> list[Candidate]:
+    own = {name: value for name, value in fixed.items() if name != QUALITY}
+    typed_params(codec.params_type, own, codec.name)
+    offered = _settings_of(codec, site, own, fixed.get(QUALITY))
+    return [
+        Candidate(site, codec.name, params, codec.size(site, params), found.error, found)
+        for params, found in zip(offered, estimator(codec, site, offered), strict=True)
+    ]
+
+
+def menu(
+    site: WeightSite,
+    methods: Sequence[str],
+    rule: Rule | None = None,
+    *,
+    codecs: Mapping[str, Codec] | None = None,
+    estimator: Estimator = predicted,
+    sensitivity: float | None = None,
+    measured: float | None = None,
+    scale: float | None = None,
+    guess: float | None = None,
+) -> Menu:
+    """Everything that may be chosen for a site; only to keep it where nothing pays.
+
+    Args:
+        site: The weight.
+        methods: Codecs of the run.
+        rule: Settings for this weight; its methods win over those of the run.
+        codecs: All codecs by name.
+        estimator: What is expected of settings.
+        sensitivity: Of the model's outputs to noise in the weight; None for the usual guess.
+        measured: The same as it was measured; None where it was not.
+        scale: Of the model's outputs to the scale of the weight; None where it was not measured.
+        guess: What stands for the sensitivity where it is not known.
+
+    Raises:
+        UsageError: The rule names an unknown codec or parameter.
+    """
+    known = CODECS if codecs is None else codecs
+    rule = Rule("") if rule is None else rule
+    names = rule.methods or tuple(methods)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"method {name!r} is unknown", hint=suggest(name, known))
+    found: list[Candidate] = []
+    reasons: list[str] = []
+    wrong: list[UsageError] = []
+    for codec in (known[name] for name in names):
+        refusal = codec.refuse(site)
+        if refusal is not None:
+            reasons.append(f"{codec.name}: {refusal}")
+            continue
+        try:
+            offered = _candidates(codec, site, rule.params, estimator)
+        except UsageError as error:
+            wrong.append(error)
+            continue
+        # The identity codec is asked for by name only, and never for its size.
+        paying = [c for c in offered if codec.name == "dense" or c.bytes + FRAMING < site.nbytes]
+        paying = [c for c in paying if site.rank is None or c.bytes <= keep(site, "").bytes]
+        paying = [c for c in paying if math.isfinite(c.error)]
+        found += paying
+        if not paying:
+            reasons.append(f"{codec.name}: {_no_offer(offered, site)}")
+    if len(wrong) == len(names):  # what a rule fixes is for one of the codecs; here it is for none
+        raise wrong[0]
+    options = tuple(found) or (keep(site, "; ".join(reasons)),)
+    return Menu(site, options, sensitivity, measured, scale, guess)
+
+
+def _no_offer(offered: Sequence[Candidate], site: WeightSite) -> str:
+    if not offered:
+        return "offers no setting"
+    if not any(math.isfinite(candidate.error) for candidate in offered):
+        return "cannot hold these values"
+    least = min(candidate.bytes for candidate in offered)
+    return f"{least} bytes and about {FRAMING} of framing are not less than {site.nbytes} dense"
+
+
+def _width(candidate: Candidate) -> int | None:
+    """Bits per weight of a candidate; None where its settings are not counted in bits."""
+    name = CODECS[candidate.codec].width
+    return None if name is None else int(getattr(candidate.params, name))
+
+
+def uniform(menu: Menu, bits: int) -> Candidate:
+    """The candidate of the first codec that offers `bits` bits per weight.
+
+    Of its settings with that width it is the smallest that is no worse than the default. Where
+    settings are not counted in bits, it is the largest with at most `bits` bits for each weight.
+    """
+    options = [c for c in menu.options if _width(c) == bits]
+    if options:
+        first = [c for c in options if c.codec == options[0].codec]
+        return min(first, key=lambda c: (_worse(c, first), c.bytes, distance(c)))
+    uncounted = [c for c in menu.options if _width(c) is None]
+    if not uncounted:
+        return keep(menu.site, f"with {bits} bits per weight it would not be smaller")
+    return _largest_within(uncounted, bits * menu.site.size // 8)
+
+
+def uniform_bits(menu: Menu, bits: int) -> int:
+    """Bits of a weight where all get `bits`: up to three more for filters of raw signals."""
+    if not menu.site.filters_input:
+        return bits
+    widths = [_width(c) for c in menu.options]
+    return max((w for w in widths if w is not None and bits < w <= bits + _RAW_BITS), default=bits)
+
+
+def _largest_within(options: Sequence[Candidate], room: int) -> Candidate:
+    """The largest candidate of the first codec in `room` bytes; its smallest where none fits."""
+    own = [c for c in options if c.codec == options[0].codec]
+    fitting = [c for c in own if c.bytes <= room]
+    return max(fitting, key=lambda c: c.bytes) if fitting else min(own, key=lambda c: c.bytes)
+
+
+def equal_plans(menus: Sequence[Menu]) -> Iterator[list[Candidate]]:
+    """Plans that give every weight equal settings of one codec.
+
+    A weight that the codec does not offer anything for gets what another one offers.
+    """
+    names = dict.fromkeys(c.codec for menu in menus for c in menu.options if not c.reason)
+    for name in names:
+        own = [_first(menu, name) for menu in menus]
+        if CODECS[name].width is None:
+            for ratio in _RATIOS:
+                rooms = [menu.site.nbytes // ratio for menu in own]
+                yield [
+                    _largest_within(menu.options, room)
+                    for menu, room in zip(own, rooms, strict=True)
+                ]
+        else:
+            for bits in offered_bits(menus, name):
+                yield [uniform(menu, bits) for menu in own]
+
+
+def _first(menu: Menu, codec: str) -> Menu:
+    """The menu with the options of one codec before the others."""
+    return menu.with_options(sorted(menu.options, key=lambda c: c.codec != codec))
+
+
+def offered_bits(menus: Sequence[Menu], codec: str) -> list[int]:
+    """All numbers of bits per weight that a codec offers, in increasing order."""
+    found = {_width(c) for menu in menus for c in menu.options if c.codec == codec}
+    return sorted(bits for bits in found if bits is not None)
+
+
+def distance(candidate: Candidate) -> int:
+    """Number of parameters that differ from the codec's defaults."""
+    default = type(candidate.params)()
+    names = [field.name for field in dataclasses.fields(default)]
+    return sum(getattr(candidate.params, n) != getattr(default, n) for n in names)
+
+
+def _worse(candidate: Candidate, options: Sequence[Candidate]) -> bool:
+    """Whether a candidate is worse than the one nearest to the codec's defaults."""
+    nearest = min(options, key=distance)
+    return candidate.error > nearest.error * (1 + 1e-9)

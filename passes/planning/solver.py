@@ -1,0 +1,204 @@
+"""From menus to one candidate for each weight: equal bits, a size, or an error to keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.config.settings import Rule, Settings, match_rule, method_names
+from onnxcomp.passes.planning.candidates import Candidate
+from onnxcomp.passes.planning.filter_boost import with_better_filters
+from onnxcomp.passes.planning.lagrangian import allocate
+from onnxcomp.passes.planning.plan import Budget
+from onnxcomp.passes.planning.search_space import Menu, keep, offered_bits, uniform, uniform_bits
+from onnxcomp.passes.planning.size_fitting import fit, with_dense
+from onnxcomp.passes.weight import Use, WeightSite
+
+__all__ = ["DEFAULT_BITS", "choose", "expected_error", "rule_of"]
+
+# Bits per weight where neither bits nor a target is asked for.
+DEFAULT_BITS = 4
+
+# Prices of time that are tried, going up and then between two of them.
+_PRICES = 20
+
+# Halvings of the range of bytes in which the least size for an error is looked for.
+_HALVINGS = 24
+
+SizeOf = Callable[[Sequence[Candidate]], int]
+
+
+def rule_of(site: WeightSite, settings: Settings) -> Rule:
+    """The rule that speaks of a weight, by its name or by those of the nodes that use it."""
+    names = [site.name, *(use.node for use in site.uses)]
+    return match_rule(settings.rules, names, [use.op_type for use in site.uses])
+
+
+def expected_error(menus: Sequence[Menu], picks: Sequence[Candidate]) -> float | None:
+    """Expected relative error of the outputs; None where sensitivities were not measured."""
+    if any(menu.sensitivity is None for menu in menus):
+        return None
+    noise = (menu.expected_noise(pick) for menu, pick in zip(menus, picks, strict=True))
+    return math.sqrt(math.fsum(noise))
+
+
+def choose(
+    menus: Sequence[Menu],
+    budget: Budget,
+    settings: Settings,
+    size_of: SizeOf,
+    seconds: float | None = None,
+) -> tuple[list[Candidate], int]:
+    """One candidate for each menu, and the bytes of the output.
+
+    Args:
+        menus: One for each weight.
+        budget: What the plan has to meet.
+        settings: What is asked for.
+        size_of: Exact bytes of the output written with some candidates.
+        seconds: Most seconds that a run may take longer; None where that does not matter.
+
+    Raises:
+        UsageError: No method offers the number of bits.
+    """
+    picks, total = _chosen(menus, budget, settings, size_of)
+    if seconds is None or sum(pick.time for pick in picks) <= seconds:
+        return picks, total
+    if budget.bytes is None:
+        picks = _fast_enough(picks, seconds)
+        return picks, size_of(picks)
+    menus = _priced(menus, sum(pick.bytes for pick in picks), seconds)
+    return fit(menus, budget.bytes, size_of)
+
+
+def _fast_enough(picks: Sequence[Candidate], seconds: float) -> list[Candidate]:
+    """The picks, those dense that save most time for their bytes, until the rest is fast enough."""
+    found = list(picks)
+    slow = [number for number, pick in enumerate(found) if pick.time > 0.0]
+    slow.sort(key=lambda n: -found[n].time / max(1, found[n].site.nbytes - found[n].bytes))
+    for number in slow:
+        if sum(pick.time for pick in found) <= seconds:
+            break
+        found[number] = keep(found[number].site, "compressed it would run too slowly")
+    return found
+
+
+def _priced(menus: Sequence[Menu], size: int, seconds: float) -> list[Menu]:
+    """The menus with the least price of time at which plans of a size are fast enough.
+
+    Where no price is high enough, the plan is the fastest that there is.
+    """
+    complete = [with_dense(menu) for menu in menus]
+    fastest = [
+        dataclasses.replace(menu, fastest=min(c.time for c in menu.options)) for menu in complete
+    ]
+
+    def priced(price: float) -> tuple[list[Menu], bool]:
+        found = [dataclasses.replace(menu, price=price) for menu in fastest]
+        return found, sum(pick.time for pick in allocate(found, size)) <= seconds
+
+    noise = sum(menu.noise(max(menu.options, key=lambda c: c.error)) for menu in menus)
+    spans = [max(abs(c.time) for c in menu.options) for menu in menus]
+    unit = noise / max(sum(spans), 1e-12)
+    low, high = 0.0, 1e-6 * unit
+    for _ in range(_PRICES):
+        if priced(high)[1]:
+            break
+        low, high = high, 4.0 * high
+    for _ in range(_PRICES):
+        middle = (low + high) / 2
+        low, high = (low, middle) if priced(middle)[1] else (middle, high)
+    return priced(high)[0]
+
+
+def _chosen(
+    menus: Sequence[Menu], budget: Budget, settings: Settings, size_of: SizeOf
+) -> tuple[list[Candidate], int]:
+    if budget.bytes is not None:
+        return fit(menus, budget.bytes, size_of, _plans_of_bits(menus, settings))
+    if budget.max_error is not None and budget.bits is None:
+        picks = smallest_within(menus, budget.max_error)
+        return _worth_it(picks, size_of(picks), size_of)
+    bits = budget.bits or DEFAULT_BITS
+    _check_bits(bits, method_names(settings.method, CODECS, stock=settings.stock))
+    picks = _of_bits(menus, bits, settings)
+    return _worth_it(picks, size_of(picks), size_of)
+
+
+def _of_bits(menus: Sequence[Menu], bits: int, settings: Settings) -> list[Candidate]:
+    """A number of bits for all weights, more for filters that need them."""
+    fixed = {menu.site.name: _fixed_bits(menu, settings) for menu in menus}
+    wanted = [fixed[menu.site.name] or uniform_bits(menu, bits) for menu in menus]
+    picks = [uniform(menu, own) for menu, own in zip(menus, wanted, strict=True)]
+    return with_better_filters(menus, picks, [name for name, own in fixed.items() if own])
+
+
+def _only(menu: Menu, codec: str) -> Menu:
+    """The menu with the options of one codec, or all where that has none."""
+    options = [candidate for candidate in menu.options if candidate.codec == codec]
+    return menu.with_options(options) if options else menu
+
+
+def _plans_of_bits(menus: Sequence[Menu], settings: Settings) -> list[list[Candidate]]:
+    """What a run with each number of bits would do, for each codec that counts in bits."""
+    names = dict.fromkeys(c.codec for menu in menus for c in menu.options if not c.reason)
+    return [
+        _of_bits([_only(menu, name) for menu in menus], bits, settings)
+        for name in names
+        for bits in offered_bits(menus, name)
+    ]
+
+
+def smallest_within(menus: Sequence[Menu], max_error: float) -> list[Candidate]:
+    """The smallest candidates whose expected error of the outputs is at most `max_error`."""
+    menus = [with_dense(menu) for menu in menus]
+    low = sum(min(c.bytes for c in menu.options) for menu in menus)
+    high = sum(max(c.bytes for c in menu.options) for menu in menus)
+    best = allocate(menus, high)
+    for _ in range(_HALVINGS):
+        if high - low <= 1:
+            break
+        middle = (low + high) // 2
+        picks = allocate(menus, middle)
+        error = expected_error(menus, picks)
+        if error is None or error <= max_error:
+            best, high = picks, middle
+        else:
+            low = middle
+    return best
+
+
+def _fixed_bits(menu: Menu, settings: Settings) -> int | None:
+    """Bits that a rule gives to a weight."""
+    fixed = rule_of(menu.site, settings).params
+    names = {CODECS[candidate.codec].width for candidate in menu.options}
+    return next((int(fixed[name]) for name in names if name is not None and name in fixed), None)
+
+
+def _check_bits(bits: int, methods: Sequence[str]) -> None:
+    """Refuse bits per weight that no method offers, not even for a large weight."""
+    use = Use("", "MatMul", 1, "matmul")
+    sample = WeightSite("", (1024, 1024), "float32", (use,), "", 1024, 1024, False)
+    offered: set[int] = set()
+    for codec in (CODECS[name] for name in methods):
+        if codec.width is None:
+            return
+        offered |= {int(getattr(params, codec.width)) for params in codec.candidates(sample)}
+    if bits not in offered:
+        raise UsageError(
+            f"no method offers {bits} bits per weight",
+            hint=f"choose from {', '.join(str(b) for b in sorted(offered))}",
+        )
+
+
+def _worth_it(picks: list[Candidate], total: int, size_of: SizeOf) -> tuple[list[Candidate], int]:
+    """The picks, or nothing at all when what comes with them outweighs what they save."""
+    if all(pick.reason or pick.codec == "dense" for pick in picks):
+        return picks, total
+    reason = "what compressed weights bring with them would outweigh what they save"
+    untouched = [keep(pick.site, pick.reason or reason) for pick in picks]
+    least = size_of(untouched)
+    return (picks, total) if total < least else (untouched, least)

@@ -1,0 +1,1 @@
+"""What was done and found, as JSON, as a page, as text."""

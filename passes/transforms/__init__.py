@@ -1,0 +1,1 @@
+"""Graph passes: rewrites that know no codec."""

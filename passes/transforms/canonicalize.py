@@ -1,0 +1,242 @@
+"""Bring a model into the one form the other passes expect.
+
+Functions whose bodies hold weights are inlined (`inlining`). ``Constant() -> W`` becomes an
+initializer ``W``; two equal initializers become one; ``W2 = transpose(W1)`` becomes
+``Transpose(W1) -> W2``. Every node and every initializer has a name of its own. Visits the main
+graph and all subgraphs. Function bodies that cannot be inlined stay as they are: they have no
+initializers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.passes.ir import metadata
+from onnxcomp.passes.ir.model import Change
+from onnxcomp.passes.ir.tensors import shape_of
+from onnxcomp.passes.ir.traversal import (
+    LISTING_IR,
+    Names,
+    Scope,
+    add_initializer,
+    is_default_domain,
+    remove_initializer,
+    rename_initializer,
+    scopes,
+)
+from onnxcomp.passes.transforms.inline_functions import inline_functions
+from onnxcomp.passes.weight import Array
+
+__all__ = ["WEIGHT_DTYPES", "canonicalize", "is_matrix"]
+
+# The element types of weights that can be compressed.
+WEIGHT_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+# Smaller equal tensors are not worth a shared name.
+_SHARED_BYTES = 1024
+
+# Elements of the diagonal that two tensors must share before they are compared in full.
+_PROBES = 64
+
+
+def is_matrix(tensor: ir.TensorProtocol) -> bool:
+    """Whether more than one dimension of a tensor is greater than 1."""
+    return sum(dim > 1 for dim in shape_of(tensor)) > 1
+
+
+def canonicalize(model: ir.Model, *, deduplicate: bool = True) -> Change:
+    """Inline functions with weights, lift constants to initializers, store equal weights once.
+
+    Args:
+        model: The model; changed in place.
+        deduplicate: Also merge weights of 1 KiB or more with equal content, transposed or not.
+
+    Returns:
+        The number of functions inlined, nodes named, constants lifted, initializers renamed and
+        weights merged, with a note on each but the nodes.
+    """
+    names = Names(model)
+    notes = list(inline_functions(model, names, _holds_weight))
+    named = _name_nodes(model, names)
+    notes += [*_lift_constants(model), *_rename_initializers(model, names)]
+    if deduplicate:
+        notes += _merge_equal(model, names)
+    return Change(named + len(notes), tuple(notes))
+
+
+def _name_nodes(model: ir.Model, names: Names) -> int:
+    taken: set[str] = set()
+    count = 0
+    for scope in scopes(model):
+        for node in scope.graph:
+            if not node.name or node.name in taken:
+                original = node.name
+                node.name = names.node(original or node.op_type)
+                # Names that nobody asked for are not written; see `marks`.
+                node.meta[metadata.GENERATED_NAME] = (node.name, original)
+                count += 1
+            taken.add(node.name)
+    return count
+
+
+def _weight_constant(node: ir.Node) -> ir.TensorProtocol | None:
+    """The matrix a Constant node holds, if it is one."""
+    if node.op_type != "Constant" or not is_default_domain(node.domain):
+        return None
+    attribute = node.attributes.get("value")
+    if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
+        return None
+    tensor = attribute.as_tensor()
+    return tensor if tensor.dtype in WEIGHT_DTYPES and is_matrix(tensor) else None
+
+
+def _holds_weight(node: ir.Node) -> bool:
+    tensor = _weight_constant(node)
+    return tensor is not None and tensor.nbytes >= _SHARED_BYTES
+
+
+def _lift_constants(model: ir.Model) -> Iterator[str]:
+    for scope in list(scopes(model)):
+        # Before IR 4 an initializer is an input too, which a subgraph cannot take on.
+        if scope.parent is not None and model.ir_version < LISTING_IR:
+            continue
+        for node in list(scope.graph):
+            tensor = _weight_constant(node)
+            output = node.outputs[0]
+            if tensor is None or output.is_graph_output() or not output.name:
+                continue
+            yield f"Constant {output.name} became an initializer"
+            _lift(model, scope, node, tensor)
+
+
+def _lift(model: ir.Model, scope: Scope, node: ir.Node, tensor: ir.TensorProtocol) -> None:
+    output = node.outputs[0]
+    value = ir.Value(
+        name=output.name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(shape_of(tensor)),
+        const_value=tensor,
+        doc_string=output.doc_string,
+        metadata_props=dict(output.metadata_props),
+    )
+    value.meta.update(output.meta)
+    value.meta[metadata.LISTED] = output.type is not None
+    output.replace_all_uses_with(value)
+    scope.graph.remove(node, safe=True)
+    if scope.parent is None:
+        add_initializer(model, value)
+    else:
+        scope.graph.register_initializer(value)
+
+
+def _rename_initializers(model: ir.Model, names: Names) -> Iterator[str]:
+    """Two branches may each own an initializer of the same name: the later one gets another."""
+    taken: set[str] = set()
+    for scope in scopes(model):
+        for name, value in list(scope.graph.initializers.items()):
+            if name in taken:
+                rename_initializer(value, names.value(name))
+                yield f"initializer {name} in {scope.path} was renamed to {value.name}"
+            taken.add(value.name or "")
+
+
+def _mergeable(scope: Scope, value: ir.Value, ir_version: int) -> bool:
+    tensor = value.const_value
+    if tensor is None or tensor.dtype not in WEIGHT_DTYPES or tensor.nbytes < _SHARED_BYTES:
+        return False
+    overridable = value.is_graph_input() and (ir_version >= LISTING_IR or scope.parent is not None)
+    return is_matrix(tensor) and not overridable and not value.is_graph_output()
+
+
+def _bits(value: ir.Value) -> Array:
+    """The values of an initializer as integers, so that every bit pattern equals itself."""
+    tensor = value.const_value
+    assert tensor is not None
+    array = np.asarray(tensor.numpy())
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def _fingerprint(value: ir.Value) -> bytes:
+    """Elements of the main diagonal: the same for a matrix and its transpose."""
+    bits = _bits(value)
+    rows = bits.reshape(bits.shape[0], -1)
+    return np.ascontiguousarray(np.diagonal(rows)[:_PROBES]).tobytes()
+
+
+def _merge_equal(model: ir.Model, names: Names) -> Iterator[str]:
+    groups = defaultdict(list)
+    for scope in list(scopes(model)):
+        for value in scope.graph.initializers.values():
+            if _mergeable(scope, value, model.ir_version):
+                tensor = value.const_value
+                assert tensor is not None
+                shape = shape_of(tensor)
+                key = (tensor.dtype, tuple(sorted(shape)) if len(shape) == 2 else shape)
+                groups[key].append((scope, value))
+    for group in groups.values():
+        if len(group) > 1:
+            yield from _merge_group(model, names, group)
+
+
+def _equal_owner(value: ir.Value, owners: list[tuple[Scope, ir.Value]]) -> tuple[int, bool] | None:
+    """Position of the owner with the same content, and whether that is transposed."""
+    bits = _bits(value)
+    for position, (_, owner) in enumerate(owners):
+        other = _bits(owner)
+        if np.array_equal(bits, other):
+            return position, False
+        if bits.ndim == 2 and np.array_equal(bits, other.T):
+            return position, True
+    return None
+
+
+def _merge_group(
+    model: ir.Model, names: Names, group: list[tuple[Scope, ir.Value]]
+) -> Iterator[str]:
+    owners: dict[bytes, list[tuple[Scope, ir.Value]]] = defaultdict(list)
+    for scope, value in group:
+        same = owners[_fingerprint(value)]
+        found = _equal_owner(value, same)
+        if found is None:
+            same.append((scope, value))
+            continue
+        position, transposed = found
+        owner_scope, owner = same[position]
+        if transposed or not owner_scope.encloses(scope):
+            same[position] = (_hoist(model, names, owner_scope, owner), owner)
+        yield _merge(model, names, value, owner, transposed=transposed)
+
+
+def _hoist(model: ir.Model, names: Names, scope: Scope, value: ir.Value) -> Scope:
+    """Move an initializer to the main graph, where every subgraph sees it."""
+    if scope.parent is not None:
+        remove_initializer(value)
+        rename_initializer(value, names.value(value.name or ""))
+        add_initializer(model, value)
+    return Scope("", model.graph)
+
+
+def _merge(
+    model: ir.Model, names: Names, value: ir.Value, owner: ir.Value, *, transposed: bool
+) -> str:
+    name = value.name or ""
+    remove_initializer(value)
+    if not transposed:
+        value.replace_all_uses_with(owner)
+        return f"{name} equals {owner.name} and is stored once"
+    node = ir.Node(
+        "", "Transpose", [owner], [ir.AttrInt64s("perm", [1, 0])], name=names.node("Tie")
+    )
+    node.meta[metadata.GENERATED_NAME] = (node.name, None)
+    output = node.outputs[0]
+    output.name = name
+    value.replace_all_uses_with(output)
+    if len(model.graph):
+        model.graph.insert_before(model.graph[0], node)
+    else:
+        model.graph.append(node)
+    return f"{name} is the transpose of {owner.name} and is stored once"

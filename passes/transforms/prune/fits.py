@@ -1,0 +1,108 @@
+"""What stays makes up for what goes: products are fitted again, statistics follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.passes.transforms.prune.axes import Analysis
+from onnxcomp.passes.transforms.prune.compensate import best_fit
+from onnxcomp.passes.transforms.prune.consumers import Consumer
+from onnxcomp.passes.transforms.prune.norms import Norm, best_statistics, find_norms
+from onnxcomp.passes.transforms.prune.observe import Walk
+from onnxcomp.passes.transforms.prune.report import FitReport
+from onnxcomp.passes.weight import Array, Feed
+
+__all__ = ["make_up"]
+
+Reports = tuple[FitReport, ...]
+
+
+def make_up(
+    analysis: Analysis,
+    consumers: Sequence[Consumer],
+    gone: Array,
+    feeds: Sequence[Feed],
+    folder: Path | None = None,
+    *,
+    biases_only: bool = False,
+) -> tuple[Reports, Reports]:
+    """Fit all products that lose columns, each behind the ones before, and write statistics anew.
+
+    Args:
+        analysis: Of the model, whose initializers are replaced.
+        consumers: Its products.
+        gone: Which classes go.
+        feeds: Calibration data.
+        folder: Where pieces of the model are written.
+        biases_only: Change biases and means only.
+
+    Returns:
+        What became of products, and of normalisations.
+    """
+    losing = [consumer for consumer in consumers if len(consumer.columns(gone))]
+    walk = Walk(analysis, [*losing, *find_norms(analysis, gone)], gone, feeds, folder)
+    new = _Initializers(walk)
+    fits, norms = [], []
+    for item in walk.items:
+        if isinstance(item, Norm):
+            norms.append(_follow(item, walk, new, gone, biases_only=biases_only))
+        else:
+            fits.append(_fit(item, walk, new, gone, biases_only=biases_only))
+    new.store()
+    return tuple(fits), tuple(norms)
+
+
+class _Initializers:
+    """Initializers as they become; the model keeps its own until the walk is over."""
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
+        self._arrays: dict[ir.Value, Array] = {}
+
+    def __getitem__(self, value: ir.Value) -> Array:
+        if value in self._arrays:
+            return self._arrays[value]
+        assert value.const_value is not None
+        return np.asarray(value.const_value.numpy())
+
+    def __setitem__(self, value: ir.Value, array: Array) -> None:
+        assert value.const_value is not None
+        self._arrays[value] = array.astype(value.const_value.dtype.numpy())
+        self._walk.replace(value.name or "", self._arrays[value])
+
+    def store(self) -> None:
+        """Write them into the model."""
+        for value, array in self._arrays.items():
+            assert value.const_value is not None
+            value.const_value = ir.Tensor(array, dtype=value.const_value.dtype, name=value.name)
+
+
+def _fit(
+    consumer: Consumer, walk: Walk, new: _Initializers, gone: Array, *, biases_only: bool
+) -> FitReport:
+    seen, held = walk.observe(consumer)
+    assert consumer.weight.const_value is not None
+    weight = consumer.matrix(consumer.weight.const_value.numpy())
+    bias = None
+    if consumer.bias is not None and consumer.bias.const_value is not None:
+        bias = consumer.offsets(consumer.bias.const_value.numpy())
+    columns = consumer.columns(gone)
+    fit = best_fit(weight, bias, columns, seen, held, biases_only=biases_only)
+    new[consumer.weight] = consumer.stored(new[consumer.weight], fit.weight)
+    if fit.bias is not None and consumer.bias is not None:
+        new[consumer.bias] = consumer.stored_offsets(new[consumer.bias], fit.bias)
+    return FitReport(consumer.name, fit.before, fit.after, fit.used)
+
+
+def _follow(
+    norm: Norm, walk: Walk, new: _Initializers, gone: Array, *, biases_only: bool
+) -> FitReport:
+    seen, held = walk.channels(norm)
+    found, before, after, used = best_statistics(norm, seen, held, gone, means_only=biases_only)
+    if used != "stored":
+        new[norm.mean], new[norm.variance] = found.mean, found.variance
+    return FitReport(norm.name, before, after, used)

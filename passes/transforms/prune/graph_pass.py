@@ -1,0 +1,56 @@
+"""Pruning as one of the passes that run before weights are looked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import onnx_ir as ir
+
+from onnxcomp.passes.config.settings import Settings
+from onnxcomp.passes.ir.model import Change
+from onnxcomp.passes.transforms.prune.pruning import PruneOptions, prune
+from onnxcomp.passes.transforms.prune.report import PruneReport
+
+if TYPE_CHECKING:
+    from onnxcomp.passes.transforms.pass_manager import Context
+
+__all__ = ["Prune"]
+
+
+class Prune:
+    """Take out channels, neurons and heads, and fit what stays to the calibration data."""
+
+    name: ClassVar[str] = "prune"
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+    subgraphs: ClassVar[bool] = False
+    functions: ClassVar[bool] = False
+
+    def wanted(self, settings: Settings) -> bool:
+        """Where a ratio or a target for FLOPs is given."""
+        return settings.prune_ratio is not None or settings.target_flops is not None
+
+    def run(self, model: ir.Model, context: Context) -> Change:
+        """``W1 (n, k), W2 (m, n) -> W1[K], W2'[:, K]``: see `pruning`."""
+        settings = context.settings
+        options = PruneOptions(
+            ratio=settings.prune_ratio,
+            target_flops=settings.target_flops,
+            score=settings.prune_score or "obs",
+            caches=bool(settings.prune_caches),
+            freeze_inputs=settings.freeze_inputs,
+            include=settings.include,
+            exclude=settings.exclude,
+        )
+        report = prune(model, options, feeds=context.feeds() or ())
+        context.facts[self.name] = report.to_json()
+        return Change(len(report.groups), tuple(_notes(report)))
+
+
+def _notes(report: PruneReport) -> list[str]:
+    if not report.groups:
+        return ["nothing was pruned"]
+    found = [
+        f"{group.name} keeps {group.after} of {group.before} {group.kind}"
+        for group in report.groups
+    ]
+    return [*found, *(f"{n} changes from {old} to {new}" for n, old, new in report.inputs)]

@@ -1,0 +1,90 @@
+"""Removing columns of a product at the least loss, with the rest fitted again.
+
+For ``y = W x`` with damped second moments ``H = E[x x^T] + g I``, taking out the columns S and
+fitting the others again costs ``tr(W_S (H^-1_SS)^-1 W_S^T)`` (the group form of Optimal Brain
+Surgeon, Hassibi and Stork 1993). After a removal both the weight and ``H^-1`` are brought up to
+date, so that greedy removal sees the fitted weight. What is left is the least-squares fit shrunk
+towards the original weight, the same matrix `compensate.fitted` returns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxcomp.passes.weight import Array
+
+__all__ = ["Surgeon", "damping", "inverse"]
+
+# Share of the mean diagonal of the moments that is added to it.
+DAMPING = 0.01
+
+
+def damping(gram: Array, share: float = DAMPING) -> float:
+    """What is added to the diagonal of second moments; 1 where all inputs are zero."""
+    mean = float(np.trace(gram)) / max(1, len(gram))
+    return share * mean if mean > 0.0 else 1.0
+
+
+def inverse(matrix: Array) -> Array:
+    """Inverse of a symmetric positive definite matrix; grows the diagonal until it is one."""
+    extra = 0.0
+    for _ in range(5):
+        try:
+            np.linalg.cholesky(matrix + extra * np.eye(len(matrix)))
+        except np.linalg.LinAlgError:
+            extra = max(10 * extra, 1e-8 * float(np.trace(matrix)) / len(matrix) + 1e-30)
+            continue
+        return np.asarray(np.linalg.inv(matrix + extra * np.eye(len(matrix))))
+    return np.asarray(np.linalg.pinv(matrix, hermitian=True))
+
+
+class Surgeon:
+    """One product while it loses columns.
+
+    Args:
+        weight: float64 ``(rows, length)``.
+        gram: Second moments of the inputs, float64 ``(length, length)``.
+        gamma: What is added to their diagonal.
+        energy: Mean square of what losses are relative to; None for the outputs.
+    """
+
+    def __init__(
+        self, weight: Array, gram: Array, gamma: float, energy: float | None = None
+    ) -> None:
+        self.weight = weight.copy()
+        self._inverse = inverse(gram + gamma * np.eye(len(gram)))
+        own = energy or float(np.einsum("ij,ij->", weight @ gram, weight))
+        self.energy = max(own, 1e-30)
+
+    def losses(self, columns: Array) -> Array:
+        """Loss of each candidate on its own.
+
+        Args:
+            columns: Columns of each candidate, ``(candidates, columns)``.
+
+        Returns:
+            float64 ``(candidates,)``, in units of the squared output.
+        """
+        if columns.shape[1] == 1:
+            flat = columns[:, 0]
+            power = np.einsum("ij,ij->j", self.weight[:, flat], self.weight[:, flat])
+            return np.asarray(power / self._inverse[flat, flat])
+        blocks = self._inverse[columns[:, :, None], columns[:, None, :]]
+        own = self.weight[:, columns].transpose(1, 2, 0)
+        return np.asarray(np.einsum("csr,csr->c", np.linalg.solve(blocks, own), own))
+
+    def remove(self, columns: Array) -> float:
+        """Take columns out, fit the others; the loss that adds."""
+        block = self._inverse[np.ix_(columns, columns)]
+        across = self._inverse[columns]
+        own = self.weight[:, columns]
+        solved = np.linalg.solve(block, own.T)
+        loss = float(np.einsum("sr,rs->", solved, own))
+        self.weight -= solved.T @ across
+        self._inverse -= across.T @ np.linalg.solve(block, across)
+        self.weight[:, columns] = 0.0
+        # Removed columns keep an inert unit so that no later block is singular.
+        self._inverse[columns] = 0.0
+        self._inverse[:, columns] = 0.0
+        self._inverse[columns, columns] = 1.0
+        return loss

@@ -1,0 +1,1 @@
+"""Whether a result does what the original does."""

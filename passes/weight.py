@@ -1,0 +1,172 @@
+"""What the whole compiler says of a weight: where it lives, who uses it, what its uses read.
+
+The ground of `passes`: this file imports nothing of the project. The canonical matrix of a weight
+is ``(rows, length)``: `length` is the axis a fused product sums over, a row is one output channel
+(or one embedding vector).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "DOMAIN",
+    "DTYPES",
+    "Array",
+    "Attribute",
+    "Feed",
+    "Kind",
+    "Mode",
+    "Need",
+    "Stats",
+    "Use",
+    "WeightSite",
+]
+
+DOMAIN = "com.onnxcomp"
+
+# Element types of the weights that codecs store, in ONNX words.
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+Array = npt.NDArray[Any]
+
+# Value of a node's attribute.
+Attribute = int | float | str | Sequence[int]
+
+# Inputs of one run of a model: arrays by input name.
+Feed = Mapping[str, Array]
+
+# What a use of a weight needs from its codec.
+#   matmul  y (..., rows) = x (..., length) @ weight.T
+#   gather  y (..., length) = weight[indices]
+#   dense   the whole weight, for any other consumer
+Need = Literal["matmul", "gather", "dense"]
+
+# How a use is served. `fused` computes on the codes; `folded` is expanded to a dense constant when
+# the session is created; `decode` is expanded by a kernel at every run.
+Mode = Literal["fused", "folded", "decode"]
+
+# What `Codec.emit` is asked to produce.
+Kind = Literal["matmul", "gather", "weight", "decode"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Use:
+    """One place where a weight enters a node.
+
+    Attributes:
+        node: Name of the consuming node (unique in the model after canonicalisation).
+        op_type: Operator of that node, with its domain in front when it is not the default one.
+        input_index: Position of the weight among the node's inputs.
+        need: What the node needs: a product, a row look-up, or the dense tensor.
+        path: Names of the Transpose, Reshape, ... nodes between the initializer and the node.
+    """
+
+    node: str
+    op_type: str
+    input_index: int
+    need: Need
+    path: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WeightSite:
+    """One weight tensor with all its uses.
+
+    Attributes:
+        name: Name of the initializer; unique in the model.
+        shape: Shape of the stored tensor.
+        dtype: Element type of the stored tensor in ONNX words: "float32", "float16", "bfloat16".
+        uses: All uses, in graph order.
+        scope: Where the initializer lives: "" for the main graph, else the path of the subgraph.
+        rows: Rows of the canonical matrix.
+        length: Columns of the canonical matrix; ``rows * length`` is the number of elements.
+        transposed: True when the stored 2-D tensor is ``(length, rows)``.
+        filters_input: Whether a convolution filters an input of the model with it.
+        rank: The most that its rank can be, where it is the product of two thin weights that were
+            in its place: stored with this rank it is what it was. None for all others.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[Use, ...]
+    scope: str
+    rows: int
+    length: int
+    transposed: bool
+    filters_input: bool = False
+    rank: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.rows * self.length
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element of the stored tensor."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensor."""
+        return self.size * self.itemsize
+
+    def refusal(self, codec: str) -> str | None:
+        """Why no codec for floating-point weights can store it; None when one may."""
+        if self.dtype not in DTYPES:
+            *others, last = DTYPES
+            return f"{codec} stores {', '.join(others)} and {last}, not {self.dtype}"
+        return None if self.size else "the weight is empty"
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """All that its uses could ask for: the dense weight always."""
+        kinds: set[Kind] = {"weight", "decode"}
+        kinds.update(use.need for use in self.uses if use.need != "dense")
+        return frozenset(kinds)
+
+    @property
+    def fusable(self) -> bool:
+        """Whether at least one use is a product or a row look-up."""
+        return any(use.need != "dense" for use in self.uses)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+    """What the uses of a weight read, over calibration data.
+
+    Attributes:
+        site: The weight.
+        tokens: Number of input vectors.
+        gram: Second moments ``E[x x^T]`` of the inputs of its products, float64
+            ``(length, length)``.
+        mean: ``E[x]``, float64 ``(length,)``.
+        held_out: Second moments of inputs that are in none of the others; None where there was
+            too little data to keep any back.
+        cross: ``E[x_ref x^T]`` with the inputs `x_ref` of a reference model; None without one.
+        held_cross: The same over the held-out inputs.
+        held_reference: ``E[x_ref x_ref^T]`` over the held-out inputs.
+        frequencies: How often each row was looked up, float64 ``(rows,)``; None without look-ups.
+    """
+
+    site: WeightSite
+    tokens: int
+    gram: Array
+    mean: Array
+    held_out: Array | None = None
+    cross: Array | None = None
+    frequencies: Array | None = None
+    held_cross: Array | None = None
+    held_reference: Array | None = None

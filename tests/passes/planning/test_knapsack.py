@@ -1,0 +1,80 @@
+"""The least cost in a budget, by combinations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxcomp.passes.codecs.hyper.codec import HyperParams
+from onnxcomp.passes.planning.candidates import Candidate
+from onnxcomp.passes.planning.knapsack import Options, cheapest
+from onnxcomp.passes.planning.lagrangian import allocate
+from onnxcomp.passes.planning.search_space import Menu
+from onnxcomp.passes.weight import Use, WeightSite
+
+points = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 90)), min_size=1, max_size=5)
+
+
+def options(offers: Sequence[Sequence[tuple[int, int]]]) -> list[Options]:
+    return [
+        (np.array([b for b, _ in offer], np.int64), np.array([float(c) for _, c in offer]))
+        for offer in offers
+    ]
+
+
+def cost(found: Sequence[Options], picks: Sequence[int]) -> float:
+    return sum(float(costs[pick]) for (_, costs), pick in zip(found, picks, strict=True))
+
+
+def size(found: Sequence[Options], picks: Sequence[int]) -> int:
+    return sum(int(sizes[pick]) for (sizes, _), pick in zip(found, picks, strict=True))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(points, min_size=1, max_size=5), st.integers(5, 250), st.floats(0.0, 10.0))
+def test_of_few_weights_the_best_combination_is_found_at_any_price(
+    offers: list[list[tuple[int, int]]], budget: int, price: float
+) -> None:
+    menus = options(offers)
+    plans = list(itertools.product(*(range(len(o)) for o in offers)))
+    fitting = [plan for plan in plans if size(menus, plan) <= budget]
+    if not fitting:
+        return
+    known = max(fitting, key=lambda plan: cost(menus, plan))
+    found = cheapest(menus, known, budget, price)
+    assert size(menus, found) <= budget
+    assert cost(menus, found) == min(cost(menus, plan) for plan in fitting)
+
+
+def test_of_many_weights_a_plan_is_found_that_no_bound_says_can_be_much_better() -> None:
+    rng = np.random.default_rng(0)
+    menus: list[Options] = []
+    for scale in rng.uniform(100, 9000, 40):
+        sizes = np.sort(rng.integers(1, 100, 20)) * int(scale)
+        menus.append((sizes, scale * 4.0 ** -(8 * sizes / sizes[-1]) * rng.uniform(0.5, 2, 20)))
+    budget = sum(int(np.median(sizes)) for sizes, _ in menus)
+    smallest = [int(np.argmin(sizes)) for sizes, _ in menus]
+    prices = np.geomspace(1e-9, 1.0, 400)
+    bounds = [sum((c + p * b).min() for b, c in menus) - p * budget for p in prices]
+    best = max(range(400), key=lambda number: bounds[number])
+    found = cheapest(menus, smallest, budget, float(prices[best]))
+    assert size(menus, found) <= budget
+    assert cost(menus, found) < 1.02 * bounds[best]
+
+
+def test_a_large_weight_steps_up_where_small_ones_can_pay_for_it() -> None:
+    def menu(name: str, points: Sequence[tuple[int, float]]) -> Menu:
+        use = Use("n", "MatMul", 1, "matmul")
+        site = WeightSite(name, (64, 64), "float32", (use,), "", 64, 64, False)
+        return Menu(site, tuple(Candidate(site, "hyper", HyperParams(), b, e) for b, e in points))
+
+    menus = [
+        menu("large", [(100, 1.0), (190, 0.5)]),
+        *(menu(f"small{i}", [(10, 0.2), (40, 0.1)]) for i in range(3)),
+    ]
+    picks = allocate(menus, 220)
+    assert [pick.bytes for pick in picks] == [190, 10, 10, 10]
