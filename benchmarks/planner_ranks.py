@@ -14,16 +14,17 @@ import onnxruntime
 from scipy.stats import spearmanr
 
 import onnxcomp
+from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import Probe
 from onnxcomp.passes.calibration.sensitivity import measure_sensitivities
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.settings import Settings
+from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import read
 from onnxcomp.passes.latency.cost_table import cached_costs, measure_costs
 from onnxcomp.passes.latency.model import product_heights
-from onnxcomp.passes.planning.planner import Prepared, prepare
 from onnxcomp.runtime.inputs import load_inputs
 
 __all__ = ["error_ranks", "pooled", "time_ranks"]

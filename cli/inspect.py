@@ -124,12 +124,12 @@ def show_tensors(terminal: Terminal, found: Inspection) -> None:
         ]
         terminal.table(("weight", "type", "use", "bytes"), dense, left=3)
     if terminal.verbose and found.skipped:
-        others = [(t.name, t.dtype, t.reason, bytes_text(t.nbytes)) for t in found.skipped]
+        others = [(t.name, t.dtype, t.reason, bytes_text(t.bytes)) for t in found.skipped]
         terminal.table(("other tensor", "type", "reason", "bytes"), others, left=3)
         return
     reasons = collections.defaultdict(list)
     for tensor in found.skipped:
-        reasons[tensor.reason].append(tensor.nbytes)
+        reasons[tensor.reason].append(tensor.bytes)
     show_reasons(terminal, "not compressible", reasons)
 
 

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.ir.tensors import shape_of
+from onnxcomp.passes.ir.tensors import WEIGHT_TYPES, shape_of
 from onnxcomp.passes.ir.traversal import is_default_domain
 from onnxcomp.passes.weight import Need
 
 __all__ = ["Leaf", "Orientation", "View", "filters_input", "leaves", "qualified_type", "view_of"]
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Operators that only move or scale the samples of a signal.
 _MOVES = frozenset(
     (
@@ -126,7 +125,7 @@ def _through(node: ir.Node, index: int, view: View) -> View | None:
             return _transposed(node, view)
         case "Cast":
             to = node.attributes.get_int("to", 0)
-            supported = to in [int(dtype) for dtype in _FLOATS]
+            supported = to in [int(dtype) for dtype in WEIGHT_TYPES]
             return dataclasses.replace(view, dtype=ir.DataType(to)) if supported else None
         case "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze":
             return _reshaped(node, view)

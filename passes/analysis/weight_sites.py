@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,12 +27,18 @@ from onnxcomp.passes.analysis.def_use import (
 )
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import compressed_tensors
-from onnxcomp.passes.ir.tensors import SparseTensor, dtype_name, is_float, shape_of
+from onnxcomp.passes.ir.tensors import (
+    WEIGHT_TYPES,
+    SparseTensor,
+    dtype_name,
+    is_float,
+    is_matrix,
+    shape_of,
+)
 from onnxcomp.passes.ir.traversal import LISTING_IR, Scope, default_opset, find_initializer, scopes
-from onnxcomp.passes.transforms.canonicalize import WEIGHT_DTYPES, is_matrix
 from onnxcomp.passes.weight import DOMAIN, Array, Use, WeightSite
 
-__all__ = ["COMPRESSED_PART", "MIN_SIZE", "Sites", "Skipped", "find_sites", "read_weight"]
+__all__ = ["COMPRESSED_PART", "MIN_SIZE", "Sites", "SkippedWeight", "find_sites", "read_weight"]
 
 MIN_SIZE = 16384
 
@@ -47,14 +54,14 @@ _QUANTISED = re.compile(r"Dequantize|^QLinear|Integer$|NBits|BlockQuantized|MatM
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Skipped:
-    """A tensor that stays as it is.
+class SkippedWeight:
+    """A tensor that no codec is asked about.
 
     Attributes:
         name: Name of the initializer or constant.
         shape: Its shape.
         dtype: Its element type: "float32", "int64", ...
-        nbytes: Its bytes.
+        bytes: Its bytes.
         uses: Operators that read it.
         reason: Why it is left alone, in words for people.
     """
@@ -62,9 +69,14 @@ class Skipped:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    nbytes: int
+    bytes: int
     uses: tuple[str, ...]
     reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of a plan file."""
+        plain = dataclasses.asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +89,7 @@ class Sites:
     """
 
     sites: tuple[WeightSite, ...]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedWeight, ...]
 
 
 class _Patterns:
@@ -138,7 +150,7 @@ class _Search:
             return f"quantised already ({quantised[0].node.op_type})"
         if tensor.dtype == ir.DataType.STRING:
             return "strings"
-        if tensor.dtype not in WEIGHT_DTYPES:
+        if tensor.dtype not in WEIGHT_TYPES:
             kind = "type" if is_float(tensor.dtype) else "integers"
             return f"{kind} {dtype_name(tensor.dtype)}, which no codec stores"
         return None
@@ -206,7 +218,7 @@ def find_sites(
     )
     order = _node_order(model)
     sites: list[WeightSite] = []
-    skipped: list[Skipped] = []
+    skipped: list[SkippedWeight] = []
     for scope in scopes(model):
         for value in scope.graph.initializers.values():
             tensor = value.const_value
@@ -302,13 +314,13 @@ def _site(
     )
 
 
-def _skip(name: str, tensor: ir.TensorProtocol, ops: Iterator[str], reason: str) -> Skipped:
+def _skip(name: str, tensor: ir.TensorProtocol, ops: Iterator[str], reason: str) -> SkippedWeight:
     shape, dtype = shape_of(tensor), dtype_name(tensor.dtype)
     size = 0 if tensor.dtype == ir.DataType.STRING else tensor.nbytes
-    return Skipped(name, shape, dtype, size, tuple(dict.fromkeys(ops)), reason)
+    return SkippedWeight(name, shape, dtype, size, tuple(dict.fromkeys(ops)), reason)
 
 
-def _constants(model: ir.Model, min_size: int) -> Iterator[Skipped]:
+def _constants(model: ir.Model, min_size: int) -> Iterator[SkippedWeight]:
     """Tensors in Constant nodes: what canonicalisation does not lift, and function bodies."""
     for scope in scopes(model):
         for node, tensor in _constant_nodes(scope.graph):
@@ -331,7 +343,7 @@ def _constant_nodes(nodes: Iterable[ir.Node]) -> Iterator[tuple[ir.Node, ir.Tens
 
 def _listed(
     node: ir.Node, tensor: ir.TensorProtocol, prefix: str, reason: str, min_size: int
-) -> Iterator[Skipped]:
+) -> Iterator[SkippedWeight]:
     large = tensor.dtype != ir.DataType.STRING and tensor.nbytes >= min_size
     if is_float(tensor.dtype) or large:
         output = node.outputs[0]

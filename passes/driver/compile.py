@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.dataset import SampleSource
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.emit import Written, planned_sites, report, write
+from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.driver.prune_budget import (
     Trial,
     best_share,
@@ -42,7 +44,7 @@ from onnxcomp.passes.latency.measure import Slowdown, measure_slowdown
 from onnxcomp.passes.latency.model import Timing
 from onnxcomp.passes.planning.measurements import gather_evidence
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.planning.planner import Prepared, make_menus, plan_from, prepare, settle
+from onnxcomp.passes.planning.planner import make_menus, plan_from, settle
 from onnxcomp.passes.planning.search_space import Menu
 from onnxcomp.passes.report.report import OutputFile, Report
 from onnxcomp.passes.verification.user_metric import Evaluation

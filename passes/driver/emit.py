@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.codecs.protocol import FactoredCodec
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
@@ -18,7 +19,6 @@ from onnxcomp.passes.lowering.factors import has_place
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.planning.planner import Prepared
 from onnxcomp.passes.report.report import (
     InputFile,
     OutputFile,

@@ -11,17 +11,18 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.perturbation import Probe
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.config.settings import Settings, typed_params
+from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
 from onnxcomp.passes.ir.manifest import Record, read_record
 from onnxcomp.passes.ir.model import copy_model, load, save
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.expand import stored_payload
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
-from onnxcomp.passes.planning.planner import Prepared, prepare
 from onnxcomp.passes.verification.bisect import blame, decoded_weights
 from onnxcomp.passes.verification.fidelity import Verification, verify
 from onnxcomp.passes.weight import Array, WeightSite

@@ -14,12 +14,13 @@ from onnxcomp.passes.calibration.dataset import SampleSource
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.compile import reference_file
+from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.ir.files import read
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.lagrangian import allocate
 from onnxcomp.passes.planning.measurements import gather_evidence
-from onnxcomp.passes.planning.planner import make_menus, measured_size, prepare
+from onnxcomp.passes.planning.planner import make_menus, measured_size
 from onnxcomp.passes.planning.search_space import Menu, equal_plans
 from onnxcomp.passes.planning.sensitivity_prior import guesses
 from onnxcomp.passes.planning.size_fitting import with_dense

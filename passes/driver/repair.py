@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.perturbation import Probe, made_up_inputs
 from onnxcomp.passes.calibration.sensitivity import spread
 from onnxcomp.passes.config.settings import Settings
@@ -15,7 +16,7 @@ from onnxcomp.passes.latency.measure import Slowdown
 from onnxcomp.passes.latency.model import Timing
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.planning.planner import Prepared, plan_from, settle
+from onnxcomp.passes.planning.planner import plan_from, settle
 from onnxcomp.passes.planning.search_space import Menu, keep
 from onnxcomp.passes.verification.bisect import blame, decoded_weights
 from onnxcomp.passes.weight import Feed, WeightSite

@@ -25,12 +25,13 @@ from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import judged
 from onnxcomp.passes.encoding.encoded import Coded, let_go, weight_error
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.lowering.rewrite import Placement
+from onnxcomp.passes.ir.tensors import not_finite
+from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["Encoded", "Progress", "encode", "not_finite", "precision_attributes"]
+__all__ = ["Encoded", "Progress", "encode"]
 
 # Planned payload bytes above which payloads go to a temporary file.
 SPILL_BYTES = 1 << 25
@@ -40,11 +41,6 @@ SPILL_BYTES = 1 << 25
 _UNUSUAL = 2.0
 
 _ALIGNMENT = 64
-
-
-def precision_attributes(precision: str) -> dict[str, int]:
-    """What is added to the attributes of every payload: nothing for "exact" arithmetic."""
-    return {"precision": 1} if precision == "int8" else {}
 
 
 class Progress(Protocol):
@@ -76,13 +72,6 @@ class Encoded:
     reason: str = ""
     output_error: float | None = None
     note: str = ""
-
-
-def not_finite(weight: Array) -> str:
-    """Why a weight cannot be encoded for its values; empty when all are finite."""
-    if weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
-        return "holds infinities or NaN"
-    return ""
 
 
 class _Spill:

@@ -21,7 +21,6 @@ from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.atomic import uninterrupted
 from onnxcomp.passes.ir.model import load, output_size
-from onnxcomp.passes.planning.plan import Source
 
 __all__ = [
     "Loaded",
@@ -52,6 +51,21 @@ _UNWRITABLE = (
     errno.EPERM,
     errno.EROFS,
 )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """The model a plan was made for.
+
+    Attributes:
+        name: File name; empty for a model in memory.
+        bytes: Bytes of the file and its external data.
+        sha256: Hash of the .onnx file; None for a model in memory.
+    """
+
+    name: str
+    bytes: int
+    sha256: str | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 GraphSurgeon drops metadata, document strings of nodes, the value_info of constants, listed
 initializers and attributes of rare types, and copies a captured initializer into each subgraph. A
-graph made by `to_gs` remembers the model it came from: `from_gs` gives back what was dropped
+graph made by `to_gs` remembers the model it came from: `proto_of_gs` gives back what was dropped
 wherever the graph still says what it said then.
 """
 
@@ -17,7 +17,6 @@ import onnx
 import onnx_ir as ir
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.ir.loader import load
 from onnxcomp.passes.ir.serializer import model_proto, tensor_header
 
 try:
@@ -28,7 +27,7 @@ except ImportError as error:
         "onnx_graphsurgeon is not installed", hint="pip install 'onnxcomp[graphsurgeon]'"
     ) from error
 
-__all__ = ["from_gs", "to_gs"]
+__all__ = ["proto_of_gs", "to_gs"]
 
 # Attribute of a graph that holds the model it was made from and what GraphSurgeon makes of it.
 _ORIGIN = "_onnxcomp_origin"
@@ -49,18 +48,14 @@ def to_gs(model: ir.Model) -> Any:
     return graph
 
 
-def from_gs(graph: Any) -> ir.Model:
-    """The model an `onnx_graphsurgeon.Graph` describes; the graph is not changed.
-
-    Raises:
-        ModelError: The graph is not a valid model.
-    """
+def proto_of_gs(graph: Any) -> onnx.ModelProto:
+    """The model that an `onnx_graphsurgeon.Graph` describes; the graph is not changed."""
     with _quiet(), _packed(graph):
-        proto = gs.export_onnx(graph, do_type_check=False)
+        proto: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     origin = getattr(graph, _ORIGIN, None)
     if origin is not None:
         _restore_model(proto, *origin)
-    return load(proto)
+    return proto
 
 
 @contextlib.contextmanager

@@ -20,15 +20,15 @@ from onnxcomp.passes.ir.tensors import SparseTensor
 from onnxcomp.passes.ir.traversal import scopes, subgraphs
 from onnxcomp.passes.ir.validate import check_attributes
 
-__all__ = ["copy_model", "load"]
+__all__ = ["copy_model", "from_gs", "load"]
 
-Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model | Any
+ModelSource = str | os.PathLike[str] | onnx.ModelProto | ir.Model | Any
 Graphs = Iterator[tuple[ir.Graph, onnx.GraphProto]]
 
 _SPARSE_ATTRIBUTES = (onnx.AttributeProto.SPARSE_TENSOR, onnx.AttributeProto.SPARSE_TENSORS)
 
 
-def load(source: Source) -> ir.Model:
+def load(source: ModelSource) -> ir.Model:
     """Load a model; the source is never modified, whatever is done to the result.
 
     Args:
@@ -48,8 +48,6 @@ def load(source: Source) -> ir.Model:
     if isinstance(source, ir.Model):
         return copy_model(source)
     if type(source).__module__.startswith("onnx_graphsurgeon."):
-        from onnxcomp.passes.ir.graphsurgeon import from_gs
-
         return from_gs(source)
     for attribute in ("model", "model_proto"):
         inner = getattr(source, attribute, None)
@@ -61,6 +59,18 @@ def load(source: Source) -> ir.Model:
         hint="give a path, an onnx.ModelProto, an onnx_ir.Model, an onnx_graphsurgeon.Graph or "
         "a torch ONNXProgram",
     )
+
+
+def from_gs(graph: Any) -> ir.Model:
+    """The model that an `onnx_graphsurgeon.Graph` describes; the graph is not changed.
+
+    Raises:
+        ModelError: The graph is not a valid model.
+        UsageError: GraphSurgeon is not installed.
+    """
+    from onnxcomp.passes.ir.graphsurgeon import proto_of_gs
+
+    return load(proto_of_gs(graph))
 
 
 def copy_model(model: ir.Model) -> ir.Model:

@@ -1,8 +1,8 @@
 """Load, copy and save models. Everything here works on `onnx_ir.Model`.
 
-The parts: `reading` (from any source, weights left in their files), `external_data` (where files
-may lie), `wire` (.onnx files without their tensors), `skeleton` (back to protobuf), `saving`
-(streamed output, exact sizes), `scopes` (walking and editing).
+The parts: `loader` (from any source, weights left in their files), `external_data` (where files
+may lie), `protobuf_wire` (.onnx files without their tensors), `serializer` (back to protobuf),
+`writer` (streamed output, exact sizes), `traversal` (walking and editing).
 """
 
 from __future__ import annotations

@@ -11,10 +11,28 @@ import onnx_ir as ir
 
 from onnxcomp.passes.weight import Array
 
-__all__ = ["MappedTensor", "SparseTensor", "dtype_name", "is_float", "shape_of"]
+__all__ = [
+    "ELEMENT_TYPES",
+    "WEIGHT_TYPES",
+    "MappedTensor",
+    "SparseTensor",
+    "dtype_name",
+    "is_float",
+    "is_matrix",
+    "not_finite",
+    "shape_of",
+]
 
 # Tensors are copied from file to file in pieces of this size.
 _COPY_BYTES = 1 << 20
+
+# Element types of the weights that codecs store, by their name in `passes.weight`.
+ELEMENT_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+WEIGHT_TYPES = tuple(ELEMENT_TYPES.values())
 
 _NAMES = {
     ir.DataType.FLOAT: "float32",
@@ -37,6 +55,18 @@ def is_float(dtype: ir.DataType) -> bool:
 def shape_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     """The shape as plain integers."""
     return tuple(int(dim) for dim in tensor.shape)  # type: ignore[arg-type]
+
+
+def is_matrix(tensor: ir.TensorProtocol) -> bool:
+    """Whether more than one dimension of a tensor is greater than 1."""
+    return sum(dim > 1 for dim in shape_of(tensor)) > 1
+
+
+def not_finite(weight: Array) -> str:
+    """Why a weight cannot be encoded for its values; empty when all are finite."""
+    if weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
+        return "holds infinities or NaN"
+    return ""
 
 
 class MappedTensor(ir.LazyTensor):

@@ -25,7 +25,6 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.config.settings import is_stock
-from onnxcomp.passes.encoding.encoder import precision_attributes
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
 __all__ = ["CostTable", "cached_costs", "costs_path", "machine", "measure_costs", "settings_key"]
@@ -205,7 +204,7 @@ def _product(
 ) -> Callable[[int], Any]:
     """A function that runs one product with some rows of activations."""
     from onnxcomp.passes.ir.model import save
-    from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+    from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes, rewrite
     from onnxcomp.runtime.session import needs_library, open_session
 
     rng = np.random.default_rng(0)

@@ -30,6 +30,7 @@ from onnxcomp.passes.ir.manifest import (
     shared_name,
 )
 from onnxcomp.passes.ir.model import Change
+from onnxcomp.passes.ir.tensors import ELEMENT_TYPES
 from onnxcomp.passes.ir.traversal import (
     Names,
     initializers,
@@ -50,12 +51,6 @@ _DAMAGED = "expand the file that onnxcomp wrote, before other tools changed it"
 
 # A domain whose import compression may have added.
 _MICROSOFT = "com.microsoft"
-
-_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
 
 
 def expand(model: ir.Model) -> Change:
@@ -151,7 +146,7 @@ def _arrays(names: Mapping[str, str], values: Mapping[str, ir.Value]) -> dict[st
 def _dense(record: Record, values: Mapping[str, ir.Value]) -> ir.LazyTensor:
     """The stored tensor; decoded at each access, so that one at a time is in memory."""
     site = record.site
-    dtype = _DTYPES[site.dtype]
+    dtype = ELEMENT_TYPES[site.dtype]
 
     def decoded() -> ir.TensorProtocol:
         matrix = _decode(record, values)
@@ -262,7 +257,7 @@ class _Expander:
             return
         site, transposed = record.site, kind == "matmul"
         shape = (site.length, site.rows) if transposed else (site.rows, site.length)
-        weight = self._matrix(_Matrix(site.name, shape, transposed, _DTYPES[site.dtype]))
+        weight = self._matrix(_Matrix(site.name, shape, transposed, ELEMENT_TYPES[site.dtype]))
         result = self._before(
             node,
             "MatMul" if transposed else "Gather",
@@ -293,7 +288,7 @@ class _Expander:
     def _standard(self, node: ir.Node, site: WeightSite) -> ir.Value:
         rows, length = site.rows, site.length
         if node.op_type.endswith("MatMul"):
-            default = _DTYPES[site.dtype].value
+            default = ELEMENT_TYPES[site.dtype].value
             dtype = ir.DataType(node.attributes.get_int("dtype", default))
             weight = self._matrix(_Matrix(site.name, (length, rows), True, dtype))
             return self._before(node, "MatMul", [node.inputs[0], weight])
@@ -313,7 +308,7 @@ class _Expander:
                 value = self._at_start("Reshape", [value, self._dims(flat)])
             if wanted.transposed != site.transposed:
                 value = self._at_start("Transpose", [value], {"perm": [1, 0]})
-            if wanted.dtype != _DTYPES[site.dtype]:
+            if wanted.dtype != ELEMENT_TYPES[site.dtype]:
                 value = self._at_start("Cast", [value], {"to": wanted.dtype.value})
             self._matrices[wanted] = value
         return self._matrices[wanted]

@@ -33,7 +33,7 @@ from onnxcomp.passes.ir.manifest import (
     write_record,
 )
 from onnxcomp.passes.ir.model import Change
-from onnxcomp.passes.ir.tensors import dtype_name
+from onnxcomp.passes.ir.tensors import ELEMENT_TYPES, dtype_name
 from onnxcomp.passes.ir.traversal import (
     LISTING_IR,
     default_opset,
@@ -45,12 +45,17 @@ from onnxcomp.passes.ir.traversal import (
 )
 from onnxcomp.passes.lowering.builder import GraphBuilder, Stock
 from onnxcomp.passes.lowering.factors import split, splits
-from onnxcomp.passes.weight import DOMAIN, Attribute, Kind, Mode, Use, WeightSite
+from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Use, WeightSite
 
-__all__ = ["FUNCTION_IR", "Placement", "rewrite"]
+__all__ = ["FUNCTION_IR", "Placement", "precision_attributes", "rewrite"]
 
 # The IR version that introduced model-local functions.
 FUNCTION_IR = 8
+
+
+def precision_attributes(precision: str) -> dict[str, int]:
+    """What is added to the attributes of every payload: nothing for "exact" arithmetic."""
+    return {"precision": 1} if precision == "int8" else {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -274,8 +279,7 @@ def _affine(node: ir.Node, product: ir.Value, dtype: str, builder: GraphBuilder)
 def _scaled(value: ir.Value, factor: float, dtype: str, builder: GraphBuilder) -> ir.Value:
     if factor == 1.0:
         return value
-    kind = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
-    array = np.array(factor, kind.get(dtype, ir.DataType.BFLOAT16).numpy())
+    array = np.array(factor, DTYPES[dtype])
     return builder.node("Mul", [value, builder.constant(f"scalar.{dtype}.{factor!r}", array)])
 
 
@@ -297,16 +301,9 @@ def _stored_form(placement: Placement, builder: GraphBuilder) -> ir.Value:
     producer = value.producer()
     if producer is not None:
         value.shape = ir.Shape(site.shape)
-        value.type = ir.TensorType(_DTYPES[site.dtype])
+        value.type = ir.TensorType(ELEMENT_TYPES[site.dtype])
         producer.metadata_props[WEIGHT_KEY] = site.name
     return value
-
-
-_DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
 
 
 def _add_functions(

@@ -25,7 +25,7 @@ from onnxcomp.passes.codecs.protocol import (
     RankedCodec,
     SpectralCodec,
 )
-from onnxcomp.passes.encoding.encoder import not_finite
+from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.planning.candidates import Estimate
 from onnxcomp.passes.planning.search_space import predicted
 from onnxcomp.passes.weight import Array, Stats, WeightSite

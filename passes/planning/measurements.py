@@ -20,7 +20,7 @@ from onnxcomp.passes.planning.sensitivity_prior import guesses
 from onnxcomp.passes.weight import Feed, Stats, WeightSite
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.planning.planner import Prepared
+    from onnxcomp.passes.analysis.prepared import Prepared
 
 __all__ = ["Evidence", "blended", "gather_evidence", "observed"]
 

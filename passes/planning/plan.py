@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.analysis.weight_sites import SkippedWeight
 from onnxcomp.passes.config.settings import Settings, parse_size
+from onnxcomp.passes.ir.files import Source
 from onnxcomp.passes.planning.candidates import Choice, Estimator, known_keys
 from onnxcomp.passes.suggest import suggest
 from onnxcomp.passes.weight import WeightSite
 
-__all__ = ["VERSION", "Budget", "Plan", "SkippedWeight", "Source"]
+__all__ = ["VERSION", "Budget", "Plan"]
 
 VERSION = 1
 
@@ -64,54 +66,13 @@ class Budget:
         return {key: v for key, v in dataclasses.asdict(self).items() if v is not None}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SkippedWeight:
-    """A tensor that no codec was asked about.
-
-    Attributes:
-        name: Name of the tensor.
-        shape: Its shape.
-        dtype: Its element type.
-        bytes: Its bytes.
-        uses: Operators that use it.
-        reason: Why it is left alone.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-    uses: tuple[str, ...]
-    reason: str
-
-    def to_json(self) -> dict[str, Any]:
-        """One line of a plan file."""
-        plain = dataclasses.asdict(self)
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in plain.items()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> SkippedWeight:
-        """Inverse of `to_json`."""
-        known_keys(values, frozenset(cls.__slots__), "a skipped tensor of the plan")
-        plain: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
-        }
-        return cls(**plain)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Source:
-    """The model a plan was made for.
-
-    Attributes:
-        name: File name; empty for a model in memory.
-        bytes: Bytes of the file and its external data.
-        sha256: Hash of the .onnx file; None for a model in memory.
-    """
-
-    name: str
-    bytes: int
-    sha256: str | None
+def _skipped(values: Mapping[str, Any]) -> SkippedWeight:
+    """Inverse of `SkippedWeight.to_json`."""
+    known_keys(values, frozenset(SkippedWeight.__slots__), "a skipped tensor of the plan")
+    plain: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+    }
+    return SkippedWeight(**plain)
 
 
 @dataclasses.dataclass(slots=True)
@@ -255,7 +216,7 @@ class Plan:
             settings=Settings.from_json(values.get("settings", {})),
             budget=Budget(**values.get("budget", {})),
             choices=dict(zip(names, choices, strict=True)),
-            skipped=tuple(SkippedWeight.from_json(item) for item in values.get("skipped", ())),
+            skipped=tuple(_skipped(item) for item in values.get("skipped", ())),
             bytes=values.get("bytes"),
             portable_load_bytes=values.get("portable_load_bytes"),
             error=values.get("error"),

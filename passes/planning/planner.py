@@ -5,88 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import onnx_ir as ir
-
-from onnxcomp.passes.analysis.weight_sites import find_sites
+from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.config.settings import Settings, method_names
-from onnxcomp.passes.ir.files import Loaded
 from onnxcomp.passes.latency.model import Timing
 from onnxcomp.passes.planning.candidates import Candidate, Choice, Estimate, Estimator
 from onnxcomp.passes.planning.error_model import Estimates
 from onnxcomp.passes.planning.explain import explain
 from onnxcomp.passes.planning.measurements import Evidence, observed
-from onnxcomp.passes.planning.plan import Budget, Plan, SkippedWeight, Source
+from onnxcomp.passes.planning.plan import Budget, Plan
 from onnxcomp.passes.planning.rank_goals import with_rank
 from onnxcomp.passes.planning.search_space import Menu, menu
 from onnxcomp.passes.planning.sensitivity_prior import guesses
 from onnxcomp.passes.planning.size_model import planned_size, portable_load_bytes
 from onnxcomp.passes.planning.solver import DEFAULT_BITS, choose, expected_error, rule_of
-from onnxcomp.passes.transforms.pass_manager import Context, no_feeds, run_passes
-from onnxcomp.passes.weight import Feed, WeightSite
+from onnxcomp.passes.weight import WeightSite
 
-__all__ = ["Prepared", "make_menus", "make_plan", "measured_size", "plan_from", "prepare", "settle"]
-
-Feeds = Callable[[], Sequence[Feed] | None]
+__all__ = ["make_menus", "make_plan", "measured_size", "plan_from", "settle"]
 
 # The codec of what stays dense.
 _HALF = "fp16"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Prepared:
-    """A canonical model and its weights.
-
-    Attributes:
-        model: The model, canonicalised in place.
-        path: Its file; None for a model that was given in memory.
-        source: Name, bytes and hash of the input.
-        sites: Weights a codec may be asked about.
-        skipped: Other tensors, with reasons.
-        notes: What the graph passes changed.
-        facts: What they have to report, by the name of the pass.
-    """
-
-    model: ir.Model
-    path: Path | None
-    source: Source
-    sites: tuple[WeightSite, ...]
-    skipped: tuple[SkippedWeight, ...]
-    notes: tuple[str, ...]
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prepared:
-    """Run the graph passes on a model, in place, and find its weights.
-
-    Args:
-        loaded: The model.
-        settings: What is asked for.
-        feeds: Gives the calibration inputs to passes that need them.
-    """
-    model = loaded.model
-    context = Context(settings, feeds)
-    changes = run_passes(model, context)
-    found = find_sites(
-        model,
-        min_size=settings.min_size,
-        include=settings.include,
-        exclude=settings.exclude,
-        freeze_inputs=settings.freeze_inputs,
-    )
-    skipped = tuple(
-        SkippedWeight(t.name, t.shape, t.dtype, t.nbytes, t.uses, t.reason) for t in found.skipped
-    )
-    notes = tuple(note for change in changes.values() for note in change.notes)
-    return Prepared(
-        model, loaded.path, loaded.source, found.sites, skipped, notes, dict(context.facts)
-    )
 
 
 def _menu(

@@ -14,9 +14,8 @@ import onnx_ir as ir
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.encoding.encoder import precision_attributes
 from onnxcomp.passes.ir.model import output_size
-from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes, rewrite
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Kind, WeightSite
 

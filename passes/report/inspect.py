@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.def_use import qualified_type
-from onnxcomp.passes.analysis.weight_sites import MIN_SIZE, Skipped, find_sites
+from onnxcomp.passes.analysis.weight_sites import MIN_SIZE, SkippedWeight, find_sites
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import Record, own_name, read_record, shared_name
 from onnxcomp.passes.ir.model import load
@@ -106,7 +106,7 @@ class Inspection:
     sites: tuple[WeightSite, ...]
     compressed: tuple[CompressedWeight, ...]
     shared_bytes: int
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedWeight, ...]
     notes: tuple[str, ...]
 
     @property
@@ -119,6 +119,10 @@ class Inspection:
         plain = dataclasses.asdict(self)
         for site, values in zip(self.sites, plain["sites"], strict=True):
             values["nbytes"] = site.nbytes
+        plain["skipped"] = [
+            {"nbytes" if key == "bytes" else key: value for key, value in tensor.items()}
+            for tensor in plain["skipped"]
+        ]
         return {**plain, "site_bytes": self.site_bytes}
 
 
@@ -258,7 +262,7 @@ def _stored(model: Inspection) -> dict[str, str]:
         weight.name: f"{weight.codec}, {weight.bytes_after:,} bytes" for weight in model.compressed
     }
     kept = {
-        tensor.name: f"{tensor.dtype}, {tensor.nbytes:,} bytes"
+        tensor.name: f"{tensor.dtype}, {tensor.bytes:,} bytes"
         for tensor in model.skipped
         if not _is_payload(tensor.name, others)
     }

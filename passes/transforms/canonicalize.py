@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.model import Change
-from onnxcomp.passes.ir.tensors import shape_of
+from onnxcomp.passes.ir.tensors import WEIGHT_TYPES, is_matrix, shape_of
 from onnxcomp.passes.ir.traversal import (
     LISTING_IR,
     Names,
@@ -31,21 +31,15 @@ from onnxcomp.passes.ir.traversal import (
 from onnxcomp.passes.transforms.inline_functions import inline_functions
 from onnxcomp.passes.weight import Array
 
-__all__ = ["WEIGHT_DTYPES", "canonicalize", "is_matrix"]
+__all__ = ["canonicalize"]
 
 # The element types of weights that can be compressed.
-WEIGHT_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 # Smaller equal tensors are not worth a shared name.
 _SHARED_BYTES = 1024
 
 # Elements of the diagonal that two tensors must share before they are compared in full.
 _PROBES = 64
-
-
-def is_matrix(tensor: ir.TensorProtocol) -> bool:
-    """Whether more than one dimension of a tensor is greater than 1."""
-    return sum(dim > 1 for dim in shape_of(tensor)) > 1
 
 
 def canonicalize(model: ir.Model, *, deduplicate: bool = True) -> Change:
@@ -91,7 +85,7 @@ def _weight_constant(node: ir.Node) -> ir.TensorProtocol | None:
     if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
         return None
     tensor = attribute.as_tensor()
-    return tensor if tensor.dtype in WEIGHT_DTYPES and is_matrix(tensor) else None
+    return tensor if tensor.dtype in WEIGHT_TYPES and is_matrix(tensor) else None
 
 
 def _holds_weight(node: ir.Node) -> bool:
@@ -146,7 +140,7 @@ def _rename_initializers(model: ir.Model, names: Names) -> Iterator[str]:
 
 def _mergeable(scope: Scope, value: ir.Value, ir_version: int) -> bool:
     tensor = value.const_value
-    if tensor is None or tensor.dtype not in WEIGHT_DTYPES or tensor.nbytes < _SHARED_BYTES:
+    if tensor is None or tensor.dtype not in WEIGHT_TYPES or tensor.nbytes < _SHARED_BYTES:
         return False
     overridable = value.is_graph_input() and (ir_version >= LISTING_IR or scope.parent is not None)
     return is_matrix(tensor) and not overridable and not value.is_graph_output()

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import compressed_tensors
 from onnxcomp.passes.ir.model import Change
-from onnxcomp.passes.ir.tensors import shape_of
+from onnxcomp.passes.ir.tensors import WEIGHT_TYPES, shape_of
 from onnxcomp.passes.ir.traversal import (
     LISTING_IR,
     Names,
@@ -48,7 +48,6 @@ _PIECE = 256
 _MOST_HELD = 256 << 20
 
 _LARGEST = {ir.DataType.FLOAT16: 65504.0}
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 # Whether a weight will be stored with two factors: its names and those of its nodes, the operator
@@ -218,7 +217,7 @@ class _Folder:
     def _constant(self, value: ir.Value | None) -> ir.TensorProtocol | None:
         """The tensor of an initializer that nobody can override."""
         tensor = None if value is None else value.const_value
-        if value is None or tensor is None or tensor.dtype not in _FLOATS:
+        if value is None or tensor is None or tensor.dtype not in WEIGHT_TYPES:
             return None
         if value.is_graph_output() or (value.is_graph_input() and self._listed_are_free):
             return None

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         plan,
         verify,
     )
-    from onnxcomp.passes.ir.graphsurgeon import from_gs, to_gs
+    from onnxcomp.passes.ir.graphsurgeon import to_gs
+    from onnxcomp.passes.ir.loader import from_gs
     from onnxcomp.passes.ir.model import load, save
     from onnxcomp.passes.planning.plan import Plan
     from onnxcomp.passes.report.doctor import doctor
@@ -81,7 +82,7 @@ _HOMES = {
     "apply": ("passes.driver.api", "apply"),
     "doctor": ("passes.report.doctor", "doctor"),
     "expand": ("passes.driver.api", "expand"),
-    "from_gs": ("passes.ir.graphsurgeon", "from_gs"),
+    "from_gs": ("passes.ir.loader", "from_gs"),
     "frontier": ("passes.driver.api", "frontier"),
     "get_library_path": ("ops", "library_path"),
     "inspect": ("passes.driver.api", "inspect"),

@@ -17,9 +17,10 @@ from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.encoding import encoder as module
 from onnxcomp.passes.encoding.encoded import weight_error
-from onnxcomp.passes.encoding.encoder import Encoded, encode, not_finite
+from onnxcomp.passes.encoding.encoder import Encoded, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import load
+from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Budget, Plan, Source
 from onnxcomp.passes.transforms.canonicalize import canonicalize

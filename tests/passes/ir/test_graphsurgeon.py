@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
+from onnxcomp.passes.ir.loader import from_gs
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.traversal import scopes
 
@@ -40,7 +41,7 @@ def test_a_round_trip_changes_nothing(tools):
     model = rich(tools)
     graph = graphsurgeon.to_gs(load(model))
     assert isinstance(graph, gs.Graph)
-    assert tools.differences(model, tools.proto_of(graphsurgeon.from_gs(graph))) == []
+    assert tools.differences(model, tools.proto_of(from_gs(graph))) == []
     # The graph may be used again.
     assert tools.differences(model, tools.proto_of(load(graph))) == []
 
@@ -54,12 +55,12 @@ def test_listed_initializers_stay_listed(tools):
             ir_version=ir_version,
             opset=8,
         )
-        result = tools.proto_of(graphsurgeon.from_gs(graphsurgeon.to_gs(load(model))))
+        result = tools.proto_of(from_gs(graphsurgeon.to_gs(load(model))))
         assert tools.differences(model, result) == []
 
 
 def test_captured_weights_stay_where_they_were(tools):
-    model = graphsurgeon.from_gs(graphsurgeon.to_gs(load(tools.everything())))
+    model = from_gs(graphsurgeon.to_gs(load(tools.everything())))
     owned = {scope.path: set(scope.graph.initializers) for scope in scopes(model) if scope.path}
     assert sorted(map(sorted, owned.values())) == [[], ["own"]]
     assert "outer" in model.graph.initializers
@@ -76,7 +77,7 @@ def test_edits_arrive(tools):
     graph.nodes.append(gs.Node("Neg", inputs=[graph.tensors()["h"]], outputs=[extra]))
     graph.outputs.append(extra)
     graph.outputs[0].shape = [1, "classes"]
-    result = tools.proto_of(graphsurgeon.from_gs(graph))
+    result = tools.proto_of(from_gs(graph))
     ops = [node.op_type for node in result.graph.node]
     assert "Tanh" in ops and "Relu" not in ops and "Neg" in ops
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in result.graph.initializer}
@@ -91,7 +92,7 @@ def test_edits_arrive(tools):
 def test_removed_parts_stay_removed(tools):
     graph = graphsurgeon.to_gs(load(rich(tools)))
     graph.outputs = [value for value in graph.outputs if value.name != "logits"]
-    result = tools.proto_of(graphsurgeon.from_gs(graph.cleanup()))
+    result = tools.proto_of(from_gs(graph.cleanup()))
     assert "LSTM" not in {node.op_type for node in result.graph.node}
     assert not {"lstm_w", "lstm_r"} & {tensor.name for tensor in result.graph.initializer}
     onnx.checker.check_model(result)
@@ -117,11 +118,11 @@ def exotic_model(dtype):
 def test_rare_types_survive_read_or_unread(tools, dtype):
     model = exotic_model(dtype)
     graph = graphsurgeon.to_gs(load(model))
-    assert tools.differences(model, tools.proto_of(graphsurgeon.from_gs(graph))) == []
+    assert tools.differences(model, tools.proto_of(from_gs(graph))) == []
     constant = graph.tensors()["w"]
     values = np.ones((3, 5)).astype(dtype.numpy())
     constant._values = values
-    assert tools.differences(model, tools.proto_of(graphsurgeon.from_gs(graph))) == []
+    assert tools.differences(model, tools.proto_of(from_gs(graph))) == []
     assert constant._values is values
 
 

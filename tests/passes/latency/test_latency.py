@@ -15,13 +15,13 @@ from onnxcomp.cli.app import main
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.settings import Settings
+from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import read
 from onnxcomp.passes.latency import cost_table, measure
 from onnxcomp.passes.latency import model as latency_model
 from onnxcomp.passes.latency.cost_table import CostTable, cached_costs, costs_path, machine
 from onnxcomp.passes.latency.measure import Slowdown
 from onnxcomp.passes.latency.model import product_heights
-from onnxcomp.passes.planning.planner import prepare
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
 RNG = np.random.default_rng(3)

@@ -11,6 +11,7 @@ import pytest
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.dense import DenseParams
+from onnxcomp.passes.ir.loader import from_gs
 from onnxcomp.passes.ir.model import copy_model, load, output_size, save
 from onnxcomp.passes.lowering.expand import expand
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
@@ -61,7 +62,7 @@ def test_loading_and_saving_keep_the_structure(path, tmp_path, tools):
 def test_graphsurgeon_gives_the_model_back(path, tools):
     surgeon = pytest.importorskip("onnxcomp.passes.ir.graphsurgeon")
     model = load(path)
-    result = surgeon.from_gs(surgeon.to_gs(model))
+    result = from_gs(surgeon.to_gs(model))
     assert tools.differences(tools.proto_of(model), tools.proto_of(result)) == []
 
 

@@ -11,11 +11,13 @@ from onnx import helper, numpy_helper
 
 import onnxcomp as oc
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.analysis.weight_sites import SkippedWeight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.settings import Settings, parse_rule
+from onnxcomp.passes.ir.files import Source
 from onnxcomp.passes.planning.candidates import Candidate, Choice
-from onnxcomp.passes.planning.plan import Budget, Plan, SkippedWeight, Source
+from onnxcomp.passes.planning.plan import Budget, Plan
 from onnxcomp.passes.planning.size_model import portable_load_bytes
 from onnxcomp.passes.weight import Use, WeightSite
 

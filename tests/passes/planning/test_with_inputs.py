@@ -23,12 +23,12 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.codecs.moments import output_error
 from onnxcomp.passes.config.settings import Settings
+from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import read
 from onnxcomp.passes.planning import search_space
 from onnxcomp.passes.planning.candidates import Estimate
 from onnxcomp.passes.planning.error_model import Estimates, gains
 from onnxcomp.passes.planning.measurements import blended
-from onnxcomp.passes.planning.planner import prepare
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity
 from onnxcomp.passes.weight import Array, Stats
 

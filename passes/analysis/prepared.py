@@ -1,0 +1,39 @@
+"""A model that is ready for planning: canonical, with its weights found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcomp.passes.analysis.weight_sites import SkippedWeight
+from onnxcomp.passes.ir.files import Source
+from onnxcomp.passes.weight import WeightSite
+
+__all__ = ["Prepared"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prepared:
+    """A canonical model and its weights.
+
+    Attributes:
+        model: The model, canonicalised in place.
+        path: Its file; None for a model that was given in memory.
+        source: Name, bytes and hash of the input.
+        sites: Weights a codec may be asked about.
+        skipped: Other tensors, with reasons.
+        notes: What the graph passes changed.
+        facts: What they have to report, by the name of the pass.
+    """
+
+    model: ir.Model
+    path: Path | None
+    source: Source
+    sites: tuple[WeightSite, ...]
+    skipped: tuple[SkippedWeight, ...]
+    notes: tuple[str, ...]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
