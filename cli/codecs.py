@@ -73,7 +73,7 @@ def show(terminal: Terminal, entry: dict[str, Any]) -> None:
 def describe(codec: Codec) -> dict[str, Any]:
     """Everything `codecs` prints about one codec."""
     from onnxcomp.passes.codecs.protocol import GradedCodec, RankedCodec
-    from onnxcomp.passes.config.settings import is_stock
+    from onnxcomp.passes.config.methods import is_stock
 
     site = sample_site()
     return {

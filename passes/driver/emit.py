@@ -10,9 +10,10 @@ from typing import Any
 
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.codecs.protocol import FactoredCodec
+from onnxcomp.passes.config.values import Progress
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import Encoded, Progress, encode
+from onnxcomp.passes.encoding.encoder import Encoded, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
 from onnxcomp.passes.lowering.factors import has_place

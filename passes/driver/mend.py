@@ -15,7 +15,8 @@ from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.perturbation import Probe
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.config.settings import Settings, typed_params
+from onnxcomp.passes.config.methods import typed_params
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
 from onnxcomp.passes.ir.manifest import Record, read_record

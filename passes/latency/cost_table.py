@@ -24,7 +24,7 @@ import numpy as np
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
-from onnxcomp.passes.config.settings import is_stock
+from onnxcomp.passes.config.methods import is_stock
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
 __all__ = ["CostTable", "cached_costs", "costs_path", "machine", "measure_costs", "settings_key"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import Rule
+from onnxcomp.passes.config.rules import Rule
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.lagrangian import hull_of, undominated
 from onnxcomp.passes.planning.plan import Budget

@@ -11,7 +11,8 @@ from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
-from onnxcomp.passes.config.settings import Settings, method_names
+from onnxcomp.passes.config.methods import method_names
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.latency.model import Timing
 from onnxcomp.passes.planning.candidates import Candidate, Choice, Estimate, Estimator
 from onnxcomp.passes.planning.error_model import Estimates

@@ -11,7 +11,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.lowrank.ranks import GOALS
 from onnxcomp.passes.codecs.protocol import RankedCodec
-from onnxcomp.passes.config.settings import Rule
+from onnxcomp.passes.config.rules import Rule
 from onnxcomp.passes.weight import Array, WeightSite
 
 __all__ = ["has_goal", "with_rank"]

@@ -12,7 +12,9 @@ import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import SpectralCodec
-from onnxcomp.passes.config.settings import Settings, match_rule, method_names
+from onnxcomp.passes.config.methods import method_names
+from onnxcomp.passes.config.rules import match_rule
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 from onnxcomp.passes.transforms.dedup_index_tables import IndexedWeights

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.config.settings import SCORES, PruneScore
+from onnxcomp.passes.config.values import SCORES, PruneScore
 from onnxcomp.passes.transforms.prune.axes import Analysis, analyse
 from onnxcomp.passes.transforms.prune.choose import Numerical, by_obs, by_rank, removed
 from onnxcomp.passes.transforms.prune.compensate import Sums

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxcomp as oc
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import is_stock
+from onnxcomp.passes.config.methods import is_stock
 
 
 @pytest.fixture
