@@ -52,7 +52,7 @@ def command(
     """
     import onnxcomp
     from onnxcomp.cli.tables import show_sites
-    from onnxcomp.passes.driver.emit import planned_sites
+    from onnxcomp.passes.driver.run_report import planned_sites
 
     settings = settings_in_effect(settings)
     settings["data"] = settings["data"] or None

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.weight_sites import SkippedWeight
+from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.ir.files import Source
 from onnxcomp.passes.weight import WeightSite
 
@@ -25,6 +26,7 @@ class Prepared:
         path: Its file; None for a model that was given in memory.
         source: Name, bytes and hash of the input.
         sites: Weights a codec may be asked about.
+        policies: What is asked of each weight, by its name.
         skipped: Other tensors, with reasons.
         notes: What the graph passes changed.
         facts: What they have to report, by the name of the pass.
@@ -34,6 +36,17 @@ class Prepared:
     path: Path | None
     source: Source
     sites: tuple[WeightSite, ...]
+    policies: Mapping[str, Policy]
     skipped: tuple[SkippedWeight, ...]
     notes: tuple[str, ...]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def pruned(self) -> Mapping[str, Any] | None:
+        """What pruning did; None where it did not run."""
+        return self.facts.get("prune")
+
+    @property
+    def has_new_inputs(self) -> bool:
+        """Whether pruning has changed shapes of inputs."""
+        return self.pruned is not None and bool(self.pruned["inputs"])

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxcomp.passes.calibration.dataset import SampleSource
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.driver.compile import reference_file
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.driver.run import Run
+from onnxcomp.passes.driver.state import Subject
 from onnxcomp.passes.ir.files import read
+from onnxcomp.passes.planning.candidate_sets import candidate_sets
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.lagrangian import allocate
-from onnxcomp.passes.planning.measurements import gather_evidence
-from onnxcomp.passes.planning.planner import make_menus, measured_size
-from onnxcomp.passes.planning.search_space import Menu, equal_plans
-from onnxcomp.passes.planning.sensitivity_prior import guesses
+from onnxcomp.passes.planning.measurements import measure
+from onnxcomp.passes.planning.planner import measured_size
+from onnxcomp.passes.planning.search_space import CandidateSet, equal_plans
 from onnxcomp.passes.planning.size_fitting import with_dense
 from onnxcomp.passes.planning.solver import expected_error
 
@@ -65,41 +63,38 @@ def frontier(model: Any, settings: Settings, run: Run) -> list[FrontierPoint]:
     """Mixed plans from the smallest to the dense model, and plans with equal settings, by size."""
     loaded = read(model)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "reference.onnx"
-        source = SampleSource(run.data, functools.partial(reference_file, model, loaded, path))
-        prepared = prepare(loaded, settings, source)
-        evidence = gather_evidence(
-            prepared, settings, source, calibrated=run.calibrates, mixed=True
-        )
-        menus = make_menus(prepared, settings, evidence)
+        subject = Subject.of(model, loaded, run.data, "out.onnx", Path(folder))
+        prepared = prepare(loaded, settings, subject.samples)
+        known = measure(prepared, settings, subject.samples, calibrated=run.calibrates, mixed=True)
+        sets = candidate_sets(prepared, known)
     found: dict[int, FrontierPoint] = {}
-    for setting, picks in (*_equal(menus), *_mixed(menus)):
+    for setting, picks in (*_equal(sets), *_mixed(sets)):
         total = measured_size(prepared, settings, "out.onnx", picks)
-        error, weight_error = expected_error(menus, picks), _weight_error(menus, picks)
+        error, weight_error = expected_error(sets, picks), _weight_error(sets, picks)
         ratio = loaded.source.bytes / max(1, total)
         found[total] = FrontierPoint(setting, total, ratio, error, weight_error)
     return [found[total] for total in sorted(found)]
 
 
-def _mixed(menus: Sequence[Menu]) -> Iterator[tuple[str, list[Candidate]]]:
-    menus = [with_dense(menu) for menu in menus]
-    low = max(1, sum(min(c.bytes for c in menu.options) for menu in menus))
-    high = max(1, sum(max(c.bytes for c in menu.options) for menu in menus))
+def _mixed(sets: Sequence[CandidateSet]) -> Iterator[tuple[str, list[Candidate]]]:
+    sets = [with_dense(candidates) for candidates in sets]
+    low = max(1, sum(min(c.bytes for c in candidates.options) for candidates in sets))
+    high = max(1, sum(max(c.bytes for c in candidates.options) for candidates in sets))
     for point in range(_POINTS):
         share = point / (_POINTS - 1)
-        yield "", allocate(menus, math.ceil(low ** (1 - share) * high**share))
+        yield "", allocate(sets, math.ceil(low ** (1 - share) * high**share))
 
 
-def _equal(menus: Sequence[Menu]) -> Iterator[tuple[str, list[Candidate]]]:
+def _equal(sets: Sequence[CandidateSet]) -> Iterator[tuple[str, list[Candidate]]]:
     """Plans with one number of bits per weight for all; the others differ from site to site."""
-    for picks in equal_plans(menus):
+    for picks in equal_plans(sets):
         first = next((pick for pick in picks if not pick.reason), None)
         width = None if first is None else CODECS[first.codec].width
         if first is not None and width is not None:
             yield f"{first.codec} {width}={getattr(first.params, width)}", picks
 
 
-def _weight_error(menus: Sequence[Menu], picks: Sequence[Candidate]) -> float:
-    counts = list(guesses([menu.site for menu in menus]).values())
+def _weight_error(sets: Sequence[CandidateSet], picks: Sequence[Candidate]) -> float:
+    counts = [candidates.prior or 0.0 for candidates in sets]
     noise = sum(n * pick.error**2 for n, pick in zip(counts, picks, strict=True))
     return math.sqrt(noise / sum(counts)) if counts else 0.0

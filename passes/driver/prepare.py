@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.analysis.weight_sites import find_sites
+from onnxcomp.passes.config.policy import resolve_policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.files import Loaded
 from onnxcomp.passes.transforms.pass_manager import Context, no_feeds, run_passes
@@ -36,5 +37,12 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
     )
     notes = tuple(note for change in changes.values() for note in change.notes)
     return Prepared(
-        model, loaded.path, loaded.source, found.sites, found.skipped, notes, dict(context.facts)
+        model=model,
+        path=loaded.path,
+        source=loaded.source,
+        sites=found.sites,
+        policies={site.name: resolve_policy(site, settings) for site in found.sites},
+        skipped=found.skipped,
+        notes=notes,
+        facts=dict(context.facts),
     )

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import SpectralCodec
-from onnxcomp.passes.config.settings import Settings, match_rule, method_names
+from onnxcomp.passes.config.policy import Policy
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 from onnxcomp.passes.transforms.dedup_index_tables import IndexedWeights
@@ -132,9 +133,8 @@ def _truncated(
     settings: Settings, names: Sequence[str], operator: str, shape: tuple[int, int]
 ) -> bool:
     """Whether a weight gets two factors and nothing else is asked for."""
-    rule = match_rule(settings.rules, names, [operator])
-    methods = method_names(rule.methods or settings.method, CODECS, stock=settings.stock)
-    codecs = [CODECS[name] for name in methods]
+    policy = Policy.of(dataclasses.replace(settings, rest="keep"), names, [operator])
+    codecs = [CODECS[name] for name in policy.methods]
     rows, length = shape
     use = Use("", operator, 1, "dense" if operator == "Conv" else "matmul")
     site = WeightSite("", shape, "float32", (use,), "", rows, length, False)
