@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.passes.analysis.prepared import Prepared
-from onnxcomp.passes.codecs.protocol import FactoredCodec
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
 from onnxcomp.passes.encoding.encoder import Encoded, Progress, encode
@@ -122,7 +121,7 @@ def _served(placement: Placement) -> str:
     if placement.mode == "decode":
         return "decode"
     kinds = placement.codec.kinds(placement.site)
-    splits = isinstance(placement.codec, FactoredCodec)
+    splits = placement.codec.factors is not None
     fusable = any(
         use.need in kinds or (splits and has_place(placement.site, use))
         for use in placement.site.uses
