@@ -80,6 +80,25 @@ def test_codecs_never_import_the_graph() -> None:
         assert "onnxcomp.passes.ir.model" not in set(imports(path)), name_of(path)
 
 
+def test_what_a_codec_can_do_is_a_field_of_it() -> None:
+    """Callers never ask for the class of a codec, nor read anything from its name."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "isinstance",
+                "issubclass",
+            ):
+                assert "Codec" not in ast.unparse(node), f"{name_of(path)}:{node.lineno}"
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+                asked = ast.unparse(node.comparators[0])
+                assert not asked.endswith("codec.name"), f"{name_of(path)}:{node.lineno}"
+
+
+def test_few_modules_import_the_codec_protocol() -> None:
+    protocol = "onnxcomp.passes.codecs.protocol"
+    assert sum(protocol in set(imports(path)) for path in SOURCES) < 45
+
+
 def test_one_file_imports_graphsurgeon() -> None:
     users = [path for path in SOURCES if any("onnx_graphsurgeon" in name for name in imports(path))]
     assert users == [ROOT / "passes" / "ir" / "graphsurgeon.py"]

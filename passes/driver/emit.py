@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from onnxcomp.passes.analysis.prepared import Prepared
-from onnxcomp.passes.codecs.protocol import FactoredCodec
 from onnxcomp.passes.driver.run_report import planned_site, skipped_sites
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
@@ -114,7 +113,7 @@ def _served(placement: Placement) -> str:
     if placement.mode == "decode":
         return "decode"
     kinds = placement.codec.kinds(placement.site)
-    splits = isinstance(placement.codec, FactoredCodec)
+    splits = placement.codec.factors is not None
     fusable = any(
         use.need in kinds or (splits and has_place(placement.site, use))
         for use in placement.site.uses

@@ -13,10 +13,9 @@ from collections.abc import Callable
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.abilities import RivalledCodec
 from onnxcomp.passes.codecs.moments import held_out_error
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import CalibratedCodec, Codec
+from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.encoding.encoded import Coded, weight_error
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, Stats, WeightSite
@@ -45,19 +44,19 @@ def judged(
         stats: Inputs of its products; None to judge by the weight's own error.
         threads: Threads of the encoder.
     """
-    codec: Codec = CODECS[choice.codec]
-    if coded.payload is None or not isinstance(codec, RivalledCodec):
+    fallback = CODECS[choice.codec].fallback
+    if coded.payload is None or fallback is None:
         return coded
     error = coded.error if coded.output_error is None else coded.output_error
     said = f"{choice.codec} has error {error:.3g}"
-    rival = CODECS[codec.rival]
+    rival = CODECS[fallback.rival]
     params = _fitting(rival, site, coded.payload.nbytes)
     if params is not None:
         other = _error(rival, site, read(), params, stats, threads)
         size = rival.size(site, params)
         said += f", {rival.name} {other:.3g} in {size / coded.payload.nbytes:.2f} times the bytes"
     log.info("%s: %s", site.name, said)
-    limit = codec.limit(choice.params)
+    limit = fallback.limit(choice.params)
     if error > limit:
         return Coded(None, 0.0, f"{said}; {limit:g} is the limit")
     note = "; ".join(part for part in (coded.note, said) if part)
@@ -84,9 +83,9 @@ def _error(
         if stats is None:
             payload = rival.encode(site, weight, params, threads=threads)
             return weight_error(weight, rival.decode(site, payload))
-        able = isinstance(rival, CalibratedCodec) and rival.calibrates(site, params)
-        if able and isinstance(rival, CalibratedCodec):
-            payload = rival.encode_calibrated(site, weight, params, stats, threads=threads)
+        calibration = rival.calibration
+        if calibration is not None and calibration.suits(site, params):
+            payload = calibration.encode(site, weight, params, stats, threads=threads)
         else:
             payload = rival.encode(site, weight, params, threads=threads)
     except ModelError:

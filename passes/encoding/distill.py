@@ -18,9 +18,8 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import stored_form
-from onnxcomp.passes.codecs.abilities import SharedValues, TrainableCodec
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Payload
+from onnxcomp.passes.codecs.protocol import Payload, SharedValues, ValueSharing
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.encoded import weight_error
 from onnxcomp.passes.encoding.encoder import Encoded
@@ -52,7 +51,7 @@ class _Trained:
     """A weight whose values are trained."""
 
     item: Encoded
-    codec: TrainableCodec
+    sharing: ValueSharing
     placement: Placement
     params: Params
     shared: SharedValues
@@ -60,13 +59,13 @@ class _Trained:
     def stored(self, values: Array) -> tuple[Payload, Array]:
         """The payload with these values, and what they are in it."""
         site, payload = self.placement.site, self.placement.payload
-        made = self.codec.with_values(site, self.params, payload, values)
-        return made, self.codec.shared_values(site, made).values
+        made = self.sharing.write(site, self.params, payload, values)
+        return made, self.sharing.read(site, made).values
 
     def result(self, model: ir.Model, payload: Payload, note: str) -> Encoded:
         """What becomes of the weight."""
         payload = dataclasses.replace(payload, attributes=self.placement.payload.attributes)
-        decoded = self.codec.decode(self.placement.site, payload)
+        decoded = self.placement.codec.decode(self.placement.site, payload)
         note = "; ".join(part for part in (self.item.note, note) if part)
         return dataclasses.replace(
             self.item,
@@ -82,11 +81,11 @@ def _trainable(item: Encoded) -> _Trained | None:
     placement = item.placement
     if placement is None or placement.params is None:
         return None
-    codec = placement.codec
-    if not isinstance(codec, TrainableCodec):
+    sharing = placement.codec.sharing
+    if sharing is None:
         return None
-    shared = codec.shared_values(placement.site, placement.payload)
-    return _Trained(item, codec, placement, placement.params, shared)
+    shared = sharing.read(placement.site, placement.payload)
+    return _Trained(item, sharing, placement, placement.params, shared)
 
 
 def distilled(

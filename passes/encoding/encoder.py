@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import Codec, MeasuredCodec, Payload
+from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import judged
 from onnxcomp.passes.encoding.encoded import Coded, let_go, weight_error
@@ -137,7 +137,7 @@ def _encode_site(
     codec: Codec = CODECS[choice.codec]
     measured = weight_error(weight, codec.decode(site, payload))
     usual = codec.predict(site, choice.params)
-    if isinstance(codec, MeasuredCodec) and choice.error is not None:
+    if codec.measure is not None and choice.error is not None:
         usual = choice.error
     if not measured <= _UNUSUAL * usual:
         reason = f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Codec, FactoredCodec, Payload
+from onnxcomp.passes.codecs.protocol import Codec, Factors, Payload
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import (
     KEY,
@@ -138,12 +138,12 @@ class _Rewriter:
         kinds = placement.codec.kinds(placement.site)
         uses = [use for use in placement.site.uses if use.need in kinds]
         fused = sum(self._fuse_use(placement, use) for use in uses)
-        if isinstance(placement.codec, FactoredCodec):
+        if placement.codec.factors is not None:
             others = [use for use in placement.site.uses if use.need not in kinds]
-            fused += sum(self._split_use(placement, placement.codec, use) for use in others)
+            fused += sum(self._split_use(placement, placement.codec.factors, use) for use in others)
         return fused
 
-    def _split_use(self, placement: Placement, codec: FactoredCodec, use: Use) -> bool:
+    def _split_use(self, placement: Placement, factors: Factors, use: Use) -> bool:
         """Use the two factors of a weight one after the other; return whether that is possible."""
         node, site = self._node(use.node), placement.site
         if not splits(node, use, site):
@@ -151,7 +151,7 @@ class _Rewriter:
         x = node.inputs[0]
         assert x is not None
         builder = self._builder(placement, node, use.node)
-        kind, result = split(builder, node, site, *codec.factors(builder, site, placement.payload))
+        kind, result = split(builder, node, site, *factors(builder, site, placement.payload))
         producer = result.producer()
         assert producer is not None
         route = [0, 0]  # both ways lead through the first input of two nodes
@@ -230,11 +230,8 @@ def _replacement(
 
 
 def _in_parts(codec: Codec, opset: int) -> bool:
-    """Whether a use becomes standard operators, or several of ours, none of which explains it.
-
-    Codecs made of others, with ``+`` in their name, make several.
-    """
-    return "+" in codec.name or not codec.functions(opset)
+    """Whether a use becomes standard operators, or several of ours, none of which explains it."""
+    return codec.composite or not codec.functions(opset)
 
 
 def _emitted(

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol
 import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import SpectralCodec
 from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
@@ -138,7 +137,7 @@ def _truncated(
     rows, length = shape
     use = Use("", operator, 1, "dense" if operator == "Conv" else "matmul")
     site = WeightSite("", shape, "float32", (use,), "", rows, length, False)
-    return all(isinstance(c, SpectralCodec) and c.refuse(site) is None for c in codecs)
+    return all(c.spectrum is not None and c.refuse(site) is None for c in codecs)
 
 
 # In the order in which they run.

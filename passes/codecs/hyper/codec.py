@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -29,7 +29,15 @@ from onnxcomp.passes.codecs.hyper.format import Geometry
 from onnxcomp.passes.codecs.hyper.tables import GROUP_GAIN, NORMAL_SQNR, WINDINGS
 from onnxcomp.passes.codecs.moments import anchored, damped, with_weight_error
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import (
+    Builder,
+    CalibratedEncoding,
+    Codec,
+    LoadMemory,
+    Payload,
+    Qualities,
+    TensorLayout,
+)
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = ["HyperCodec", "HyperParams"]
@@ -53,6 +61,12 @@ class HyperParams(Params):
     state_bits: int = 7
     group: int = 128
 
+
+_QUALITIES = {
+    "fast": "state_bits=6: least time to encode, and on CPUs without AVX-512 to run",
+    "balanced": "state_bits=7, the default",
+    "best": "state_bits=12: 8 to 16 % less error power up to 4 bits; slow to encode",
+}
 
 # What a planner may choose from; seven state bits suffice up to five bits per weight. Groups other
 # than 128 are the small change with which a plan meets a size.
@@ -114,7 +128,7 @@ def _table_of(payload: Payload) -> Array:
     raise ValueError("there is no table")
 
 
-class HyperCodec:
+class HyperCodec(Codec):
     """HyperMatMul, HyperGather, HyperDecode and HyperWeight of ops/hyper/spec.md."""
 
     name: ClassVar[str] = "hyper"
@@ -124,12 +138,16 @@ class HyperCodec:
     params_type: ClassVar[type[Params]] = HyperParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
-    anchored: ClassVar[Literal[True]] = True
-    qualities: ClassVar[Mapping[str, str]] = {
-        "fast": "state_bits=6: least time to encode, and on CPUs without AVX-512 to run",
-        "balanced": "state_bits=7, the default",
-        "best": "state_bits=12: 8 to 16 % less error power up to 4 bits; slow to encode",
-    }
+
+    @property
+    def calibration(self) -> CalibratedEncoding:
+        """For inputs with known moments, towards the outputs of the dense model."""
+        return CalibratedEncoding(self.encode_calibrated, self.calibrates, anchored=True)
+
+    @property
+    def qualities(self) -> Qualities:
+        """Numbers of states."""
+        return Qualities(_QUALITIES, self.graded)
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import onnx
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.integer import grid as integer_grid
@@ -22,7 +21,14 @@ from onnxcomp.passes.codecs.integer.grid import Integers
 from onnxcomp.passes.codecs.integer.nodes import Form
 from onnxcomp.passes.codecs.moments import damped, output_error, with_weight_error
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import (
+    Builder,
+    CalibratedEncoding,
+    Codec,
+    LoadMemory,
+    Payload,
+    TensorLayout,
+)
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = ["IntegerCodec", "IntegerParams"]
@@ -127,7 +133,7 @@ def _measured(form: Form, weight: Array, stats: Stats | None) -> float:
     return math.sqrt(noise / power) if power > 0.0 else 0.0
 
 
-class IntegerCodec:
+class IntegerCodec(Codec):
     """MatMulNBits (domain com.microsoft) and standard operators."""
 
     name: ClassVar[str] = "int"
@@ -137,6 +143,11 @@ class IntegerCodec:
     params_type: ClassVar[type[Params]] = IntegerParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
+
+    @property
+    def calibration(self) -> CalibratedEncoding:
+        """GPTQ, for inputs with known moments."""
+        return CalibratedEncoding(self.encode_calibrated, self.calibrates)
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -258,7 +269,3 @@ class IntegerCodec:
             return LoadMemory(0, 0)
         form = _form(site, params)
         return LoadMemory(form.folding_bytes, 0)
-
-    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
-        """None: the operators are those of ONNX and of ONNX Runtime."""
-        return ()

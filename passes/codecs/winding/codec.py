@@ -18,10 +18,10 @@ import onnx
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.codecs.winding import format as winding_format
 from onnxcomp.passes.codecs.winding.format import GRIDS, Trajectory, WindingGeometry, trajectory
-from onnxcomp.passes.weight import Array, Attribute, Kind, WeightSite
+from onnxcomp.passes.weight import Array, Kind, WeightSite
 
 __all__ = ["WindingCodec", "WindingParams", "best_side"]
 
@@ -133,7 +133,7 @@ def _group_scales(pairs: Array) -> Array:
     return np.asarray(scales.reshape(-1, 1, 1))
 
 
-class WindingCodec:
+class WindingCodec(Codec):
     """WindingDecode and WindingWeight of ops/winding/spec.md."""
 
     name: ClassVar[str] = "winding"
@@ -141,7 +141,6 @@ class WindingCodec:
         "Hyper-Compression as published, to compare with: pairs of weights as steps of a trajectory"
     )
     params_type: ClassVar[type[Params]] = WindingParams
-    automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = "bits"
 
     def refuse(self, site: WeightSite) -> str | None:
@@ -198,10 +197,6 @@ class WindingCodec:
         winding = WindingParams.of(params)
         geometry = _geometry(site, winding)
         return winding_format.shared_tensors(_path(winding), winding.grid, geometry)
-
-    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """None: everything is in the tensors."""
-        return {}
 
     def size(self, site: WeightSite, params: Params) -> int:
         """Bytes of codes, scales, centre and spans, exactly."""
@@ -272,10 +267,6 @@ class WindingCodec:
         first, second = (int(step) for step in shared["generator"])
         path = Trajectory(points - 1, (first, second), order)
         return winding_format.decode(payload.tensors, path, (site.rows, site.length))
-
-    def kinds(self, site: WeightSite) -> frozenset[Kind]:
-        """The dense weight, folded or decoded."""
-        return frozenset({"weight", "decode"})
 
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
