@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.analysis.weight_sites import SkippedWeight
 from onnxcomp.passes.ir.files import Source
 from onnxcomp.passes.weight import WeightSite
@@ -26,8 +25,7 @@ class Prepared:
         source: Name, bytes and hash of the input.
         sites: Weights a codec may be asked about.
         skipped: Other tensors, with reasons.
-        notes: What the graph passes changed.
-        facts: What they have to report, by the name of the pass.
+        pruned: What pruning took out; None without pruning.
     """
 
     model: ir.Model
@@ -35,5 +33,4 @@ class Prepared:
     source: Source
     sites: tuple[WeightSite, ...]
     skipped: tuple[SkippedWeight, ...]
-    notes: tuple[str, ...]
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pruned: PruneReport | None = None

@@ -108,7 +108,7 @@ class _Task:
 def _planned(task: _Task, settings: Settings, given: Plan | None) -> _Work:
     """Prepare a model, and make its plan or settle the given one."""
     run = task.run
-    if given is not None and given.pruned and given.pruned["calibrated"] and run.data is None:
+    if given is not None and given.pruned and given.pruned.calibrated and run.data is None:
         raise UsageError(
             "the plan prunes by inputs, and none are given", hint="give the --data it was made with"
         )
@@ -151,7 +151,7 @@ def _divided(task: _Task, settings: Settings) -> _Work:
         )
         copy = dataclasses.replace(task.loaded, model=copy_model(task.loaded.model))
         work = _work(dataclasses.replace(task, loaded=copy), own)
-        if work.plan.pruned is not None and not work.plan.pruned["met"]:
+        if work.plan.pruned is not None and not work.plan.pruned.met:
             return None
         noise = _pruning_noise(task, work.prepared, seen) if share else 0.0
         codes = work.plan.error if any(not choice.kept for choice in work.plan) else 0.0
@@ -223,7 +223,7 @@ def _report(
         seconds={**run.seconds, "total": round(sum(run.seconds.values()), 4)},
         config=run.config(made.settings),
         evaluation=None if verdict.evaluation is None else verdict.evaluation.to_json(),
-        prune=prepared.facts.get("prune"),
+        prune=None if prepared.pruned is None else prepared.pruned.to_json(),
         speed=None if verdict.slowdown is None else verdict.slowdown.to_json(),
     )
 
@@ -348,15 +348,14 @@ def _attempts(
 
 def _witnesses(prepared: Prepared, samples: Samples | None, source: SampleSource, run: Run) -> Any:
     """What models are compared on: a few of the inputs that something was fitted to."""
-    if samples is None and "prune" in prepared.facts and run.data is not None:
+    if samples is None and prepared.pruned is not None and run.data is not None:
         samples = Samples(source() or ())
     return run.data if samples is None else samples.witnesses
 
 
 def _has_new_shapes(prepared: Prepared) -> bool:
     """Whether pruning has changed shapes of inputs."""
-    pruned = prepared.facts.get("prune")
-    return pruned is not None and bool(pruned["inputs"])
+    return prepared.pruned is not None and bool(prepared.pruned.inputs)
 
 
 def _other_plan(
@@ -457,12 +456,12 @@ def _judged(result: Result, verdict: _Verdict, *, accepted: bool) -> Result:
             result,
             hint="look at it with onnxcomp verify; --force publishes it all the same",
         )
-    pruned = result.report.prune
-    if pruned is not None and not pruned["met"]:
-        what = "of the parameters that can go" if pruned["unit"] == "parameters" else "of the FLOPs"
+    pruned = result.plan.pruned
+    if pruned is not None and not pruned.met:
+        what = "of the parameters that can go" if pruned.unit == "parameters" else "of the FLOPs"
         raise TargetMissedError(
-            f"{result.path}: pruning took {100 * pruned['reached']:.1f} % {what}, "
-            f"{100 * pruned['asked']:.1f} % were asked for",
+            f"{result.path}: pruning took {100 * pruned.reached:.1f} % {what}, "
+            f"{100 * pruned.asked:.1f} % were asked for",
             result,
             hint="onnxcomp inspect --groups shows what can go and why the rest stays",
         )

@@ -9,6 +9,8 @@ from onnxcomp.passes.analysis.weight_sites import find_sites
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.files import Loaded
 from onnxcomp.passes.transforms.pass_manager import Context, no_feeds, run_passes
+from onnxcomp.passes.transforms.prune.graph_pass import Prune, PruneChange
+from onnxcomp.passes.transforms.registry import GRAPH_PASSES
 from onnxcomp.passes.weight import Feed
 
 __all__ = ["prepare"]
@@ -25,8 +27,7 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         feeds: Gives the calibration inputs to passes that need them.
     """
     model = loaded.model
-    context = Context(settings, feeds)
-    changes = run_passes(model, context)
+    changes = run_passes(model, Context(settings, feeds), GRAPH_PASSES)
     found = find_sites(
         model,
         min_size=settings.min_size,
@@ -34,7 +35,6 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         exclude=settings.exclude,
         freeze_inputs=settings.freeze_inputs,
     )
-    notes = tuple(note for change in changes.values() for note in change.notes)
-    return Prepared(
-        model, loaded.path, loaded.source, found.sites, found.skipped, notes, dict(context.facts)
-    )
+    pruning = changes.get(Prune.name)
+    pruned = pruning.report if isinstance(pruning, PruneChange) else None
+    return Prepared(model, loaded.path, loaded.source, found.sites, found.skipped, pruned)

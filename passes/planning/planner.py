@@ -156,7 +156,7 @@ def plan_from(
         portable_load_bytes=portable_load_bytes(prepared.sites, list(choices.values())),
         error=expected_error(menus, picks),
         slowdown=None if timing is None else max(0.0, 1.0 + added / timing.dense_seconds),
-        pruned=prepared.facts.get("prune"),
+        pruned=prepared.pruned,
     )
 
 
@@ -174,5 +174,5 @@ def settle(plan: Plan, prepared: Prepared, *, name: str = "out.onnx") -> Plan:
         skipped=prepared.skipped,
         bytes=_measure(prepared, plan.settings, name, choices),
         portable_load_bytes=portable_load_bytes(prepared.sites, choices),
-        pruned=prepared.facts.get("prune"),
+        pruned=prepared.pruned,
     )
