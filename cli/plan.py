@@ -64,7 +64,7 @@ def command(
         plan.save(output)
     show_division(terminal, plan.division)
     if plan.pruned is not None:
-        show_pruned(terminal, plan.pruned)
+        show_pruned(terminal, plan.pruned.to_json())
     show_sites(terminal, planned_sites(plan), {choice.site: choice for choice in plan})
     terminal.finish(plan.to_json(), plan_verdict(plan))
     if not plan.met:
@@ -109,7 +109,7 @@ def plan_verdict(plan: Plan) -> str:
         text += f", {bytes_text(plan.portable_load_bytes)} of memory to load without the library"
     if plan.error is not None:
         text += f", expected error {100 * plan.error:.2f} %"
-    text = ", ".join([text, *prune_text(plan.pruned)])
+    text = ", ".join([text, *prune_text(None if plan.pruned is None else plan.pruned.to_json())])
     wanted = plan.budget.bytes
     if wanted is None:
         return text

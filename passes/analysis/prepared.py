@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.analysis.weight_sites import SkippedWeight
 from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.ir.files import Source
@@ -28,8 +28,7 @@ class Prepared:
         sites: Weights a codec may be asked about.
         policies: What is asked of each weight, by its name.
         skipped: Other tensors, with reasons.
-        notes: What the graph passes changed.
-        facts: What they have to report, by the name of the pass.
+        pruned: What pruning took out; None without pruning.
     """
 
     model: ir.Model
@@ -38,15 +37,9 @@ class Prepared:
     sites: tuple[WeightSite, ...]
     policies: Mapping[str, Policy]
     skipped: tuple[SkippedWeight, ...]
-    notes: tuple[str, ...]
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def pruned(self) -> Mapping[str, Any] | None:
-        """What pruning did; None where it did not run."""
-        return self.facts.get("prune")
+    pruned: PruneReport | None = None
 
     @property
     def has_new_inputs(self) -> bool:
         """Whether pruning has changed shapes of inputs."""
-        return self.pruned is not None and bool(self.pruned["inputs"])
+        return self.pruned is not None and bool(self.pruned.inputs)

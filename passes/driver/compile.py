@@ -110,12 +110,12 @@ def _judged(result: Result, verdict: Verdict, *, accepted: bool) -> Result:
             result,
             hint="look at it with onnxcomp verify; --force publishes it all the same",
         )
-    pruned = result.report.prune
-    if pruned is not None and not pruned["met"]:
-        what = "of the parameters that can go" if pruned["unit"] == "parameters" else "of the FLOPs"
+    pruned = result.plan.pruned
+    if pruned is not None and not pruned.met:
+        what = "of the parameters that can go" if pruned.unit == "parameters" else "of the FLOPs"
         raise TargetMissedError(
-            f"{result.path}: pruning took {100 * pruned['reached']:.1f} % {what}, "
-            f"{100 * pruned['asked']:.1f} % were asked for",
+            f"{result.path}: pruning took {100 * pruned.reached:.1f} % {what}, "
+            f"{100 * pruned.asked:.1f} % were asked for",
             result,
             hint="onnxcomp inspect --groups shows what can go and why the rest stays",
         )

@@ -32,7 +32,7 @@ def plan_subject(
     Raises:
         UsageError: The plan needs inputs that are not given, or does not fit the model.
     """
-    if given is not None and given.pruned and given.pruned["calibrated"] and run.data is None:
+    if given is not None and given.pruned and given.pruned.calibrated and run.data is None:
         raise UsageError(
             "the plan prunes by inputs, and none are given", hint="give the --data it was made with"
         )
@@ -72,7 +72,7 @@ def _divided(subject: Subject, settings: Settings, run: Run) -> PlannedModel:
             settings, divide=None, prune_ratio=share or None, prune_score=score
         )
         planned = _planned(subject.copy(), own, None, run)
-        if planned.plan.pruned is not None and not planned.plan.pruned["met"]:
+        if planned.plan.pruned is not None and not planned.plan.pruned.met:
             return None
         noise = _pruning_noise(planned, seen) if share else 0.0
         return _trial(share, planned.plan, noise), planned

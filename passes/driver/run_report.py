@@ -76,7 +76,7 @@ def run_report(
         verdict: What the gates say.
         run: The circumstances, with the seconds of each stage.
     """
-    plan, source = planned.plan, planned.prepared.path
+    plan, source, pruned = planned.plan, planned.prepared.path, planned.prepared.pruned
     gates = (verdict.verification, verdict.evaluation, verdict.slowdown)
     verify, evaluation, speed = (None if gate is None else gate.to_json() for gate in gates)
     target = None
@@ -97,7 +97,7 @@ def run_report(
         config=run.config(plan.settings),
         target=target,
         evaluation=evaluation,
-        prune=planned.prepared.pruned,
+        prune=None if pruned is None else pruned.to_json(),
         speed=speed,
         division=list(plan.division) or None,
     )

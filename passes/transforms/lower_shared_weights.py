@@ -38,6 +38,7 @@ from onnxcomp.passes.codecs.protocol import Payload
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
 from onnxcomp.passes.weight import Array, WeightSite
 
 __all__ = ["KEY", "Layer", "Memory", "SharedWeights", "read_note", "write_note"]
@@ -151,19 +152,18 @@ class _Uses:
     inside: Array
 
 
-class SharedWeights:
+class SharedWeights(GraphPass):
     """Store weights that were trained to share as they were trained."""
 
     name: ClassVar[str] = "shared_weights"
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
     subgraphs: ClassVar[bool] = True
-    functions: ClassVar[bool] = False
 
     def wanted(self, settings: Settings) -> bool:
         """Where weights may be stored by hashing."""
         return bool({"auto", "hash"} & set(settings.method))
 
-    def run(self, model: ir.Model, context: Any) -> Change:
+    def run(self, model: ir.Model, context: Context) -> Change:
         """``MatMul(x, W) -> HashMatMul(x, memory, ...)`` for weights that a note tells of."""
         memories = read_note(model)
         if not memories:
@@ -184,7 +184,6 @@ class SharedWeights:
         model.metadata_props.pop(KEY, None)
         if placements:
             rewrite(model, placements, portable=settings.portable)
-            context.facts[self.name] = {"weights": len(placements), "notes": notes}
         for note in notes:
             log.warning("%s: they are treated as dense weights", note)
         return Change(len(placements), tuple(notes))

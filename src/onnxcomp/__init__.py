@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp import errors
+from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.ops import library_path as get_library_path
@@ -67,8 +68,6 @@ __all__ = [
     "to_gs",
     "verify",
 ]
-
-__version__ = "0.1.0"
 
 # Public name -> module and name there.
 _HOMES = {

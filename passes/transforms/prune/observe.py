@@ -20,7 +20,7 @@ from onnxcomp.passes.transforms.prune.norms import ChannelSums, Norm
 from onnxcomp.passes.transforms.prune.qk_products import silenced
 from onnxcomp.passes.weight import Array, Feed
 
-__all__ = ["Walk", "moments"]
+__all__ = ["Collector", "moments"]
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _dense(consumer: Consumer) -> tuple[Array, Array]:
     return weight, np.zeros(len(weight), np.float32)
 
 
-class Walk:
+class Collector:
     """The model on its way to less: each product is seen behind the ones already fitted.
 
     Args:
