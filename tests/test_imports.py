@@ -38,7 +38,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "codecs": frozenset({"errors", "plugins", "weight", "suggest"}),
     "ir": _IR,
     "config": _IR,
-    "analysis": _IR,
+    "analysis": _IR | {"config"},
     "lowering": _SITES,
     "calibration": _SITES | {"lowering"},
     "latency": _CALIBRATION,

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from onnxcomp.passes.analysis.prepared import Prepared
-from onnxcomp.passes.driver.run_report import planned_site, skipped_sites
+from onnxcomp.passes.driver.run_report import encoded_site, skipped_sites
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import Encoded, Progress, encode
+from onnxcomp.passes.encoding.encoder import Progress, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
-from onnxcomp.passes.lowering.factors import has_place
-from onnxcomp.passes.lowering.rewrite import Placement, rewrite
-from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.lowering.rewrite import rewrite
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.report.report import SiteReport
-from onnxcomp.passes.report.spectra import Spectrum, spectra
+from onnxcomp.passes.report.spectra import spectra
 
 # Gives a block that times one stage, by the stage's name.
 Stage = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -89,33 +87,4 @@ def emit(
         if placements:
             rewrite(model, placements, portable=plan.settings.portable)
         saved = save(model, path, external_data=plan.settings.external_data)
-    return Written(saved, (*(_site(item, found) for item in encoded), *skipped_sites(plan)))
-
-
-def _site(item: Encoded, spectra: Mapping[str, Spectrum]) -> SiteReport:
-    choice = item.choice
-    if item.placement is None:
-        kept = Choice.kept_dense(item.site, item.reason)
-        return planned_site(kept)
-    return dataclasses.replace(
-        planned_site(choice),
-        mode=_served(item.placement),
-        bytes_after=item.placement.payload.nbytes,
-        weight_error=item.error,
-        output_error=item.output_error,
-        note=item.note,
-        spectrum=spectra.get(item.site.name),
-    )
-
-
-def _served(placement: Placement) -> str:
-    """How the weight's products and look-ups are served."""
-    if placement.mode == "decode":
-        return "decode"
-    kinds = placement.codec.kinds(placement.site)
-    splits = placement.codec.factors is not None
-    fusable = any(
-        use.need in kinds or (splits and has_place(placement.site, use))
-        for use in placement.site.uses
-    )
-    return "fused" if fusable and placement.mode != "folded" else "folded"
+    return Written(saved, (*(encoded_site(item, found) for item in encoded), *skipped_sites(plan)))

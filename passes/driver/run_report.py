@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from onnxcomp.passes.driver.gates import Verdict
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.driver.state import PlannedModel
+from onnxcomp.passes.encoding.encoder import Encoded
+from onnxcomp.passes.ir.files import file_hash
+from onnxcomp.passes.lowering.factors import has_place
+from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.report.report import (
@@ -17,12 +23,43 @@ from onnxcomp.passes.report.report import (
     coverage,
     versions,
 )
+from onnxcomp.passes.report.spectra import Spectrum
 from onnxcomp.runtime.memory import peak_rss
 
-__all__ = ["planned_site", "planned_sites", "run_report", "skipped_sites"]
+__all__ = ["encoded_site", "output_file", "planned_sites", "run_report", "skipped_sites"]
 
 
-def planned_site(choice: Choice) -> SiteReport:
+def encoded_site(item: Encoded, spectra: Mapping[str, Spectrum]) -> SiteReport:
+    """What became of a weight."""
+    choice = item.choice
+    if item.placement is None:
+        kept = Choice.kept_dense(item.site, item.reason)
+        return _planned_site(kept)
+    return dataclasses.replace(
+        _planned_site(choice),
+        mode=_served(item.placement),
+        bytes_after=item.placement.payload.nbytes,
+        weight_error=item.error,
+        output_error=item.output_error,
+        note=item.note,
+        spectrum=spectra.get(item.site.name),
+    )
+
+
+def _served(placement: Placement) -> str:
+    """How the weight's products and look-ups are served."""
+    if placement.mode == "decode":
+        return "decode"
+    kinds = placement.codec.kinds(placement.site)
+    splits = placement.codec.factors is not None
+    fusable = any(
+        use.need in kinds or (splits and has_place(placement.site, use))
+        for use in placement.site.uses
+    )
+    return "fused" if fusable and placement.mode != "folded" else "folded"
+
+
+def _planned_site(choice: Choice) -> SiteReport:
     """What would become of a weight."""
     return SiteReport(
         name=choice.site,
@@ -57,15 +94,15 @@ def skipped_sites(plan: Plan) -> Iterator[SiteReport]:
 
 def planned_sites(plan: Plan) -> tuple[SiteReport, ...]:
     """What would become of each weight."""
-    return (*(planned_site(choice) for choice in plan), *skipped_sites(plan))
+    return (*(_planned_site(choice) for choice in plan), *skipped_sites(plan))
 
 
 def run_report(
     planned: PlannedModel,
     output: OutputFile,
     sites: Sequence[SiteReport],
-    verdict: Verdict,
     run: Run,
+    verdict: Verdict | None = None,
 ) -> Report:
     """Put the report of a run together.
 
@@ -73,10 +110,11 @@ def run_report(
         planned: The model and its plan.
         output: What was written, or would be.
         sites: What became of each weight.
-        verdict: What the gates say.
         run: The circumstances, with the seconds of each stage.
+        verdict: What the gates say; None where nothing was written.
     """
     plan, source, pruned = planned.plan, planned.prepared.path, planned.prepared.pruned
+    verdict = Verdict() if verdict is None else verdict
     gates = (verdict.verification, verdict.evaluation, verdict.slowdown)
     verify, evaluation, speed = (None if gate is None else gate.to_json() for gate in gates)
     target = None
@@ -101,3 +139,9 @@ def run_report(
         speed=speed,
         division=list(plan.division) or None,
     )
+
+
+def output_file(files: Sequence[Path], size: int) -> OutputFile:
+    """What is reported of an output: its files, the model's first, and their bytes."""
+    names = tuple(str(path) for path in files)
+    return OutputFile(names[0], size, file_hash(files[0]), names)
