@@ -1,7 +1,9 @@
-"""The tables of README.md and docs/numbers.md, from ``benchmarks/results``.
+"""The tables of README.md and pages of docs/, and the README's picture.
 
-python benchmarks/readme_tables.py            prints them
-python benchmarks/readme_tables.py --write    puts them into the pages
+All come from ``benchmarks/results``.
+
+python benchmarks/readme_tables.py            prints the tables
+python benchmarks/readme_tables.py --write    puts them into the pages, and draws the picture
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
-from speed_tables import headline_products, products, shared_products
+from size_loss_picture import PICTURE, draw
+from speed_tables import headline_speed, products, shared_products
 
 __all__ = ["stale_pages", "tables"]
 
@@ -302,13 +305,27 @@ def planner() -> Iterator[str]:
     yield markdown(columns, ranks)
 
 
-# What each page shows, by heading.
+def headlines() -> Iterator[str]:
+    """What the README shows."""
+    yield from minilm()
+    yield from headline_speed()
+
+
+def deep_convolutions() -> Iterator[str]:
+    """What rounding does to a deep convolutional network."""
+    name = "mobilenetv2_224_tf2ptq_fp32"
+    (agrees,) = (r["agree_library"] for r in read("models_4bit")["models"] if r["name"] == name)
+    rows = {row["name"]: row for row in read("hyper_models")["mobilenetv2"]["rows"]}
+    four, five = (1 - rows[f"hyper {bits}"]["disagreement"] for bits in (4, 5))
+    yield (
+        "Networks with depthwise convolutions need more bits than language models. MobileNetV2\n"
+        f"keeps {agrees:.0%} of its answers at 4 bits. On the images of\n"
+        f"`benchmarks/bench_hyper_models.py` it keeps {four:.0%}, and {five:.0%} at 5 bits.\n"
+    )
+
+
+# What pages show, by heading; an empty one where the page has a heading of its own.
 Sections = Mapping[str, Callable[[], Iterator[str]]]
-HEADLINES: Sections = {
-    "A sentence encoder": minilm,
-    "A language model": language_model,
-    "Speed": headline_products,
-}
 ALL: Sections = {
     "A sentence encoder": minilm,
     "A language model": language_model,
@@ -322,14 +339,19 @@ ALL: Sections = {
     "Presets": presets,
     "Structured pruning": pruning,
 }
-PAGES: Mapping[Path, Sections] = {ROOT / "README.md": HEADLINES, ROOT / "docs" / "numbers.md": ALL}
+PAGES: Mapping[Path, Sections] = {
+    ROOT / "README.md": {"": headlines},
+    ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
+    ROOT / "docs" / "numbers.md": ALL,
+}
 
 
 def tables(sections: Sections) -> str:
     """All tables with the sentences before them, under their headings."""
     parts = []
     for heading, make in sections.items():
-        parts += [f"### {heading}\n", *make()]
+        parts += [f"### {heading}\n"] if heading else []
+        parts += make()
     return "\n".join(parts)
 
 
@@ -340,9 +362,9 @@ def put_into(text: str, sections: Sections) -> str:
 
 
 def stale_pages() -> Mapping[Path, str]:
-    """Pages that differ from what the result files say, and what they should be."""
-    pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
-    wanted = {path: put_into(text, PAGES[path]) for path, text in pages.items()}
+    """Pages and pictures that differ from what the result files say, and what they should be."""
+    pages = {path: path.read_text(encoding="utf-8") for path in (*PAGES, PICTURE)}
+    wanted = {path: put_into(pages[path], PAGES[path]) for path in PAGES} | {PICTURE: draw()}
     return {path: text for path, text in wanted.items() if text != pages[path]}
 
 
