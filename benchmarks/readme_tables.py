@@ -53,9 +53,9 @@ def minilm() -> Iterator[str]:
             )
         )
     yield (
-        "The sentence encoder all-MiniLM-L6-v2 on the STS-B development set (Spearman rank,\n"
-        "mean of 1 - cosine to the float32 embeddings; peak memory of the compiler):\n"
-        "`benchmarks/bench_minilm.py`.\n"
+        "The sentence encoder all-MiniLM-L6-v2 on the STS-B development set, without calibration:\n"
+        "Spearman rank, mean of 1 - cosine to the float32 embeddings, and peak memory of the\n"
+        "compiler (`benchmarks/bench_minilm.py`).\n"
     )
     columns = ("weights", "file", "ratio", "Spearman", "1 - cosine", "compiler memory")
     yield markdown(columns, rows)
@@ -99,11 +99,11 @@ def models() -> Iterator[str]:
         for row in read("models_4bit")["models"]
     ]
     yield (
-        "Models of other projects at 4 bits: share of the weight bytes that is compressed, worst\n"
-        "signal-to-noise ratio of an output with the library and without, agreement of the top\n"
-        "class with the original, on real inputs where we have them, else on made-up ones; CPU\n"
-        "time to load and memory of the session, of the original, with the library, and without:\n"
-        "`benchmarks/bench_models.py`.\n"
+        "Models of other projects at 4 bits (`benchmarks/bench_models.py`). `covered` is the\n"
+        "share of the weight bytes that is compressed; `library` and `any runtime` the worst\n"
+        "signal-to-noise ratio of an output in that form; `same class` how often the top class is\n"
+        "the original's. Inputs are real where there are any, else made up. CPU time to load and\n"
+        "memory of the session: original / with the library / without.\n"
     )
     columns = ("model", "float32 file", "ratio", "covered", "library", "any runtime", "same class")
     yield markdown((*columns, "inputs", "load, ms", "memory, MB"), rows)
@@ -154,10 +154,10 @@ def shared_training() -> Iterator[str]:
             cells.append((name, *("" if s is None else share(sum(s) / len(s)) for s in scores)))
     yield (
         "Accuracy of networks that are trained with fewer numbers: as signed copies of a memory,\n"
-        "pruned before training (places of the weights that are left not counted), or with fewer\n"
-        "channels, which takes fewer operations, too. Few epochs on 8,000 to 10,000 images, one\n"
-        "seed: differences of a point are noise. `benchmarks/bench_sharing_training.py`, and\n"
-        "[sharing.md](sharing.md).\n"
+        "pruned before training (the places of the remaining weights are not counted), or with\n"
+        "fewer channels, which takes fewer operations, too. There are few epochs on 8,000 to\n"
+        "10,000 images, and one seed: differences of a point are noise\n"
+        "(`benchmarks/bench_sharing_training.py`, and [Shared weights](sharing.md)).\n"
     )
     titles = [f"{SHARING_NETWORKS[network]}, {ratio}x" for network, ratio in columns]
     yield markdown(("weights", *titles), cells)
@@ -180,8 +180,8 @@ def language_model() -> Iterator[str]:
     yield (
         "A small language model (5 million weights), all tensors compressed, with and without\n"
         "calibration on its training text: divergence from the float32 predictions, agreement of\n"
-        f"the likeliest token (both on {windows} windows of two held-out texts), perplexity on\n"
-        "one of them. Integer rows use blocks of 128: `benchmarks/bench_hyper_models.py`.\n"
+        f"the likeliest token (both on {windows} windows of two held-out texts), perplexity on one\n"
+        "of the texts. Integers have blocks of 128 (`benchmarks/bench_hyper_models.py`).\n"
     )
     columns = ("weights", "file", "KL (nats)", "same token", "perplexity")
     yield markdown(columns, rows)
@@ -194,9 +194,10 @@ def presets() -> Iterator[str]:
     cells = {(r["model"], r["preset"]): f"{r['ratio']:.1f}x, {100 * r['loss']:.1f} %" for r in rows}
     models = dict.fromkeys(row["model"] for row in rows)
     yield (
-        "Presets without calibration data: times smaller, and loss: share of inputs with another\n"
-        "result than the original's (class, decision, likeliest token), for MiniLM the mean of\n"
-        "1 - cosine. SqueezeNet's original is in float16: `benchmarks/bench_presets.py`.\n"
+        "Presets without calibration data: how many times smaller, and the loss. The loss is the\n"
+        "share of inputs with another result than the original's (class, decision, likeliest\n"
+        "token); for MiniLM, the mean of 1 - cosine. SqueezeNet's original is in float16\n"
+        "(`benchmarks/bench_presets.py`).\n"
     )
     table = [(model, *(cells[model, name] for name in names)) for model in models]
     yield markdown(("model", *names), table)
@@ -211,11 +212,11 @@ def restored() -> Iterator[str]:
     wanted = [(2, "normal"), (3, "normal"), *((4, kind) for kind in ("normal", "laplace"))]
     wanted += [(4, "student4"), (4, "trained")]
     yield (
-        "Weights after they were stored and restored: signal-to-noise ratio in dB, for normal,\n"
-        "Laplace and Student-t (4) weights and those of the language model. RTN rounds to nearest\n"
-        "in groups (g) of 128 with one float16 scale, on -n .. n, on -n-1 .. n as ONNX Runtime\n"
-        "does, with a zero point, or in the best range; `winding` is Hyper-Compression in its\n"
-        "best box; the bound is Shannon's: `benchmarks/bench_hyper_quality.py`.\n"
+        "Decoded weights: signal-to-noise ratio in dB, for normal, Laplace and Student-t (4)\n"
+        "weights and those of the language model (`benchmarks/bench_hyper_quality.py`). RTN\n"
+        "rounds to nearest in groups (g) of 128 with one float16 scale: on -n .. n, on -n-1 .. n as ONNX\n"
+        "Runtime does, with a zero point, or in the best range. `winding` is Hyper-Compression in\n"
+        "its best box. The bound is Shannon's.\n"
     )
     cells = [
         (codec, *(_one_digit(by_bits.get(bits, {}).get(kind)) for bits, kind in wanted))
@@ -250,12 +251,12 @@ def planner() -> Iterator[str]:
     """Mixed plans beside equal settings."""
     results = read("planner")["models"]
     yield (
-        "Plans on real inputs, one half to plan on and the other to judge by: relative L2 error\n"
+        "Plans on real inputs, one half to plan with and the other to judge by: relative L2 error\n"
         "of the worst output with equal bits for all weights, and with mixed plans of the same\n"
-        "bytes, made without inputs and with them; last, the error that the plan expected (of all\n"
-        "outputs in the mean). Codes are not calibrated, and one draw of them can do several\n"
-        "times the usual harm (Silero VAD at 4 and 2 bits); SqueezeNet is judged by 15 images:\n"
-        "`benchmarks/bench_planner.py`.\n"
+        "bytes, made without inputs and with them. The last column is the error that the plan\n"
+        "expected, as the mean over the outputs. Codes are not calibrated, and an unlucky draw of\n"
+        "rounding errors can cost several times the usual loss (Silero VAD at 4 and 2 bits).\n"
+        "SqueezeNet is judged by 15 images (`benchmarks/bench_planner.py`).\n"
     )
     rows = [
         (
@@ -274,8 +275,8 @@ def planner() -> Iterator[str]:
     yield markdown(columns, rows)
     ratios = [str(at["ratio"]) for at in results[0]["ratios"]]
     yield (
-        "Bytes of the output for `--ratio`, in percent of what was asked for; above 100 no plan\n"
-        "is small enough, and the exit code is 3: small tensors and names alone are too much.\n"
+        "Bytes of the output for `--ratio`, in percent of what was asked for. Above 100 no plan\n"
+        "is small enough, because small tensors and names take more; the exit code is then 3.\n"
     )
     cells = [
         (row["name"], *(f"{100 * at['bytes'] / at['target']:.2f}" for at in row["ratios"]))
@@ -284,7 +285,8 @@ def planner() -> Iterator[str]:
     yield markdown(("model", *(f"{ratio}x" for ratio in ratios)), cells)
     yield (
         "Expected against measured, weight by weight: noise of the outputs with one weight in 2,\n"
-        "3 or 4 bits, and times of products on codes by the costs of the machine.\n"
+        "3 or 4 bits, and times of products on codes, as predicted by the cost table of the\n"
+        "machine.\n"
     )
     words = {"error": "noise of the outputs", "time": "time"}
     ranks = [
