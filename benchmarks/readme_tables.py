@@ -180,8 +180,8 @@ def language_model() -> Iterator[str]:
     yield (
         "A small language model (5 million weights), all tensors compressed, with and without\n"
         "calibration on its training text: divergence from the float32 predictions, agreement of\n"
-        f"the likeliest token (both on {windows} windows of two held-out texts), perplexity on one\n"
-        "of the texts. Integers have blocks of 128 (`benchmarks/bench_hyper_models.py`).\n"
+        f"the likeliest token (both on {windows} windows of two held-out texts), perplexity on\n"
+        "one of the texts. Integers have blocks of 128 (`benchmarks/bench_hyper_models.py`).\n"
     )
     columns = ("weights", "file", "KL (nats)", "same token", "perplexity")
     yield markdown(columns, rows)
@@ -214,8 +214,8 @@ def restored() -> Iterator[str]:
     yield (
         "Decoded weights: signal-to-noise ratio in dB, for normal, Laplace and Student-t (4)\n"
         "weights and those of the language model (`benchmarks/bench_hyper_quality.py`). RTN\n"
-        "rounds to nearest in groups (g) of 128 with one float16 scale: on -n .. n, on -n-1 .. n as ONNX\n"
-        "Runtime does, with a zero point, or in the best range. `winding` is Hyper-Compression in\n"
+        "rounds to nearest in groups (g) of 128 with one float16 scale: on -n .. n, on -n-1 .. n as\n"
+        "ONNX Runtime does, with a zero point, or in the best range. `winding` is Hyper-Compression in\n"
         "its best box. The bound is Shannon's.\n"
     )
     cells = [
