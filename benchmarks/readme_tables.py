@@ -214,9 +214,9 @@ def restored() -> Iterator[str]:
     yield (
         "Decoded weights: signal-to-noise ratio in dB, for normal, Laplace and Student-t (4)\n"
         "weights and those of the language model (`benchmarks/bench_hyper_quality.py`). RTN\n"
-        "rounds to nearest in groups (g) of 128 with one float16 scale: on -n .. n, on -n-1 .. n as\n"
-        "ONNX Runtime does, with a zero point, or in the best range. `winding` is Hyper-Compression in\n"
-        "its best box. The bound is Shannon's.\n"
+        "rounds to nearest in groups (g) of 128 with one float16 scale: on -n .. n, on\n"
+        "-n-1 .. n as ONNX Runtime does, with a zero point, or in the best range. `winding` is\n"
+        "Hyper-Compression in its best box. The bound is Shannon's.\n"
     )
     cells = [
         (codec, *(_one_digit(by_bits.get(bits, {}).get(kind)) for bits, kind in wanted))
