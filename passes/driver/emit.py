@@ -11,7 +11,8 @@ from typing import Any
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import Encoded, Progress, encode
+from onnxcomp.passes.encoding.encoded import EncodedWeight
+from onnxcomp.passes.encoding.encoder import Progress, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
 from onnxcomp.passes.lowering.factors import has_place
@@ -100,15 +101,15 @@ def write(
     return Written(saved, (*(_site(item, found) for item in encoded), *_skipped(plan)))
 
 
-def _site(item: Encoded, spectra: Mapping[str, Spectrum]) -> SiteReport:
-    choice = item.choice
-    if item.placement is None:
+def _site(item: EncodedWeight, spectra: Mapping[str, Spectrum]) -> SiteReport:
+    choice, placement = item.choice, item.placement
+    if placement is None:
         kept = Choice.kept_dense(item.site, item.reason)
         return _planned(kept)
     return dataclasses.replace(
         _planned(choice),
-        mode=_served(item.placement),
-        bytes_after=item.placement.payload.nbytes,
+        mode=_served(placement),
+        bytes_after=placement.payload.nbytes,
         weight_error=item.error,
         output_error=item.output_error,
         note=item.note,

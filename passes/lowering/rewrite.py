@@ -27,10 +27,10 @@ from onnxcomp.passes.ir.manifest import (
     KEY,
     USE_KEY,
     WEIGHT_KEY,
+    ManifestEntry,
     Recipe,
-    Record,
-    read_record,
-    write_record,
+    read_manifest,
+    write_manifest,
 )
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import ELEMENT_TYPES, dtype_name
@@ -68,7 +68,7 @@ class Placement:
         payload: What is stored; arrays may be mapped from files, or virtual for sizing.
         mode: How uses are served. "auto" fuses products and look-ups the codec has operators for
             and folds the rest; "folded" and "decode" serve every use with the dense weight.
-        params: Parameters of the codec, for the record.
+        params: Parameters of the codec, for the manifest.
     """
 
     site: WeightSite
@@ -108,7 +108,7 @@ def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool 
     for domain in sorted(work.stock.domains):
         model.graph.opset_imports.setdefault(domain, 1)
     _add_functions(model, placements, work.stock.operators, portable=portable)
-    _add_records(model, placements)
+    _add_to_manifest(model, placements)
     notes = [
         f"{placement.site.name}: {placement.codec.name}, {fusions} fused, {others} dense"
         for placement, fusions, others in zip(placements, fused, dense, strict=True)
@@ -345,8 +345,8 @@ def _plain(value: Attribute) -> Attribute:
     return value if isinstance(value, (str, int, float)) else [int(item) for item in value]
 
 
-def _add_records(model: ir.Model, placements: Sequence[Placement]) -> None:
-    records = read_record(model)
+def _add_to_manifest(model: ir.Model, placements: Sequence[Placement]) -> None:
+    manifest = read_manifest(model)
     for placement in placements:
         if placement.codec.name == "dense":
             continue
@@ -359,5 +359,5 @@ def _add_records(model: ir.Model, placements: Sequence[Placement]) -> None:
             list(placement.payload.tensors),
             list(placement.payload.shared),
         )
-        records[placement.site.name] = Record(placement.site, recipe)
-    write_record(model, records)
+        manifest[placement.site.name] = ManifestEntry(placement.site, recipe)
+    write_manifest(model, manifest)
