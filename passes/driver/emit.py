@@ -15,8 +15,8 @@ from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.encoder import Progress, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
-from onnxcomp.passes.lowering.factors import has_place
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.lowering.split_operators import has_place
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.report.report import (

@@ -13,7 +13,7 @@ from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["EncodedWeight", "let_go", "weight_error"]
+__all__ = ["EncodedWeight", "release_pages", "weight_error"]
 
 # Elements compared at a time when an error is measured.
 _BLOCK = 1 << 18
@@ -54,7 +54,7 @@ class EncodedWeight:
         return EncodedWeight(self.site, self.choice, None, reason=reason)
 
 
-def let_go(array: Array) -> None:
+def release_pages(array: Array) -> None:
     """Give the pages of an array that is mapped from a file back; reading it maps them anew."""
     base: object = array
     while isinstance(base, np.ndarray):
@@ -82,7 +82,7 @@ def weight_error(weight: Array, decoded: Array) -> float:
         power += float(np.square(exact).sum())
         exact -= decoded[start : start + rows]
         noise += float(np.square(exact).sum())
-        let_go(weight)
+        release_pages(weight)
     if power == 0.0:
         return 0.0 if noise == 0.0 else float("inf")
     return float(np.sqrt(noise / power))

@@ -23,7 +23,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
-from onnxcomp.passes.encoding.encoded import EncodedWeight, let_go, weight_error
+from onnxcomp.passes.encoding.encoded import EncodedWeight, release_pages, weight_error
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.lowering.rewrite import precision_attributes
@@ -110,7 +110,7 @@ def _encode_site(
     except ModelError as error:
         return EncodedWeight(site, choice, None, reason=error.message)
     # The weight and its decoded form are not held in full at the same time.
-    let_go(weight)
+    release_pages(weight)
     codec = CODECS[choice.codec]
     measured = weight_error(weight, codec.decode(site, payload))
     usual = codec.predict(site, choice.params)

@@ -42,7 +42,7 @@ from onnxcomp.passes.ir.traversal import (
     scopes,
 )
 from onnxcomp.passes.lowering.builder import attribute
-from onnxcomp.passes.lowering.factors import SPLIT_KINDS, join
+from onnxcomp.passes.lowering.split_operators import SPLIT_KINDS, join
 from onnxcomp.passes.weight import DOMAIN, Array, Attribute, WeightSite
 
 __all__ = ["decode_site", "expand", "stored_payload"]
