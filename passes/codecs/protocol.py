@@ -146,7 +146,7 @@ class Measure(Protocol):
         ...
 
 
-class Spectrum(Protocol):
+class SingularValues(Protocol):
     """All singular values of a weight."""
 
     def __call__(self, weight: Array) -> Array:
@@ -154,7 +154,7 @@ class Spectrum(Protocol):
         ...
 
 
-class Factors(Protocol):
+class EmitFactors(Protocol):
     """The two factors of a weight that is stored as their product."""
 
     def __call__(self, builder: Builder[V], site: WeightSite, payload: Payload) -> tuple[V, V]:
@@ -172,7 +172,7 @@ class EncodeForInputs(Protocol):
         ...
 
 
-class Energies(Protocol):
+class SquaredSpectrum(Protocol):
     """Squared singular values of a weight, or of its products."""
 
     def __call__(self, weight: Array, stats: Stats | None = None) -> Array:
@@ -215,7 +215,7 @@ class RankGoals:
     """
 
     names: Mapping[str, str]
-    energies: Energies
+    energies: SquaredSpectrum
     rank_for: Callable[[WeightSite, str, object, Array], int]
 
 
@@ -308,7 +308,7 @@ class Codec(Protocol):
         return None
 
     @property
-    def spectrum(self) -> Spectrum | None:
+    def spectrum(self) -> SingularValues | None:
         """Singular values, for a codec that keeps the largest ones.
 
         Errors of products that it measures are those of calibrated factors.
@@ -316,7 +316,7 @@ class Codec(Protocol):
         return None
 
     @property
-    def factors(self) -> Factors | None:
+    def factors(self) -> EmitFactors | None:
         """The two matrices whose product the weight is, to be used one after the other."""
         return None
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from onnxcomp.passes.driver.gates import Verdict
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.driver.state import PlannedModel
-from onnxcomp.passes.encoding.encoder import Encoded
+from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.ir.files import file_hash
-from onnxcomp.passes.lowering.factors import has_place
 from onnxcomp.passes.lowering.rewrite import Placement
+from onnxcomp.passes.lowering.split_operators import has_place
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.report.report import (
@@ -29,16 +29,15 @@ from onnxcomp.runtime.memory import peak_rss
 __all__ = ["encoded_site", "output_file", "planned_sites", "run_report", "skipped_sites"]
 
 
-def encoded_site(item: Encoded, spectra: Mapping[str, Spectrum]) -> SiteReport:
+def encoded_site(item: EncodedWeight, spectra: Mapping[str, Spectrum]) -> SiteReport:
     """What became of a weight."""
-    choice = item.choice
-    if item.placement is None:
-        kept = Choice.kept_dense(item.site, item.reason)
-        return _planned_site(kept)
+    placement = item.placement
+    if placement is None:
+        return _planned_site(Choice.kept_dense(item.site, item.reason))
     return dataclasses.replace(
-        _planned_site(choice),
-        mode=_served(item.placement),
-        bytes_after=item.placement.payload.nbytes,
+        _planned_site(item.choice),
+        mode=_served(placement),
+        bytes_after=placement.payload.nbytes,
         weight_error=item.error,
         output_error=item.output_error,
         note=item.note,

@@ -21,8 +21,8 @@ from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import held_out_error
 from onnxcomp.passes.codecs.protocol import CalibratedEncoding
-from onnxcomp.passes.encoding.dense_fallback import judged
-from onnxcomp.passes.encoding.encoded import Coded, weight_error
+from onnxcomp.passes.encoding.dense_fallback import with_fallback
+from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.suggest import suggest
@@ -108,7 +108,7 @@ def tell_of_plain_factors(plan: Plan) -> None:
 
 
 # Encodes a weight without calibration.
-Plain = Callable[[WeightSite], Coded]
+Plain = Callable[[WeightSite], EncodedWeight]
 
 
 def _calibration(site: WeightSite, choice: Choice) -> CalibratedEncoding | None:
@@ -131,7 +131,7 @@ def encode_calibrated(
     *,
     jobs: int = 1,
     folder: Path | None = None,
-) -> Iterator[tuple[WeightSite, Coded]]:
+) -> Iterator[EncodedWeight]:
     """Encode weights, each once, in the order of their use; those not observed come first.
 
     Args:
@@ -153,39 +153,38 @@ def encode_calibrated(
     calibration = Calibration(model, samples.feeds, able, reference=reference, folder=folder)
     observed = {site.name for site in able} - set(calibration.reasons)
 
-    def replace(site: WeightSite, coded: Coded) -> None:
-        if samples.sequential and coded.payload is not None:
-            decoded = CODECS[plan[site.name].codec].decode(site, coded.payload)
-            calibration.replace(site, decoded)
+    def replace(encoded: EncodedWeight) -> None:
+        if samples.sequential and encoded.payload is not None:
+            codec = CODECS[encoded.choice.codec]
+            calibration.replace(encoded.site, codec.decode(encoded.site, encoded.payload))
 
     for site in work:
         looked_up = any(use.need == "gather" for use in site.uses)
         if site.name in observed and not (looked_up and samples.sequential):
             continue
-        coded = plain(site)
+        encoded = plain(site)
         if site.name not in observed:
             note = calibration.reasons.get(site.name, "")
-            coded = dataclasses.replace(coded, note=f"not calibrated: {note}" if note else "")
+            encoded = dataclasses.replace(encoded, note=f"not calibrated: {note}" if note else "")
             read = functools.partial(read_weight, model, site)
-            coded = judged(site, read, plan[site.name], coded, threads=jobs)
-            yield site, coded
+            encoded = with_fallback(encoded, read, threads=jobs)
+            yield encoded
         # A table's products come after its look-ups: those see it encoded plainly.
-        replace(site, coded)
+        replace(encoded)
     for group, stats in calibration:
         for site in group:
             own = dataclasses.replace(stats, site=site)
             weight = read_weight(model, site)
-            coded = _better(site, weight, plan[site.name], own, plain(site), jobs)
+            encoded = _better(weight, own, plain(site), jobs)
             read = functools.partial(read_weight, model, site)
-            coded = judged(site, read, plan[site.name], coded, own, threads=jobs)
-            replace(site, coded)
-            yield site, coded
+            encoded = with_fallback(encoded, read, own, threads=jobs)
+            replace(encoded)
+            yield encoded
 
 
-def _better(
-    site: WeightSite, weight: Array, choice: Choice, stats: Stats, plain: Coded, jobs: int
-) -> Coded:
+def _better(weight: Array, stats: Stats, plain: EncodedWeight, jobs: int) -> EncodedWeight:
     """The calibrated form of a weight where it is better than the plain one."""
+    site, choice = plain.site, plain.choice
     codec, calibration = CODECS[choice.codec], _calibration(site, choice)
     if plain.payload is None or calibration is None:
         return plain
@@ -206,4 +205,4 @@ def _better(
         log.info("%s: %s", site.name, note)
         return dataclasses.replace(plain, output_error=before, note=note)
     log.info("%s: held-out output error %.4g, plainly encoded %.4g", site.name, after, before)
-    return Coded(payload, weight_error(weight, decoded), output_error=after)
+    return EncodedWeight(site, choice, payload, weight_error(weight, decoded), output_error=after)

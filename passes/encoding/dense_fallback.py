@@ -1,8 +1,8 @@
-"""What another codec would make of the same bytes, and whether a weight had better stay dense.
+"""Compare an encoded weight with another codec, and keep it dense where its error is too large.
 
-Some codecs are for models that were trained for them; of other weights they make less than others
-do. They name a rival and a limit: every weight they store is compared with the rival at as many
-bytes, and stays dense where the error of its products is above the limit.
+Some codecs are for models that were trained for them and lose more than others of any other weight.
+They have a `DenseFallback`: every weight they store is compared with a rival codec at as many
+bytes, and stays dense where the error of its products is above a limit.
 """
 
 from __future__ import annotations
@@ -16,51 +16,47 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import held_out_error
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
-from onnxcomp.passes.encoding.encoded import Coded, weight_error
-from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.weight import Array, Stats, WeightSite
 
-__all__ = ["judged"]
+__all__ = ["with_fallback"]
 
 log = logging.getLogger(__name__)
 
 
-def judged(
-    site: WeightSite,
+def with_fallback(
+    encoded: EncodedWeight,
     read: Callable[[], Array],
-    choice: Choice,
-    coded: Coded,
     stats: Stats | None = None,
     *,
     threads: int = 1,
-) -> Coded:
-    """The coded weight with a word on its rival; the dense weight where the error is too large.
+) -> EncodedWeight:
+    """The weight with a note on the rival's error; the dense weight where its error is too large.
 
     Args:
-        site: The weight.
+        encoded: What its codec made of the weight.
         read: Gives its canonical matrix ``(rows, length)``; called only where there is a rival.
-        choice: What the plan says about it.
-        coded: What its codec made of it.
         stats: Inputs of its products; None to judge by the weight's own error.
         threads: Threads of the encoder.
     """
+    site, choice, payload = encoded.site, encoded.choice, encoded.payload
     fallback = CODECS[choice.codec].fallback
-    if coded.payload is None or fallback is None:
-        return coded
-    error = coded.error if coded.output_error is None else coded.output_error
+    if payload is None or fallback is None:
+        return encoded
+    error = encoded.error if encoded.output_error is None else encoded.output_error
     said = f"{choice.codec} has error {error:.3g}"
     rival = CODECS[fallback.rival]
-    params = _fitting(rival, site, coded.payload.nbytes)
+    params = _fitting(rival, site, payload.nbytes)
     if params is not None:
         other = _error(rival, site, read(), params, stats, threads)
         size = rival.size(site, params)
-        said += f", {rival.name} {other:.3g} in {size / coded.payload.nbytes:.2f} times the bytes"
+        said += f", {rival.name} {other:.3g} in {size / payload.nbytes:.2f} times the bytes"
     log.info("%s: %s", site.name, said)
     limit = fallback.limit(choice.params)
     if error > limit:
-        return Coded(None, 0.0, f"{said}; {limit:g} is the limit")
-    note = "; ".join(part for part in (coded.note, said) if part)
-    return dataclasses.replace(coded, note=note)
+        return encoded.dense(f"{said}; {limit:g} is the limit")
+    note = "; ".join(part for part in (encoded.note, said) if part)
+    return dataclasses.replace(encoded, note=note)
 
 
 def _fitting(rival: Codec, site: WeightSite, most: int) -> Params | None:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.config.settings import typed_params
-from onnxcomp.passes.ir.manifest import Record
+from onnxcomp.passes.ir.manifest import ManifestEntry
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.expand import stored_payload
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
@@ -21,7 +21,7 @@ def place_stored(
     model: ir.Model,
     sites: Collection[WeightSite],
     compressed: ir.Model,
-    records: Mapping[str, Record],
+    records: Mapping[str, ManifestEntry],
 ) -> None:
     """``MatMul(x, W) -> HyperMatMul(x, codes, ...)`` with codes that another model has.
 

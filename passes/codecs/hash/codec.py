@@ -24,7 +24,7 @@ from onnxcomp.passes.codecs.hash import (
 from onnxcomp.passes.codecs.hash.format import (
     CHUNKS,
     TILE,
-    Geometry,
+    ChunkLayout,
     Sharing,
     expand,
     seeds,
@@ -103,8 +103,8 @@ _OFFERED = (
 )
 
 
-def _geometry(site: WeightSite, params: HashParams) -> Geometry:
-    return Geometry(site.rows, site.length, params.chunk)
+def _geometry(site: WeightSite, params: HashParams) -> ChunkLayout:
+    return ChunkLayout(site.rows, site.length, params.chunk)
 
 
 def _slots(site: WeightSite, params: HashParams) -> int:
@@ -350,13 +350,13 @@ class HashCodec(Codec):
         memory, geometry, sharing = self._read(site, payload)
         return expand(memory, payload.tensors["scale"], geometry, sharing, _codes_of(payload))
 
-    def _read(self, site: WeightSite, payload: Payload) -> tuple[Array, Geometry, Sharing]:
+    def _read(self, site: WeightSite, payload: Payload) -> tuple[Array, ChunkLayout, Sharing]:
         """Memory, sizes and map of a payload."""
         memory = _memory_of(payload)
         keys = [key for key in payload.shared if key.startswith("hash.map.")]
         if len(keys) != 1 or memory.ndim != 2 or memory.shape[1] not in CHUNKS or not len(memory):
             raise ValueError(f"memory {memory.shape} and {len(keys)} maps do not fit")
-        geometry = Geometry(site.rows, site.length, memory.shape[1])
+        geometry = ChunkLayout(site.rows, site.length, memory.shape[1])
         return memory, geometry, Sharing.of(payload.shared[keys[0]])
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:

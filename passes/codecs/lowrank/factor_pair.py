@@ -1,6 +1,6 @@
 """Low-rank factors that are stored by another codec: rank times bits.
 
-The weight becomes ``left right``, both coded. The second factor is fitted to what the first one
+The weight becomes ``left right``, both encoded. The second factor is fitted to what the first one
 gives after coding, so that only what lies outside its rows is lost twice.
 """
 
@@ -318,9 +318,9 @@ class FactorPairCodec(Codec):
         factors = lowrank_factors.factorize(target, rank, moments)
         (_, first), (_, second) = self._sites(site, params)
         right = code(first, factors.right.astype(np.float32), moments)
-        coded = self.inner.decode(first, right).astype(np.float64)
-        weighted = coded if moments is None else coded @ moments
-        inner = weighted @ coded.T
+        decoded = self.inner.decode(first, right).astype(np.float64)
+        weighted = decoded if moments is None else decoded @ moments
+        inner = weighted @ decoded.T
         inner += np.eye(len(inner)) * max(_RIDGE * float(np.trace(inner)) / len(inner), 1e-30)
         fitted = np.linalg.solve(inner, weighted @ target.T.astype(np.float64)).T
         left = code(second, np.ascontiguousarray(fitted, np.float32), inner)

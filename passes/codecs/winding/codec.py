@@ -20,7 +20,7 @@ from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.codecs.winding import format as winding_format
-from onnxcomp.passes.codecs.winding.format import GRIDS, Trajectory, WindingGeometry, trajectory
+from onnxcomp.passes.codecs.winding.format import GRIDS, PairLayout, Trajectory, trajectory
 from onnxcomp.passes.weight import Array, Kind, WeightSite
 
 __all__ = ["WindingCodec", "WindingParams", "best_side"]
@@ -80,9 +80,9 @@ def _pair_bits(params: WindingParams) -> int:
     return int((params.points + 1) * (params.classes + 1) - 1).bit_length()
 
 
-def _geometry(site: WeightSite, params: WindingParams) -> WindingGeometry:
+def _geometry(site: WeightSite, params: WindingParams) -> PairLayout:
     extent = (site.rows, site.length)
-    return WindingGeometry(_pair_bits(params), params.classes, params.group, *extent)
+    return PairLayout(_pair_bits(params), params.classes, params.group, *extent)
 
 
 def _path(params: WindingParams) -> Trajectory:
@@ -111,7 +111,7 @@ def _usual_error(params: WindingParams) -> float:
     return float(np.linalg.norm(error) / np.linalg.norm(weight))
 
 
-def _grouped(weight: Array, geometry: WindingGeometry, fill: float) -> Array:
+def _grouped(weight: Array, geometry: PairLayout, fill: float) -> Array:
     """All weights in a row, padded to whole blocks: float32 ``(G, n * 8, 2)``."""
     size = geometry.groups * geometry.blocks * winding_format.OCTET * 2
     flat = np.full(size, fill, np.float32)
@@ -245,7 +245,7 @@ class WindingCodec(Codec):
         return Payload(tensors, self.shared(site, params), self.attributes(site, params))
 
     @staticmethod
-    def _framed(weight: Array, geometry: WindingGeometry) -> tuple[Array, Array, Array]:
+    def _framed(weight: Array, geometry: PairLayout) -> tuple[Array, Array, Array]:
         """Pairs in units of their scales, the scales, and the centre."""
         if geometry.group:
             pairs = _grouped(weight, geometry, 0.0)
