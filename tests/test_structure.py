@@ -34,6 +34,20 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (function.end_lineno or 0) - (start or 0)
 
 
+def test_what_a_codec_can_do_is_a_field_of_it() -> None:
+    """Callers never ask for the class of a codec, nor read anything from its name."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "isinstance",
+                "issubclass",
+            ):
+                assert "Codec" not in ast.unparse(node), f"{name_of(path)}:{node.lineno}"
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.In, ast.NotIn)):
+                asked = ast.unparse(node.comparators[0])
+                assert not asked.endswith("codec.name"), f"{name_of(path)}:{node.lineno}"
+
+
 @pytest.mark.parametrize("path", [*SOURCES, *NATIVE], ids=name_of)
 def test_files_stay_under_500_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500

@@ -43,9 +43,6 @@ SCORES: tuple[PruneScore, ...] = ("obs", "numerical", "wanda", "flap", "magnitud
 _HOW_MUCH = "give --prune-ratio 0.3, --target-flops 0.7 (that stay), or --ratio with --data"
 EXTERNAL_DATA: tuple[ExternalData, ...] = ("auto", "always", "never")
 
-# Which operators a codec uses does not depend on the opset.
-_ANY_OPSET = 13
-
 _UNITS = {
     "": 1,
     "b": 1,
@@ -169,7 +166,7 @@ def split_methods(text: str) -> tuple[str, ...]:
 
 def is_stock(codec: Codec) -> bool:
     """Whether models of a codec hold operators of ONNX and ONNX Runtime only."""
-    return not codec.functions(_ANY_OPSET)
+    return codec.stock
 
 
 def method_names(

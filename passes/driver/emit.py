@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.passes.analysis.prepared import Prepared
-from onnxcomp.passes.codecs.protocol import FactoredCodec
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import Encoded, Progress, encode
+from onnxcomp.passes.encoding.encoded import EncodedWeight
+from onnxcomp.passes.encoding.encoder import Progress, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
-from onnxcomp.passes.lowering.factors import has_place
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.lowering.split_operators import has_place
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.report.report import (
@@ -101,15 +101,15 @@ def write(
     return Written(saved, (*(_site(item, found) for item in encoded), *_skipped(plan)))
 
 
-def _site(item: Encoded, spectra: Mapping[str, Spectrum]) -> SiteReport:
-    choice = item.choice
-    if item.placement is None:
+def _site(item: EncodedWeight, spectra: Mapping[str, Spectrum]) -> SiteReport:
+    choice, placement = item.choice, item.placement
+    if placement is None:
         kept = Choice.kept_dense(item.site, item.reason)
         return _planned(kept)
     return dataclasses.replace(
         _planned(choice),
-        mode=_served(item.placement),
-        bytes_after=item.placement.payload.nbytes,
+        mode=_served(placement),
+        bytes_after=placement.payload.nbytes,
         weight_error=item.error,
         output_error=item.output_error,
         note=item.note,
@@ -122,7 +122,7 @@ def _served(placement: Placement) -> str:
     if placement.mode == "decode":
         return "decode"
     kinds = placement.codec.kinds(placement.site)
-    splits = isinstance(placement.codec, FactoredCodec)
+    splits = placement.codec.factors is not None
     fusable = any(
         use.need in kinds or (splits and has_place(placement.site, use))
         for use in placement.site.uses

@@ -18,7 +18,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.config.settings import Settings, typed_params
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
-from onnxcomp.passes.ir.manifest import Record, read_record
+from onnxcomp.passes.ir.manifest import ManifestEntry, read_manifest
 from onnxcomp.passes.ir.model import copy_model, load, save
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.expand import stored_payload
@@ -126,8 +126,8 @@ def _feeds(
     return list(synthesize_inputs(model, shapes=shapes, samples=samples, seed=seed))
 
 
-def _records(model: ir.Model, prepared: Prepared) -> dict[str, Record]:
-    records = {name: r for name, r in read_record(model).items() if r.recipe.codec != "dense"}
+def _records(model: ir.Model, prepared: Prepared) -> dict[str, ManifestEntry]:
+    records = {name: r for name, r in read_manifest(model).items() if r.recipe.codec != "dense"}
     if not records:
         raise UsageError("the second model holds no compressed weights", hint="check the order")
     sites = {site.name: site for site in prepared.sites}
@@ -158,7 +158,9 @@ def _blamed(
     return sites if found is None else found
 
 
-def _written(prepared: Prepared, compressed: Path, kept: Mapping[str, Record], path: Path) -> Any:
+def _written(
+    prepared: Prepared, compressed: Path, kept: Mapping[str, ManifestEntry], path: Path
+) -> Any:
     """The original with the compressed weights that stay."""
     source = load(compressed)
     values = initializers(source)
@@ -179,6 +181,6 @@ def _written(prepared: Prepared, compressed: Path, kept: Mapping[str, Record], p
     return save(model, path)
 
 
-def _params(record: Record) -> Params:
+def _params(record: ManifestEntry) -> Params:
     codec = CODECS[record.recipe.codec]
     return typed_params(codec.params_type, record.recipe.params, codec.name)

@@ -10,14 +10,14 @@ import numpy as np
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.lowrank.ranks import GOALS
-from onnxcomp.passes.codecs.protocol import RankedCodec
+from onnxcomp.passes.codecs.protocol import RankGoals
 from onnxcomp.passes.config.settings import Rule
 from onnxcomp.passes.weight import Array, WeightSite
 
 __all__ = ["has_goal", "with_rank"]
 
 # Squared singular values of a weight, or of its products.
-Energies = Callable[[RankedCodec, WeightSite], Array]
+Energies = Callable[[RankGoals, WeightSite], Array]
 
 RANK = "rank"
 
@@ -48,17 +48,18 @@ def with_rank(rule: Rule, methods: Sequence[str], site: WeightSite, energies: En
     (goal,) = given
     names = rule.methods or tuple(methods)
     codecs = [CODECS[name] for name in names if name in CODECS]
-    ranked = [codec for codec in codecs if isinstance(codec, RankedCodec)]
-    if not ranked:
+    ranked = next(((codec, codec.ranks) for codec in codecs if codec.ranks is not None), None)
+    if ranked is None:
         raise UsageError(
             f"{goal} says which rank to take, and {'+'.join(names)} has none",
             hint=f"write for example 'RE:method=lowrank,{goal}={rule.params[goal]}'",
         )
-    codec, value = ranked[0], rule.params[goal]
+    codec, ranks = ranked
+    value = rule.params[goal]
     if codec.refuse(site) is not None:
         return rule
-    found = np.zeros(0) if goal == "kept" else energies(codec, site)
+    found = np.zeros(0) if goal == "kept" else energies(ranks, site)
     rest = {name: value for name, value in rule.params.items() if name != goal}
     return dataclasses.replace(
-        rule, params={**rest, RANK: codec.rank_for(site, goal, value, found)}
+        rule, params={**rest, RANK: ranks.rank_for(site, goal, value, found)}
     )

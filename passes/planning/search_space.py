@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Codec, GradedCodec
+from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.config.settings import Rule, typed_params
 from onnxcomp.passes.planning.candidates import Candidate, Estimate, Estimator, thin_again
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity
@@ -115,12 +115,12 @@ def keep(site: WeightSite, reason: str) -> Candidate:
 
 def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Params]:
     """What a codec offers, at a named quality."""
-    if not isinstance(codec, GradedCodec):
+    if codec.qualities is None:
         raise UsageError(f"codec {codec.name!r} has no qualities", hint="leave quality= away")
-    if quality not in codec.qualities:
-        hint = suggest(str(quality), codec.qualities)
+    if quality not in codec.qualities.names:
+        hint = suggest(str(quality), codec.qualities.names)
         raise UsageError(f"quality {quality!r} of {codec.name} is unknown", hint=hint)
-    return [codec.graded(params, str(quality)) for params in offered]
+    return [codec.qualities.apply(params, str(quality)) for params in offered]
 
 
 def _settings_of(

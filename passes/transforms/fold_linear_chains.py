@@ -24,7 +24,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import SpectralCodec
 from onnxcomp.passes.config.settings import Settings, match_rule, method_names
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import compressed_tensors
@@ -109,7 +108,7 @@ def _truncated(
     rows, length = shape
     use = Use("", operator, 1, "dense" if operator == "Conv" else "matmul")
     site = WeightSite("", shape, "float32", (use,), "", rows, length, False)
-    return all(isinstance(c, SpectralCodec) and c.refuse(site) is None for c in codecs)
+    return all(c.spectrum is not None and c.refuse(site) is None for c in codecs)
 
 
 def fold_linear_chains(

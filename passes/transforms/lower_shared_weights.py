@@ -25,7 +25,7 @@ from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs.hash.codec import HashCodec
 from onnxcomp.passes.codecs.hash.format import (
     TILE,
-    Geometry,
+    ChunkLayout,
     Sharing,
     chunk_signs,
     expand,
@@ -124,7 +124,7 @@ def _memory(values: Mapping[str, Any]) -> Memory:
         raise ValueError(f"sizes {numbers[:8]} are out of range")
     if not all(layer.rows and layer.length and layer.scale > 0 for layer in layers):
         raise ValueError("a layer has no size or no scale")
-    spans = sorted((x.base, x.base + Geometry(x.rows, x.length).tiles) for x in layers)
+    spans = sorted((x.base, x.base + ChunkLayout(x.rows, x.length).tiles) for x in layers)
     if any(end > first for (_, end), (first, _) in itertools.pairwise(spans)):
         raise ValueError("layers overlap in their memory")
     kind = values.get("map", "fold")
@@ -215,7 +215,7 @@ def _candidates(
     others: Sequence[_Uses],
 ) -> Iterator[_Uses]:
     """Weights of a layer's shape that repeat their entries as it does, and as the others do."""
-    geometry, sharing = Geometry(layer.rows, layer.length), memory.sharing(layer)
+    geometry, sharing = ChunkLayout(layer.rows, layer.length), memory.sharing(layer)
     slots = places(geometry, sharing, memory.slots).reshape(-1)
     signs = chunk_signs(geometry, sharing).reshape(-1, 1)
     inside = to_chunks(np.ones((layer.rows, layer.length), bool), geometry).reshape(-1, TILE)
@@ -267,7 +267,7 @@ def _solve(memory: Memory, uses: Sequence[_Uses]) -> Array | None:
 
 def _placement(memory: Memory, values: Array, use: _Uses) -> Placement:
     """How one weight is stored, after a last comparison with its expansion."""
-    geometry = Geometry(use.layer.rows, use.layer.length)
+    geometry = ChunkLayout(use.layer.rows, use.layer.length)
     sharing = memory.sharing(use.layer)
     scale = np.array([use.layer.scale], np.float32)
     digest = hashlib.sha256(values.tobytes()).hexdigest()[:16]

@@ -192,7 +192,8 @@ def test_estimates_follow_what_calibration_leaves(model: Path) -> None:
     assert found[False].output_error == pytest.approx(
         output_error(matrix, plain, stats.gram), rel=0.1
     )
-    feedback = codec.encode_calibrated(site, matrix, params, stats)  # type: ignore[attr-defined]
+    assert codec.calibration is not None
+    feedback = codec.calibration.encode(site, matrix, params, stats)
     assert found[True].output_error == pytest.approx(
         output_error(matrix, codec.decode(site, feedback), stats.gram), rel=0.2
     )
