@@ -12,10 +12,11 @@ package is imported no earlier than that. One that fails does not stop work with
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Iterable, Iterator, MutableMapping
+from importlib.metadata import EntryPoint
 
+from onnxcomp import plugins
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.protocol import Codec
 
@@ -24,46 +25,6 @@ __all__ = ["GROUP", "CodecRegistry"]
 log = logging.getLogger(__name__)
 
 GROUP = "onnxcomp.codecs"
-
-# What an object must have to be a codec.
-_MEMBERS = frozenset(name for name in {*dir(Codec), *Codec.__annotations__} if name[0] != "_")
-
-
-def _origin(point: importlib.metadata.EntryPoint) -> str:
-    """The package of an entry point, for messages."""
-    if point.dist is None:
-        return f"the module {point.value.partition(':')[0]!r}"
-    return f"the package {point.dist.metadata['Name']} {point.dist.version}"
-
-
-def _load(point: importlib.metadata.EntryPoint) -> Codec:
-    """The codec of an entry point.
-
-    Raises:
-        UsageError: It cannot be imported or made, or is not a codec of that name.
-    """
-    hint = f"update or uninstall {_origin(point)}"
-    try:
-        found = point.load()
-        codec: Codec = found() if isinstance(found, type) else found
-    except Exception as error:  # whatever the code of others raises
-        raise UsageError(
-            f"the codec {point.name!r} of {_origin(point)} does not load: "
-            f"{type(error).__name__}: {error}",
-            hint=hint,
-        ) from error
-    missing = sorted(name for name in _MEMBERS if not hasattr(codec, name))
-    if missing:
-        raise UsageError(
-            f"the codec {point.name!r} of {_origin(point)} has no {', '.join(missing)}",
-            hint="codecs derive from onnxcomp.passes.codecs.protocol.Codec",
-        )
-    if codec.name != point.name:
-        raise UsageError(
-            f"the entry point {point.name!r} of {_origin(point)} is the codec {codec.name!r}",
-            hint=hint,
-        )
-    return codec
 
 
 class CodecRegistry(MutableMapping[str, Codec]):
@@ -75,27 +36,28 @@ class CodecRegistry(MutableMapping[str, Codec]):
 
     def __init__(self, codecs: Iterable[Codec]) -> None:
         self._codecs = {codec.name: codec for codec in codecs}
-        self._points: dict[str, importlib.metadata.EntryPoint] | None = None
+        self._points: dict[str, EntryPoint] | None = None
         self._warned: set[str] = set()
 
-    def _pending(self) -> dict[str, importlib.metadata.EntryPoint]:
+    def _pending(self) -> dict[str, EntryPoint]:
         """Entry points that are not loaded, by name.
 
         Raises:
             UsageError: Two codecs have one name.
         """
         if self._points is None:
-            points: dict[str, importlib.metadata.EntryPoint] = {}
-            for point in importlib.metadata.entry_points(group=GROUP):
+            points: dict[str, EntryPoint] = {}
+            for point in plugins.find(GROUP):
                 if point.name in self._codecs:
                     raise UsageError(
-                        f"{_origin(point)} has a codec named {point.name!r}, which is taken",
+                        f"{plugins.origin(point)} has a codec named {point.name!r}, which is taken",
                         hint="uninstall it, or ask its authors for another name",
                     )
-                if point.name in points and point != points[point.name]:
-                    others = _origin(points[point.name])
+                if point.name in points:
+                    others = plugins.origin(points[point.name])
                     raise UsageError(
-                        f"{_origin(point)} and {others} both have a codec named {point.name!r}",
+                        f"{plugins.origin(point)} and {others} both have a codec "
+                        f"named {point.name!r}",
                         hint="uninstall one of them",
                     )
                 points[point.name] = point
@@ -104,7 +66,9 @@ class CodecRegistry(MutableMapping[str, Codec]):
 
     def __getitem__(self, name: str) -> Codec:
         if name not in self._codecs and name in self._pending():
-            self._codecs[name] = _load(self._pending()[name])
+            self._codecs[name] = plugins.load(
+                self._pending()[name], "codec", plugins.members(Codec)
+            )
             del self._pending()[name]
         return self._codecs[name]
 

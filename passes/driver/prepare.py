@@ -11,7 +11,7 @@ from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.files import Loaded
 from onnxcomp.passes.transforms.pass_manager import Context, no_feeds, run_passes
 from onnxcomp.passes.transforms.prune.graph_pass import Prune, PruneChange
-from onnxcomp.passes.transforms.registry import GRAPH_PASSES
+from onnxcomp.passes.transforms.registry import graph_passes
 from onnxcomp.passes.weight import Feed
 
 __all__ = ["prepare"]
@@ -28,7 +28,7 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         feeds: Gives the calibration inputs to passes that need them.
     """
     model = loaded.model
-    changes = run_passes(model, Context(settings, feeds), GRAPH_PASSES)
+    changes = run_passes(model, Context(settings, feeds), graph_passes())
     found = find_sites(
         model,
         min_size=settings.min_size,
