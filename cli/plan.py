@@ -21,7 +21,7 @@ from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_termi
 from onnxcomp.passes.config.options import PlanOptions
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.driver.pareto import FrontierPoint
+    from onnxcomp.passes.planning.pareto import FrontierPoint
     from onnxcomp.passes.planning.plan import Plan
 
 __all__ = ["command", "plan_verdict", "show_frontier"]
@@ -55,7 +55,7 @@ def command(
     """
     import onnxcomp
     from onnxcomp.cli.tables import show_sites
-    from onnxcomp.passes.driver.emit import planned_sites
+    from onnxcomp.passes.driver.run_report import planned_sites
 
     settings = settings_in_effect(settings)
     if frontier:
@@ -66,7 +66,7 @@ def command(
         plan.save(output)
     show_division(terminal, plan.division)
     if plan.pruned is not None:
-        show_pruned(terminal, plan.pruned)
+        show_pruned(terminal, plan.pruned.to_json())
     show_sites(terminal, planned_sites(plan), {choice.site: choice for choice in plan})
     terminal.finish(plan.to_json(), plan_verdict(plan))
     if not plan.met:
@@ -111,7 +111,7 @@ def plan_verdict(plan: Plan) -> str:
         text += f", {bytes_text(plan.portable_load_bytes)} of memory to load without the library"
     if plan.error is not None:
         text += f", expected error {100 * plan.error:.2f} %"
-    text = ", ".join([text, *prune_text(plan.pruned)])
+    text = ", ".join([text, *prune_text(None if plan.pruned is None else plan.pruned.to_json())])
     wanted = plan.budget.bytes
     if wanted is None:
         return text
