@@ -25,7 +25,7 @@ _MOST_COMMON = 12
 
 @click.command("inspect")
 @click.argument("model", type=FILE)
-@click.option("--diff", "other", type=FILE, help="Say what is different in this other model.")
+@click.option("--diff", "other", type=FILE, help="Show what is different in this other model.")
 @click.option(
     "--min-size",
     type=size,

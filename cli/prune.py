@@ -63,7 +63,7 @@ def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
             text += f", statistics of {len(moved)} of {len(pruned['norms'])} normalisations too"
         terminal.say(text)
     else:
-        terminal.say("no --data: weights alone decided, and nothing was fitted to make up for it")
+        terminal.say("no --data: norms of weights decided what to prune, and nothing was fitted")
 
 
 def show_division(terminal: Terminal, division: Sequence[Mapping[str, Any]]) -> None:
@@ -82,7 +82,7 @@ def show_division(terminal: Terminal, division: Sequence[Mapping[str, Any]]) -> 
     if rows:
         terminal.table(columns, rows, left=1)
         if division[0]["share"] == 0.0:
-            terminal.say("nothing is pruned: codes alone lose less in this size")
+            terminal.say("nothing is pruned: at this size the codecs alone lose less")
 
 
 def prune_text(pruned: Mapping[str, Any] | None) -> list[str]:

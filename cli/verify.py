@@ -28,7 +28,7 @@ _FAR = 0.5
 @click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
 @click.option(
     "--bisect", is_flag=True,
-    help="Where --tolerance is exceeded, find the weights that are to blame.",
+    help="Where --tolerance is exceeded, find the weights that cause the error.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=OUTPUT, help="With --bisect: write the model with these weights dense."
@@ -67,7 +67,7 @@ def command(
         document = result.to_json()
     show_verification(terminal, document, made_up=not data)
     for name in document.get("bisect", {}).get("blamed", ()):
-        terminal.say(f"to blame: {name}")
+        terminal.say(f"causes the error: {name}")
     terminal.finish(document, verdict(document))
     if not result.passed:
         raise click.exceptions.Exit(onnxcomp.errors.VerifyError.exit_code)
@@ -105,7 +105,7 @@ def show_verification(terminal: Terminal, document: Mapping[str, Any], *, made_u
     if max(known, default=0.0) > _FAR:
         terminal.say(
             f"warning: an output differs by {100 * max(known):.0f} % from the original's: "
-            "more bits, a smaller ratio or --data lose less"
+            "use more bits, a smaller ratio or --data"
         )
     for failure in document["failures"]:
         terminal.say(f"FAILED: {failure}")

@@ -31,7 +31,7 @@ def doctor(model: PathLike | None = None) -> Diagnosis:
         model: A model to load here, with the operator library and without.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing or is not an ONNX model.
     """
     machine = look()
     findings = [*environment(machine), _encoders()]
@@ -240,7 +240,7 @@ def _folding_bytes(path: Path) -> int:
 
 
 def _kind(operator: str) -> Kind | None:
-    """How an operator of ours uses a weight."""
+    """How a custom operator uses a weight."""
     endings: Mapping[str, Kind] = {"MatMul": "matmul", "Gather": "gather"}
     endings = {**endings, "Decode": "weight", "Weight": "weight"}
     return next((kind for end, kind in endings.items() if operator.endswith(end)), None)

@@ -105,7 +105,7 @@ _NO_WEIGHTS = frozenset({"int32", "int64", "uint32", "uint64", "bool", "string"}
 def coverage(sites: Iterable[SiteReport], min_size: int) -> float:
     """Bytes of compressed weight tensors over bytes of all of `min_size` or more; 1 without any.
 
-    Parts of weights that were compressed before are no weights.
+    Parts of weights that were compressed before are not weights.
     """
     weights = [
         site for site in sites if site.dtype not in _NO_WEIGHTS and site.reason != COMPRESSED_PART

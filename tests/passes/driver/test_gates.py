@@ -217,7 +217,7 @@ def test_a_function_may_be_given_in_python(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mine.py", "names no function"),
+        ("mine.py", "does not name a function"),
         ("none.py:f", "no file"),
         ("mine.py:f", "no function 'f'"),
         ("mine.py:EXACT", "no function 'EXACT'"),
