@@ -127,6 +127,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(place), target
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("ops/*/spec.md"))], ids=name_of)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    folders = "benchmarks|cli|docs|models|ops|passes|runtime|src|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_every_command_and_option_is_in_the_manual() -> None:
     import click
 
