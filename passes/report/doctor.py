@@ -150,7 +150,7 @@ def _on_gpu(path: Path, machine: Machine) -> Iterator[Finding]:
     facts = {"nodes": len(nodes), "on_cpu": names}
     if fallen:
         text = f"{len(fallen)} of {len(nodes)} nodes run on the CPU: {', '.join(names)}"
-        yield Finding("on a GPU", "note", text, "each of them costs copies to and fro", facts)
+        yield Finding("on a GPU", "note", text, "each one costs a copy to the CPU and back", facts)
     else:
         yield Finding("on a GPU", "ok", f"all {len(nodes)} nodes have CUDA kernels", facts=facts)
 
