@@ -13,7 +13,7 @@ from onnxcomp.passes.driver.gates import Verdict, accepted_error, ask_gates, err
 from onnxcomp.passes.driver.repair import Repair
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.driver.state import PlannedModel
-from onnxcomp.passes.encoding.calibrated import Samples, load_samples, tell_of_plain_factors
+from onnxcomp.passes.encoding.calibrated import Samples, load_samples, warn_of_uncalibrated_factors
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.planning.plan import Plan
@@ -53,7 +53,7 @@ def attempt(planned: PlannedModel, path: Path, run: Run) -> Attempt:
         The last attempt.
     """
     if run.data is None and run.calibration != "off":
-        tell_of_plain_factors(planned.plan)
+        warn_of_uncalibrated_factors(planned.plan)
     limit = accepted_error(planned.plan.settings, run)
     slow = planned.plan.settings.max_slowdown
     judged = limit is not None or slow is not None or run.evaluation is not None
@@ -127,7 +127,7 @@ def _inputs(planned: PlannedModel, samples: Samples | None, run: Run) -> Any:
         return None
     if samples is None and planned.prepared.pruned is not None and run.data is not None:
         samples = Samples(planned.subject.samples() or ())
-    return run.data if samples is None else samples.witnesses
+    return run.data if samples is None else samples.verification_feeds
 
 
 def _other_plan(repair: Repair, done: Attempt, path: Path, limit: float | None) -> Plan | None:
