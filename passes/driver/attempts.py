@@ -22,7 +22,7 @@ from onnxcomp.passes.driver.repair import Repair
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.driver.size_search import SizeSearch
 from onnxcomp.passes.driver.state import PlannedModel
-from onnxcomp.passes.encoding.calibrated import Samples, load_samples, tell_of_plain_factors
+from onnxcomp.passes.encoding.calibrated import Samples, load_samples, warn_of_uncalibrated_factors
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.planning.plan import Plan
@@ -63,7 +63,7 @@ def attempt(planned: PlannedModel, path: Path, run: Run) -> Attempt:
         last one where they accepted none.
     """
     if run.data is None and run.calibration != "off":
-        tell_of_plain_factors(planned.plan)
+        warn_of_uncalibrated_factors(planned.plan)
     limit = accepted_error(planned.plan.settings, run)
     slow = planned.plan.settings.max_slowdown
     planned = _comparable(planned, path)
@@ -173,7 +173,7 @@ def _inputs(planned: PlannedModel, samples: Samples | None, run: Run) -> Any:
         return None
     if samples is None and planned.prepared.pruned is not None and run.data is not None:
         samples = Samples(planned.subject.samples() or ())
-    return run.data if samples is None else samples.witnesses
+    return run.data if samples is None else samples.verification_feeds
 
 
 def _other_plan(

@@ -35,7 +35,7 @@ __all__ = [
     "check_calibration",
     "encode_calibrated",
     "load_samples",
-    "tell_of_plain_factors",
+    "warn_of_uncalibrated_factors",
 ]
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ CalibrationMode = Literal["sequential", "parallel", "off"]
 CALIBRATIONS: tuple[CalibrationMode, ...] = ("sequential", "parallel", "off")
 
 # Inputs that the fidelity gate runs when there is calibration data.
-_WITNESSES = 4
+_VERIFICATION_FEEDS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ class Samples:
     sequential: bool = True
 
     @property
-    def witnesses(self) -> list[Feed]:
+    def verification_feeds(self) -> list[Feed]:
         """A few inputs to compare models on, held-out ones where there are any."""
-        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_WITNESSES]
+        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_VERIFICATION_FEEDS]
 
 
 def check_calibration(mode: str) -> None:
@@ -95,8 +95,8 @@ def load_samples(
     return None if feeds is None else Samples(feeds, mode == "sequential")
 
 
-def tell_of_plain_factors(plan: Plan) -> None:
-    """Warn where weights get factors without inputs to fit them to: that is where most is lost."""
+def warn_of_uncalibrated_factors(plan: Plan) -> None:
+    """Warn where weights get factors without inputs to fit them to, which loses the most."""
     count = sum(CODECS[choice.codec].ranks is not None for choice in plan)
     if count:
         log.warning(
