@@ -20,7 +20,7 @@ from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.driver.pareto import FrontierPoint
+    from onnxcomp.passes.planning.pareto import FrontierPoint
     from onnxcomp.passes.planning.plan import Plan
 
 __all__ = ["command", "plan_verdict", "show_frontier"]
@@ -52,7 +52,7 @@ def command(
     """
     import onnxcomp
     from onnxcomp.cli.tables import show_sites
-    from onnxcomp.passes.driver.emit import planned_sites
+    from onnxcomp.passes.driver.run_report import planned_sites
 
     settings = settings_in_effect(settings)
     settings["data"] = settings["data"] or None

@@ -132,14 +132,16 @@ def parse_rule(text: str) -> Rule:
     return Rule(pattern, methods, cast("ModeChoice | None", mode), params, op)
 
 
-def match_rule(rules: Sequence[Rule], names: Sequence[str], operators: Sequence[str] = ()) -> Rule:
-    """The first rule that matches one of the names and operators; an empty rule where none does."""
+def match_rule(
+    rules: Sequence[Rule], names: Sequence[str], operators: Sequence[str] = ()
+) -> Rule | None:
+    """The first rule that matches one of the names and operators; None where none does."""
     for rule in rules:
         if rule.op and rule.op not in operators:
             continue
         if any(re.search(rule.pattern, name) for name in names):
             return rule
-    return Rule("")
+    return None
 
 
 def _check_pattern(pattern: str) -> None:

@@ -1,4 +1,4 @@
-"""From a model as it was read to one that is ready for planning."""
+"""The first stage of a run: from a model as it was read to one that is ready for planning."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.analysis.weight_sites import find_sites
+from onnxcomp.passes.config.policy import resolve_policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.files import Loaded
 from onnxcomp.passes.transforms.pass_manager import Context, no_feeds, run_passes
@@ -36,5 +37,12 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         freeze_inputs=settings.freeze_inputs,
     )
     pruning = changes.get(Prune.name)
-    pruned = pruning.report if isinstance(pruning, PruneChange) else None
-    return Prepared(model, loaded.path, loaded.source, found.sites, found.skipped, pruned)
+    return Prepared(
+        model=model,
+        path=loaded.path,
+        source=loaded.source,
+        sites=found.sites,
+        policies={site.name: resolve_policy(site, settings) for site in found.sites},
+        skipped=found.skipped,
+        pruned=pruning.report if isinstance(pruning, PruneChange) else None,
+    )

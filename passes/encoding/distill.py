@@ -1,27 +1,25 @@
-"""Train what is shared, after encoding and before the graph is rewritten, where it was asked for.
+"""Train shared values, after encoding and before the graph is rewritten, where that is asked for.
 
-The training itself needs torch and lives in `onnxcomp.models.distilling`, which is loaded by name:
-nothing in this folder imports a training framework.
+The training itself needs a framework and is given from outside; see `trainer`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError
+from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import stored_form
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Payload, SharedValues, ValueSharing
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
+from onnxcomp.passes.encoding.trainer import trainer
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array
@@ -29,20 +27,6 @@ from onnxcomp.passes.weight import Array
 __all__ = ["distilled"]
 
 log = logging.getLogger(__name__)
-
-
-def _trainer() -> Any:
-    """The module that trains.
-
-    Raises:
-        RuntimeMissingError: torch is not installed.
-    """
-    try:
-        return importlib.import_module("onnxcomp.models.distilling")
-    except ImportError as error:
-        raise RuntimeMissingError(
-            f"distilling needs torch: {error}", hint="pip install 'onnxcomp[torch]'"
-        ) from error
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,9 +97,9 @@ def distilled(
     if not found:
         log.warning("nothing to distill: no weight shares values (--method hash makes them share)")
         return list(encoded)
-    trainer = _trainer()
+    train = trainer()
     try:
-        values, before, after = trainer.distill(
+        values, before, after = train(
             model,
             [one.shared for one in found],
             samples.feeds,

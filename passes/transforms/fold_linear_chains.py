@@ -24,7 +24,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import Settings, match_rule, method_names
+from onnxcomp.passes.config.policy import Policy
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import compressed_tensors
 from onnxcomp.passes.ir.model import Change
@@ -102,9 +103,8 @@ def _truncated(
     settings: Settings, names: Sequence[str], operator: str, shape: tuple[int, int]
 ) -> bool:
     """Whether a weight gets two factors and nothing else is asked for."""
-    rule = match_rule(settings.rules, names, [operator])
-    methods = method_names(rule.methods or settings.method, CODECS, stock=settings.stock)
-    codecs = [CODECS[name] for name in methods]
+    policy = Policy.of(dataclasses.replace(settings, rest="keep"), names, [operator])
+    codecs = [CODECS[name] for name in policy.methods]
     rows, length = shape
     use = Use("", operator, 1, "dense" if operator == "Conv" else "matmul")
     site = WeightSite("", shape, "float32", (use,), "", rows, length, False)
