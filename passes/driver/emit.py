@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.config.values import Progress
 from onnxcomp.passes.driver.run_report import encoded_site, skipped_sites
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import Progress, encode
+from onnxcomp.passes.encoding.encoder import encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
 from onnxcomp.passes.lowering.rewrite import rewrite

@@ -11,38 +11,30 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import held_out_error
 from onnxcomp.passes.codecs.protocol import CalibratedEncoding
+from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.suggest import suggest
 from onnxcomp.passes.weight import Array, Feed, Stats, WeightSite
 
 __all__ = [
-    "CALIBRATIONS",
-    "CalibrationMode",
     "Samples",
-    "check_calibration",
     "encode_calibrated",
     "load_samples",
     "warn_of_uncalibrated_factors",
 ]
 
 log = logging.getLogger(__name__)
-
-# Whether weights are calibrated behind the compressed earlier ones, behind dense ones, or not.
-CalibrationMode = Literal["sequential", "parallel", "off"]
-CALIBRATIONS: tuple[CalibrationMode, ...] = ("sequential", "parallel", "off")
 
 # Inputs that the fidelity gate runs when there is calibration data.
 _VERIFICATION_FEEDS = 4
@@ -64,12 +56,6 @@ class Samples:
     def verification_feeds(self) -> list[Feed]:
         """A few inputs to compare models on, held-out ones where there are any."""
         return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_VERIFICATION_FEEDS]
-
-
-def check_calibration(mode: str) -> None:
-    """Raise `UsageError` when there is no such mode."""
-    if mode not in CALIBRATIONS:
-        raise UsageError(f"calibration {mode!r} is unknown", hint=suggest(mode, CALIBRATIONS))
 
 
 def load_samples(

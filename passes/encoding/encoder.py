@@ -12,7 +12,7 @@ import functools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.config.values import Progress
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, release_pages, weight_error
@@ -31,7 +32,7 @@ from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["Progress", "encode"]
+__all__ = ["encode"]
 
 # Planned payload bytes above which payloads go to a temporary file.
 SPILL_BYTES = 1 << 25
@@ -41,14 +42,6 @@ SPILL_BYTES = 1 << 25
 _UNUSUAL = 2.0
 
 _ALIGNMENT = 64
-
-
-class Progress(Protocol):
-    """Told about the work before each weight and after the last one."""
-
-    def __call__(self, done: int, total: int, site: str) -> None:
-        """Report dense bytes encoded so far, all of them, and the weight that is next."""
-        ...
 
 
 class _Spill:

@@ -18,7 +18,8 @@ from typing import Any
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.analysis.weight_sites import SkippedWeight
-from onnxcomp.passes.config.settings import Settings, parse_size
+from onnxcomp.passes.config.settings import Settings
+from onnxcomp.passes.config.values import parse_size
 from onnxcomp.passes.ir.files import Source
 from onnxcomp.passes.planning.candidates import Choice, Estimator, known_keys
 from onnxcomp.passes.suggest import suggest

@@ -10,8 +10,8 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.config.policy import Policy
-from onnxcomp.passes.config.settings import typed_params
 from onnxcomp.passes.planning.candidates import Candidate, Estimate, Estimator, thin_again
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity
 from onnxcomp.passes.suggest import suggest

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import Settings, method_names
+from onnxcomp.passes.config.methods import method_names
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.filter_boost import with_better_filters
 from onnxcomp.passes.planning.lagrangian import allocate

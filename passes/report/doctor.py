@@ -214,7 +214,7 @@ def _folding_bytes(path: Path) -> int:
     Intermediate results of all weights stay until ONNX Runtime has folded the last one.
     """
     from onnxcomp.passes.codecs import CODECS
-    from onnxcomp.passes.config.settings import typed_params
+    from onnxcomp.passes.config.methods import typed_params
     from onnxcomp.passes.ir.manifest import own_name, read_manifest
     from onnxcomp.passes.ir.model import load
     from onnxcomp.passes.ir.traversal import initializers

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.config.settings import SCORES, PruneScore
+from onnxcomp.passes.config.values import SCORES, PruneScore
 from onnxcomp.passes.transforms.prune.choose import Numerical
 
 __all__ = ["PruneOptions"]

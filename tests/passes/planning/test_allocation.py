@@ -15,7 +15,8 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.dense import DenseParams
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.policy import Policy
-from onnxcomp.passes.config.settings import Rule, Settings, parse_rule
+from onnxcomp.passes.config.rules import Rule, parse_rule
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.filter_boost import ROOM, with_better_filters
 from onnxcomp.passes.planning.lagrangian import allocate
