@@ -11,30 +11,33 @@ import click
 from onnxcomp.cli.options import (
     FILE,
     OUTPUT,
-    data_options,
-    plan_options,
-    prune_options,
+    SectionedCommand,
+    SectionedOption,
     settings_in_effect,
+    table_options,
 )
 from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
+from onnxcomp.passes.config.options import PlanOptions
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.driver.pareto import FrontierPoint
+    from onnxcomp.passes.planning.pareto import FrontierPoint
     from onnxcomp.passes.planning.plan import Plan
 
 __all__ = ["command", "plan_verdict", "show_frontier"]
 
 
-@click.command("plan")
+@click.command("plan", cls=SectionedCommand)
 @click.argument("model", type=FILE)
-@plan_options
-@prune_options
-@data_options
-@click.option("-o", "--output", type=OUTPUT, help="Write the plan here: readable, editable JSON.")
+@table_options(PlanOptions)
 @click.option(
-    "--frontier", is_flag=True, help="Size against expected error, over the whole range of sizes."
-)
+    "-o", "--output", cls=SectionedOption, section="run", type=OUTPUT, metavar="PLAN.json",
+    help="Write the plan here: readable, editable JSON.",
+)  # fmt: skip
+@click.option(
+    "--frontier", cls=SectionedOption, section="run", is_flag=True,
+    help="Size against expected error, over the whole range of sizes.",
+)  # fmt: skip
 @with_terminal
 def command(
     terminal: Terminal,
@@ -52,10 +55,9 @@ def command(
     """
     import onnxcomp
     from onnxcomp.cli.tables import show_sites
-    from onnxcomp.passes.driver.emit import planned_sites
+    from onnxcomp.passes.driver.run_report import planned_sites
 
     settings = settings_in_effect(settings)
-    settings["data"] = settings["data"] or None
     if frontier:
         show_frontier(terminal, onnxcomp.frontier(model, **settings))
         return
@@ -64,7 +66,7 @@ def command(
         plan.save(output)
     show_division(terminal, plan.division)
     if plan.pruned is not None:
-        show_pruned(terminal, plan.pruned)
+        show_pruned(terminal, plan.pruned.to_json())
     show_sites(terminal, planned_sites(plan), {choice.site: choice for choice in plan})
     terminal.finish(plan.to_json(), plan_verdict(plan))
     if not plan.met:
@@ -109,7 +111,7 @@ def plan_verdict(plan: Plan) -> str:
         text += f", {bytes_text(plan.portable_load_bytes)} of memory to load without the library"
     if plan.error is not None:
         text += f", expected error {100 * plan.error:.2f} %"
-    text = ", ".join([text, *prune_text(plan.pruned)])
+    text = ", ".join([text, *prune_text(None if plan.pruned is None else plan.pruned.to_json())])
     wanted = plan.budget.bytes
     if wanted is None:
         return text

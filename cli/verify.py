@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from onnxcomp.cli.options import FILE, OUTPUT, input_options
+from onnxcomp.cli.options import FILE, OUTPUT, input_options, option_of
 from onnxcomp.cli.terminal import Terminal, percent_text, with_terminal
 
 __all__ = ["command", "show_verification"]
@@ -24,8 +24,8 @@ _FAR = 0.5
 @click.option(
     "--samples", type=click.IntRange(1), default=4, show_default=True, help="Inputs made."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
-@click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
+@option_of("seed", help="Seed of made-up inputs.")
+@option_of("tolerance")
 @click.option(
     "--bisect", is_flag=True,
     help="Where --tolerance is exceeded, find the weights that cause the error.",

@@ -11,8 +11,7 @@ from typing import Any
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.encoding.calibrated import CalibrationMode
-from onnxcomp.passes.encoding.encoder import Progress
+from onnxcomp.passes.config.values import CalibrationMode, Progress
 from onnxcomp.passes.verification.user_metric import Evaluation
 
 __all__ = ["Run", "worker_count"]
