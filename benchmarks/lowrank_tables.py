@@ -94,8 +94,8 @@ def tables() -> Iterator[str]:
     yield language_model(results["language_model"]) + "\n"
     if results["minilm"]:
         dense = f"{results['minilm_dense']:.4f}"
-        yield "MiniLM, with factors for the products inside its layers, on 500 pairs of STS-B; the\n"
-        yield f"dense model (90.3 MB) has {dense}:\n\n"
+        yield "MiniLM, with factors for the products inside its layers, on 500 pairs of STS-B;\n"
+        yield f"the dense model (90.3 MB) has {dense}:\n\n"
         yield sentences(results["minilm"]) + "\n"
     yield "Times faster than a dense product of 4096 x 4096, one thread, ONNX Runtime:\n\n"
     yield speed(results["speed"]) + "\n"
