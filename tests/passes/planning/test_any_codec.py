@@ -72,7 +72,7 @@ def offered(
     site: WeightSite, methods: Sequence[str], rule: Rule | None = None, **known: Any
 ) -> CandidateSet:
     """What there is to choose from for a weight, by some methods and a rule."""
-    settings = Settings(method=tuple(methods), rules=() if rule is None else (rule,))
+    settings = Settings(method=tuple(methods), set_=() if rule is None else (rule,))
     return candidate_set(site, Policy.of(settings, [site.name]), **known)
 
 
