@@ -51,7 +51,7 @@ class Attempt:
 
 
 def attempt(planned: PlannedModel, path: Path, run: Run) -> Attempt:
-    """Emit a plan and ask the gates; while they object, the next plan that is in sight.
+    """Emit a plan and run the gates, with other plans until one passes or none is left.
 
     Args:
         planned: The model and its plan. Without gates that judge the loss it is changed in place.
@@ -179,7 +179,7 @@ def _inputs(planned: PlannedModel, samples: Samples | None, run: Run) -> Any:
 def _other_plan(
     repair: Repair, search: SizeSearch | None, done: Attempt, limit: float | None
 ) -> Plan | None:
-    """The plan to try after this attempt; None where none is in sight."""
+    """The plan to try after this attempt; None where there is none."""
     plan, verdict = done.planned.plan, done.verdict
     if verdict.slowdown is not None and (search is None or not verdict.slowdown.passed):
         return repair.paced(plan, verdict.slowdown)

@@ -37,7 +37,7 @@ class Written:
 
     Attributes:
         saved: Its files.
-        sites: What became of each weight.
+        sites: How each weight is stored.
     """
 
     saved: Saved
@@ -63,7 +63,7 @@ def emit(
         path: The .onnx file; temporary files lie in its folder.
         jobs: Threads of the encoders.
         cache: Payloads of earlier runs.
-        progress: Told about each weight.
+        progress: Called before each weight and after the last one.
         stage: Times a part of the work by its name.
         samples: Calibration inputs; None to encode plainly.
     """

@@ -33,14 +33,14 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether no gate objects."""
+        """Whether all gates passed."""
         faithful = self.verification is None or self.verification.passed
         others = (self.evaluation, self.slowdown)
         return faithful and all(gate is None or gate.passed for gate in others)
 
     @property
     def failure(self) -> str:
-        """The first objection, on one line."""
+        """The first failure, on one line."""
         if self.verification is not None and not self.verification.passed:
             return " ".join(self.verification.failures[0].split())
         if self.slowdown is not None and not self.slowdown.passed:

@@ -1,4 +1,4 @@
-"""Another plan for a model whose outputs differ too much: weights to blame become dense again."""
+"""Another plan for a model whose outputs differ too much: weights that cause it become dense."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Repair"]
 
 log = logging.getLogger(__name__)
 
-# Inputs that blame is found with.
+# Inputs for the bisection.
 _FEEDS = 4
 
 # What is aimed at, of an error that must not be exceeded.
@@ -35,7 +35,7 @@ _MARGIN = 0.95
 _CLOSE = 1.05
 
 # Share of the weight bytes that may become dense again, and share of the weights above which it is
-# no weight that is to blame, but the plan.
+# no single weight is the cause, but the plan.
 _MOST, _FEW = 0.5, 0.2
 
 
@@ -127,7 +127,7 @@ class Repair:
             blamed = blame(noise, sites, limit, most)
         if not blamed or (self._free and len(blamed) > max(1, _FEW * len(sites))):
             return None
-        log.info("to blame: %s", ", ".join(site.name for site in blamed))
+        log.info("these weights cause the error: %s", ", ".join(site.name for site in blamed))
         reason = f"rolled back: outputs differed by {error:.3g}, {wanted:.3g} are allowed"
         return self._without(made, {site.name for site in blamed}, reason, below)
 

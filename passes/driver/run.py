@@ -48,7 +48,7 @@ class Run:
         shapes: Sizes of inputs with free dimensions, for made-up inputs.
         tolerance: Largest accepted difference to the dense model; None to report it only.
         force: Whether a model that fails the gate is published.
-        progress: Told about each weight.
+        progress: Called before each weight and after the last one.
         evaluation: The user's own measure of a model, and how far it may drop.
         seconds: Wall-clock seconds by stage, filled in as they end.
     """

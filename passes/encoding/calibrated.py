@@ -1,7 +1,7 @@
-"""Encode weights for the inputs they really have, and judge by inputs kept back.
+"""Encode weights for the inputs that they see, and judge by inputs that were set aside.
 
 Weights are encoded in the order of their use, each for what the model behind the compressed
-earlier ones feeds it. Where plain encoding does as well on held-out inputs, plain encoding it is.
+earlier ones feeds it. Where plain encoding does as well on held-out inputs, it is used.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def warn_of_uncalibrated_factors(plan: Plan) -> None:
     count = sum(CODECS[choice.codec].ranks is not None for choice in plan)
     if count:
         log.warning(
-            "no calibration data: the factors of %d weight%s are the nearest to the weights alone, "
-            "not to what products give; with --data they lose less",
+            "no calibration data: the factors of %d weight%s approximate the weights alone, "
+            "not their products; with --data they lose less",
             count,
             "s" if count > 1 else "",
         )

@@ -87,7 +87,7 @@ def encode(
         plan: A settled plan with one choice for each site.
         jobs: Threads of the encoders.
         cache: Payloads of earlier runs.
-        progress: Told about each weight.
+        progress: Called before each weight and after the last one.
         folder: Where the temporary file lives; None for the system's place.
         samples: Calibration inputs; None to encode plainly.
 

@@ -1,4 +1,4 @@
-"""What happens to a graph before its weights are looked for: an ordered list of passes.
+"""The graph passes that run before weights are looked for, in their order.
 
 A pass says what must have run before it, what it visits, and what holds after it. `run_passes`
 checks all three.

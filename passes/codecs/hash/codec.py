@@ -129,7 +129,7 @@ def _memory_of(payload: Payload) -> Array:
     memory = payload.tensors.get("memory")
     memory = next(shared, None) if memory is None else memory
     if memory is None:
-        raise ValueError("there is no memory")
+        raise ValueError("the memory is missing")
     return memory
 
 
