@@ -13,10 +13,7 @@ from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.config.values import one_of
 from onnxcomp.passes.suggest import suggest
 
-__all__ = ["is_stock", "method_names", "split_methods", "typed_params"]
-
-# Which operators a codec uses does not depend on the opset.
-_ANY_OPSET = 13
+__all__ = ["method_names", "split_methods", "typed_params"]
 
 
 def split_methods(text: str) -> tuple[str, ...]:
@@ -24,11 +21,6 @@ def split_methods(text: str) -> tuple[str, ...]:
     if text in CODECS:
         return (text,)
     return tuple(part for part in text.split("+") if part)
-
-
-def is_stock(codec: Codec) -> bool:
-    """Whether models of a codec hold operators of ONNX and ONNX Runtime only."""
-    return not codec.functions(_ANY_OPSET)
 
 
 def method_names(
@@ -50,11 +42,11 @@ def method_names(
     for name in (part for item in asked for part in split_methods(item)):
         if name == "auto":
             automatic = [n for n, codec in known.items() if codec.automatic]
-            result += [n for n in automatic if is_stock(known[n]) or not stock]
+            result += [n for n in automatic if known[n].stock or not stock]
             continue
         one_of("method", name, [*names, "auto"])
-        if stock and not is_stock(known[name]):
-            allowed = ", ".join(n for n, codec in known.items() if is_stock(codec))
+        if stock and not known[name].stock:
+            allowed = ", ".join(n for n, codec in known.items() if codec.stock)
             raise UsageError(
                 f"--stock and the method {name!r} contradict each other: it needs the library",
                 hint=f"these do not: {allowed}",

@@ -34,7 +34,6 @@ from onnxcomp.passes.config.values import (
     ExternalData,
     ModeChoice,
     Precision,
-    Progress,
     PruneScore,
     Rest,
 )
@@ -51,6 +50,9 @@ __all__ = ["TARGETS", "ByteOptions", "OptimizeOptions", "PlanLike", "PlanOptions
 
 # Ways to say how small the output is to be: one of them replaces another.
 TARGETS = ("bits", "ratio", "target_size")
+
+# Told about bytes encoded so far, all of them, and the weight that is next.
+Progress = Callable[[int, int, str], None]
 
 # Gets a function that opens sessions of a model, and returns how good it is; higher is better.
 Score = Callable[[Callable[..., Any]], float]
@@ -127,7 +129,7 @@ class ByteOptions(Options):
     set_: Converted[str | Rule | Sequence[str | Rule], tuple[Rule, ...]] = option(
         (), Rules(), "method",
         "Settings for the weights that match; the first rule that matches a weight decides.",
-        "For example 'encoder.*:bits=3', 'head:method=dense' or '.*:op=Conv,bits=5'. Keys are "
+        "For example `encoder.*:bits=3`, `head:method=dense` or `.*:op=Conv,bits=5`. Keys are "
         "parameters of the codec (`quality=fast` for hyper, `energy=0.9` for lowrank), "
         "`method`, `mode`, and `op` for weights of one operator.",
         cli=("--set",), key="rules",
@@ -269,6 +271,8 @@ class OptimizeOptions(PlanOptions):
     )  # fmt: skip
     dry_run: bool = option(False, Flag(), "run", "Only plan.", in_file=False)
     progress: Progress | None = option(
-        None, Callback(), "run", "Told about the work before each weight and after the last one.",
+        None, Callback(), "run",
+        "Told of the work before each weight and after the last one: bytes done, all bytes, the "
+        "weight that is next.",
         on_cli=False, in_file=False,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.suggest import suggest
@@ -19,7 +19,6 @@ __all__ = [
     "ExternalData",
     "ModeChoice",
     "Precision",
-    "Progress",
     "PruneScore",
     "Rest",
     "check_pattern",
@@ -48,14 +47,6 @@ _UNITS = {
     "gib": 2**30,
 }
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*", re.IGNORECASE)
-
-
-class Progress(Protocol):
-    """Told about the work before each weight and after the last one."""
-
-    def __call__(self, done: int, total: int, site: str) -> None:
-        """Report dense bytes encoded so far, all of them, and the weight that is next."""
-        ...
 
 
 def parse_size(value: float | str) -> int:

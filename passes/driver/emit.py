@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onnxcomp.passes.analysis.prepared import Prepared
-from onnxcomp.passes.config.values import Progress
+from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.driver.run_report import encoded_site, skipped_sites
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.config.values import CalibrationMode, Progress
+from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.verification.user_metric import Evaluation
 
 __all__ = ["Run", "worker_count"]

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.weight_sites import read_weight
-from onnxcomp.passes.config.values import Progress
+from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
