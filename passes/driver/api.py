@@ -18,7 +18,7 @@ from onnxcomp.passes.config.signature import takes, takes_output
 from onnxcomp.passes.config.values import ExternalData
 from onnxcomp.passes.driver.compile import compile_model, plan_model
 from onnxcomp.passes.driver.compile import dry_run as only_plan
-from onnxcomp.passes.driver.pareto import frontier as points_of
+from onnxcomp.passes.driver.frontier import frontier as points_of
 from onnxcomp.passes.driver.result import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.driver.run import Run, worker_count
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
