@@ -395,8 +395,7 @@ def _aim(verdict: _Verdict, limit: float | None) -> tuple[float, float] | None:
         or any(o.problem for o in found.outputs.values())
     ):
         return None
-    forms = (found.outputs, found.portable.outputs)
-    error = max((o.rel_l2 for form in forms for o in form.values()), default=0.0)
+    error = found.error
     if limit is not None and error > limit:
         return error, limit
     # How a score follows from errors is not known: half the error is a step.
