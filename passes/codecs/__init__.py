@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxcomp.passes.codecs.constant import ConstantCodec
 from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.half import HalfCodec
 from onnxcomp.passes.codecs.hash.codec import HashCodec
@@ -29,5 +30,6 @@ CODECS: dict[str, Codec] = {
         HyperLowRankCodec(),
         WindingCodec(),
         HashCodec(),
+        ConstantCodec(),
     )
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from onnxcomp.passes.analysis.constants import mark_constants
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.analysis.weight_sites import find_sites
 from onnxcomp.passes.config.settings import Settings
@@ -34,7 +35,8 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         exclude=settings.exclude,
         freeze_inputs=settings.freeze_inputs,
     )
+    sites = mark_constants(model, found.sites)
     notes = tuple(note for change in changes.values() for note in change.notes)
     return Prepared(
-        model, loaded.path, loaded.source, found.sites, found.skipped, notes, dict(context.facts)
+        model, loaded.path, loaded.source, sites, found.skipped, notes, dict(context.facts)
     )

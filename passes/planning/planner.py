@@ -15,6 +15,7 @@ from onnxcomp.passes.config.settings import Settings, method_names
 from onnxcomp.passes.latency.model import Timing
 from onnxcomp.passes.planning.candidates import Candidate, Choice, Estimate, Estimator
 from onnxcomp.passes.planning.error_model import Estimates
+from onnxcomp.passes.planning.exact import constant_menu
 from onnxcomp.passes.planning.explain import explain
 from onnxcomp.passes.planning.measurements import Evidence, observed
 from onnxcomp.passes.planning.plan import Budget, Plan
@@ -41,6 +42,9 @@ def _menu(
 ) -> Menu:
     """What there is to choose from; half precision last where the rest is to have it."""
     rule = rule_of(site, settings)
+    exact = constant_menu(site, methods, rule, settings)
+    if exact is not None:
+        return exact
     method_names(rule.methods or methods, CODECS, stock=settings.stock)
     rule = with_rank(rule, methods, site, estimates.energies)
     chosen: Estimator = estimates
