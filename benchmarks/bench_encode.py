@@ -20,7 +20,7 @@ from results import print_table, write_results
 
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.codecs.hyper import native
-from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.format import GroupLayout
 from onnxcomp.passes.codecs.hyper.tables import WINDINGS, spread, table
 from onnxcomp.passes.weight import Array
 
@@ -32,7 +32,7 @@ ISAS = ("avx512", "avx2", "baseline")
 
 def encoder(weight: Array, bits: int, state_bits: int, isa: str, threads: int) -> Callable[[], Any]:
     """A call that encodes."""
-    geometry = Geometry(bits, state_bits, 128, *weight.shape)
+    geometry = GroupLayout(bits, state_bits, 128, *weight.shape)
     values, reach = table(bits, state_bits), spread(bits, state_bits)
     return lambda: native.hyper_encode(weight, geometry, values, reach, threads=threads, isa=isa)
 
@@ -89,7 +89,7 @@ def decoding(weights: int, repeat: int) -> list[dict[str, Any]]:
     """Speed of the compiler's decoder."""
     weight, rows = sample("normal", weights), []
     for bits in (2, 3, 4):
-        geometry, values = Geometry(bits, 7, 128, *weight.shape), table(bits, 7)
+        geometry, values = GroupLayout(bits, 7, 128, *weight.shape), table(bits, 7)
         codes, scales = native.hyper_encode(weight, geometry, values, spread(bits, 7))
 
         def call(c: Array = codes, s: Array = scales, t: Array = values, g: Any = geometry) -> Any:

@@ -34,7 +34,7 @@ from results import print_table, write_results
 
 from onnxcomp.passes.codecs.hash import format as hash_format
 from onnxcomp.passes.codecs.hash.codec import HashCodec, HashParams
-from onnxcomp.passes.codecs.hash.format import Geometry, Sharing
+from onnxcomp.passes.codecs.hash.format import ChunkLayout, Sharing
 from onnxcomp.passes.weight import Use, WeightSite
 
 # Names of variants, element types and bytes of their memories; what they are called for a
@@ -67,7 +67,7 @@ def hash_products(
     memory = rng.standard_normal((slots, hash_format.TILE)).astype(np.float32)
     if dtype is np.int8:
         memory = np.clip(memory * 40, -127, 127)
-    geometry = Geometry(rows, length)
+    geometry = ChunkLayout(rows, length)
     products = []
     for i in range(count):
         sharing = Sharing(slots, *hash_format.seeds(0), base=i * geometry.tiles)

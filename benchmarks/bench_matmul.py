@@ -107,7 +107,7 @@ def hyper_product(bits: int, states: int, group: int, precision: int) -> Maker:
     """HyperMatMul on random codes."""
 
     def make(rng: np.random.Generator, i: int, length: int, rows: int) -> Product:
-        geometry = hyper_format.Geometry(bits, states, group, rows, length)
+        geometry = hyper_format.GroupLayout(bits, states, group, rows, length)
         shared = hyper_format.shared_tensors(bits, states, group, rows, length)
         names = hyper_format.NODE_INPUTS
         tensors = {f"s{i}": rng.random(geometry.scales_shape).astype(np.float16)}

@@ -57,7 +57,7 @@ class Weights:
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
-        """Arguments of `Geometry`."""
+        """Arguments of `GroupLayout`."""
         return self.bits, self.state_bits, self.group, self.rows, self.length
 
     @property
@@ -68,7 +68,7 @@ class Weights:
     @property
     def predicted(self) -> int:
         """Predicted peak."""
-        geometry = hyper_format.Geometry(*self.sizes)
+        geometry = hyper_format.GroupLayout(*self.sizes)
         return hyper_bodies.peak_load_bytes([(self.site, geometry, self.kind)] * self.count)
 
     @property
@@ -117,7 +117,7 @@ class Model:
 
     def add(self, weights: Weights, rng: np.random.Generator, x: str) -> str:
         """Add one weight and its use; returns the result."""
-        geometry = hyper_format.Geometry(*weights.sizes)
+        geometry = hyper_format.GroupLayout(*weights.sizes)
         site = weights.site
         tensors = {
             "codes": rng.integers(0, 256, geometry.codes_shape, dtype=np.uint8),

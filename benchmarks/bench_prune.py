@@ -38,7 +38,8 @@ from results import RESULTS, print_table, write_results
 import onnxcomp
 from onnxcomp.passes.ir.model import load, save
 from onnxcomp.passes.transforms.canonicalize import canonicalize
-from onnxcomp.passes.transforms.prune.pruning import PruneOptions, prune
+from onnxcomp.passes.transforms.prune.options import PruneOptions
+from onnxcomp.passes.transforms.prune.pruning import prune
 from onnxcomp.runtime.bench import load_model
 
 Array = npt.NDArray[Any]

@@ -24,7 +24,7 @@ Place = Callable[[Array], int]
 class HyperCase:
     """A weight of the codec hyper."""
 
-    geometry: hyper_format.Geometry
+    geometry: hyper_format.GroupLayout
     codes: Array
     scales: Array
     table: Array
@@ -55,7 +55,7 @@ def hyper_case(
 ) -> HyperCase:
     """A random weight; `leveled` gives a table of more than 256 states only 256 levels."""
     rng = np.random.default_rng([seed, rows, length, bits, states, group])
-    geometry = hyper_format.Geometry(bits, states, group, rows, length)
+    geometry = hyper_format.GroupLayout(bits, states, group, rows, length)
     table = rng.integers(-127, 128, 1 << states).astype(np.int8)
     if leveled:
         multiplier = 2 * int(rng.integers(1 << (states - 1))) + 1
@@ -71,7 +71,7 @@ def hyper_case(
 class HashCase:
     """A weight of the codec hash; `codes` is None where chunks do not choose."""
 
-    geometry: hash_format.Geometry
+    geometry: hash_format.ChunkLayout
     sharing: hash_format.Sharing
     memory: Array
     scale: Array
@@ -107,7 +107,7 @@ def hash_case(
 ) -> HashCase:
     """A random weight; with a `stride`, chunks choose among candidates."""
     rng = np.random.default_rng([rows, length, chunk, slots, seed])
-    geometry = hash_format.Geometry(rows, length, chunk)
+    geometry = hash_format.ChunkLayout(rows, length, chunk)
     rotate, sign = hash_format.seeds(seed)
     sharing = hash_format.Sharing(run or slots, rotate, sign if signed else None, base, stride)
     if memory == "int8":

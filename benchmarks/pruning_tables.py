@@ -28,10 +28,11 @@ def pruning() -> Iterator[str]:
             cells.append(("low-rank factors", name, *values))
     yield (
         "Structured pruning of the same language model: divergence from the dense predictions\n"
-        "(nats) when a share of the parameters of its blocks is gone, nothing trained. `obs` is\n"
-        "the default, and the only one that also takes positions inside heads; the others are\n"
-        "other methods' scores with their own allocation, here with the same fits; last,\n"
-        "low-rank factors of as many parameters: `benchmarks/bench_prune.py`.\n"
+        "(nats) when a share of the parameters of its blocks is removed and nothing is trained\n"
+        "(`benchmarks/bench_prune.py`). `obs` is the default, and the only score that also takes\n"
+        "positions inside heads. The others are scores of other methods with their own\n"
+        "allocation, here with the same fits. The last rows are low-rank factors of as many\n"
+        "parameters.\n"
     )
     timed = rows.get("latency 0.2")
     if timed is not None:
@@ -56,8 +57,9 @@ def _pruned_decoding(rows: Any) -> Iterator[str]:
     if not found:
         return
     yield (
-        "The form with a cache (`--prune-caches`), one token after the other on one thread, in\n"
-        "turns, and resident memory of a process with a session, each dense -> pruned:\n"
+        "The form with a cache (`--prune-caches`): decoding one token after the other on one\n"
+        "thread, in turns, and resident memory of a process with a session. Each is dense ->\n"
+        "pruned:\n"
     )
     columns = ("fewer", "tokens a second", "cache bytes a token", "memory", "file")
     yield markdown(
@@ -86,7 +88,7 @@ def _divided(rows: Any) -> Iterator[str]:
                 (f"{ratio}x", f"{alone['kl']:.4f}", f"{both['kl']:.4f}", f"{100 * share:.3g} %")
             )
     if cells:
-        yield "One size divided between pruning and `hyper`: divergence, and the share pruned.\n"
+        yield "One size divided between pruning and `hyper`: divergence, and the pruned share.\n"
         yield markdown(("size", "hyper alone", "with pruning", "pruned"), cells)
 
 

@@ -1,7 +1,9 @@
-"""The tables of README.md and docs/numbers.md, from ``benchmarks/results``.
+"""The tables of README.md and pages of docs/, and the README's picture.
 
-python benchmarks/readme_tables.py            prints them
-python benchmarks/readme_tables.py --write    puts them into the pages
+All come from ``benchmarks/results``.
+
+python benchmarks/readme_tables.py            prints the tables
+python benchmarks/readme_tables.py --write    puts them into the pages, and draws the picture
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
-from speed_tables import headline_products, products, shared_products
+from size_loss_picture import PICTURE, draw
+from speed_tables import headline_speed, products, shared_products
 
 __all__ = ["stale_pages", "tables"]
 
@@ -50,9 +53,9 @@ def minilm() -> Iterator[str]:
             )
         )
     yield (
-        "The sentence encoder all-MiniLM-L6-v2 on the STS-B development set (Spearman rank,\n"
-        "mean of 1 - cosine to the float32 embeddings; peak memory of the compiler):\n"
-        "`benchmarks/bench_minilm.py`.\n"
+        "The sentence encoder all-MiniLM-L6-v2 on the STS-B development set, without calibration:\n"
+        "Spearman rank, mean of 1 - cosine to the float32 embeddings, and peak memory of the\n"
+        "compiler (`benchmarks/bench_minilm.py`).\n"
     )
     columns = ("weights", "file", "ratio", "Spearman", "1 - cosine", "compiler memory")
     yield markdown(columns, rows)
@@ -96,11 +99,11 @@ def models() -> Iterator[str]:
         for row in read("models_4bit")["models"]
     ]
     yield (
-        "Models of other projects at 4 bits: share of the weight bytes that is compressed, worst\n"
-        "signal-to-noise ratio of an output with the library and without, agreement of the top\n"
-        "class with the original, on real inputs where we have them, else on made-up ones; CPU\n"
-        "time to load and memory of the session, of the original, with the library, and without:\n"
-        "`benchmarks/bench_models.py`.\n"
+        "Models of other projects at 4 bits (`benchmarks/bench_models.py`). `covered` is the\n"
+        "share of the weight bytes that is compressed; `library` and `any runtime` the worst\n"
+        "signal-to-noise ratio of an output in that form; `same class` how often the top class is\n"
+        "the original's. Inputs are real where there are any, else made up. CPU time to load and\n"
+        "memory of the session: original / with the library / without.\n"
     )
     columns = ("model", "float32 file", "ratio", "covered", "library", "any runtime", "same class")
     yield markdown((*columns, "inputs", "load, ms", "memory, MB"), rows)
@@ -151,10 +154,10 @@ def shared_training() -> Iterator[str]:
             cells.append((name, *("" if s is None else share(sum(s) / len(s)) for s in scores)))
     yield (
         "Accuracy of networks that are trained with fewer numbers: as signed copies of a memory,\n"
-        "pruned before training (places of the weights that are left not counted), or with fewer\n"
-        "channels, which takes fewer operations, too. Few epochs on 8,000 to 10,000 images, one\n"
-        "seed: differences of a point are noise. `benchmarks/bench_sharing_training.py`, and\n"
-        "[sharing.md](sharing.md).\n"
+        "pruned before training (the places of the remaining weights are not counted), or with\n"
+        "fewer channels, which takes fewer operations, too. There are few epochs on 8,000 to\n"
+        "10,000 images, and one seed: differences of a point are noise\n"
+        "(`benchmarks/bench_sharing_training.py`, and [Shared weights](sharing.md)).\n"
     )
     titles = [f"{SHARING_NETWORKS[network]}, {ratio}x" for network, ratio in columns]
     yield markdown(("weights", *titles), cells)
@@ -178,7 +181,7 @@ def language_model() -> Iterator[str]:
         "A small language model (5 million weights), all tensors compressed, with and without\n"
         "calibration on its training text: divergence from the float32 predictions, agreement of\n"
         f"the likeliest token (both on {windows} windows of two held-out texts), perplexity on\n"
-        "one of them. Integer rows use blocks of 128: `benchmarks/bench_hyper_models.py`.\n"
+        "one of the texts. Integers have blocks of 128 (`benchmarks/bench_hyper_models.py`).\n"
     )
     columns = ("weights", "file", "KL (nats)", "same token", "perplexity")
     yield markdown(columns, rows)
@@ -191,9 +194,10 @@ def presets() -> Iterator[str]:
     cells = {(r["model"], r["preset"]): f"{r['ratio']:.1f}x, {100 * r['loss']:.1f} %" for r in rows}
     models = dict.fromkeys(row["model"] for row in rows)
     yield (
-        "Presets without calibration data: times smaller, and loss: share of inputs with another\n"
-        "result than the original's (class, decision, likeliest token), for MiniLM the mean of\n"
-        "1 - cosine. SqueezeNet's original is in float16: `benchmarks/bench_presets.py`.\n"
+        "Presets without calibration data: how many times smaller, and the loss. The loss is the\n"
+        "share of inputs with another result than the original's (class, decision, likeliest\n"
+        "token); for MiniLM, the mean of 1 - cosine. SqueezeNet's original is in float16\n"
+        "(`benchmarks/bench_presets.py`).\n"
     )
     table = [(model, *(cells[model, name] for name in names)) for model in models]
     yield markdown(("model", *names), table)
@@ -208,11 +212,11 @@ def restored() -> Iterator[str]:
     wanted = [(2, "normal"), (3, "normal"), *((4, kind) for kind in ("normal", "laplace"))]
     wanted += [(4, "student4"), (4, "trained")]
     yield (
-        "Weights after they were stored and restored: signal-to-noise ratio in dB, for normal,\n"
-        "Laplace and Student-t (4) weights and those of the language model. RTN rounds to nearest\n"
-        "in groups (g) of 128 with one float16 scale, on -n .. n, on -n-1 .. n as ONNX Runtime\n"
-        "does, with a zero point, or in the best range; `winding` is Hyper-Compression in its\n"
-        "best box; the bound is Shannon's: `benchmarks/bench_hyper_quality.py`.\n"
+        "Decoded weights: signal-to-noise ratio in dB, for normal, Laplace and Student-t (4)\n"
+        "weights and those of the language model (`benchmarks/bench_hyper_quality.py`). RTN\n"
+        "rounds to nearest in groups (g) of 128 with one float16 scale: on -n .. n, on\n"
+        "-n-1 .. n as ONNX Runtime does, with a zero point, or in the best range. `winding` is\n"
+        "Hyper-Compression in its best box. The bound is Shannon's.\n"
     )
     cells = [
         (codec, *(_one_digit(by_bits.get(bits, {}).get(kind)) for bits, kind in wanted))
@@ -247,12 +251,12 @@ def planner() -> Iterator[str]:
     """Mixed plans beside equal settings."""
     results = read("planner")["models"]
     yield (
-        "Plans on real inputs, one half to plan on and the other to judge by: relative L2 error\n"
+        "Plans on real inputs, one half to plan with and the other to judge by: relative L2 error\n"
         "of the worst output with equal bits for all weights, and with mixed plans of the same\n"
-        "bytes, made without inputs and with them; last, the error that the plan expected (of all\n"
-        "outputs in the mean). Codes are not calibrated, and one draw of them can do several\n"
-        "times the usual harm (Silero VAD at 4 and 2 bits); SqueezeNet is judged by 15 images:\n"
-        "`benchmarks/bench_planner.py`.\n"
+        "bytes, made without inputs and with them. The last column is the error that the plan\n"
+        "expected, as the mean over the outputs. Codes are not calibrated, and an unlucky draw of\n"
+        "rounding errors can cost several times the usual loss (Silero VAD at 4 and 2 bits).\n"
+        "SqueezeNet is judged by 15 images (`benchmarks/bench_planner.py`).\n"
     )
     rows = [
         (
@@ -271,8 +275,8 @@ def planner() -> Iterator[str]:
     yield markdown(columns, rows)
     ratios = [str(at["ratio"]) for at in results[0]["ratios"]]
     yield (
-        "Bytes of the output for `--ratio`, in percent of what was asked for; above 100 no plan\n"
-        "is small enough, and the exit code is 3: small tensors and names alone are too much.\n"
+        "Bytes of the output for `--ratio`, in percent of what was asked for. Above 100 no plan\n"
+        "is small enough, because small tensors and names take more; the exit code is then 3.\n"
     )
     cells = [
         (row["name"], *(f"{100 * at['bytes'] / at['target']:.2f}" for at in row["ratios"]))
@@ -281,7 +285,8 @@ def planner() -> Iterator[str]:
     yield markdown(("model", *(f"{ratio}x" for ratio in ratios)), cells)
     yield (
         "Expected against measured, weight by weight: noise of the outputs with one weight in 2,\n"
-        "3 or 4 bits, and times of products on codes by the costs of the machine.\n"
+        "3 or 4 bits, and times of products on codes, as predicted by the cost table of the\n"
+        "machine.\n"
     )
     words = {"error": "noise of the outputs", "time": "time"}
     ranks = [
@@ -302,13 +307,27 @@ def planner() -> Iterator[str]:
     yield markdown(columns, ranks)
 
 
-# What each page shows, by heading.
+def headlines() -> Iterator[str]:
+    """What the README shows."""
+    yield from minilm()
+    yield from headline_speed()
+
+
+def deep_convolutions() -> Iterator[str]:
+    """What rounding does to a deep convolutional network."""
+    name = "mobilenetv2_224_tf2ptq_fp32"
+    (agrees,) = (r["agree_library"] for r in read("models_4bit")["models"] if r["name"] == name)
+    rows = {row["name"]: row for row in read("hyper_models")["mobilenetv2"]["rows"]}
+    four, five = (1 - rows[f"hyper {bits}"]["disagreement"] for bits in (4, 5))
+    yield (
+        "Networks with depthwise convolutions need more bits than language models. MobileNetV2\n"
+        f"keeps {agrees:.0%} of its answers at 4 bits. On the images of\n"
+        f"`benchmarks/bench_hyper_models.py` it keeps {four:.0%}, and {five:.0%} at 5 bits.\n"
+    )
+
+
+# What pages show, by heading; an empty one where the page has a heading of its own.
 Sections = Mapping[str, Callable[[], Iterator[str]]]
-HEADLINES: Sections = {
-    "A sentence encoder": minilm,
-    "A language model": language_model,
-    "Speed": headline_products,
-}
 ALL: Sections = {
     "A sentence encoder": minilm,
     "A language model": language_model,
@@ -322,14 +341,19 @@ ALL: Sections = {
     "Presets": presets,
     "Structured pruning": pruning,
 }
-PAGES: Mapping[Path, Sections] = {ROOT / "README.md": HEADLINES, ROOT / "docs" / "numbers.md": ALL}
+PAGES: Mapping[Path, Sections] = {
+    ROOT / "README.md": {"": headlines},
+    ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
+    ROOT / "docs" / "numbers.md": ALL,
+}
 
 
 def tables(sections: Sections) -> str:
     """All tables with the sentences before them, under their headings."""
     parts = []
     for heading, make in sections.items():
-        parts += [f"### {heading}\n", *make()]
+        parts += [f"### {heading}\n"] if heading else []
+        parts += make()
     return "\n".join(parts)
 
 
@@ -340,9 +364,9 @@ def put_into(text: str, sections: Sections) -> str:
 
 
 def stale_pages() -> Mapping[Path, str]:
-    """Pages that differ from what the result files say, and what they should be."""
-    pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
-    wanted = {path: put_into(text, PAGES[path]) for path, text in pages.items()}
+    """Pages and pictures that differ from what the result files say, and what they should be."""
+    pages = {path: path.read_text(encoding="utf-8") for path in (*PAGES, PICTURE)}
+    wanted = {path: put_into(pages[path], PAGES[path]) for path in PAGES} | {PICTURE: draw()}
     return {path: text for path, text in wanted.items() if text != pages[path]}
 
 

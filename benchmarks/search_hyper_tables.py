@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 
 from onnxcomp.passes.codecs.hyper import native
-from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.format import GroupLayout
 from onnxcomp.passes.codecs.hyper.tables import (
     WINDINGS,
     Winding,
@@ -32,7 +32,7 @@ REACH = {1: 0.92, 2: 1.06, 3: 1.12, 4: 1.2, 5: 1.32, 6: 1.4}
 
 def sqnr(winding: Winding, bits: int, state_bits: int, weight: Array) -> float:
     """Signal to quantisation noise of the codec on `weight`, in dB."""
-    geometry = Geometry(bits, state_bits, GROUP, *weight.shape)
+    geometry = GroupLayout(bits, state_bits, GROUP, *weight.shape)
     table = winding_table(winding, state_bits, level_bits(bits, state_bits))
     codes, scales = native.hyper_encode(weight, geometry, table, winding.spread)
     error = native.hyper_decode(codes, scales, table, geometry) - weight

@@ -7,7 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read
 
-__all__ = ["headline_products", "products", "shared_products"]
+__all__ = ["headline_speed", "products", "shared_products"]
 
 SPEED_NAMES = {
     "fp32": "ONNX Runtime MatMul, float32",
@@ -16,19 +16,6 @@ SPEED_NAMES = {
     "nbits4-b32": "MatMulNBits int4, block 32, accuracy level 4",
     "nbits2-b128": "MatMulNBits int2, block 128, accuracy level 4",
 }
-
-
-# Of these, what the README shows.
-HEADLINE_PRODUCTS = (
-    "fp32",
-    "nbits4-b128",
-    "dynamic-int8",
-    "hyper-k4-L7-int8",
-    "hyper-k3-L7-int8",
-    "hyper-k2-L7-int8",
-    "hyper-k4-L7-exact",
-    "avx2-hyper-k4-L7-int8",
-)
 
 
 def speed_name(variant: str) -> str:
@@ -80,20 +67,26 @@ def products() -> Iterator[str]:
     )
 
 
-def headline_products() -> Iterator[str]:
-    """The same, the products that matter most."""
+def headline_speed() -> Iterator[str]:
+    """The same in a sentence."""
     results = read("matmul")
-    alone = [row for row in results["records"] if row["of_one_thread"] is None]
-    heights = (1, 16, 128)
-    cells = [(4096, 4096, m) for m in heights]
+    over = {
+        (row["variant"], row["m"]): row["over_fp32"]
+        for row in results["records"]
+        if row["of_one_thread"] is None and row["length"] == row["rows"] == 4096
+    }
+
+    wide, narrow = (
+        [f"{over[variant, m]:.1f}" for m in (1, 128)]
+        for variant in ("hyper-k4-L7-int8", "avx2-hyper-k4-L7-int8")
+    )
     yield (
-        "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
-        f"in ONNX Runtime {results['onnxruntime']} (1.00): CPU time of one thread of an\n"
-        f"{results['cpu']}, weights not in the cache at one row:\n"
+        "At one row of activations, a product with a 4096x4096 weight at 4 bits is\n"
+        f"{wide[0]} times as fast as float32 with AVX-512 and {narrow[0]} times with AVX2;\n"
+        f"at 128 rows, {wide[1]} and {narrow[1]} times (one thread of an\n"
+        f"{results['cpu']}, ONNX Runtime {results['onnxruntime']}):\n"
         "`benchmarks/bench_matmul.py`.\n"
     )
-    rows = speed_rows([row for row in alone if row["variant"] in HEADLINE_PRODUCTS], cells)
-    yield markdown(("product", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
 
 
 def two_threads(records: Sequence[Any]) -> Iterator[str]:

@@ -72,17 +72,14 @@ def show(terminal: Terminal, entry: dict[str, Any]) -> None:
 
 def describe(codec: Codec) -> dict[str, Any]:
     """Everything `codecs` prints about one codec."""
-    from onnxcomp.passes.codecs.protocol import GradedCodec, RankedCodec
-    from onnxcomp.passes.config.settings import is_stock
-
     site = sample_site()
     return {
         "name": codec.name,
         "summary": codec.summary,
-        "stock": is_stock(codec),
+        "stock": codec.stock,
         "params": parameters(codec.params_type),
-        "qualities": dict(codec.qualities) if isinstance(codec, GradedCodec) else {},
-        "goals": dict(codec.goals) if isinstance(codec, RankedCodec) else {},
+        "qualities": dict(codec.qualities.names) if codec.qualities else {},
+        "goals": dict(codec.ranks.names) if codec.ranks else {},
         "settings": [
             {
                 "params": params.to_json(),

@@ -20,7 +20,7 @@ from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.driver.pareto import FrontierPoint
+    from onnxcomp.passes.planning.pareto import FrontierPoint
     from onnxcomp.passes.planning.plan import Plan
 
 __all__ = ["command", "plan_verdict", "show_frontier"]
@@ -52,7 +52,7 @@ def command(
     """
     import onnxcomp
     from onnxcomp.cli.tables import show_sites
-    from onnxcomp.passes.driver.emit import planned_sites
+    from onnxcomp.passes.driver.run_report import planned_sites
 
     settings = settings_in_effect(settings)
     settings["data"] = settings["data"] or None
@@ -64,7 +64,7 @@ def command(
         plan.save(output)
     show_division(terminal, plan.division)
     if plan.pruned is not None:
-        show_pruned(terminal, plan.pruned)
+        show_pruned(terminal, plan.pruned.to_json())
     show_sites(terminal, planned_sites(plan), {choice.site: choice for choice in plan})
     terminal.finish(plan.to_json(), plan_verdict(plan))
     if not plan.met:
@@ -109,7 +109,7 @@ def plan_verdict(plan: Plan) -> str:
         text += f", {bytes_text(plan.portable_load_bytes)} of memory to load without the library"
     if plan.error is not None:
         text += f", expected error {100 * plan.error:.2f} %"
-    text = ", ".join([text, *prune_text(plan.pruned)])
+    text = ", ".join([text, *prune_text(None if plan.pruned is None else plan.pruned.to_json())])
     wanted = plan.budget.bytes
     if wanted is None:
         return text

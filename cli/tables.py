@@ -52,7 +52,7 @@ def show_sites(
             ],
         )
     for site in rows:
-        if _rivalled(site.method) and site.note:
+        if _has_rival(site.method) and site.note:
             terminal.say(f"{site.name}: {site.note}")
     reasons: dict[str, list[int]] = collections.defaultdict(list)
     for site in kept:
@@ -95,12 +95,11 @@ def _cells(site: SiteReport, planned: Choice | None) -> tuple[str, ...]:
     )
 
 
-def _rivalled(codec: str) -> bool:
+def _has_rival(codec: str) -> bool:
     """Whether a codec is compared with another one, weight by weight."""
     from onnxcomp.passes.codecs import CODECS
-    from onnxcomp.passes.codecs.abilities import RivalledCodec
 
-    return isinstance(CODECS.get(codec), RivalledCodec)
+    return codec in CODECS and CODECS[codec].fallback is not None
 
 
 def _error_text(measured: float | None, expected: float | None) -> str:

@@ -20,7 +20,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.models.torch_operators import OPERATORS
 from onnxcomp.passes.calibration.segmented_run import Chain, read_values
 from onnxcomp.passes.calibration.statistics import HELD_OUT
-from onnxcomp.passes.codecs.abilities import SharedValues
+from onnxcomp.passes.codecs.protocol import SharedValues
 from onnxcomp.passes.ir.traversal import initializers, is_default_domain
 from onnxcomp.passes.weight import Array, Feed
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs.hash.format import LANES, TILE, Geometry, mix, reduce, seeds
+from onnxcomp.passes.codecs.hash.format import LANES, TILE, ChunkLayout, mix, reduce, seeds
 
 __all__ = [
     "Map",
@@ -185,7 +185,7 @@ class SharedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.rows, self.length, self.scale = rows, length, scale
-        self.geometry = Geometry(rows, length)
+        self.geometry = ChunkLayout(rows, length)
         # Not a submodule: its entries would appear in the state once for every layer.
         object.__setattr__(self, "_memory", memory)
         self.base = memory.take(self.geometry.tiles) if base is None else base
@@ -248,7 +248,7 @@ def _memory_of(
     """The given memory, or one of the layer's own at this compression."""
     if memory is not None:
         return memory
-    return SharedMemory(max(1, math.ceil(Geometry(rows, length).tiles / compression)))
+    return SharedMemory(max(1, math.ceil(ChunkLayout(rows, length).tiles / compression)))
 
 
 class SharedLinear(SharedLayer):

@@ -28,7 +28,7 @@ from onnxcomp.models.shared_layers import (
     SharedLinear,
     SharedMemory,
 )
-from onnxcomp.passes.codecs.hash.format import Geometry
+from onnxcomp.passes.codecs.hash.format import ChunkLayout
 from onnxcomp.passes.transforms.lower_shared_weights import Layer, Memory
 
 __all__ = ["memories", "multiplied_out", "share"]
@@ -114,7 +114,7 @@ def share(
             hint=f"Linear, Conv2d and Embedding layers of {_LEAST} weights or more can share",
         )
     shapes = {id(layer.weight): _extent(layer) for _, _, layer in found}
-    tiles = sum(Geometry(*extent).tiles for extent in shapes.values())
+    tiles = sum(ChunkLayout(*extent).tiles for extent in shapes.values())
 
     def make(tiles: int, weight: torch.Tensor) -> SharedMemory:
         """The memory of weights of so many tiles, beside one of them."""
@@ -168,7 +168,7 @@ def _replace(
             rows, length = _extent(layer)
             memory = twin.memory if twin is not None else pool
             if memory is None:
-                memory = make(Geometry(rows, length).tiles, layer.weight)
+                memory = make(ChunkLayout(rows, length).tiles, layer.weight)
             made[id(layer)] = _shared(layer, memory, twin)
             if len(made) == 1 or (pool is None and twin is None):
                 made[id(layer)].shared_memory = memory

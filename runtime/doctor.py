@@ -111,7 +111,7 @@ def _version(name: str) -> str | None:
 
 
 def _package(title: str, names: tuple[str, ...], *, python: bool) -> Finding:
-    from onnxcomp import __version__
+    from onnxcomp.version import __version__
 
     found = {"onnxcomp": __version__, "python": platform.python_version()} if python else {}
     found |= {name: version for name in names if (version := _version(name))}

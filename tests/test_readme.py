@@ -1,27 +1,35 @@
-"""The README does what it says: commands run, examples run, numbers come from result files."""
+"""What README and docs say is true: examples run, links lead somewhere, tables are up to date."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# A block in `sh` or `python` runs as it stands. Those in `py` need torch, and run in tests/models;
+# those without a language need files that a reader has to bring.
+_BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Files that the examples of the README leave behind.
+LEFT = ("demo/model.onnx", "small.onnx")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the examples run, one after the other, as a reader would."""
-    return tmp_path_factory.mktemp("readme")
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of the blocks that run, in the order of the page."""
+    return _BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
 def run_lines(script: str, folder: Path) -> None:
@@ -34,17 +42,37 @@ def run_lines(script: str, folder: Path) -> None:
     assert run.returncode == 0, f"{script}\n{run.stdout}\n{run.stderr}"
 
 
-def test_examples_run_in_order(folder: Path) -> None:
-    shell, python = blocks("sh"), blocks("python")
-    assert len(shell) >= 4 and len(python) >= 2
-    for script in shell:
-        run_lines(script, folder)
-    for name in ("small.onnx", "mixed.onnx", "dense.onnx", "plan.json", "planned.onnx"):
-        assert (folder / name).is_file()
-    assert (folder / "repository" / "characters" / "config.pbtxt").is_file()
-    for number, program in enumerate(python):
-        (folder / f"example_{number}.py").write_text(program)
-        run_lines(f'"{sys.executable}" example_{number}.py', folder)
+def run_page(page: Path, folder: Path) -> None:
+    """Run a page's blocks one after the other, as a reader would."""
+    for number, (language, text) in enumerate(blocks(page)):
+        if language == "python":
+            (folder / f"example_{number}.py").write_text(text, encoding="utf-8")
+            text = f'"{sys.executable}" example_{number}.py'
+        run_lines(text, folder)
+
+
+@pytest.fixture(scope="module")
+def readme_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the examples of the README have run."""
+    folder = tmp_path_factory.mktemp("readme")
+    run_page(README, folder)
+    return folder
+
+
+def test_examples_of_the_readme_run_in_order(readme_folder: Path) -> None:
+    languages = [language for language, _ in blocks(README)]
+    assert {"sh", "python"} <= set(languages)
+    assert all((readme_folder / name).is_file() for name in LEFT)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if blocks(page)], ids=lambda page: page.name
+)
+def test_examples_of_a_page_run_in_order(page: Path, readme_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(readme_folder / "demo", tmp_path / "demo")
+    if "-o small.onnx" not in page.read_text(encoding="utf-8"):
+        shutil.copyfile(readme_folder / "small.onnx", tmp_path / "small.onnx")
+    run_page(page, tmp_path)
 
 
 def test_two_commands_near_the_top_do_all_their_own_set_up() -> None:
@@ -56,6 +84,10 @@ def test_two_commands_near_the_top_do_all_their_own_set_up() -> None:
     assert all("pip install" in command for command in commands)
 
 
+def test_the_readme_is_short() -> None:
+    assert len(TEXT.splitlines()) < 200
+
+
 def test_the_console_script_is_installed() -> None:
     script = Path(sysconfig.get_path("scripts")) / "onnxcomp"
     if not script.exists():
@@ -64,7 +96,7 @@ def test_the_console_script_is_installed() -> None:
     assert run.stdout.startswith("onnxcomp ")
 
 
-def test_the_tables_are_those_of_the_result_files() -> None:
+def test_tables_and_picture_are_those_of_the_result_files() -> None:
     program = (
         "import sys; sys.path.insert(0, 'benchmarks'); import readme_tables\n"
         "sys.exit(', '.join(map(str, readme_tables.stale_pages())) or None)"
@@ -73,10 +105,26 @@ def test_the_tables_are_those_of_the_result_files() -> None:
     assert run.returncode == 0, f"run benchmarks/readme_tables.py --write\n{run.stderr}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {text.strip().replace(" ", "-") for text in words}
+
+
+def links(page: Path) -> Iterator[tuple[str, Path, str]]:
+    """Text, file and anchor of every link into the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            place, _, anchor = target.partition("#")
+            yield target, (page.parent / place).resolve() if place else page, anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, place, anchor in links(page):
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place), target
 
 
 def test_every_command_and_option_is_in_the_manual() -> None:

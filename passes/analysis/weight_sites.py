@@ -113,7 +113,7 @@ class _Patterns:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Search:
+class _SiteFinder:
     """What every tensor is measured against."""
 
     model: ir.Model
@@ -207,7 +207,7 @@ def find_sites(
         UsageError: A pattern is not a regular expression.
         ModelError: Names are not unique; canonicalise the model first.
     """
-    search = _Search(
+    finder = _SiteFinder(
         model,
         min_size,
         _Patterns(include),
@@ -225,7 +225,7 @@ def find_sites(
             if tensor is None:
                 continue
             found = sorted(leaves(value, view_of(tensor)), key=lambda leaf: order[leaf.node])
-            reason = search.reason(scope, value, found)
+            reason = finder.reason(scope, value, found)
             if reason is None:
                 sites.append(_site(model, scope, value, tensor, found))
             elif is_float(tensor.dtype) or tensor.nbytes >= min_size:

@@ -21,8 +21,8 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.im2col import Patches, patches, windows
+from onnxcomp.passes.calibration.notices import warn_of_few_vectors
 from onnxcomp.passes.calibration.segmented_run import Chain
-from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.weight import Array, Feed, Stats, Use, WeightSite
 
 __all__ = [
@@ -247,11 +247,7 @@ class Calibration:
 
 def _stats(site: WeightSite, seen: _Moments, kept: _Moments, counts: Array | None) -> Stats:
     tokens = max(seen.tokens, 1)
-    if seen.tokens < ENOUGH * site.length:
-        log.warning(
-            "%s: %d input vectors for %d columns; %d or more are needed for full use",
-            *(site.name, seen.tokens, site.length, ENOUGH * site.length),
-        )
+    warn_of_few_vectors(site.name, seen.tokens, site.length, "full use")
     return Stats(
         site=site,
         tokens=seen.tokens,

@@ -1,4 +1,4 @@
-"""Codecs: ways to store one weight. `CODECS` is the registry."""
+"""Codecs: ways to store one weight. `CODECS` has them by name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from onnxcomp.passes.codecs.lowrank.codec import LowRankCodec
 from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_int import LowRankIntCodec
-from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.codecs.registry import CodecRegistry
 from onnxcomp.passes.codecs.winding.codec import WindingCodec
 
 __all__ = ["CODECS"]
 
-CODECS: dict[str, Codec] = {
-    codec.name: codec
-    for codec in (
+CODECS = CodecRegistry(
+    (
         DenseCodec(),
         HyperCodec(),
         IntegerCodec(),
@@ -32,4 +31,4 @@ CODECS: dict[str, Codec] = {
         HashCodec(),
         ConstantCodec(),
     )
-}
+)

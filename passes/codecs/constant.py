@@ -21,8 +21,8 @@ import onnx
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
-from onnxcomp.passes.weight import DTYPES, Array, Attribute, Kind, WeightSite
+from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.weight import DTYPES, Array, Kind, WeightSite
 
 __all__ = ["ConstantCodec", "ConstantParams", "digits"]
 
@@ -52,14 +52,12 @@ def digits(values: int) -> int:
     return max(1, int(math.log(256) / math.log(base) + 1e-9))
 
 
-class ConstantCodec:
+class ConstantCodec(Codec):
     """Exact forms of tensors that analysis has marked as constants."""
 
     name: ClassVar[str] = "constant"
     summary: ClassVar[str] = "masks, grids and tables, exactly: values and indices; no library"
     params_type: ClassVar[type[Params]] = ConstantParams
-    automatic: ClassVar[bool] = False
-    width: ClassVar[str | None] = None
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only what is known to be a constant, and has a smaller exact form."""
@@ -97,18 +95,6 @@ class ConstantCodec:
             "codes": TensorLayout((-(-site.size // each),), kind),
         }
 
-    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
-        """Nothing."""
-        return {}
-
-    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """None: the tensors say it all."""
-        return {}
-
-    def size(self, site: WeightSite, params: Params) -> int:
-        """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in self.layout(site, params).values())
-
     def predict(self, site: WeightSite, params: Params) -> float:
         """Zero."""
         return 0.0
@@ -141,10 +127,6 @@ class ConstantCodec:
         restored = _restored(site, payload)
         return restored.astype(np.float32).reshape(site.rows, site.length)
 
-    def kinds(self, site: WeightSite) -> frozenset[Kind]:
-        """The dense tensor, for any consumer."""
-        return frozenset({"weight", "decode"})
-
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
     ) -> V:
@@ -166,10 +148,6 @@ class ConstantCodec:
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """Indices in int32 and the dense tensor, and a copy where it is transposed."""
         return LoadMemory(site.nbytes * (2 if site.transposed else 1), 12 * site.size)
-
-    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
-        """None are needed."""
-        return ()
 
 
 _ELEMENT = {

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import numpy as np
-import onnx
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
-from onnxcomp.passes.weight import DTYPES, Array, Attribute, Kind, WeightSite
+from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.weight import DTYPES, Array, Kind, WeightSite
 
 __all__ = ["DenseCodec", "DenseParams"]
 
@@ -24,22 +23,16 @@ class DenseParams(Params):
     """The dense codec has no settings."""
 
 
-class DenseCodec:
+class DenseCodec(Codec):
     """The canonical matrix in the dtype of the site."""
 
     name: ClassVar[str] = "dense"
     summary: ClassVar[str] = "the weight as it is"
     params_type: ClassVar[type[Params]] = DenseParams
-    automatic: ClassVar[bool] = False
-    width: ClassVar[str | None] = None
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only a dtype the codec does not know is refused."""
         return site.refusal(self.name) if site.size else None
-
-    def check(self, params: Params) -> None:
-        """Raise `UsageError` when the parameters are not `DenseParams`."""
-        DenseParams.of(params)
 
     def candidates(self, site: WeightSite) -> Sequence[DenseParams]:
         """One setting."""
@@ -48,18 +41,6 @@ class DenseCodec:
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """One tensor, ``(rows, length)`` in the site's dtype."""
         return {"weight": TensorLayout((site.rows, site.length), DTYPES[site.dtype])}
-
-    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
-        """Nothing."""
-        return {}
-
-    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """None."""
-        return {}
-
-    def size(self, site: WeightSite, params: Params) -> int:
-        """Bytes of the dense tensor."""
-        return site.nbytes
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """Zero: the weight came in the dtype it is stored in."""
@@ -75,10 +56,6 @@ class DenseCodec:
         """The weight in float32."""
         return payload.tensors["weight"].astype(np.float32)
 
-    def kinds(self, site: WeightSite) -> frozenset[Kind]:
-        """The dense weight, for any consumer."""
-        return frozenset({"weight", "decode"})
-
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
     ) -> V:
@@ -90,7 +67,3 @@ class DenseCodec:
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """A copy where the stored tensor is the transposed one."""
         return LoadMemory(site.nbytes if site.transposed else 0, 0)
-
-    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
-        """None are needed."""
-        return ()

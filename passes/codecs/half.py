@@ -16,8 +16,8 @@ import onnx
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
-from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
+from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.weight import Array, Kind, Stats, WeightSite
 
 __all__ = ["HalfCodec", "HalfParams"]
 
@@ -56,14 +56,12 @@ def _relative_error(weight: Array) -> float:
     return math.sqrt(noise / power) if power > 0.0 else 0.0
 
 
-class HalfCodec:
+class HalfCodec(Codec):
     """The canonical matrix in float16."""
 
     name: ClassVar[str] = "fp16"
     summary: ClassVar[str] = "half precision in the file, float32 when a session starts; no library"
     params_type: ClassVar[type[Params]] = HalfParams
-    automatic: ClassVar[bool] = False
-    width: ClassVar[str | None] = None
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only float32 weights become smaller."""
@@ -71,29 +69,9 @@ class HalfCodec:
             return None if site.size else "the weight is empty"
         return f"fp16 stores float32 weights, not {site.dtype}"
 
-    def check(self, params: Params) -> None:
-        """Raise `UsageError` when the parameters are not `HalfParams`."""
-        HalfParams.of(params)
-
-    def candidates(self, site: WeightSite) -> Sequence[HalfParams]:
-        """One setting."""
-        return [] if self.refuse(site) else [HalfParams()]
-
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """One tensor, ``(rows, length)`` in float16."""
         return {"half": TensorLayout((site.rows, site.length), _HALF)}
-
-    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
-        """Nothing."""
-        return {}
-
-    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """None."""
-        return {}
-
-    def size(self, site: WeightSite, params: Params) -> int:
-        """Two bytes for each weight."""
-        return 2 * site.size
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """The error of normal data."""
@@ -149,7 +127,3 @@ class HalfCodec:
         if kind == "gather":
             return LoadMemory(0, 0)
         return LoadMemory(site.nbytes * (2 if site.transposed else 1), 0)
-
-    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
-        """None are needed."""
-        return ()

@@ -4,13 +4,20 @@ A codec never sees a graph. It gets a `WeightSite` (what the weight is and who u
 as one canonical matrix, and a `Builder` that makes nodes. The canonical matrix is
 ``(rows, length)``: `length` is the axis a fused product sums over, a row is one output channel
 (or one embedding vector).
+
+Every codec stores and restores a weight. What only some can do is a field of the codec that is None
+for the others; callers ask for the field, never for the class::
+
+    if codec.measure is not None:
+        errors = codec.measure(site, weight, params)
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import onnx
@@ -19,22 +26,24 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = [
-    "AnchoredCodec",
     "Builder",
-    "CalibratedCodec",
+    "CalibratedEncoding",
     "Codec",
-    "FactoredCodec",
-    "GradedCodec",
+    "DenseFallback",
     "LoadMemory",
-    "MeasuredCodec",
     "Payload",
-    "RankedCodec",
-    "SpectralCodec",
+    "Qualities",
+    "RankGoals",
+    "SharedValues",
     "TensorLayout",
+    "ValueSharing",
 ]
 
 
 V = TypeVar("V")
+
+# Whether a codec has operators of its own does not depend on the opset.
+_ANY_OPSET = 13
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,113 +121,17 @@ class Builder(Protocol[V]):
         ...
 
 
-class Codec(Protocol):
-    """A way to store one weight. Stateless and deterministic.
+class Measure(Protocol):
+    """Errors of some settings for one weight, for much less work than encoding it."""
 
-    Attributes:
-        name: How users call it. A name with ``+`` in it is one codec, not a choice between two.
-        summary: One line for ``onnxcomp codecs``.
-        params_type: Its settings; every field has a default.
-        automatic: Whether the method "auto" stands for this codec, too.
-        width: Name of the parameter that counts bits per weight and that ``--bits`` sets; None
-            where there is none: then ``--bits`` picks settings by the bytes they take.
-    """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    params_type: ClassVar[type[Params]]
-    automatic: ClassVar[bool]
-    width: ClassVar[str | None]
-
-    def refuse(self, site: WeightSite) -> str | None:
-        """Why this codec cannot store the site at all; None when it can."""
-        ...
-
-    def check(self, params: Params) -> None:
-        """Raise `UsageError` when the parameters are out of range."""
-        ...
-
-    def candidates(self, site: WeightSite) -> Sequence[Params]:
-        """The settings a planner may choose from, from most to fewest bytes."""
-        ...
-
-    def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
-        """The tensors `encode` will store for this site, exactly."""
-        ...
-
-    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
-        """The shared tensors the payload will refer to."""
-        ...
-
-    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """The attributes of the payload, exactly."""
-        ...
-
-    def size(self, site: WeightSite, params: Params) -> int:
-        """Bytes of the site's own tensors, exactly."""
-        ...
-
-    def predict(self, site: WeightSite, params: Params) -> float:
-        """Expected relative Frobenius error of the decoded weight, without looking at it."""
-        ...
-
-    def encode(
-        self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
-    ) -> Payload:
-        """Encode the canonical matrix ``(rows, length)`` (float32, finite)."""
-        ...
-
-    def decode(self, site: WeightSite, payload: Payload) -> Array:
-        """Decode to the canonical matrix ``(rows, length)`` in float32. This is the definition."""
-        ...
-
-    def kinds(self, site: WeightSite) -> frozenset[Kind]:
-        """What `emit` can produce for this site."""
-        ...
-
-    def emit(
-        self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
-    ) -> V:
-        """Wire the payload into the graph.
-
-        Kind ``matmul``: `x` ``(..., length)`` of the site's dtype gives ``(..., rows)`` of the same
-        dtype. ``gather``: `x` holds indices of any shape, the result is ``(..., length)`` in the
-        site's dtype. ``weight`` and ``decode``: the canonical matrix in the site's dtype.
-        """
-        ...
-
-    def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
-        """Expected memory to load what `emit` makes where the operators are not registered."""
-        ...
-
-    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
-        """Portable bodies of the operators that `emit` uses, valid in models of this opset."""
-        ...
-
-
-@runtime_checkable
-class FactoredCodec(Codec, Protocol):
-    """A codec whose weight is a product of two matrices that can be used one after the other."""
-
-    def factors(self, builder: Builder[V], site: WeightSite, payload: Payload) -> tuple[V, V]:
-        """``left (rows, rank)`` and ``right (rank, length)`` in the site's dtype, constant."""
-        ...
-
-
-@runtime_checkable
-class MeasuredCodec(Codec, Protocol):
-    """A codec whose errors follow from the weight's values, such as those of singular values."""
-
-    def measure(
+    def __call__(
         self,
         site: WeightSite,
         weight: Array,
         params: Sequence[Params],
         stats: Stats | None = None,
     ) -> Sequence[float]:
-        """Errors of some settings for this very weight, for much less work than encoding it.
-
-        Planners use them instead of `predict`.
+        """Measure all settings at once.
 
         Args:
             site: The weight.
@@ -233,79 +146,277 @@ class MeasuredCodec(Codec, Protocol):
         ...
 
 
-@runtime_checkable
-class SpectralCodec(Codec, Protocol):
-    """A codec that keeps the largest singular values of a weight, or of its products.
+class SingularValues(Protocol):
+    """All singular values of a weight."""
 
-    Errors of products that it measures are those of calibrated factors.
-    """
-
-    def spectrum(self, weight: Array) -> Array:
-        """All singular values of ``(rows, length)``, largest first."""
+    def __call__(self, weight: Array) -> Array:
+        """Singular values of ``(rows, length)``, largest first."""
         ...
 
 
-@runtime_checkable
-class RankedCodec(Codec, Protocol):
-    """A codec with the parameter `rank`, which may be asked for by what it keeps.
+class EmitFactors(Protocol):
+    """The two factors of a weight that is stored as their product."""
 
-    Attributes:
-        goals: What each name stands for.
-    """
-
-    goals: ClassVar[Mapping[str, str]]
-
-    def energies(self, weight: Array, stats: Stats | None = None) -> Array:
-        """Squared singular values of ``(rows, length)``, or of its products, largest first."""
-        ...
-
-    def rank_for(self, site: WeightSite, goal: str, value: object, energies: Array) -> int:
-        """The rank that reaches a goal.
-
-        Raises:
-            UsageError: The value is out of range.
-        """
+    def __call__(self, builder: Builder[V], site: WeightSite, payload: Payload) -> tuple[V, V]:
+        """``left (rows, rank)`` and ``right (rank, length)`` in the site's dtype, constant."""
         ...
 
 
-@runtime_checkable
-class GradedCodec(Codec, Protocol):
-    """A codec with named settings: more speed, or less error, at equal bytes.
+class EncodeForInputs(Protocol):
+    """`Codec.encode` for inputs with known second moments."""
 
-    Attributes:
-        qualities: What each name stands for.
-    """
-
-    qualities: ClassVar[Mapping[str, str]]
-
-    def graded(self, params: Params, quality: str) -> Params:
-        """The settings of that name, as near to `params` as they exist."""
-        ...
-
-
-@runtime_checkable
-class CalibratedCodec(Codec, Protocol):
-    """A codec that can keep the errors of products small instead of those of the weight."""
-
-    def calibrates(self, site: WeightSite, params: Params) -> bool:
-        """Whether `encode_calibrated` can be used for the site with these settings."""
-        ...
-
-    def encode_calibrated(
+    def __call__(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
     ) -> Payload:
-        """`encode` for inputs with the second moments of `stats`; same layout, same attributes."""
+        """Encode ``(rows, length)`` for inputs with the second moments of `stats`."""
         ...
 
 
-@runtime_checkable
-class AnchoredCodec(CalibratedCodec, Protocol):
-    """A calibrated codec that aims at the outputs of the dense model, earlier errors included.
+class SquaredSpectrum(Protocol):
+    """Squared singular values of a weight, or of its products."""
 
-    It is given `Stats.cross`, and judged by what its products differ from those of the dense model.
+    def __call__(self, weight: Array, stats: Stats | None = None) -> Array:
+        """Of ``(rows, length)``, or of its products for inputs like `stats`, largest first."""
+        ...
+
+
+def _every(site: WeightSite, params: Params) -> bool:
+    """Whether a calibrated encoding suits a weight: it does."""
+    return True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CalibratedEncoding:
+    """Encoding that keeps the errors of products small instead of those of the weight.
 
     Attributes:
-        anchored: True.
+        encode: Encodes for inputs with given second moments; same layout and attributes as
+            `Codec.encode`.
+        suits: Whether `encode` can be used for a site with these settings.
+        anchored: Whether it aims at the outputs of the dense model, errors of earlier weights
+            included. Then it is given `Stats.cross`, and judged by how far its products are from
+            those of the dense model.
     """
 
-    anchored: ClassVar[Literal[True]]
+    encode: EncodeForInputs
+    suits: Callable[[WeightSite, Params], bool] = _every
+    anchored: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RankGoals:
+    """Ranks that are asked for by what they keep, for codecs with the parameter `rank`.
+
+    Attributes:
+        names: What each goal stands for, by name.
+        energies: Squared singular values, from which `rank_for` counts.
+        rank_for: The rank that reaches a goal, from the site, the goal, its value and the energies;
+            raises `UsageError` when the value is out of range.
+    """
+
+    names: Mapping[str, str]
+    energies: SquaredSpectrum
+    rank_for: Callable[[WeightSite, str, object, Array], int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Qualities:
+    """Named settings: more speed, or less error, at equal bytes.
+
+    Attributes:
+        names: What each quality stands for, by name.
+        apply: The settings of a quality, as near to the given ones as they exist.
+    """
+
+    names: Mapping[str, str]
+    apply: Callable[[Params, str], Params]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DenseFallback:
+    """When a weight had better stay dense, for a codec that few models are made for.
+
+    Attributes:
+        rival: Name of the codec that is mostly better at equal bytes; the report compares the two.
+        limit: Relative error of products, for the settings, above which a weight stays dense.
+    """
+
+    rival: str
+    limit: Callable[[Params], float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SharedValues:
+    """A weight as signed copies of fewer numbers, which can be trained.
+
+    Attributes:
+        name: Name of the initializer.
+        shape: Shape of the stored tensor.
+        values: float32, a vector.
+        index: int64, which of them each element of the stored tensor is a copy of, flat.
+        factors: float32, what each is multiplied by, flat.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    values: Array
+    index: Array
+    factors: Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ValueSharing:
+    """Access to the numbers that a weight's elements are signed copies of.
+
+    Attributes:
+        read: The numbers, and which of them every element is.
+        write: The payload of a site and its settings with other numbers; same layout, same
+            attributes.
+    """
+
+    read: Callable[[WeightSite, Payload], SharedValues]
+    write: Callable[[WeightSite, Params, Payload, Array], Payload]
+
+
+class Codec(Protocol):
+    """A way to store one weight. Stateless and deterministic.
+
+    A new codec derives from this class. It defines what is abstract here; everything else has the
+    value that suits a simple codec. `measure`, `spectrum` and `factors` are plain methods of the
+    codecs that have them.
+
+    Attributes:
+        name: How users call it. A name with ``+`` in it is one codec, not a choice between two.
+        summary: One line for ``onnxcomp codecs``.
+        params_type: Its settings; every field has a default.
+        automatic: Whether the method "auto" stands for this codec, too.
+        width: Name of the parameter that counts bits per weight and that ``--bits`` sets; None
+            where there is none: then ``--bits`` picks settings by the bytes they take.
+        composite: Whether `emit` makes several of our operators for one use.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    params_type: ClassVar[type[Params]]
+    automatic: ClassVar[bool] = False
+    width: ClassVar[str | None] = None
+    composite: ClassVar[bool] = False
+
+    @property
+    def measure(self) -> Measure | None:
+        """Errors that follow from a weight's values; planners use them instead of `predict`."""
+        return None
+
+    @property
+    def spectrum(self) -> SingularValues | None:
+        """Singular values, for a codec that keeps the largest ones.
+
+        Errors of products that it measures are those of calibrated factors.
+        """
+        return None
+
+    @property
+    def factors(self) -> EmitFactors | None:
+        """The two matrices whose product the weight is, to be used one after the other."""
+        return None
+
+    @property
+    def calibration(self) -> CalibratedEncoding | None:
+        """How weights are encoded for the inputs they have."""
+        return None
+
+    @property
+    def ranks(self) -> RankGoals | None:
+        """How ranks are found from what they are to keep."""
+        return None
+
+    @property
+    def qualities(self) -> Qualities | None:
+        """Named settings."""
+        return None
+
+    @property
+    def fallback(self) -> DenseFallback | None:
+        """When weights stay dense."""
+        return None
+
+    @property
+    def sharing(self) -> ValueSharing | None:
+        """The numbers that weights are copies of."""
+        return None
+
+    @property
+    def stock(self) -> bool:
+        """Whether its models hold operators of ONNX and ONNX Runtime only."""
+        return not self.functions(_ANY_OPSET)
+
+    def refuse(self, site: WeightSite) -> str | None:
+        """Why this codec cannot store the site at all; None when it can."""
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
+        size = self.size(site, self.params_type())
+        if size < site.nbytes:
+            return None
+        return f"{site.rows} x {site.length} needs {size} bytes, {site.nbytes} dense"
+
+    def check(self, params: Params) -> None:
+        """Raise `UsageError` when the parameters are out of range."""
+        self.params_type.of(params)
+
+    def candidates(self, site: WeightSite) -> Sequence[Params]:
+        """The settings a planner may choose from, from most to fewest bytes."""
+        return [] if self.refuse(site) else [self.params_type()]
+
+    @abc.abstractmethod
+    def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
+        """The tensors `encode` will store for this site, exactly."""
+
+    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
+        """The shared tensors the payload will refer to."""
+        return {}
+
+    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
+        """The attributes of the payload, exactly."""
+        return {}
+
+    def size(self, site: WeightSite, params: Params) -> int:
+        """Bytes of the site's own tensors, exactly."""
+        return sum(tensor.nbytes for tensor in self.layout(site, params).values())
+
+    @abc.abstractmethod
+    def predict(self, site: WeightSite, params: Params) -> float:
+        """Expected relative Frobenius error of the decoded weight, without looking at it."""
+
+    @abc.abstractmethod
+    def encode(
+        self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
+    ) -> Payload:
+        """Encode the canonical matrix ``(rows, length)`` (float32, finite)."""
+
+    @abc.abstractmethod
+    def decode(self, site: WeightSite, payload: Payload) -> Array:
+        """Decode to the canonical matrix ``(rows, length)`` in float32. This is the definition."""
+
+    def kinds(self, site: WeightSite) -> frozenset[Kind]:
+        """What `emit` can produce for this site."""
+        return frozenset({"weight", "decode"})
+
+    @abc.abstractmethod
+    def emit(
+        self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
+    ) -> V:
+        """Wire the payload into the graph.
+
+        Kind ``matmul``: `x` ``(..., length)`` of the site's dtype gives ``(..., rows)`` of the same
+        dtype. ``gather``: `x` holds indices of any shape, the result is ``(..., length)`` in the
+        site's dtype. ``weight`` and ``decode``: the canonical matrix in the site's dtype.
+        """
+
+    def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
+        """Expected memory to load what `emit` makes where the operators are not registered."""
+        return LoadMemory(0 if kind in ("matmul", "gather") else site.nbytes, 0)
+
+    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
+        """Portable bodies of the operators that `emit` uses, valid in models of this opset."""
+        return ()

@@ -43,9 +43,6 @@ SCORES: tuple[PruneScore, ...] = ("obs", "numerical", "wanda", "flap", "magnitud
 _HOW_MUCH = "give --prune-ratio 0.3, --target-flops 0.7 (that stay), or --ratio with --data"
 EXTERNAL_DATA: tuple[ExternalData, ...] = ("auto", "always", "never")
 
-# Which operators a codec uses does not depend on the opset.
-_ANY_OPSET = 13
-
 _UNITS = {
     "": 1,
     "b": 1,
@@ -135,14 +132,16 @@ def parse_rule(text: str) -> Rule:
     return Rule(pattern, methods, cast("ModeChoice | None", mode), params, op)
 
 
-def match_rule(rules: Sequence[Rule], names: Sequence[str], operators: Sequence[str] = ()) -> Rule:
-    """The first rule that matches one of the names and operators; an empty rule where none does."""
+def match_rule(
+    rules: Sequence[Rule], names: Sequence[str], operators: Sequence[str] = ()
+) -> Rule | None:
+    """The first rule that matches one of the names and operators; None where none does."""
     for rule in rules:
         if rule.op and rule.op not in operators:
             continue
         if any(re.search(rule.pattern, name) for name in names):
             return rule
-    return Rule("")
+    return None
 
 
 def _check_pattern(pattern: str) -> None:
@@ -169,7 +168,7 @@ def split_methods(text: str) -> tuple[str, ...]:
 
 def is_stock(codec: Codec) -> bool:
     """Whether models of a codec hold operators of ONNX and ONNX Runtime only."""
-    return not codec.functions(_ANY_OPSET)
+    return codec.stock
 
 
 def method_names(

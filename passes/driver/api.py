@@ -23,7 +23,6 @@ from onnxcomp.passes.config.settings import (
 )
 from onnxcomp.passes.driver.compile import compile_model, plan_model
 from onnxcomp.passes.driver.compile import dry_run as only_plan
-from onnxcomp.passes.driver.pareto import FrontierPoint
 from onnxcomp.passes.driver.pareto import frontier as points_of
 from onnxcomp.passes.driver.result import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.driver.run import Run, worker_count
@@ -31,6 +30,7 @@ from onnxcomp.passes.encoding.calibrated import CalibrationMode, check_calibrati
 from onnxcomp.passes.encoding.encoder import Progress
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
 from onnxcomp.passes.ir.model import Saved, save
+from onnxcomp.passes.planning.pareto import FrontierPoint
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.verification.user_metric import Evaluation, Score, load_function
 

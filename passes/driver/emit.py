@@ -1,39 +1,28 @@
-"""From a plan to a file: encode, rewrite, save; and the report of what was done."""
+"""From a plan to a file: encode, rewrite, save."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from onnxcomp.passes.analysis.prepared import Prepared
-from onnxcomp.passes.codecs.protocol import FactoredCodec
+from onnxcomp.passes.driver.run_report import encoded_site, skipped_sites
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import Encoded, Progress, encode
+from onnxcomp.passes.encoding.encoder import Progress, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
-from onnxcomp.passes.lowering.factors import has_place
-from onnxcomp.passes.lowering.rewrite import Placement, rewrite
-from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.lowering.rewrite import rewrite
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.report.report import (
-    InputFile,
-    OutputFile,
-    Report,
-    SiteReport,
-    coverage,
-    versions,
-)
-from onnxcomp.passes.report.spectra import Spectrum, spectra
-from onnxcomp.runtime.memory import peak_rss
+from onnxcomp.passes.report.report import SiteReport
+from onnxcomp.passes.report.spectra import spectra
 
 # Gives a block that times one stage, by the stage's name.
 Stage = Callable[[str], contextlib.AbstractContextManager[None]]
 
-__all__ = ["Stage", "Written", "planned_sites", "report", "write"]
+__all__ = ["Stage", "Written", "emit"]
 
 
 def _untimed(name: str) -> contextlib.AbstractContextManager[None]:
@@ -54,7 +43,7 @@ class Written:
     sites: tuple[SiteReport, ...]
 
 
-def write(
+def emit(
     prepared: Prepared,
     plan: Plan,
     path: Path,
@@ -98,118 +87,4 @@ def write(
         if placements:
             rewrite(model, placements, portable=plan.settings.portable)
         saved = save(model, path, external_data=plan.settings.external_data)
-    return Written(saved, (*(_site(item, found) for item in encoded), *_skipped(plan)))
-
-
-def _site(item: Encoded, spectra: Mapping[str, Spectrum]) -> SiteReport:
-    choice = item.choice
-    if item.placement is None:
-        kept = Choice.kept_dense(item.site, item.reason)
-        return _planned(kept)
-    return dataclasses.replace(
-        _planned(choice),
-        mode=_served(item.placement),
-        bytes_after=item.placement.payload.nbytes,
-        weight_error=item.error,
-        output_error=item.output_error,
-        note=item.note,
-        spectrum=spectra.get(item.site.name),
-    )
-
-
-def _served(placement: Placement) -> str:
-    """How the weight's products and look-ups are served."""
-    if placement.mode == "decode":
-        return "decode"
-    kinds = placement.codec.kinds(placement.site)
-    splits = isinstance(placement.codec, FactoredCodec)
-    fusable = any(
-        use.need in kinds or (splits and has_place(placement.site, use))
-        for use in placement.site.uses
-    )
-    return "fused" if fusable and placement.mode != "folded" else "folded"
-
-
-def _planned(choice: Choice) -> SiteReport:
-    return SiteReport(
-        name=choice.site,
-        shape=choice.shape,
-        dtype=choice.dtype,
-        uses=choice.uses,
-        method=choice.codec,
-        params=choice.params.to_json(),
-        mode="" if choice.kept else choice.mode,
-        bytes_before=choice.before,
-        bytes_after=choice.before if choice.bytes is None else choice.bytes,
-        reason=choice.reason,
-    )
-
-
-def _skipped(plan: Plan) -> Iterable[SiteReport]:
-    for tensor in plan.skipped:
-        yield SiteReport(
-            name=tensor.name,
-            shape=tensor.shape,
-            dtype=tensor.dtype,
-            uses=tensor.uses,
-            method="dense",
-            params={},
-            mode="",
-            bytes_before=tensor.bytes,
-            bytes_after=tensor.bytes,
-            reason=tensor.reason,
-        )
-
-
-def planned_sites(plan: Plan) -> tuple[SiteReport, ...]:
-    """What would become of each weight."""
-    return (*(_planned(choice) for choice in plan), *_skipped(plan))
-
-
-def report(
-    plan: Plan,
-    source: str | None,
-    output: OutputFile,
-    sites: Sequence[SiteReport],
-    *,
-    verify: Mapping[str, Any] | None,
-    seconds: Mapping[str, float],
-    config: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None = None,
-    prune: Mapping[str, Any] | None = None,
-    speed: Mapping[str, Any] | None = None,
-) -> Report:
-    """Put the report of a run together.
-
-    Args:
-        plan: The plan, settled.
-        source: Path of the input; None for a model in memory.
-        output: The model that was written.
-        sites: What became of each weight.
-        verify: Result of the fidelity gate.
-        seconds: Wall-clock seconds by stage.
-        config: Settings in effect.
-        evaluation: Scores by the user's own measure.
-        prune: What pruning did.
-        speed: Times of both models.
-    """
-    target = None
-    if plan.budget.bytes is not None:
-        target = {"bytes": plan.budget.bytes, "met": output.bytes <= plan.budget.bytes}
-    return Report(
-        input=InputFile(source, plan.source.bytes, plan.source.sha256),
-        output=output,
-        ratio=plan.source.bytes / max(1, output.bytes),
-        coverage=coverage(sites, plan.settings.min_size),
-        sites=tuple(sites),
-        verify=verify,
-        seconds=dict(seconds),
-        peak_rss_bytes=peak_rss(),
-        versions=versions(),
-        config=dict(config),
-        target=target,
-        evaluation=evaluation,
-        prune=prune,
-        speed=speed,
-        division=list(plan.division) or None,
-    )
+    return Written(saved, (*(encoded_site(item, found) for item in encoded), *skipped_sites(plan)))

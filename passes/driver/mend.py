@@ -13,16 +13,12 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.perturbation import Probe
-from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.config.settings import Settings, typed_params
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
-from onnxcomp.passes.ir.manifest import Record, read_record
+from onnxcomp.passes.ir.manifest import ManifestEntry, read_manifest
 from onnxcomp.passes.ir.model import copy_model, load, save
-from onnxcomp.passes.ir.traversal import initializers
-from onnxcomp.passes.lowering.expand import stored_payload
-from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.lowering.restore import place_stored
 from onnxcomp.passes.verification.bisect import blame, decoded_weights
 from onnxcomp.passes.verification.fidelity import Verification, verify
 from onnxcomp.passes.weight import Array, WeightSite
@@ -126,8 +122,8 @@ def _feeds(
     return list(synthesize_inputs(model, shapes=shapes, samples=samples, seed=seed))
 
 
-def _records(model: ir.Model, prepared: Prepared) -> dict[str, Record]:
-    records = {name: r for name, r in read_record(model).items() if r.recipe.codec != "dense"}
+def _records(model: ir.Model, prepared: Prepared) -> dict[str, ManifestEntry]:
+    records = {name: r for name, r in read_manifest(model).items() if r.recipe.codec != "dense"}
     if not records:
         raise UsageError("the second model holds no compressed weights", hint="check the order")
     sites = {site.name: site for site in prepared.sites}
@@ -158,27 +154,10 @@ def _blamed(
     return sites if found is None else found
 
 
-def _written(prepared: Prepared, compressed: Path, kept: Mapping[str, Record], path: Path) -> Any:
+def _written(
+    prepared: Prepared, compressed: Path, kept: Mapping[str, ManifestEntry], path: Path
+) -> Any:
     """The original with the compressed weights that stay."""
-    source = load(compressed)
-    values = initializers(source)
-    sites = {site.name: site for site in prepared.sites}
-    placements = [
-        Placement(
-            sites[name],
-            CODECS[record.recipe.codec],
-            stored_payload(record, values),
-            record.recipe.mode,  # type: ignore[arg-type]
-            _params(record),
-        )
-        for name, record in kept.items()
-    ]
     model = copy_model(prepared.model)
-    if placements:
-        rewrite(model, placements, portable=bool(source.functions))
+    place_stored(model, prepared.sites, load(compressed), kept)
     return save(model, path)
-
-
-def _params(record: Record) -> Params:
-    codec = CODECS[record.recipe.codec]
-    return typed_params(codec.params_type, record.recipe.params, codec.name)

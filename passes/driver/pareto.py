@@ -2,104 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 import tempfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxcomp.passes.calibration.dataset import SampleSource
-from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.driver.compile import reference_file
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.driver.run import Run
+from onnxcomp.passes.driver.state import Subject
 from onnxcomp.passes.ir.files import read
-from onnxcomp.passes.planning.candidates import Candidate
-from onnxcomp.passes.planning.lagrangian import allocate
-from onnxcomp.passes.planning.measurements import gather_evidence
-from onnxcomp.passes.planning.planner import make_menus, measured_size
-from onnxcomp.passes.planning.search_space import Menu, equal_plans
-from onnxcomp.passes.planning.sensitivity_prior import guesses
-from onnxcomp.passes.planning.size_fitting import with_dense
-from onnxcomp.passes.planning.solver import expected_error
+from onnxcomp.passes.planning.candidate_sets import candidate_sets
+from onnxcomp.passes.planning.measurements import measure
+from onnxcomp.passes.planning.pareto import FrontierPoint, pareto_points
 
-__all__ = ["FrontierPoint", "frontier"]
-
-# Mixed plans between the smallest and the dense model.
-_POINTS = 16
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class FrontierPoint:
-    """One plan.
-
-    Attributes:
-        setting: What every weight gets; empty for a plan that mixes settings.
-        bytes: Bytes of the output, exactly.
-        ratio: Bytes of the input over them.
-        error: Expected relative error of the outputs; None where it is not known, because there
-            are no real inputs.
-        weight_error: Expected relative error of the weights, each in the mean as the objective
-            counts it.
-    """
-
-    setting: str
-    bytes: int
-    ratio: float
-    error: float | None
-    weight_error: float
-
-    def to_json(self) -> dict[str, Any]:
-        """The point as plain values."""
-        plain = dataclasses.asdict(self)
-        return {
-            key: float(f"{value:.4g}") if isinstance(value, float) else value
-            for key, value in plain.items()
-        }
+__all__ = ["frontier"]
 
 
 def frontier(model: Any, settings: Settings, run: Run) -> list[FrontierPoint]:
     """Mixed plans from the smallest to the dense model, and plans with equal settings, by size."""
     loaded = read(model)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "reference.onnx"
-        source = SampleSource(run.data, functools.partial(reference_file, model, loaded, path))
-        prepared = prepare(loaded, settings, source)
-        evidence = gather_evidence(
-            prepared, settings, source, calibrated=run.calibrates, mixed=True
-        )
-        menus = make_menus(prepared, settings, evidence)
-    found: dict[int, FrontierPoint] = {}
-    for setting, picks in (*_equal(menus), *_mixed(menus)):
-        total = measured_size(prepared, settings, "out.onnx", picks)
-        error, weight_error = expected_error(menus, picks), _weight_error(menus, picks)
-        ratio = loaded.source.bytes / max(1, total)
-        found[total] = FrontierPoint(setting, total, ratio, error, weight_error)
-    return [found[total] for total in sorted(found)]
-
-
-def _mixed(menus: Sequence[Menu]) -> Iterator[tuple[str, list[Candidate]]]:
-    menus = [with_dense(menu) for menu in menus]
-    low = max(1, sum(min(c.bytes for c in menu.options) for menu in menus))
-    high = max(1, sum(max(c.bytes for c in menu.options) for menu in menus))
-    for point in range(_POINTS):
-        share = point / (_POINTS - 1)
-        yield "", allocate(menus, math.ceil(low ** (1 - share) * high**share))
-
-
-def _equal(menus: Sequence[Menu]) -> Iterator[tuple[str, list[Candidate]]]:
-    """Plans with one number of bits per weight for all; the others differ from site to site."""
-    for picks in equal_plans(menus):
-        first = next((pick for pick in picks if not pick.reason), None)
-        width = None if first is None else CODECS[first.codec].width
-        if first is not None and width is not None:
-            yield f"{first.codec} {width}={getattr(first.params, width)}", picks
-
-
-def _weight_error(menus: Sequence[Menu], picks: Sequence[Candidate]) -> float:
-    counts = list(guesses([menu.site for menu in menus]).values())
-    noise = sum(n * pick.error**2 for n, pick in zip(counts, picks, strict=True))
-    return math.sqrt(noise / sum(counts)) if counts else 0.0
+        subject = Subject.of(model, loaded, run.data, "out.onnx", Path(folder))
+        prepared = prepare(loaded, settings, subject.samples)
+        samples, calibrated = subject.samples, run.calibrates
+        known = measure(prepared, settings, samples, calibrated=calibrated, mixed=True)
+        sets = candidate_sets(prepared, known)
+    return pareto_points(sets, prepared, settings)

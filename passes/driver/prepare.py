@@ -1,4 +1,4 @@
-"""From a model as it was read to one that is ready for planning."""
+"""The first stage of a run: from a model as it was read to one that is ready for planning."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from onnxcomp.passes.analysis.constants import mark_constants
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.analysis.weight_sites import find_sites
+from onnxcomp.passes.config.policy import resolve_policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.files import Loaded
 from onnxcomp.passes.transforms.pass_manager import Context, no_feeds, run_passes
+from onnxcomp.passes.transforms.prune.graph_pass import Prune, PruneChange
+from onnxcomp.passes.transforms.registry import graph_passes
 from onnxcomp.passes.weight import Feed
 
 __all__ = ["prepare"]
@@ -26,8 +29,7 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         feeds: Gives the calibration inputs to passes that need them.
     """
     model = loaded.model
-    context = Context(settings, feeds)
-    changes = run_passes(model, context)
+    changes = run_passes(model, Context(settings, feeds), graph_passes())
     found = find_sites(
         model,
         min_size=settings.min_size,
@@ -36,7 +38,13 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         freeze_inputs=settings.freeze_inputs,
     )
     sites = mark_constants(model, found.sites)
-    notes = tuple(note for change in changes.values() for note in change.notes)
+    pruning = changes.get(Prune.name)
     return Prepared(
-        model, loaded.path, loaded.source, sites, found.skipped, notes, dict(context.facts)
+        model=model,
+        path=loaded.path,
+        source=loaded.source,
+        sites=sites,
+        policies={site.name: resolve_policy(site, settings) for site in sites},
+        skipped=found.skipped,
+        pruned=pruning.report if isinstance(pruning, PruneChange) else None,
     )

@@ -8,33 +8,29 @@ codes is the one that the plan expects; both are relative noise power, which add
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from onnxcomp.passes.calibration import statistics
+from onnxcomp.passes.calibration.notices import once_per_weight
 from onnxcomp.passes.calibration.perturbation import NoiseShares
 from onnxcomp.passes.calibration.sensitivity import spread
 from onnxcomp.passes.calibration.statistics import HELD_OUT
-from onnxcomp.passes.transforms.prune import observe
 from onnxcomp.passes.weight import Feed
 
-__all__ = ["Trial", "best_share", "output_noise", "said_once", "witnesses"]
+__all__ = ["Trial", "best_share", "output_noise", "witnesses"]
+
+T = TypeVar("T")
 
 # Shares of the parameters of layers that can shrink; higher ones only while they may pay.
 _SHARES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7)
 
 # Halvings of the distance to the shares beside the best one.
 _HALVINGS = 2
-
-# Modules that say something about each weight.
-_SPEAKING = (statistics.__name__, observe.__name__)
 
 # Inputs that errors are measured on.
 _WITNESSES = 16
@@ -80,30 +76,63 @@ class Trial:
         }
 
 
-def best_share(attempt: Callable[[float], Trial | None]) -> list[Trial]:
+def best_share(
+    attempt: Callable[[float], tuple[Trial, T] | None],
+) -> tuple[T, list[Trial]]:
     """Try shares and find the best.
 
     Args:
-        attempt: Prunes a share and plans the rest; None where so much cannot be pruned.
+        attempt: Prunes a share and plans the rest; None where so much cannot be pruned. No share
+            at all can always be.
 
     Returns:
-        The trials, the best one first, the others by their share.
+        What the best attempt gave besides its trial, and the trials: the best one first, the
+        others by their share.
     """
-    trials: list[Trial] = []
-    for share in _SHARES:
-        trial = attempt(share)
-        if trial is None:
-            break
-        trials.append(trial)
-        if trial.met and trial is not min(trials, key=lambda other: other.rank):
-            break
-    for _ in range(_HALVINGS):
-        for share in list(_between(trials)):
-            trial = attempt(share)
-            trials += [] if trial is None else [trial]
-    best = min(trials, key=lambda trial: trial.rank)
-    others = [trial for trial in trials if trial is not best]
-    return [best, *sorted(others, key=lambda trial: trial.share)]
+    search = _ShareSearch(attempt)
+    with once_per_weight():
+        for share in _SHARES:
+            trial = search.tried(share)
+            if trial is None or (trial.met and trial is not search.best):
+                break
+        for _ in range(_HALVINGS):
+            for share in list(_between(search.trials)):
+                search.tried(share)
+    return search.result, search.ranked()
+
+
+class _ShareSearch(Generic[T]):
+    """Trials so far. What comes with one is kept of the best alone: models are large."""
+
+    def __init__(self, attempt: Callable[[float], tuple[Trial, T] | None]) -> None:
+        self._attempt = attempt
+        self._found: tuple[Trial, T] | None = None
+        self.trials: list[Trial] = []
+
+    def tried(self, share: float) -> Trial | None:
+        """Try one share; None where so much cannot be pruned."""
+        found = self._attempt(share)
+        if found is None:
+            return None
+        self.trials.append(found[0])
+        if self._found is None or found[0].rank < self._found[0].rank:
+            self._found = found
+        return found[0]
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial; None before the first."""
+        return None if self._found is None else self._found[0]
+
+    @property
+    def result(self) -> T:
+        """What came with the best trial."""
+        assert self._found is not None, "pruning nothing is always possible"
+        return self._found[1]
+
+    def ranked(self) -> list[Trial]:
+        """The best trial, then the others by their share."""
+        return sorted(self.trials, key=lambda trial: (trial is not self.best, trial.share))
 
 
 def _between(trials: Sequence[Trial]) -> Iterator[float]:
@@ -116,34 +145,6 @@ def _between(trials: Sequence[Trial]) -> Iterator[float]:
     place = shares.index(best.share)
     if best.share and best.met:
         yield from ((best.share + s) / 2 for s in shares[place - 1 : place + 2] if s != best.share)
-
-
-class _Once(logging.Filter):
-    """Lets each message about a weight pass once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        name = record.args[0] if isinstance(record.args, tuple) and record.args else ""
-        key = f"{record.msg} {name}"
-        known = key in self._seen
-        self._seen.add(key)
-        return not known
-
-
-@contextlib.contextmanager
-def said_once() -> Iterator[None]:
-    """Let trials of the same model say only once that a weight has seen few inputs."""
-    once = _Once()
-    for module in _SPEAKING:
-        logging.getLogger(module).addFilter(once)
-    try:
-        yield
-    finally:
-        for module in _SPEAKING:
-            logging.getLogger(module).removeFilter(once)
 
 
 def witnesses(feeds: Sequence[Feed]) -> list[Feed]:

@@ -17,7 +17,7 @@ from onnxcomp.passes.latency.model import Timing
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.planning.planner import plan_from, settle
-from onnxcomp.passes.planning.search_space import Menu, keep
+from onnxcomp.passes.planning.search_space import CandidateSet, keep
 from onnxcomp.passes.verification.bisect import blame, decoded_weights
 from onnxcomp.passes.weight import Feed, WeightSite
 
@@ -41,7 +41,7 @@ class Repair:
 
     Args:
         prepared: The model and its weights; only read.
-        menus: What there was to choose from; None where the plan was given.
+        sets: What there was to choose from; None where the plan was given.
         name: File name of the output.
         timing: What settings cost in time.
     """
@@ -49,13 +49,13 @@ class Repair:
     def __init__(
         self,
         prepared: Prepared,
-        menus: Sequence[Menu] | None,
+        sets: Sequence[CandidateSet] | None,
         name: str = "out.onnx",
         *,
         timing: Timing | None = None,
     ) -> None:
         self._prepared, self._name = prepared, name
-        self._menus = None if menus is None else list(menus)
+        self._candidates = None if sets is None else list(sets)
         self._aim: float | None = None
         self._timing = timing
         self._pace: float | None = None
@@ -100,8 +100,11 @@ class Repair:
         return self._without(made, {site.name for site in blamed}, reason)
 
     def faster(self, made: Plan, measured: Slowdown) -> Plan | None:
-        """A plan that is expected to be faster than one that was too slow; None without menus."""
-        if self._menus is None or self._timing is None:
+        """A plan that is expected to be faster than one that was too slow.
+
+        None where the plan was given, and there is nothing else to choose from.
+        """
+        if self._candidates is None or self._timing is None:
             return None
         pace = measured.max_slowdown if self._pace is None else self._pace
         self._pace = pace * (measured.max_slowdown / measured.factor) * _MARGIN
@@ -110,13 +113,13 @@ class Repair:
 
     def _planned(self, made: Plan, settings: Settings) -> Plan:
         """A plan for stricter settings than those that were asked for."""
-        assert self._menus is not None
+        assert self._candidates is not None
         if self._aim is not None:
             settings = dataclasses.replace(settings, max_error=self._aim)
         if self._pace is not None:
             settings = dataclasses.replace(settings, max_slowdown=self._pace)
         found = plan_from(
-            self._menus, self._prepared, settings, name=self._name, timing=self._timing
+            self._candidates, self._prepared, settings, name=self._name, timing=self._timing
         )
         return dataclasses.replace(found, settings=made.settings, budget=made.budget)
 
@@ -124,7 +127,7 @@ class Repair:
         """Whether the plan may become as large as its error needs."""
         budget = made.budget
         return (
-            self._menus is not None
+            self._candidates is not None
             and budget.max_error is not None
             and (budget.bytes is None and budget.bits is None)
         )
@@ -132,7 +135,7 @@ class Repair:
     def _stricter(self, made: Plan, factor: float) -> Plan | None:
         """A plan for a smaller expected error."""
         aim = made.budget.max_error if self._aim is None else self._aim
-        assert aim is not None and self._menus is not None
+        assert aim is not None and self._candidates is not None
         if factor >= 1.0 or aim <= 0.0:
             return None
         self._aim = aim * factor * _MARGIN
@@ -140,10 +143,12 @@ class Repair:
 
     def _without(self, made: Plan, names: set[str], reason: str) -> Plan:
         """A plan in which some weights are dense, and the budget goes to the others."""
-        if self._menus is not None:
-            self._menus = [
-                menu.with_options([keep(menu.site, reason)]) if menu.site.name in names else menu
-                for menu in self._menus
+        if self._candidates is not None:
+            self._candidates = [
+                candidates.with_options([keep(candidates.site, reason)])
+                if candidates.site.name in names
+                else candidates
+                for candidates in self._candidates
             ]
             return self._planned(made, made.settings)
         sites = {site.name: site for site in self._prepared.sites}

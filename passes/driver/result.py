@@ -13,7 +13,7 @@ from onnxcomp.passes.report.report import Report
 if TYPE_CHECKING:
     from onnxcomp.passes.verification.fidelity import Verification
 
-__all__ = ["RejectedError", "Result", "TargetMissedError"]
+__all__ = ["RejectedError", "Result", "TargetMissedError", "judged"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,3 +55,40 @@ class RejectedError(VerifyError):
     def __init__(self, message: str, result: Result, *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.result = result
+
+
+def judged(result: Result, failure: str) -> Result:
+    """The result, or the error that goes with it.
+
+    Args:
+        result: The run.
+        failure: Why the output is rejected; empty where it is not.
+
+    Raises:
+        RejectedError: It is.
+        TargetMissedError: The output is larger, or less is pruned, than asked for.
+    """
+    if failure:
+        raise RejectedError(
+            f"the compressed model failed verification: {failure}; it was kept as {result.path}",
+            result,
+            hint="look at it with onnxcomp verify; --force publishes it all the same",
+        )
+    pruned = result.plan.pruned
+    if pruned is not None and not pruned.met:
+        what = "of the parameters that can go" if pruned.unit == "parameters" else "of the FLOPs"
+        raise TargetMissedError(
+            f"{result.path}: pruning took {100 * pruned.reached:.1f} % {what}, "
+            f"{100 * pruned.asked:.1f} % were asked for",
+            result,
+            hint="onnxcomp inspect --groups shows what can go and why the rest stays",
+        )
+    wanted = result.plan.budget.bytes
+    if wanted is not None and result.report.output.bytes > wanted:
+        raise TargetMissedError(
+            f"{result.path} has {result.report.output.bytes} bytes, {wanted} were asked for: "
+            "no plan is smaller",
+            result,
+            hint="allow a larger target, a smaller --min-size or more methods",
+        )
+    return result

@@ -20,9 +20,9 @@ from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import held_out_error
-from onnxcomp.passes.codecs.protocol import AnchoredCodec, CalibratedCodec, Codec, RankedCodec
-from onnxcomp.passes.encoding.dense_fallback import judged
-from onnxcomp.passes.encoding.encoded import Coded, weight_error
+from onnxcomp.passes.codecs.protocol import CalibratedEncoding
+from onnxcomp.passes.encoding.dense_fallback import with_fallback
+from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.suggest import suggest
@@ -97,7 +97,7 @@ def load_samples(
 
 def tell_of_plain_factors(plan: Plan) -> None:
     """Warn where weights get factors without inputs to fit them to: that is where most is lost."""
-    count = sum(isinstance(CODECS[choice.codec], RankedCodec) for choice in plan)
+    count = sum(CODECS[choice.codec].ranks is not None for choice in plan)
     if count:
         log.warning(
             "no calibration data: the factors of %d weight%s are the nearest to the weights alone, "
@@ -108,20 +108,18 @@ def tell_of_plain_factors(plan: Plan) -> None:
 
 
 # Encodes a weight without calibration.
-Plain = Callable[[WeightSite], Coded]
+Plain = Callable[[WeightSite], EncodedWeight]
 
 
-def _codec(site: WeightSite, choice: Choice) -> CalibratedCodec | None:
-    """The codec of a weight when it can be calibrated."""
-    codec: Codec = CODECS[choice.codec]
-    if isinstance(codec, CalibratedCodec) and codec.calibrates(site, choice.params):
-        return codec
-    return None
+def _calibration(site: WeightSite, choice: Choice) -> CalibratedEncoding | None:
+    """How a weight is encoded for its inputs; None where it cannot be."""
+    found = CODECS[choice.codec].calibration
+    return found if found is not None and found.suits(site, choice.params) else None
 
 
 def _uses_samples(sites: Sequence[WeightSite], plan: Plan) -> bool:
     """Whether any weight of a plan can be calibrated."""
-    return any(_codec(site, plan[site.name]) for site in sites if not plan[site.name].kept)
+    return any(_calibration(site, plan[site.name]) for site in sites if not plan[site.name].kept)
 
 
 def encode_calibrated(
@@ -133,7 +131,7 @@ def encode_calibrated(
     *,
     jobs: int = 1,
     folder: Path | None = None,
-) -> Iterator[tuple[WeightSite, Coded]]:
+) -> Iterator[EncodedWeight]:
     """Encode weights, each once, in the order of their use; those not observed come first.
 
     Args:
@@ -148,55 +146,55 @@ def encode_calibrated(
     Raises:
         ModelError: The model does not run, or inputs of a weight hold NaN or infinite values.
     """
-    able = [site for site in work if _codec(site, plan[site.name])]
-    anchored = any(isinstance(CODECS[plan[site.name].codec], AnchoredCodec) for site in able)
+    found = {site.name: _calibration(site, plan[site.name]) for site in work}
+    able = [site for site in work if found[site.name] is not None]
+    anchored = any(calibration.anchored for calibration in found.values() if calibration)
     reference = model if anchored and samples.sequential else None
     calibration = Calibration(model, samples.feeds, able, reference=reference, folder=folder)
     observed = {site.name for site in able} - set(calibration.reasons)
 
-    def replace(site: WeightSite, coded: Coded) -> None:
-        if samples.sequential and coded.payload is not None:
-            decoded = CODECS[plan[site.name].codec].decode(site, coded.payload)
-            calibration.replace(site, decoded)
+    def replace(encoded: EncodedWeight) -> None:
+        if samples.sequential and encoded.payload is not None:
+            codec = CODECS[encoded.choice.codec]
+            calibration.replace(encoded.site, codec.decode(encoded.site, encoded.payload))
 
     for site in work:
         looked_up = any(use.need == "gather" for use in site.uses)
         if site.name in observed and not (looked_up and samples.sequential):
             continue
-        coded = plain(site)
+        encoded = plain(site)
         if site.name not in observed:
             note = calibration.reasons.get(site.name, "")
-            coded = dataclasses.replace(coded, note=f"not calibrated: {note}" if note else "")
+            encoded = dataclasses.replace(encoded, note=f"not calibrated: {note}" if note else "")
             read = functools.partial(read_weight, model, site)
-            coded = judged(site, read, plan[site.name], coded, threads=jobs)
-            yield site, coded
+            encoded = with_fallback(encoded, read, threads=jobs)
+            yield encoded
         # A table's products come after its look-ups: those see it encoded plainly.
-        replace(site, coded)
+        replace(encoded)
     for group, stats in calibration:
         for site in group:
             own = dataclasses.replace(stats, site=site)
             weight = read_weight(model, site)
-            coded = _better(site, weight, plan[site.name], own, plain(site), jobs)
+            encoded = _better(weight, own, plain(site), jobs)
             read = functools.partial(read_weight, model, site)
-            coded = judged(site, read, plan[site.name], coded, own, threads=jobs)
-            replace(site, coded)
-            yield site, coded
+            encoded = with_fallback(encoded, read, own, threads=jobs)
+            replace(encoded)
+            yield encoded
 
 
-def _better(
-    site: WeightSite, weight: Array, choice: Choice, stats: Stats, plain: Coded, jobs: int
-) -> Coded:
+def _better(weight: Array, stats: Stats, plain: EncodedWeight, jobs: int) -> EncodedWeight:
     """The calibrated form of a weight where it is better than the plain one."""
-    codec = _codec(site, choice)
-    if plain.payload is None or codec is None:
+    site, choice = plain.site, plain.choice
+    codec, calibration = CODECS[choice.codec], _calibration(site, choice)
+    if plain.payload is None or calibration is None:
         return plain
-    if not isinstance(codec, AnchoredCodec):
+    if not calibration.anchored:
         stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
     before = held_out_error(weight, codec.decode(site, plain.payload), stats)
     if before is None:
         return dataclasses.replace(plain, note="not calibrated: too few inputs to keep some back")
     try:
-        payload = codec.encode_calibrated(site, weight, choice.params, stats, threads=jobs)
+        payload = calibration.encode(site, weight, choice.params, stats, threads=jobs)
     except ModelError as error:
         note = f"not calibrated: {error.message}"
         return dataclasses.replace(plain, output_error=before, note=note)
@@ -207,4 +205,4 @@ def _better(
         log.info("%s: %s", site.name, note)
         return dataclasses.replace(plain, output_error=before, note=note)
     log.info("%s: held-out output error %.4g, plainly encoded %.4g", site.name, after, before)
-    return Coded(payload, weight_error(weight, decoded), output_error=after)
+    return EncodedWeight(site, choice, payload, weight_error(weight, decoded), output_error=after)

@@ -1,8 +1,8 @@
-"""What another codec would make of the same bytes, and whether a weight had better stay dense.
+"""Compare an encoded weight with another codec, and keep it dense where its error is too large.
 
-Some codecs are for models that were trained for them; of other weights they make less than others
-do. They name a rival and a limit: every weight they store is compared with the rival at as many
-bytes, and stays dense where the error of its products is above the limit.
+Some codecs are for models that were trained for them and lose more than others of any other weight.
+They have a `DenseFallback`: every weight they store is compared with a rival codec at as many
+bytes, and stays dense where the error of its products is above a limit.
 """
 
 from __future__ import annotations
@@ -13,55 +13,50 @@ from collections.abc import Callable
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.abilities import RivalledCodec
 from onnxcomp.passes.codecs.moments import held_out_error
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import CalibratedCodec, Codec
-from onnxcomp.passes.encoding.encoded import Coded, weight_error
-from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.weight import Array, Stats, WeightSite
 
-__all__ = ["judged"]
+__all__ = ["with_fallback"]
 
 log = logging.getLogger(__name__)
 
 
-def judged(
-    site: WeightSite,
+def with_fallback(
+    encoded: EncodedWeight,
     read: Callable[[], Array],
-    choice: Choice,
-    coded: Coded,
     stats: Stats | None = None,
     *,
     threads: int = 1,
-) -> Coded:
-    """The coded weight with a word on its rival; the dense weight where the error is too large.
+) -> EncodedWeight:
+    """The weight with a note on the rival's error; the dense weight where its error is too large.
 
     Args:
-        site: The weight.
+        encoded: What its codec made of the weight.
         read: Gives its canonical matrix ``(rows, length)``; called only where there is a rival.
-        choice: What the plan says about it.
-        coded: What its codec made of it.
         stats: Inputs of its products; None to judge by the weight's own error.
         threads: Threads of the encoder.
     """
-    codec: Codec = CODECS[choice.codec]
-    if coded.payload is None or not isinstance(codec, RivalledCodec):
-        return coded
-    error = coded.error if coded.output_error is None else coded.output_error
+    site, choice, payload = encoded.site, encoded.choice, encoded.payload
+    fallback = CODECS[choice.codec].fallback
+    if payload is None or fallback is None:
+        return encoded
+    error = encoded.error if encoded.output_error is None else encoded.output_error
     said = f"{choice.codec} has error {error:.3g}"
-    rival = CODECS[codec.rival]
-    params = _fitting(rival, site, coded.payload.nbytes)
+    rival = CODECS[fallback.rival]
+    params = _fitting(rival, site, payload.nbytes)
     if params is not None:
         other = _error(rival, site, read(), params, stats, threads)
         size = rival.size(site, params)
-        said += f", {rival.name} {other:.3g} in {size / coded.payload.nbytes:.2f} times the bytes"
+        said += f", {rival.name} {other:.3g} in {size / payload.nbytes:.2f} times the bytes"
     log.info("%s: %s", site.name, said)
-    limit = codec.limit(choice.params)
+    limit = fallback.limit(choice.params)
     if error > limit:
-        return Coded(None, 0.0, f"{said}; {limit:g} is the limit")
-    note = "; ".join(part for part in (coded.note, said) if part)
-    return dataclasses.replace(coded, note=note)
+        return encoded.dense(f"{said}; {limit:g} is the limit")
+    note = "; ".join(part for part in (encoded.note, said) if part)
+    return dataclasses.replace(encoded, note=note)
 
 
 def _fitting(rival: Codec, site: WeightSite, most: int) -> Params | None:
@@ -84,9 +79,9 @@ def _error(
         if stats is None:
             payload = rival.encode(site, weight, params, threads=threads)
             return weight_error(weight, rival.decode(site, payload))
-        able = isinstance(rival, CalibratedCodec) and rival.calibrates(site, params)
-        if able and isinstance(rival, CalibratedCodec):
-            payload = rival.encode_calibrated(site, weight, params, stats, threads=threads)
+        calibration = rival.calibration
+        if calibration is not None and calibration.suits(site, params):
+            payload = calibration.encode(site, weight, params, stats, threads=threads)
         else:
             payload = rival.encode(site, weight, params, threads=threads)
     except ModelError:

@@ -1,29 +1,25 @@
-"""Train what is shared, after encoding and before the graph is rewritten, where it was asked for.
+"""Train shared values, after encoding and before the graph is rewritten, where that is asked for.
 
-The training itself needs torch and lives in `onnxcomp.models.distilling`, which is loaded by name:
-nothing in this folder imports a training framework.
+The training itself needs a framework and is given from outside; see `trainer`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError
+from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import stored_form
-from onnxcomp.passes.codecs.abilities import SharedValues, TrainableCodec
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Payload
+from onnxcomp.passes.codecs.protocol import Payload, SharedValues, ValueSharing
 from onnxcomp.passes.encoding.calibrated import Samples
-from onnxcomp.passes.encoding.encoded import weight_error
-from onnxcomp.passes.encoding.encoder import Encoded
+from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
+from onnxcomp.passes.encoding.trainer import trainer
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array
@@ -33,26 +29,12 @@ __all__ = ["distilled"]
 log = logging.getLogger(__name__)
 
 
-def _trainer() -> Any:
-    """The module that trains.
-
-    Raises:
-        RuntimeMissingError: torch is not installed.
-    """
-    try:
-        return importlib.import_module("onnxcomp.models.distilling")
-    except ImportError as error:
-        raise RuntimeMissingError(
-            f"distilling needs torch: {error}", hint="pip install 'onnxcomp[torch]'"
-        ) from error
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Trained:
     """A weight whose values are trained."""
 
-    item: Encoded
-    codec: TrainableCodec
+    item: EncodedWeight
+    sharing: ValueSharing
     placement: Placement
     params: Params
     shared: SharedValues
@@ -60,42 +42,42 @@ class _Trained:
     def stored(self, values: Array) -> tuple[Payload, Array]:
         """The payload with these values, and what they are in it."""
         site, payload = self.placement.site, self.placement.payload
-        made = self.codec.with_values(site, self.params, payload, values)
-        return made, self.codec.shared_values(site, made).values
+        made = self.sharing.write(site, self.params, payload, values)
+        return made, self.sharing.read(site, made).values
 
-    def result(self, model: ir.Model, payload: Payload, note: str) -> Encoded:
+    def result(self, model: ir.Model, payload: Payload, note: str) -> EncodedWeight:
         """What becomes of the weight."""
         payload = dataclasses.replace(payload, attributes=self.placement.payload.attributes)
-        decoded = self.codec.decode(self.placement.site, payload)
+        decoded = self.placement.codec.decode(self.placement.site, payload)
         note = "; ".join(part for part in (self.item.note, note) if part)
         return dataclasses.replace(
             self.item,
-            placement=dataclasses.replace(self.placement, payload=payload),
+            payload=payload,
             error=weight_error(read_weight(model, self.placement.site), decoded),
             output_error=None,
             note=note,
         )
 
 
-def _trainable(item: Encoded) -> _Trained | None:
+def _trainable(item: EncodedWeight) -> _Trained | None:
     """A weight that can be trained; None for others."""
     placement = item.placement
     if placement is None or placement.params is None:
         return None
-    codec = placement.codec
-    if not isinstance(codec, TrainableCodec):
+    sharing = placement.codec.sharing
+    if sharing is None:
         return None
-    shared = codec.shared_values(placement.site, placement.payload)
-    return _Trained(item, codec, placement, placement.params, shared)
+    shared = sharing.read(placement.site, placement.payload)
+    return _Trained(item, sharing, placement, placement.params, shared)
 
 
 def distilled(
     model: ir.Model,
-    encoded: Sequence[Encoded],
+    encoded: Sequence[EncodedWeight],
     plan: Plan,
     samples: Samples | None,
     folder: Path | None = None,
-) -> list[Encoded]:
+) -> list[EncodedWeight]:
     """Weights with trained values, where those are better on the inputs kept aside.
 
     Args:
@@ -115,9 +97,9 @@ def distilled(
     if not found:
         log.warning("nothing to distill: no weight shares values (--method hash makes them share)")
         return list(encoded)
-    trainer = _trainer()
+    train = trainer()
     try:
-        values, before, after = trainer.distill(
+        values, before, after = train(
             model,
             [one.shared for one in found],
             samples.feeds,
@@ -142,7 +124,7 @@ def distilled(
     return [changed.get(item.site.name, item) for item in encoded]
 
 
-def _decoded(encoded: Sequence[Encoded], trained: set[str]) -> dict[str, Array]:
+def _decoded(encoded: Sequence[EncodedWeight], trained: set[str]) -> dict[str, Array]:
     """Stored tensors of the compressed weights that are not trained."""
     placements = [item.placement for item in encoded if item.site.name not in trained]
     return {

@@ -7,35 +7,54 @@ import mmap
 
 import numpy as np
 
+from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Payload
-from onnxcomp.passes.weight import Array
+from onnxcomp.passes.lowering.rewrite import Placement
+from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["Coded", "let_go", "weight_error"]
+__all__ = ["EncodedWeight", "release_pages", "weight_error"]
 
 # Elements compared at a time when an error is measured.
 _BLOCK = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Coded:
-    """One encoded weight.
+class EncodedWeight:
+    """What became of one weight.
 
     Attributes:
+        site: The weight.
+        choice: What the plan says about it.
         payload: What is stored; None when the weight stays as it is.
-        error: Relative Frobenius error of the decoded weight.
+        error: Measured relative Frobenius error of the decoded weight; 0 when it stays.
         reason: Why the weight stays as it is; empty when it does not.
         output_error: Relative error of its products on held-out inputs; None where not measured.
-        note: What is to be said about it.
+        note: What calibration, or the comparison with another codec, has to say about it.
     """
 
+    site: WeightSite
+    choice: Choice
     payload: Payload | None
-    error: float
+    error: float = 0.0
     reason: str = ""
     output_error: float | None = None
     note: str = ""
 
+    @property
+    def placement(self) -> Placement | None:
+        """What to wire into the graph; None when the weight stays as it is."""
+        if self.payload is None:
+            return None
+        codec, choice = CODECS[self.choice.codec], self.choice
+        return Placement(self.site, codec, self.payload, choice.mode, choice.params)
 
-def let_go(array: Array) -> None:
+    def dense(self, reason: str) -> EncodedWeight:
+        """The weight as it is, for this reason."""
+        return EncodedWeight(self.site, self.choice, None, reason=reason)
+
+
+def release_pages(array: Array) -> None:
     """Give the pages of an array that is mapped from a file back; reading it maps them anew."""
     base: object = array
     while isinstance(base, np.ndarray):
@@ -63,7 +82,7 @@ def weight_error(weight: Array, decoded: Array) -> float:
         power += float(np.square(exact).sum())
         exact -= decoded[start : start + rows]
         noise += float(np.square(exact).sum())
-        let_go(weight)
+        release_pages(weight)
     if power == 0.0:
         return 0.0 if noise == 0.0 else float("inf")
     return float(np.sqrt(noise / power))

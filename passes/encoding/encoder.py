@@ -20,18 +20,18 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import Codec, MeasuredCodec, Payload
+from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
-from onnxcomp.passes.encoding.dense_fallback import judged
-from onnxcomp.passes.encoding.encoded import Coded, let_go, weight_error
+from onnxcomp.passes.encoding.dense_fallback import with_fallback
+from onnxcomp.passes.encoding.encoded import EncodedWeight, release_pages, weight_error
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.tensors import not_finite
-from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes
+from onnxcomp.passes.lowering.rewrite import precision_attributes
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["Encoded", "Progress", "encode"]
+__all__ = ["Progress", "encode"]
 
 # Planned payload bytes above which payloads go to a temporary file.
 SPILL_BYTES = 1 << 25
@@ -49,29 +49,6 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, site: str) -> None:
         """Report dense bytes encoded so far, all of them, and the weight that is next."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Encoded:
-    """What became of one weight.
-
-    Attributes:
-        site: The weight.
-        choice: What the plan says about it.
-        placement: What to wire into the graph; None when the weight stays as it is.
-        error: Measured relative Frobenius error of the decoded weight; 0 when it stays.
-        reason: Why it stays; empty when it does not.
-        output_error: Relative error of its products on held-out inputs; None where not measured.
-        note: What is to be said about its calibration.
-    """
-
-    site: WeightSite
-    choice: Choice
-    placement: Placement | None
-    error: float
-    reason: str = ""
-    output_error: float | None = None
-    note: str = ""
 
 
 class _Spill:
@@ -122,27 +99,27 @@ def _payload(
 
 def _encode_site(
     model: ir.Model, site: WeightSite, choice: Choice, cache: PayloadCache | None, jobs: int
-) -> Coded:
-    """Payload, measured error and, where the weight stays as it is, the reason."""
+) -> EncodedWeight:
+    """The weight with its payload and measured error, or dense with the reason."""
     weight = read_weight(model, site)
     reason = not_finite(weight)
     if reason:
-        return Coded(None, 0.0, reason)
+        return EncodedWeight(site, choice, None, reason=reason)
     try:
         payload = _payload(site, weight, choice, cache, jobs)
     except ModelError as error:
-        return Coded(None, 0.0, error.message)
+        return EncodedWeight(site, choice, None, reason=error.message)
     # The weight and its decoded form are not held in full at the same time.
-    let_go(weight)
-    codec: Codec = CODECS[choice.codec]
+    release_pages(weight)
+    codec = CODECS[choice.codec]
     measured = weight_error(weight, codec.decode(site, payload))
     usual = codec.predict(site, choice.params)
-    if isinstance(codec, MeasuredCodec) and choice.error is not None:
+    if codec.measure is not None and choice.error is not None:
         usual = choice.error
     if not measured <= _UNUSUAL * usual:
         reason = f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"
-        return Coded(None, 0.0, reason)
-    return Coded(payload, measured)
+        return EncodedWeight(site, choice, None, reason=reason)
+    return EncodedWeight(site, choice, payload, measured)
 
 
 def encode(
@@ -155,7 +132,7 @@ def encode(
     progress: Progress | None = None,
     folder: Path | None = None,
     samples: Samples | None = None,
-) -> list[Encoded]:
+) -> list[EncodedWeight]:
     """Encode every site the plan does not keep; the result is in the order of `sites`.
 
     Args:
@@ -176,57 +153,57 @@ def encode(
     large = sum(plan[site.name].bytes or 0 for site in work) > SPILL_BYTES
     spill = _Spill(folder) if large else None
     done = 0
-    stored: dict[str, Coded] = {}
+    found: dict[str, EncodedWeight] = {}
     numbers: dict[str, Mapping[str, int]] = {}
 
-    def plain(site: WeightSite) -> Coded:
+    def plain(site: WeightSite) -> EncodedWeight:
         if progress is not None:
             progress(done, total, site.name)
         return _encode_site(model, site, plan[site.name], cache, jobs)
 
-    def compared(site: WeightSite) -> Coded:
+    def compared(site: WeightSite) -> EncodedWeight:
         read = functools.partial(read_weight, model, site)
-        return judged(site, read, plan[site.name], plain(site), threads=jobs)
+        return with_fallback(plain(site), read, threads=jobs)
 
-    results: Iterator[tuple[WeightSite, Coded]] = ((site, compared(site)) for site in work)
+    results: Iterator[EncodedWeight] = (compared(site) for site in work)
     if samples is not None:
         results = encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
-    for site, coded in results:
-        if spill is not None and coded.payload is not None:
-            stored_tensors = coded.payload.tensors.items()
-            numbers[site.name] = {key: spill.store(t) for key, t in stored_tensors}
-            del stored_tensors  # or the payload would live as long as the next weight's
-            coded = dataclasses.replace(
-                coded, payload=dataclasses.replace(coded.payload, tensors={})
+    for encoded in results:
+        site = encoded.site
+        if spill is not None and encoded.payload is not None:
+            spilled_tensors = encoded.payload.tensors.items()
+            numbers[site.name] = {key: spill.store(t) for key, t in spilled_tensors}
+            del spilled_tensors  # or the payload would live as long as the next weight's
+            encoded = dataclasses.replace(
+                encoded, payload=dataclasses.replace(encoded.payload, tensors={})
             )
-        stored[site.name] = coded
+        found[site.name] = encoded
         done += site.nbytes
     if progress is not None:
         progress(done, total, "")
     arrays = spill.arrays() if spill is not None else []
     extra = precision_attributes(plan.settings.precision)
-    return [_encoded(site, plan[site.name], stored, numbers, arrays, extra) for site in sites]
+    kept = {
+        site.name: EncodedWeight(site, plan[site.name], None, reason=plan[site.name].reason)
+        for site in sites
+        if site.name not in found
+    }
+    finished = {name: _finished(e, numbers.get(name), arrays, extra) for name, e in found.items()}
+    return [{**kept, **finished}[site.name] for site in sites]
 
 
-def _encoded(
-    site: WeightSite,
-    choice: Choice,
-    stored: Mapping[str, Coded],
-    numbers: Mapping[str, Mapping[str, int]],
+def _finished(
+    encoded: EncodedWeight,
+    numbers: Mapping[str, int] | None,
     arrays: Sequence[Array],
     extra: Mapping[str, int],
-) -> Encoded:
-    if site.name not in stored:
-        return Encoded(site, choice, None, 0.0, choice.reason)
-    coded = stored[site.name]
-    payload = coded.payload
+) -> EncodedWeight:
+    """The weight with its tensors where they were spilled, and with attributes of the run."""
+    payload = encoded.payload
     if payload is None:
-        return Encoded(site, choice, None, 0.0, coded.reason)
-    if site.name in numbers:
-        tensors = {key: arrays[number] for key, number in numbers[site.name].items()}
+        return encoded
+    if numbers is not None:
+        tensors = {key: arrays[number] for key, number in numbers.items()}
         payload = dataclasses.replace(payload, tensors=tensors)
     payload = dataclasses.replace(payload, attributes={**payload.attributes, **extra})
-    placement = Placement(site, CODECS[choice.codec], payload, choice.mode, choice.params)
-    return Encoded(
-        site, choice, placement, coded.error, output_error=coded.output_error, note=coded.note
-    )
+    return dataclasses.replace(encoded, payload=payload)

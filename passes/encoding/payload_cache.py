@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,16 +41,29 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 @functools.cache
-def code_version() -> str:
-    """A hash of the code that payloads follow from: the codecs and the native encoders."""
+def _own_code() -> str:
+    """A hash of all codecs of this package and of the native encoders."""
+    from onnxcomp.passes import codecs
     from onnxcomp.passes.codecs.hyper import native
 
     digest = hashlib.sha256()
-    files = sorted(Path(native.__file__).parent.glob("*.py"))
+    files = sorted(Path(codecs.__file__).parent.rglob("*.py"))
     library = native.library_path()
     for file in [*files, *([] if library is None else [library])]:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def code_version(codec: Codec) -> str:
+    """A hash of the code that payloads follow from: all our codecs and the native encoders.
+
+    A codec of another package adds the file that defines it.
+    """
+    name = type(codec).__module__
+    file = getattr(sys.modules.get(name), "__file__", None)
+    if name.startswith("onnxcomp.") or file is None:
+        return _own_code()
+    return f"{_own_code()}.{hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
 
 
 def _running(process: int) -> bool:
@@ -96,7 +110,7 @@ class PayloadCache:
         """
         facts = [
             FORMAT,
-            code_version(),
+            code_version(codec),
             codec.name,
             params.to_json(),
             list(weight.shape),

@@ -29,13 +29,13 @@ __all__ = [
     "KEY",
     "USE_KEY",
     "WEIGHT_KEY",
+    "ManifestEntry",
     "Recipe",
-    "Record",
     "compressed_tensors",
     "own_name",
-    "read_record",
+    "read_manifest",
     "shared_name",
-    "write_record",
+    "write_manifest",
 ]
 
 # Key of the model's entry, and on a node the codec that asked for it.
@@ -73,7 +73,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record:
+class ManifestEntry:
     """One compressed weight: where it was, without its uses, and how it is stored."""
 
     site: WeightSite
@@ -90,7 +90,7 @@ def shared_name(key: str) -> str:
     return f"{DOMAIN}::{key}"
 
 
-def read_record(model: ir.Model) -> dict[str, Record]:
+def read_manifest(model: ir.Model) -> dict[str, ManifestEntry]:
     """The compressed weights of a model by name; empty for a model that has none.
 
     Raises:
@@ -100,14 +100,14 @@ def read_record(model: ir.Model) -> dict[str, Record]:
     if text is None:
         return {}
     try:
-        entry = json.loads(text)
-        if entry["version"] > _VERSION:
+        document = json.loads(text)
+        if document["version"] > _VERSION:
             raise ModelError(
-                f"the model was compressed by a newer version (format {entry['version']})",
+                f"the model was compressed by a newer version (format {document['version']})",
                 hint="update onnxcomp",
             )
-        recipes = [_recipe(recipe) for recipe in entry["recipes"]]
-        return {name: _record(name, values, recipes) for name, values in entry["sites"].items()}
+        recipes = [_recipe(recipe) for recipe in document["recipes"]]
+        return {name: _entry(name, values, recipes) for name, values in document["sites"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"the metadata entry {KEY!r} is damaged: {error}", hint="compress the model again"
@@ -126,7 +126,7 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def _record(name: str, values: Sequence[Any], recipes: Sequence[Recipe]) -> Record:
+def _entry(name: str, values: Sequence[Any], recipes: Sequence[Recipe]) -> ManifestEntry:
     index, shape, dtype, rows, length, transposed = values
     sizes = (index, rows, length, *shape)
     if not all(isinstance(size, int) for size in sizes) or not 0 <= index < len(recipes):
@@ -134,31 +134,31 @@ def _record(name: str, values: Sequence[Any], recipes: Sequence[Recipe]) -> Reco
     if min(rows, length, *shape) < 1 or rows * length != math.prod(shape) or dtype not in _DTYPES:
         raise ValueError(f"weight {name!r} cannot be {dtype} {shape} of {rows} rows of {length}")
     site = WeightSite(name, tuple(shape), dtype, (), "", rows, length, bool(transposed))
-    return Record(site, recipes[index])
+    return ManifestEntry(site, recipes[index])
 
 
-def write_record(model: ir.Model, records: Mapping[str, Record]) -> None:
-    """Set the entry of a model; none when there is nothing to record."""
-    if not records:
+def write_manifest(model: ir.Model, manifest: Mapping[str, ManifestEntry]) -> None:
+    """Set the metadata entry of a model; none when no weight is compressed."""
+    if not manifest:
         model.metadata_props.pop(KEY, None)
         return
     recipes: list[dict[str, Any]] = []
     sites: dict[str, list[Any]] = {}
-    for name, record in records.items():
-        recipe, site = dataclasses.asdict(record.recipe), record.site
+    for name, entry in manifest.items():
+        recipe, site = dataclasses.asdict(entry.recipe), entry.site
         if recipe not in recipes:
             recipes.append(recipe)
         index = recipes.index(recipe)
         sites[name] = [index, site.shape, site.dtype, site.rows, site.length, site.transposed]
-    entry = {"version": _VERSION, "recipes": recipes, "sites": sites}
-    model.metadata_props[KEY] = json.dumps(entry, separators=(",", ":"))
+    document = {"version": _VERSION, "recipes": recipes, "sites": sites}
+    model.metadata_props[KEY] = json.dumps(document, separators=(",", ":"))
 
 
 def compressed_tensors(model: ir.Model) -> frozenset[str]:
     """Names of the initializers that are parts of compressed weights; plain ones do not count."""
     names: set[str] = set()
-    for site, record in read_record(model).items():
-        if record.recipe.codec != "dense":
-            names.update(own_name(site, key) for key in record.recipe.tensors)
-            names.update(shared_name(key) for key in record.recipe.shared)
+    for site, entry in read_manifest(model).items():
+        if entry.recipe.codec != "dense":
+            names.update(own_name(site, key) for key in entry.recipe.tensors)
+            names.update(shared_name(key) for key in entry.recipe.shared)
     return frozenset(names)

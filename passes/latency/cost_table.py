@@ -24,7 +24,6 @@ import numpy as np
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
-from onnxcomp.passes.config.settings import is_stock
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
 __all__ = ["CostTable", "cached_costs", "costs_path", "machine", "measure_costs", "settings_key"]
@@ -86,7 +85,7 @@ class CostTable:
         for height in heights:
             dense = self.seconds("dense", height, site.rows, site.length)
             key = settings_key(codec, params)
-            if dense is None or (key is None and not is_stock(codec)):
+            if dense is None or (key is None and not codec.stock):
                 return None
             # Factors of low rank are dense products that are smaller as their bytes are.
             share = codec.size(site, params) / site.nbytes

@@ -13,7 +13,7 @@ from onnxcomp.passes.ir.manifest import KEY, own_name, shared_name
 from onnxcomp.passes.ir.traversal import Names, new_initializer
 from onnxcomp.passes.weight import DOMAIN, Array, Attribute, WeightSite
 
-__all__ = ["GraphBuilder", "Stock", "attribute"]
+__all__ = ["GraphBuilder", "InitializerPool", "attribute"]
 
 
 def attribute(name: str, value: Attribute) -> ir.Attr:
@@ -27,7 +27,7 @@ def attribute(name: str, value: Attribute) -> ir.Attr:
     return ir.AttrInt64(name, int(value))
 
 
-class Stock:
+class InitializerPool:
     """The initializers that payloads need, made once each, in the main graph.
 
     Attributes:
@@ -69,7 +69,7 @@ class GraphBuilder:
     """The `Builder` of a codec for one use.
 
     Args:
-        stock: Initializers of the model.
+        pool: Initializers of the model.
         anchor: New nodes go before this node, into its graph.
         label: What new nodes are called after.
         site: The weight.
@@ -79,14 +79,14 @@ class GraphBuilder:
 
     def __init__(
         self,
-        stock: Stock,
+        pool: InitializerPool,
         anchor: ir.Node,
         label: str,
         site: WeightSite,
         codec: str,
         payload: Payload,
     ) -> None:
-        self._stock = stock
+        self._pool = pool
         self._anchor = anchor
         self._label = label
         self._site = site
@@ -96,18 +96,18 @@ class GraphBuilder:
     @property
     def opset(self) -> int:
         """Version of the default domain in the model."""
-        return self._stock.opset
+        return self._pool.opset
 
     def tensor(self, key: str) -> ir.Value:
         """The initializer that holds one tensor of the payload."""
         if key in self._payload.tensors:
             name = own_name(self._site.name, key)
-            return self._stock.own(name, self._payload.tensors[key])
-        return self._stock.shared(shared_name(key), self._payload.shared[key])
+            return self._pool.own(name, self._payload.tensors[key])
+        return self._pool.shared(shared_name(key), self._payload.shared[key])
 
     def constant(self, key: str, array: Array) -> ir.Value:
         """A small initializer, stored once per model for each `key`."""
-        return self._stock.shared(shared_name(key), np.asarray(array))
+        return self._pool.shared(shared_name(key), np.asarray(array))
 
     def node(
         self,
@@ -118,7 +118,7 @@ class GraphBuilder:
         domain: str = "",
     ) -> ir.Value:
         """Add a node with one output before the use and return the output."""
-        name = self._stock.names.node(f"{self._label}/{op_type}")
+        name = self._pool.names.node(f"{self._label}/{op_type}")
         node = ir.Node(
             domain,
             op_type,
@@ -127,11 +127,11 @@ class GraphBuilder:
             name=name,
             metadata_props={KEY: self._codec},
         )
-        node.outputs[0].name = self._stock.names.value(name)
+        node.outputs[0].name = self._pool.names.value(name)
         if domain == DOMAIN:
-            self._stock.operators.add(op_type)
+            self._pool.operators.add(op_type)
         elif domain:
-            self._stock.domains.add(domain)
+            self._pool.domains.add(domain)
         graph = self._anchor.graph
         assert graph is not None
         graph.insert_before(self._anchor, node)

@@ -24,9 +24,9 @@ from onnxcomp.passes.ir.manifest import (
     KEY,
     USE_KEY,
     WEIGHT_KEY,
-    Record,
+    ManifestEntry,
     own_name,
-    read_record,
+    read_manifest,
     shared_name,
 )
 from onnxcomp.passes.ir.model import Change
@@ -42,7 +42,7 @@ from onnxcomp.passes.ir.traversal import (
     scopes,
 )
 from onnxcomp.passes.lowering.builder import attribute
-from onnxcomp.passes.lowering.factors import SPLIT_KINDS, join
+from onnxcomp.passes.lowering.split_operators import SPLIT_KINDS, join
 from onnxcomp.passes.weight import DOMAIN, Array, Attribute, WeightSite
 
 __all__ = ["decode_site", "expand", "stored_payload"]
@@ -62,18 +62,18 @@ def expand(model: ir.Model) -> Change:
     Raises:
         ModelError: The record of what was compressed is missing or does not fit the model.
     """
-    records = read_record(model)
+    manifest = read_manifest(model)
     own_nodes = [node for node in _nodes(model) if node.domain == DOMAIN]
-    if own_nodes and not records:
+    if own_nodes and not manifest:
         raise ModelError(
             f"the model has {DOMAIN} operators, but its metadata entry {KEY!r} is gone",
             hint="expand the file that onnxcomp wrote, before other tools changed it",
         )
-    if not records:
+    if not manifest:
         return Change(0)
-    work = _Expander(model, records)
+    work = _Expander(model, manifest)
     for node in list(_nodes(model)):
-        if node.metadata_props.get(WEIGHT_KEY) in records:
+        if node.metadata_props.get(WEIGHT_KEY) in manifest:
             work.restore(node)
     for node in list(_nodes(model)):
         if USE_KEY in node.metadata_props:
@@ -82,28 +82,28 @@ def expand(model: ir.Model) -> Change:
         if node.graph is not None:
             work.replace(node)
     work.clean()
-    notes = tuple(f"{name}: {records[name].recipe.codec} became dense" for name in work.weights)
+    notes = tuple(f"{name}: {manifest[name].recipe.codec} became dense" for name in work.weights)
     return Change(len(notes), notes)
 
 
-def decode_site(model: ir.Model, record: Record) -> Array:
+def decode_site(model: ir.Model, entry: ManifestEntry) -> Array:
     """The decoded weight of a compressed model in canonical form, ``(rows, length)`` float32.
 
     Raises:
         ModelError: A tensor of the weight is missing, or its codec is unknown.
     """
-    return _decode(record, initializers(model))
+    return _decode(entry, initializers(model))
 
 
-def _decode(record: Record, values: Mapping[str, ir.Value]) -> Array:
-    codec = CODECS.get(record.recipe.codec)
+def _decode(entry: ManifestEntry, values: Mapping[str, ir.Value]) -> Array:
+    codec = CODECS.get(entry.recipe.codec)
     if codec is None:
         raise ModelError(
-            f"weight {record.site.name!r} was stored by an unknown codec: {record.recipe.codec}",
+            f"weight {entry.site.name!r} was stored by an unknown codec: {entry.recipe.codec}",
             hint="update onnxcomp",
         )
-    payload = stored_payload(record, values)
-    site, shape = record.site, (record.site.rows, record.site.length)
+    payload = stored_payload(entry, values)
+    site, shape = entry.site, (entry.site.rows, entry.site.length)
     try:
         decoded = codec.decode(site, payload)
         if decoded.shape != shape:
@@ -115,19 +115,19 @@ def _decode(record: Record, values: Mapping[str, ir.Value]) -> Array:
     return decoded
 
 
-def stored_payload(record: Record, values: Mapping[str, ir.Value]) -> Payload:
+def stored_payload(entry: ManifestEntry, values: Mapping[str, ir.Value]) -> Payload:
     """What a compressed model stores for one weight.
 
     Args:
-        record: The weight.
+        entry: The weight.
         values: Initializers of the model by name.
 
     Raises:
         ModelError: A tensor is missing or damaged.
     """
-    own = {key: own_name(record.site.name, key) for key in record.recipe.tensors}
-    shared = {key: shared_name(key) for key in record.recipe.shared}
-    return Payload(_arrays(own, values), _arrays(shared, values), record.recipe.attributes)
+    own = {key: own_name(entry.site.name, key) for key in entry.recipe.tensors}
+    shared = {key: shared_name(key) for key in entry.recipe.shared}
+    return Payload(_arrays(own, values), _arrays(shared, values), entry.recipe.attributes)
 
 
 def _arrays(names: Mapping[str, str], values: Mapping[str, ir.Value]) -> dict[str, Array]:
@@ -143,13 +143,13 @@ def _arrays(names: Mapping[str, str], values: Mapping[str, ir.Value]) -> dict[st
     return arrays
 
 
-def _dense(record: Record, values: Mapping[str, ir.Value]) -> ir.LazyTensor:
+def _dense(entry: ManifestEntry, values: Mapping[str, ir.Value]) -> ir.LazyTensor:
     """The stored tensor; decoded at each access, so that one at a time is in memory."""
-    site = record.site
+    site = entry.site
     dtype = ELEMENT_TYPES[site.dtype]
 
     def decoded() -> ir.TensorProtocol:
-        matrix = _decode(record, values)
+        matrix = _decode(entry, values)
         stored = (matrix.T if site.transposed else matrix).astype(dtype.numpy(), copy=False)
         return ir.Tensor(np.ascontiguousarray(stored).reshape(site.shape), dtype=dtype)
 
@@ -188,15 +188,15 @@ class _Expander:
         weights: The dense weights made so far, by name.
     """
 
-    def __init__(self, model: ir.Model, records: Mapping[str, Record]) -> None:
+    def __init__(self, model: ir.Model, manifest: Mapping[str, ManifestEntry]) -> None:
         self._model = model
-        self._records = records
+        self._manifest = manifest
         self._names = Names(model)
         self._values = initializers(model)
         self._owners = {
-            own_name(name, key): record
-            for name, record in records.items()
-            for key in record.recipe.tensors
+            own_name(name, key): entry
+            for name, entry in manifest.items()
+            for key in entry.recipe.tensors
         }
         self.weights: dict[str, ir.Value] = {}
         self._matrices: dict[_Matrix, ir.Value] = {}
@@ -204,7 +204,7 @@ class _Expander:
     def weight(self, name: str) -> ir.Value:
         """The dense initializer of a site."""
         if name not in self.weights:
-            tensor = _dense(self._records[name], self._values)
+            tensor = _dense(self._manifest[name], self._values)
             self.weights[name] = new_initializer(self._model, self._names.value(name), tensor)
         return self.weights[name]
 
@@ -234,13 +234,13 @@ class _Expander:
 
     def replace(self, node: ir.Node) -> None:
         """Put the standard operator in the place of one of ours."""
-        record = next(
+        entry = next(
             (self._owners[v.name] for v in node.inputs if v and v.name in self._owners), None
         )
-        if record is None:
+        if entry is None:
             raise ModelError(f"node {node.name!r} reads no weight the record knows", hint=_DAMAGED)
         try:
-            result = self._standard(node, record.site)
+            result = self._standard(node, entry.site)
         except (TypeError, ValueError) as error:  # of attributes
             raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
         self._take_place(node, result)
@@ -249,13 +249,13 @@ class _Expander:
         """Put one standard operator in the place of those that a codec had emitted."""
         try:
             name, kind, route = json.loads(node.metadata_props[USE_KEY])
-            record, operand = self._records[name], _operand(node, route)
+            entry, operand = self._manifest[name], _operand(node, route)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
         if kind in SPLIT_KINDS:
-            self._join(node, kind, operand, record.site)
+            self._join(node, kind, operand, entry.site)
             return
-        site, transposed = record.site, kind == "matmul"
+        site, transposed = entry.site, kind == "matmul"
         shape = (site.length, site.rows) if transposed else (site.rows, site.length)
         weight = self._matrix(_Matrix(site.name, shape, transposed, ELEMENT_TYPES[site.dtype]))
         result = self._before(
@@ -301,7 +301,7 @@ class _Expander:
     def _matrix(self, wanted: _Matrix) -> ir.Value:
         """The weight as ``(rows, length)``, or as ``(length, rows)`` when transposed, in a type."""
         if wanted not in self._matrices:
-            site = self._records[wanted.site].site
+            site = self._manifest[wanted.site].site
             value = self.weight(wanted.site)
             flat = (site.length, site.rows) if site.transposed else (site.rows, site.length)
             if flat != site.shape:

@@ -2,9 +2,9 @@
 
 ``MatMul(x, W) -> HyperMatMul(x, codes, ...)``, ``Gather(W, i) -> HyperGather(i, codes, ...)``, and
 ``Gemm(A, W, C) -> Add(Mul(HyperMatMul(A), alpha), Mul(C, beta))``; convolutions and recurrent
-operators take the factors of a codec that has them (see `factored`); any other consumer of ``W``
-reads ``Reshape(Transpose(HyperWeight(codes, ...)))``, made once for each graph that needs it. The
-operators are those of the codec. Visits the main graph and all subgraphs, which see the payloads by
+operators take the factors of a codec that has them (see `split_operators`); any other consumer of
+``W`` reads ``Reshape(Transpose(HyperWeight(codes, ...)))``, made once for each graph that needs it.
+The operators are those of the codec. Visits the main graph and all subgraphs, which see payloads by
 capture; function bodies are not visited.
 """
 
@@ -21,16 +21,16 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Codec, FactoredCodec, Payload
+from onnxcomp.passes.codecs.protocol import Codec, EmitFactors, Payload
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import (
     KEY,
     USE_KEY,
     WEIGHT_KEY,
+    ManifestEntry,
     Recipe,
-    Record,
-    read_record,
-    write_record,
+    read_manifest,
+    write_manifest,
 )
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import ELEMENT_TYPES, dtype_name
@@ -43,8 +43,8 @@ from onnxcomp.passes.ir.traversal import (
     replace_value,
     scopes,
 )
-from onnxcomp.passes.lowering.builder import GraphBuilder, Stock
-from onnxcomp.passes.lowering.factors import split, splits
+from onnxcomp.passes.lowering.builder import GraphBuilder, InitializerPool
+from onnxcomp.passes.lowering.split_operators import split, splits
 from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Use, WeightSite
 
 __all__ = ["FUNCTION_IR", "Placement", "precision_attributes", "rewrite"]
@@ -68,7 +68,7 @@ class Placement:
         payload: What is stored; arrays may be mapped from files, or virtual for sizing.
         mode: How uses are served. "auto" fuses products and look-ups the codec has operators for
             and folds the rest; "folded" and "decode" serve every use with the dense weight.
-        params: Parameters of the codec, for the record.
+        params: Parameters of the codec, for the manifest.
     """
 
     site: WeightSite
@@ -99,16 +99,16 @@ def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool 
     opset = default_opset(model)
     if opset is None:
         raise ModelError("the model imports no standard operator set")
-    work = _Rewriter(model, Stock(model, opset))
+    work = _Rewriter(model, InitializerPool(model, opset))
     fused = [work.fuse(placement) for placement in placements]
     # Products may have weights as their other operand: those follow when all products are fused.
     dense = [work.restore(placement) for placement in placements]
     for placement in placements:
         remove_initializer(work.weights[placement.site.name])
-    for domain in sorted(work.stock.domains):
+    for domain in sorted(work.pool.domains):
         model.graph.opset_imports.setdefault(domain, 1)
-    _add_functions(model, placements, work.stock.operators, portable=portable)
-    _add_records(model, placements)
+    _add_functions(model, placements, work.pool.operators, portable=portable)
+    _add_to_manifest(model, placements)
     notes = [
         f"{placement.site.name}: {placement.codec.name}, {fusions} fused, {others} dense"
         for placement, fusions, others in zip(placements, fused, dense, strict=True)
@@ -119,8 +119,8 @@ def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool 
 class _Rewriter:
     """The state of one rewrite."""
 
-    def __init__(self, model: ir.Model, stock: Stock) -> None:
-        self.stock = stock
+    def __init__(self, model: ir.Model, pool: InitializerPool) -> None:
+        self.pool = pool
         self.weights = initializers(model)
         self._nodes = {node.name: node for scope in scopes(model) for node in scope.graph}
 
@@ -138,12 +138,12 @@ class _Rewriter:
         kinds = placement.codec.kinds(placement.site)
         uses = [use for use in placement.site.uses if use.need in kinds]
         fused = sum(self._fuse_use(placement, use) for use in uses)
-        if isinstance(placement.codec, FactoredCodec):
+        if placement.codec.factors is not None:
             others = [use for use in placement.site.uses if use.need not in kinds]
-            fused += sum(self._split_use(placement, placement.codec, use) for use in others)
+            fused += sum(self._split_use(placement, placement.codec.factors, use) for use in others)
         return fused
 
-    def _split_use(self, placement: Placement, codec: FactoredCodec, use: Use) -> bool:
+    def _split_use(self, placement: Placement, factors: EmitFactors, use: Use) -> bool:
         """Use the two factors of a weight one after the other; return whether that is possible."""
         node, site = self._node(use.node), placement.site
         if not splits(node, use, site):
@@ -151,7 +151,7 @@ class _Rewriter:
         x = node.inputs[0]
         assert x is not None
         builder = self._builder(placement, node, use.node)
-        kind, result = split(builder, node, site, *codec.factors(builder, site, placement.payload))
+        kind, result = split(builder, node, site, *factors(builder, site, placement.payload))
         producer = result.producer()
         assert producer is not None
         route = [0, 0]  # both ways lead through the first input of two nodes
@@ -165,7 +165,7 @@ class _Rewriter:
         path = [self._node(name) for name in use.path]
         dtype = _dtype_at_use(path, placement.site.dtype)
         converted = dtype != placement.site.dtype
-        if converted and _in_parts(placement.codec, self.stock.opset):
+        if converted and _in_parts(placement.codec, self.pool.opset):
             # Tensors of standard operators have the stored type: the Cast has to stay.
             return False
         site = dataclasses.replace(placement.site, dtype=dtype)
@@ -189,7 +189,7 @@ class _Rewriter:
 
     def _builder(self, placement: Placement, anchor: ir.Node, label: str) -> GraphBuilder:
         site, codec = placement.site, placement.codec.name
-        return GraphBuilder(self.stock, anchor, label, site, codec, placement.payload)
+        return GraphBuilder(self.pool, anchor, label, site, codec, placement.payload)
 
     def restore(self, placement: Placement) -> int:
         """Give whoever still reads a weight the decoded one; return how many uses that are."""
@@ -230,11 +230,8 @@ def _replacement(
 
 
 def _in_parts(codec: Codec, opset: int) -> bool:
-    """Whether a use becomes standard operators, or several of ours, none of which explains it.
-
-    Codecs made of others, with ``+`` in their name, make several.
-    """
-    return "+" in codec.name or not codec.functions(opset)
+    """Whether a use becomes standard operators, or several of ours, none of which explains it."""
+    return codec.composite or not codec.functions(opset)
 
 
 def _emitted(
@@ -348,8 +345,8 @@ def _plain(value: Attribute) -> Attribute:
     return value if isinstance(value, (str, int, float)) else [int(item) for item in value]
 
 
-def _add_records(model: ir.Model, placements: Sequence[Placement]) -> None:
-    records = read_record(model)
+def _add_to_manifest(model: ir.Model, placements: Sequence[Placement]) -> None:
+    manifest = read_manifest(model)
     for placement in placements:
         if placement.codec.name == "dense":
             continue
@@ -362,5 +359,5 @@ def _add_records(model: ir.Model, placements: Sequence[Placement]) -> None:
             list(placement.payload.tensors),
             list(placement.payload.shared),
         )
-        records[placement.site.name] = Record(placement.site, recipe)
-    write_record(model, records)
+        manifest[placement.site.name] = ManifestEntry(placement.site, recipe)
+    write_manifest(model, manifest)

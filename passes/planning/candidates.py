@@ -9,7 +9,7 @@ from typing import Any
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Codec, SpectralCodec
+from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.config.settings import MODES, ModeChoice, typed_params
 from onnxcomp.passes.suggest import suggest
 from onnxcomp.passes.weight import WeightSite
@@ -257,7 +257,7 @@ def thin_again(site: WeightSite, reason: str) -> Candidate:
         site: A weight with a known rank.
         reason: Why nothing else is done with it.
     """
-    found = (codec for codec in CODECS.values() if isinstance(codec, SpectralCodec))
+    found = (codec for codec in CODECS.values() if codec.spectrum is not None)
     codec = next(codec for codec in found if codec.refuse(site) is None)
     params = _params(codec.name, {"rank": site.rank})
     size, error = codec.size(site, params), _ROUNDING[site.dtype]

@@ -18,13 +18,7 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs.moments import damped, energy
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import (
-    CalibratedCodec,
-    Codec,
-    MeasuredCodec,
-    RankedCodec,
-    SpectralCodec,
-)
+from onnxcomp.passes.codecs.protocol import Codec, RankGoals
 from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.planning.candidates import Estimate
 from onnxcomp.passes.planning.search_space import predicted
@@ -98,10 +92,10 @@ class Estimates:
             weight = read_weight(self._model, stats.site)
             self._gains = None if not_finite(weight) else gains(weight, stats)
 
-    def energies(self, codec: RankedCodec, site: WeightSite) -> Array:
+    def energies(self, ranks: RankGoals, site: WeightSite) -> Array:
         """Squared singular values of a weight; of its products where its inputs are known."""
         known = self._stats if self._stats is not None and self._stats.site == site else None
-        return codec.energies(read_weight(self._model, site), known)
+        return ranks.energies(read_weight(self._model, site), known)
 
     def __call__(
         self, codec: Codec, site: WeightSite, params: Sequence[Params]
@@ -119,13 +113,13 @@ class Estimates:
             return self._of_weight(codec, site, params)
         plain = [estimate.error for estimate in self._of_weight(codec, site, params)]
         products = [known.white * error for error in plain]
-        if isinstance(codec, MeasuredCodec) and params:
+        if codec.measure is not None and params:
             products = list(codec.measure(site, read_weight(self._model, site), params, stats))
         # What a spectral codec loses of products is what calibration leaves. Feedback counts in its
         # harm all the same: ranks of a small language model that were chosen so lose 7 % less.
         left = [self._feedback(codec, site, item) for item in params]
         harms = [product * own / known.white for product, own in zip(products, left, strict=True)]
-        if not isinstance(codec, SpectralCodec):
+        if codec.spectrum is None:
             products = [product * own for product, own in zip(products, left, strict=True)]
         return [
             Estimate(error, product, harm)
@@ -133,13 +127,13 @@ class Estimates:
         ]
 
     def _feedback(self, codec: Codec, site: WeightSite, params: Params) -> float:
-        able = isinstance(codec, CalibratedCodec) and codec.calibrates(site, params)
+        able = codec.calibration is not None and codec.calibration.suits(site, params)
         return self._gains.feedback if self._calibrated and self._gains and able else 1.0
 
     def _of_weight(
         self, codec: Codec, site: WeightSite, params: Sequence[Params]
     ) -> list[Estimate]:
-        if not isinstance(codec, MeasuredCodec) or not params:
+        if codec.measure is None or not params:
             return predicted(codec, site, params)
         weight = read_weight(self._model, site)
         if not_finite(weight):  # the encoder will say so

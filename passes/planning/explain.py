@@ -6,48 +6,45 @@ import math
 from collections.abc import Sequence
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import Rule
+from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.lagrangian import hull_of, undominated
 from onnxcomp.passes.planning.plan import Budget
-from onnxcomp.passes.planning.search_space import Menu
+from onnxcomp.passes.planning.search_space import CandidateSet
 from onnxcomp.passes.planning.size_fitting import with_dense
 
 __all__ = ["explain"]
 
 
-def explain(
-    menus: Sequence[Menu], picks: Sequence[Candidate], rules: Sequence[Rule], budget: Budget
-) -> list[str]:
+def explain(sets: Sequence[CandidateSet], picks: Sequence[Candidate], budget: Budget) -> list[str]:
     """One sentence for each pick.
 
     Args:
-        menus: What there was to choose from.
+        sets: What there was to choose from.
         picks: What was chosen from each.
-        rules: What a user has set for each weight.
         budget: What the plan had to meet.
     """
     alike = budget.bits if budget.bytes is None else None
-    known = all(menu.sensitivity is not None for menu in menus)
-    noise = sum(m.expected_noise(c) for m, c in zip(menus, picks, strict=True)) if known else None
+    known = all(candidates.sensitivity is not None for candidates in sets)
+    noise = sum(m.expected_noise(c) for m, c in zip(sets, picks, strict=True)) if known else None
     found = []
-    for menu, pick, rule in zip(menus, picks, rules, strict=True):
+    for candidates, pick in zip(sets, picks, strict=True):
         if pick.reason:
             found.append(pick.reason)
         elif alike is not None:
-            found.append(_of_bits(pick, rule, alike))
+            found.append(_of_bits(pick, candidates.policy, alike))
         else:
-            found.append(_of_bytes(menu, pick, noise))
+            found.append(_of_bytes(candidates, pick, noise))
     return found
 
 
-def _of_bits(pick: Candidate, rule: Rule, bits: int) -> str:
+def _of_bits(pick: Candidate, policy: Policy, bits: int) -> str:
     """Where all weights were to get the same number of bits."""
     width = CODECS[pick.codec].width
     if pick.codec == "dense":
         return "as it is, as asked for"
-    if width in rule.params or (width is None and rule.params):
-        return f"set by the rule {rule}"
+    if width in policy.params or (width is None and policy.params):
+        return f"set by the rule {policy.rule}"
     if width is None:
         return f"{pick.codec} has no number of bits"
     own = int(getattr(pick.params, width))
@@ -60,35 +57,39 @@ def _of_bits(pick: Candidate, rule: Rule, bits: int) -> str:
     return f"{own - bits} more bits than others: small, and all that follows sees its error"
 
 
-def _of_bytes(menu: Menu, pick: Candidate, noise: float | None) -> str:
+def _of_bytes(candidates: CandidateSet, pick: Candidate, noise: float | None) -> str:
     """Where bytes went to where they help most: what the next smaller and larger ones would do."""
-    front = undominated(with_dense(menu))
+    front = undominated(with_dense(candidates))
     steps = [front.options[index] for index in hull_of(front)]
     smaller = max((c for c in steps if c.bytes < pick.bytes), key=_bytes, default=None)
     larger = min((c for c in steps if c.bytes > pick.bytes), key=_bytes, default=None)
     what = "the error of the weight" if noise is None else "the expected error of the outputs"
     parts = []
     if smaller is not None:
-        saved, added = _step(menu, smaller, pick, noise)
+        saved, added = _step(candidates, smaller, pick, noise)
         parts.append(f"{_label(smaller, pick)} would save {saved} and add {added} to {what}")
         what = "it"
     if larger is not None:
-        added, taken = _step(menu, larger, pick, noise)
+        added, taken = _step(candidates, larger, pick, noise)
         parts.append(f"{_label(larger, pick)} would cost {added} and take {taken} from {what}")
     return ", ".join(parts) or "the only setting that is offered"
 
 
-def _step(menu: Menu, other: Candidate, pick: Candidate, noise: float | None) -> tuple[str, str]:
+def _step(
+    candidates: CandidateSet, other: Candidate, pick: Candidate, noise: float | None
+) -> tuple[str, str]:
     """By how much another candidate differs in bytes and in the error."""
-    change = abs(_error(menu, other, pick, noise) - _error(menu, pick, pick, noise))
+    change = abs(_error(candidates, other, pick, noise) - _error(candidates, pick, pick, noise))
     return _size(abs(pick.bytes - other.bytes)), f"{100 * change:.2g} %"
 
 
-def _error(menu: Menu, candidate: Candidate, pick: Candidate, noise: float | None) -> float:
+def _error(
+    candidates: CandidateSet, candidate: Candidate, pick: Candidate, noise: float | None
+) -> float:
     """The error of the outputs with a candidate in the place of the pick, or of the weight."""
     if noise is None:
         return candidate.error
-    changed = noise - menu.expected_noise(pick) + menu.expected_noise(candidate)
+    changed = noise - candidates.expected_noise(pick) + candidates.expected_noise(candidate)
     return math.sqrt(max(0.0, changed))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.planning.candidates import Candidate
-from onnxcomp.passes.planning.search_space import Menu, uniform
+from onnxcomp.passes.planning.search_space import CandidateSet, uniform
 from onnxcomp.passes.planning.sensitivity_prior import is_filter
 
 __all__ = ["MORE_BITS", "ROOM", "with_better_filters"]
@@ -25,22 +25,22 @@ MORE_BITS = 2
 
 
 def with_better_filters(
-    menus: Sequence[Menu], picks: Sequence[Candidate], fixed: Collection[str]
+    sets: Sequence[CandidateSet], picks: Sequence[Candidate], fixed: Collection[str]
 ) -> list[Candidate]:
     """Plans with equal bits, with more of them for the smallest filters while there is `ROOM`.
 
     Args:
-        menus: What there is to choose from.
-        picks: A candidate of each menu.
+        sets: What there is to choose from.
+        picks: A candidate of each candidates.
         fixed: Names of weights whose bits a user has chosen.
     """
     result = list(picks)
     room = ROOM * sum(pick.bytes for pick in picks)
-    for index in sorted(range(len(picks)), key=lambda i: (menus[i].site.size, i)):
+    for index in sorted(range(len(picks)), key=lambda i: (sets[i].site.size, i)):
         pick = picks[index]
         if pick.site.name in fixed or not is_filter(pick.site):
             continue
-        better = _better(menus[index], pick)
+        better = _better(sets[index], pick)
         room -= better.bytes - pick.bytes
         if room < 0:
             break
@@ -48,14 +48,14 @@ def with_better_filters(
     return result
 
 
-def _better(menu: Menu, pick: Candidate) -> Candidate:
+def _better(candidates: CandidateSet, pick: Candidate) -> Candidate:
     """The candidate with up to `MORE_BITS` more bits; the pick itself where there is none."""
     width = CODECS[pick.codec].width
     if width is None or pick.reason:
         return pick
     bits = int(getattr(pick.params, width))
     for more in range(MORE_BITS, 0, -1):
-        other = uniform(menu, bits + more)
+        other = uniform(candidates, bits + more)
         if other.codec == pick.codec and other.error < pick.error:
             return other
     return pick

@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.knapsack import cheapest
-from onnxcomp.passes.planning.search_space import Menu, distance, equal_plans
+from onnxcomp.passes.planning.search_space import CandidateSet, distance, equal_plans
 
 __all__ = ["allocate", "hull_of", "undominated"]
 
@@ -25,70 +25,72 @@ __all__ = ["allocate", "hull_of", "undominated"]
 _GAP = 0.0005
 
 
-def undominated(menu: Menu) -> Menu:
+def undominated(candidates: CandidateSet) -> CandidateSet:
     """The candidates that no other beats in bytes and cost, by increasing bytes."""
     result: list[Candidate] = []
-    order = sorted(menu.options, key=lambda c: (c.bytes, menu.cost_of(c), distance(c)))
+    order = sorted(candidates.options, key=lambda c: (c.bytes, candidates.cost_of(c), distance(c)))
     for candidate in order:
-        if not result or menu.cost_of(candidate) < menu.cost_of(result[-1]):
+        if not result or candidates.cost_of(candidate) < candidates.cost_of(result[-1]):
             result.append(candidate)
-    return menu.with_options(result)
+    return candidates.with_options(result)
 
 
-def hull_of(menu: Menu) -> list[int]:
+def hull_of(candidates: CandidateSet) -> list[int]:
     """Indices of the options on the lower convex hull of (bytes, cost)."""
     hull: list[int] = []
-    for index in range(len(menu.options)):
-        while len(hull) > 1 and _slope(menu, hull[-2], hull[-1]) <= _slope(menu, hull[-1], index):
+    for index in range(len(candidates.options)):
+        while len(hull) > 1 and _slope(candidates, hull[-2], hull[-1]) <= _slope(
+            candidates, hull[-1], index
+        ):
             hull.pop()
         hull.append(index)
     return hull
 
 
-def _slope(menu: Menu, low: int, high: int) -> float:
+def _slope(candidates: CandidateSet, low: int, high: int) -> float:
     """Cost saved per byte by going from one option to a larger one."""
-    added = menu.options[high].bytes - menu.options[low].bytes
-    return (menu.cost(low) - menu.cost(high)) / added
+    added = candidates.options[high].bytes - candidates.options[low].bytes
+    return (candidates.cost(low) - candidates.cost(high)) / added
 
 
-def _walk(menus: Sequence[Menu], room: int) -> tuple[list[int], int, float]:
-    """Hull steps of all menus, steepest first, as far as they fit into `room` bytes.
+def _walk(sets: Sequence[CandidateSet], room: int) -> tuple[list[int], int, float]:
+    """Hull steps of all sets, steepest first, as far as they fit into `room` bytes.
 
     Returns:
         The options, the bytes that are left, and what the first step that did not fit saves per
         byte: the price of a byte at the end of the budget.
     """
-    hulls = [hull_of(menu) for menu in menus]
+    hulls = [hull_of(candidates) for candidates in sets]
     picks = [hull[0] for hull in hulls]
     steps = [
-        (-_slope(menu, hull[0], hull[1]), site, 1)
-        for site, (menu, hull) in enumerate(zip(menus, hulls, strict=True))
+        (-_slope(candidates, hull[0], hull[1]), site, 1)
+        for site, (candidates, hull) in enumerate(zip(sets, hulls, strict=True))
         if len(hull) > 1
     ]
     heapq.heapify(steps)
     price = 0.0
     while steps:
         falling, site, position = heapq.heappop(steps)
-        menu, hull = menus[site], hulls[site]
-        added = menu.options[hull[position]].bytes - menu.options[picks[site]].bytes
+        candidates, hull = sets[site], hulls[site]
+        added = candidates.options[hull[position]].bytes - candidates.options[picks[site]].bytes
         if added > room:
             price = max(price, -falling)
             continue
         room -= added
         picks[site] = hull[position]
         if position + 1 < len(hull):
-            slope = _slope(menu, hull[position], hull[position + 1])
+            slope = _slope(candidates, hull[position], hull[position + 1])
             heapq.heappush(steps, (-slope, site, position + 1))
     return picks, room, price
 
 
-def _step(menu: Menu, pick: int, room: int) -> tuple[float, int] | None:
+def _step(candidates: CandidateSet, pick: int, room: int) -> tuple[float, int] | None:
     """The step up from one option that saves most per byte in `room` bytes: slope and option."""
-    start = menu.options[pick].bytes
+    start = candidates.options[pick].bytes
     fitting = [
-        (_slope(menu, pick, higher), -higher)
-        for higher in range(pick + 1, len(menu.options))
-        if menu.options[higher].bytes - start <= room
+        (_slope(candidates, pick, higher), -higher)
+        for higher in range(pick + 1, len(candidates.options))
+        if candidates.options[higher].bytes - start <= room
     ]
     if not fitting:
         return None
@@ -96,21 +98,21 @@ def _step(menu: Menu, pick: int, room: int) -> tuple[float, int] | None:
     return slope, -higher
 
 
-def _fill(menus: Sequence[Menu], picks: Sequence[int], room: int) -> list[int]:
+def _fill(sets: Sequence[CandidateSet], picks: Sequence[int], room: int) -> list[int]:
     """Take the single step that saves most per byte while one fits into `room` bytes."""
     picks = list(picks)
     heap: list[tuple[float, int, int]] = []
 
     def offer(site: int) -> None:
-        step = _step(menus[site], picks[site], room)
+        step = _step(sets[site], picks[site], room)
         if step is not None:
             heapq.heappush(heap, (-step[0], site, step[1]))
 
-    for site in range(len(menus)):
+    for site in range(len(sets)):
         offer(site)
     while heap:
         _, site, higher = heapq.heappop(heap)
-        options = menus[site].options
+        options = sets[site].options
         added = options[higher].bytes - options[picks[site]].bytes
         # Room only shrinks: a step that no longer fits is replaced by the best that does.
         if added <= room:
@@ -120,18 +122,18 @@ def _fill(menus: Sequence[Menu], picks: Sequence[int], room: int) -> list[int]:
     return picks
 
 
-def _total(menus: Sequence[Menu], picks: Sequence[int]) -> int:
-    return sum(menu.options[pick].bytes for menu, pick in zip(menus, picks, strict=True))
+def _total(sets: Sequence[CandidateSet], picks: Sequence[int]) -> int:
+    return sum(candidates.options[pick].bytes for candidates, pick in zip(sets, picks, strict=True))
 
 
-def _cost(menus: Sequence[Menu], picks: Sequence[int]) -> float:
-    return sum(menu.cost(pick) for menu, pick in zip(menus, picks, strict=True))
+def _cost(sets: Sequence[CandidateSet], picks: Sequence[int]) -> float:
+    return sum(candidates.cost(pick) for candidates, pick in zip(sets, picks, strict=True))
 
 
-def _uniform_picks(menus: Sequence[Menu], fronts: Sequence[Menu]) -> list[list[int]]:
+def _uniform_picks(sets: Sequence[CandidateSet], fronts: Sequence[CandidateSet]) -> list[list[int]]:
     """For each plan with equal settings, the options of `fronts` nearest below it in bytes."""
     result = []
-    for plan in equal_plans(menus):
+    for plan in equal_plans(sets):
         at_most = [
             sum(option.bytes <= equal.bytes for option in front.options)
             for front, equal in zip(fronts, plan, strict=True)
@@ -140,16 +142,16 @@ def _uniform_picks(menus: Sequence[Menu], fronts: Sequence[Menu]) -> list[list[i
     return result
 
 
-def allocate(menus: Sequence[Menu], budget: int) -> list[Candidate]:
-    """One candidate for each menu with the least total cost in `budget` bytes.
+def allocate(sets: Sequence[CandidateSet], budget: int) -> list[Candidate]:
+    """One candidate of each set with the least total cost in `budget` bytes.
 
     Equal settings for all sites are among the plans compared. When not even the smallest
     candidates fit, they are the answer.
     """
-    fronts = [undominated(menu) for menu in menus]
+    fronts = [undominated(candidates) for candidates in sets]
     picks, room, price = _walk(fronts, budget - _total(fronts, [0] * len(fronts)))
     plans = [_fill(fronts, picks, room)]
-    for equal in _uniform_picks(menus, fronts):
+    for equal in _uniform_picks(sets, fronts):
         room = budget - _total(fronts, equal)
         if room >= 0:
             plans.append(_fill(fronts, equal, room))
@@ -159,7 +161,9 @@ def allocate(menus: Sequence[Menu], budget: int) -> list[Candidate]:
     return [front.options[pick] for front, pick in zip(fronts, best, strict=True)]
 
 
-def _searched(fronts: Sequence[Menu], picks: list[int], budget: int, price: float) -> list[int]:
+def _searched(
+    fronts: Sequence[CandidateSet], picks: list[int], budget: int, price: float
+) -> list[int]:
     """A better plan where one is in sight, or the same."""
     known = _cost(fronts, picks)
     options = [

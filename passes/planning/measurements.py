@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.dataset import SampleSource
 from onnxcomp.passes.calibration.perturbation import made_up_inputs
 from onnxcomp.passes.calibration.sensitivity import measure_sensitivities, spread
@@ -16,15 +16,12 @@ from onnxcomp.passes.calibration.statistics import collect, unobservable
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.latency.model import Timing, measure_timing
 from onnxcomp.passes.planning.rank_goals import has_goal
-from onnxcomp.passes.planning.sensitivity_prior import guesses
+from onnxcomp.passes.planning.sensitivity_prior import sensitivity_prior
 from onnxcomp.passes.weight import Feed, Stats, WeightSite
 
-if TYPE_CHECKING:
-    from onnxcomp.passes.analysis.prepared import Prepared
+__all__ = ["Measurements", "blended", "measure", "observed"]
 
-__all__ = ["Evidence", "blended", "gather_evidence", "observed"]
-
-# How far a measured sensitivity is drawn to the usual guess, in logarithms. With four models of
+# How far a measured sensitivity is drawn to the prior, in logarithms. With four models of
 # speech, images and text, planned on one half of real inputs and judged on the other at a fifth and
 # an eighth of the bytes, 0.3 was never worse than 0 and up to a quarter better. Where two parts of
 # the inputs disagree more than that, it is as much as they do.
@@ -36,10 +33,11 @@ _FEEDS = 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Evidence:
+class Measurements:
     """What a plan is made on, besides the weights.
 
     Attributes:
+        prior: How much each weight is taken to matter without any, see `sensitivity_prior`.
         feeds: Real inputs in small batches; None where there are none.
         calibrated: Whether weights will be encoded for these inputs.
         sensitivities: Noise power of the outputs over that of each weight, as plans use it; empty
@@ -51,6 +49,7 @@ class Evidence:
         timing: What settings cost in time; None where that does not matter.
     """
 
+    prior: Mapping[str, float]
     feeds: Sequence[Feed] | None = None
     calibrated: bool = False
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -61,39 +60,37 @@ class Evidence:
 
 
 def blended(
-    sites: Sequence[WeightSite], measured: Mapping[str, float], doubt: float = _DOUBT
+    prior: Mapping[str, float], measured: Mapping[str, float], doubt: float = _DOUBT
 ) -> dict[str, float]:
-    """Measured sensitivities, drawn towards the usual guess; the guess where there is no number.
+    """Measured sensitivities, drawn towards the prior; the prior where there is no number.
 
     A few inputs do not show all of a model: a branch that none of them takes is not free.
 
     Args:
-        sites: All weights.
+        prior: What is expected of all weights, up to a factor, by name.
         measured: Numbers by name; weights may be missing.
         doubt: How far, from 0 to 1; at 1 only the scale is taken from the measurements.
     """
-    known = [site for site in sites if site.name in measured]
-    if not known:
+    logs = [math.log(measured[name] / own) for name, own in prior.items() if name in measured]
+    if not logs:
         return {}
-    usual = guesses(sites)
-    logs = [math.log(measured[site.name] / usual[site.name]) for site in known]
     scale = math.exp(sum(logs) / len(logs))
     return {
-        name: scale * guess
+        name: scale * own
         if name not in measured
-        else (scale * guess) ** doubt * measured[name] ** (1 - doubt)
-        for name, guess in usual.items()
+        else (scale * own) ** doubt * measured[name] ** (1 - doubt)
+        for name, own in prior.items()
     }
 
 
-def gather_evidence(
+def measure(
     prepared: Prepared,
     settings: Settings,
     samples: SampleSource,
     *,
     calibrated: bool,
     mixed: bool = False,
-) -> Evidence:
+) -> Measurements:
     """Look at a model with inputs, as far as a plan can make use of it.
 
     Where a plan has to keep an error and there are no real inputs, made-up ones tell how large
@@ -106,7 +103,8 @@ def gather_evidence(
         calibrated: Whether weights will be encoded for these inputs.
         mixed: Whether settings differ from weight to weight although no target is set.
     """
-    found = _errors(prepared, settings, samples, calibrated=calibrated, mixed=mixed)
+    prior = sensitivity_prior(prepared.sites)
+    found = _errors(prepared, settings, samples, prior, calibrated=calibrated, mixed=mixed)
     if settings.max_slowdown is None:
         return found
     timing = measure_timing(prepared.model, prepared.sites, samples.whole())
@@ -117,36 +115,43 @@ def _errors(
     prepared: Prepared,
     settings: Settings,
     samples: SampleSource,
+    prior: Mapping[str, float],
     *,
     calibrated: bool,
     mixed: bool,
-) -> Evidence:
+) -> Measurements:
     """What inputs tell about errors."""
     mixed = mixed or settings.ratio is not None or settings.target_size is not None
     if not mixed and settings.max_error is None:
-        if not any(has_goal(rule) for rule in settings.rules):
-            return Evidence()
+        if not any(has_goal(policy) for policy in prepared.policies.values()):
+            return Measurements(prior)
         found = samples()
-        return Evidence(None if found is None else spread(found, _FEEDS), calibrated)
+        return Measurements(prior, None if found is None else spread(found, _FEEDS), calibrated)
     real = samples()
     if real is not None:
         told = measure_sensitivities(prepared.model, prepared.sites, real)
-        chance = told.chance(guesses(prepared.sites))
-        used = blended(prepared.sites, told.noise, max(_DOUBT, chance))
-        return Evidence(spread(real, _FEEDS), calibrated, used, told.noise, told.scale, chance)
+        chance = told.chance(prior)
+        return Measurements(
+            prior,
+            spread(real, _FEEDS),
+            calibrated,
+            blended(prior, told.noise, max(_DOUBT, chance)),
+            told.noise,
+            told.scale,
+            chance,
+        )
     if settings.max_error is None:
-        return Evidence()
-    return Evidence(sensitivities=_scaled(prepared, settings))
+        return Measurements(prior)
+    return Measurements(prior, sensitivities=_scaled(prepared, settings, prior))
 
 
-def _scaled(prepared: Prepared, settings: Settings) -> dict[str, float]:
-    """The usual guess, in the scale of errors of the outputs for made-up inputs."""
-    sites = prepared.sites
+def _scaled(prepared: Prepared, settings: Settings, prior: Mapping[str, float]) -> dict[str, float]:
+    """The prior, in the scale of errors of the outputs for made-up inputs."""
     made_up = made_up_inputs(prepared.model, seed=settings.seed)
-    measured = measure_sensitivities(prepared.model, sites, made_up).noise
-    usual = guesses(sites)
-    fallback = {name: guess / sum(usual.values()) for name, guess in usual.items()}
-    return blended(sites, measured, doubt=1.0) or fallback
+    measured = measure_sensitivities(prepared.model, prepared.sites, made_up).noise
+    total = sum(prior.values())
+    fallback = {name: own / total for name, own in prior.items()}
+    return blended(prior, measured, doubt=1.0) or fallback
 
 
 def observed(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.analysis.weight_sites import SkippedWeight
 from onnxcomp.passes.config.settings import Settings, parse_size
 from onnxcomp.passes.ir.files import Source
@@ -92,7 +93,7 @@ class Plan:
             times were not measured.
         error: Expected relative error of the outputs, from what noise in each weight does to them;
             None where that was not measured.
-        pruned: What pruning takes out before, as in the report; None without pruning.
+        pruned: What pruning takes out before; None without pruning.
         division: Where pruning and codes share one budget: the divisions that were tried, this
             plan's first.
     """
@@ -106,7 +107,7 @@ class Plan:
     portable_load_bytes: int | None = None
     error: float | None = None
     slowdown: float | None = None
-    pruned: Mapping[str, Any] | None = None
+    pruned: PruneReport | None = None
     division: tuple[Mapping[str, Any], ...] = ()
 
     def __getitem__(self, name: str) -> Choice:
@@ -132,7 +133,7 @@ class Plan:
     @property
     def met(self) -> bool:
         """Whether as much is pruned, and the output as small, as asked for."""
-        if self.pruned is not None and not self.pruned["met"]:
+        if self.pruned is not None and not self.pruned.met:
             return False
         wanted = self.budget.bytes
         return wanted is None or (self.bytes is not None and self.bytes <= wanted)
@@ -186,7 +187,7 @@ class Plan:
             "portable_load_bytes": self.portable_load_bytes,
             "error": None if self.error is None else float(f"{self.error:.4g}"),
             "slowdown": None if self.slowdown is None else float(f"{self.slowdown:.4g}"),
-            **({} if self.pruned is None else {"prune": dict(self.pruned)}),
+            **({} if self.pruned is None else {"prune": self.pruned.to_json()}),
             **({"division": [dict(trial) for trial in self.division]} if self.division else {}),
             "sites": [choice.to_json() for choice in self],
             "skipped": [tensor.to_json() for tensor in self.skipped],
@@ -210,7 +211,7 @@ class Plan:
         twice = [name for name, count in collections.Counter(names).items() if count > 1]
         if twice:
             raise UsageError(f"the plan has {twice[0]!r} twice", hint="remove one of the lines")
-        source = values.get("source", {})
+        source, pruned = values.get("source", {}), values.get("prune")
         return cls(
             source=Source(source.get("name", ""), source.get("bytes", 0), source.get("sha256")),
             settings=Settings.from_json(values.get("settings", {})),
@@ -221,7 +222,7 @@ class Plan:
             portable_load_bytes=values.get("portable_load_bytes"),
             error=values.get("error"),
             slowdown=values.get("slowdown"),
-            pruned=values.get("prune"),
+            pruned=None if pruned is None else PruneReport.from_json(pruned),
             division=tuple(values.get("division", ())),
         )
 

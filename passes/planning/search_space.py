@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Codec, GradedCodec
-from onnxcomp.passes.config.settings import Rule, typed_params
+from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.config.policy import Policy
+from onnxcomp.passes.config.settings import typed_params
 from onnxcomp.passes.planning.candidates import Candidate, Estimate, Estimator, thin_again
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity
 from onnxcomp.passes.suggest import suggest
@@ -19,11 +20,11 @@ from onnxcomp.passes.weight import WeightSite
 __all__ = [
     "FRAMING",
     "NOISE",
-    "Menu",
+    "CandidateSet",
+    "candidate_set",
     "distance",
     "equal_plans",
     "keep",
-    "menu",
     "offered_bits",
     "predicted",
     "uniform",
@@ -38,8 +39,9 @@ _RATIOS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 # number depends on the lengths of names and is counted when the skeleton is serialised.
 FRAMING = 768
 
-# Bits that filters of an input get more, worth about what they count more in `guesses`: a bit is a
-# factor of four in squared error. One more is taken where the number of bits is not offered.
+# Bits that filters of an input get more, worth about what they count more in `sensitivity_prior`:
+# a bit is a factor of four in squared error. One more is taken where the number of bits is not
+# offered.
 _RAW_BITS = 3
 
 # Key of a rule that stands for named settings of a codec.
@@ -50,22 +52,23 @@ NOISE = 0.003
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Menu:
+class CandidateSet:
     """What there is to choose from for one site.
 
     Attributes:
         site: The weight.
         options: Candidates; never empty.
         sensitivity: Noise power of the model's outputs over that of the weight, both relative, as
-            far as known; None for the guess.
+            far as known; None for the prior.
         measured: The same as it was measured, to predict by; None where that is `sensitivity`.
         scale: Noise power of the outputs over the square of a relative change of the weight's
             scale; None where that was not measured.
-        guess: What stands for it in the objective where it is not known, see `guesses`; None for
-            that of the weight alone.
+        prior: What stands for it in the objective where it is not known, see `sensitivity_prior`;
+            None for that of the weight alone.
         chance: How much of the differences between sensitivities is chance, 0 to 1.
         price: What a second counts in the objective.
         fastest: Seconds from which on it counts, so that costs are not negative.
+        policy: What is asked of the weight.
     """
 
     site: WeightSite
@@ -73,18 +76,19 @@ class Menu:
     sensitivity: float | None = None
     measured: float | None = None
     scale: float | None = None
-    guess: float | None = None
+    prior: float | None = None
     chance: float = 0.0
     price: float = 0.0
     fastest: float = 0.0
+    policy: Policy = dataclasses.field(default_factory=lambda: Policy(()))
 
-    def with_options(self, options: Iterable[Candidate]) -> Menu:
-        """The menu with other candidates."""
+    def with_options(self, options: Iterable[Candidate]) -> CandidateSet:
+        """The set with other candidates."""
         return dataclasses.replace(self, options=tuple(options))
 
     def noise(self, candidate: Candidate) -> float:
         """Noise power that a candidate counts for: ``sensitivity * harm^2 + scale * harm^4``."""
-        factor = self.guess if self.sensitivity is None else self.sensitivity
+        factor = self.prior if self.sensitivity is None else self.sensitivity
         factor = sensitivity(self.site) if factor is None else factor
         return factor * candidate.harm**2 + self._shrinking(candidate)
 
@@ -94,7 +98,7 @@ class Menu:
         return known * candidate.harm**2 + self._shrinking(candidate)
 
     def _shrinking(self, candidate: Candidate) -> float:
-        """What it does that codes are means: a weight with error e is shorter by e^2."""
+        """Noise of a shorter weight: codes are means, and an error e makes them shorter by e^2."""
         return (self.scale or 0.0) * candidate.harm**4
 
     def cost_of(self, candidate: Candidate) -> float:
@@ -115,12 +119,12 @@ def keep(site: WeightSite, reason: str) -> Candidate:
 
 def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Params]:
     """What a codec offers, at a named quality."""
-    if not isinstance(codec, GradedCodec):
+    if codec.qualities is None:
         raise UsageError(f"codec {codec.name!r} has no qualities", hint="leave quality= away")
-    if quality not in codec.qualities:
-        hint = suggest(str(quality), codec.qualities)
+    if quality not in codec.qualities.names:
+        hint = suggest(str(quality), codec.qualities.names)
         raise UsageError(f"quality {quality!r} of {codec.name} is unknown", hint=hint)
-    return [codec.graded(params, str(quality)) for params in offered]
+    return [codec.qualities.apply(params, str(quality)) for params in offered]
 
 
 def _settings_of(
@@ -169,50 +173,43 @@ def _candidates(
     ]
 
 
-def menu(
+def candidate_set(
     site: WeightSite,
-    methods: Sequence[str],
-    rule: Rule | None = None,
+    policy: Policy,
     *,
     codecs: Mapping[str, Codec] | None = None,
     estimator: Estimator = predicted,
     sensitivity: float | None = None,
     measured: float | None = None,
     scale: float | None = None,
-    guess: float | None = None,
-) -> Menu:
+    prior: float | None = None,
+) -> CandidateSet:
     """Everything that may be chosen for a site; only to keep it where nothing pays.
 
     Args:
         site: The weight.
-        methods: Codecs of the run.
-        rule: Settings for this weight; its methods win over those of the run.
+        policy: What is asked of it.
         codecs: All codecs by name.
         estimator: What is expected of settings.
-        sensitivity: Of the model's outputs to noise in the weight; None for the usual guess.
+        sensitivity: Of the model's outputs to noise in the weight; None for the prior.
         measured: The same as it was measured; None where it was not.
         scale: Of the model's outputs to the scale of the weight; None where it was not measured.
-        guess: What stands for the sensitivity where it is not known.
+        prior: What stands for the sensitivity where it is not known.
 
     Raises:
-        UsageError: The rule names an unknown codec or parameter.
+        UsageError: A parameter is held fixed that none of the codecs has.
     """
     known = CODECS if codecs is None else codecs
-    rule = Rule("") if rule is None else rule
-    names = rule.methods or tuple(methods)
-    for name in names:
-        if name not in known:
-            raise UsageError(f"method {name!r} is unknown", hint=suggest(name, known))
     found: list[Candidate] = []
     reasons: list[str] = []
     wrong: list[UsageError] = []
-    for codec in (known[name] for name in names):
+    for codec in (known[name] for name in policy.methods):
         refusal = codec.refuse(site)
         if refusal is not None:
             reasons.append(f"{codec.name}: {refusal}")
             continue
         try:
-            offered = _candidates(codec, site, rule.params, estimator)
+            offered = _candidates(codec, site, policy.params, estimator)
         except UsageError as error:
             wrong.append(error)
             continue
@@ -223,10 +220,12 @@ def menu(
         found += paying
         if not paying:
             reasons.append(f"{codec.name}: {_no_offer(offered, site)}")
-    if len(wrong) == len(names):  # what a rule fixes is for one of the codecs; here it is for none
+    if len(wrong) == len(
+        policy.methods
+    ):  # what a rule fixes is for one of the codecs; here it is for none
         raise wrong[0]
     options = tuple(found) or (keep(site, "; ".join(reasons)),)
-    return Menu(site, options, sensitivity, measured, scale, guess)
+    return CandidateSet(site, options, sensitivity, measured, scale, prior, policy=policy)
 
 
 def _no_offer(offered: Sequence[Candidate], site: WeightSite) -> str:
@@ -244,27 +243,27 @@ def _width(candidate: Candidate) -> int | None:
     return None if name is None else int(getattr(candidate.params, name))
 
 
-def uniform(menu: Menu, bits: int) -> Candidate:
+def uniform(candidates: CandidateSet, bits: int) -> Candidate:
     """The candidate of the first codec that offers `bits` bits per weight.
 
     Of its settings with that width it is the smallest that is no worse than the default. Where
     settings are not counted in bits, it is the largest with at most `bits` bits for each weight.
     """
-    options = [c for c in menu.options if _width(c) == bits]
+    options = [c for c in candidates.options if _width(c) == bits]
     if options:
         first = [c for c in options if c.codec == options[0].codec]
         return min(first, key=lambda c: (_worse(c, first), c.bytes, distance(c)))
-    uncounted = [c for c in menu.options if _width(c) is None]
+    uncounted = [c for c in candidates.options if _width(c) is None]
     if not uncounted:
-        return keep(menu.site, f"with {bits} bits per weight it would not be smaller")
-    return _largest_within(uncounted, bits * menu.site.size // 8)
+        return keep(candidates.site, f"with {bits} bits per weight it would not be smaller")
+    return _largest_within(uncounted, bits * candidates.site.size // 8)
 
 
-def uniform_bits(menu: Menu, bits: int) -> int:
+def uniform_bits(candidates: CandidateSet, bits: int) -> int:
     """Bits of a weight where all get `bits`: up to three more for filters of raw signals."""
-    if not menu.site.filters_input:
+    if not candidates.site.filters_input:
         return bits
-    widths = [_width(c) for c in menu.options]
+    widths = [_width(c) for c in candidates.options]
     return max((w for w in widths if w is not None and bits < w <= bits + _RAW_BITS), default=bits)
 
 
@@ -275,34 +274,36 @@ def _largest_within(options: Sequence[Candidate], room: int) -> Candidate:
     return max(fitting, key=lambda c: c.bytes) if fitting else min(own, key=lambda c: c.bytes)
 
 
-def equal_plans(menus: Sequence[Menu]) -> Iterator[list[Candidate]]:
+def equal_plans(sets: Sequence[CandidateSet]) -> Iterator[list[Candidate]]:
     """Plans that give every weight equal settings of one codec.
 
     A weight that the codec does not offer anything for gets what another one offers.
     """
-    names = dict.fromkeys(c.codec for menu in menus for c in menu.options if not c.reason)
+    names = dict.fromkeys(
+        c.codec for candidates in sets for c in candidates.options if not c.reason
+    )
     for name in names:
-        own = [_first(menu, name) for menu in menus]
+        own = [_first(candidates, name) for candidates in sets]
         if CODECS[name].width is None:
             for ratio in _RATIOS:
-                rooms = [menu.site.nbytes // ratio for menu in own]
+                rooms = [candidates.site.nbytes // ratio for candidates in own]
                 yield [
-                    _largest_within(menu.options, room)
-                    for menu, room in zip(own, rooms, strict=True)
+                    _largest_within(candidates.options, room)
+                    for candidates, room in zip(own, rooms, strict=True)
                 ]
         else:
-            for bits in offered_bits(menus, name):
-                yield [uniform(menu, bits) for menu in own]
+            for bits in offered_bits(sets, name):
+                yield [uniform(candidates, bits) for candidates in own]
 
 
-def _first(menu: Menu, codec: str) -> Menu:
-    """The menu with the options of one codec before the others."""
-    return menu.with_options(sorted(menu.options, key=lambda c: c.codec != codec))
+def _first(candidates: CandidateSet, codec: str) -> CandidateSet:
+    """The set with the options of one codec before the others."""
+    return candidates.with_options(sorted(candidates.options, key=lambda c: c.codec != codec))
 
 
-def offered_bits(menus: Sequence[Menu], codec: str) -> list[int]:
+def offered_bits(sets: Sequence[CandidateSet], codec: str) -> list[int]:
     """All numbers of bits per weight that a codec offers, in increasing order."""
-    found = {_width(c) for menu in menus for c in menu.options if c.codec == codec}
+    found = {_width(c) for candidates in sets for c in candidates.options if c.codec == codec}
     return sorted(bits for bits in found if bits is not None)
 
 

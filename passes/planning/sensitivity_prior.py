@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from onnxcomp.passes.weight import WeightSite
 
-__all__ = ["guesses", "is_filter", "sensitivity"]
+__all__ = ["is_filter", "sensitivity", "sensitivity_prior"]
 
 # How much more than others a weight counts that filters an input of the model. Neighbouring samples
 # of sound and images are much alike, so nearly all of their power is at low frequencies; the error
@@ -41,14 +41,14 @@ def sensitivity(site: WeightSite) -> float:
     against 0.082 when all sites count alike.
 
     The first convolution of a raw signal counts `_RAW` times: see there. Of other convolutions of
-    one model, small ones count more than that: see `guesses`.
+    one model, small ones count more than that: see `sensitivity_prior`.
     """
     looked_up = all(use.need == "gather" for use in site.uses)
     size = min(site.size, 4 * site.length**2) if looked_up else site.size
     return float(size * (_RAW if site.filters_input else 1))
 
 
-def guesses(sites: Sequence[WeightSite]) -> Mapping[str, float]:
+def sensitivity_prior(sites: Sequence[WeightSite]) -> Mapping[str, float]:
     """Weights of all sites of a model in the objective where they were not measured.
 
     That of `sensitivity`, but filters count as the root of the number of their weights, together as

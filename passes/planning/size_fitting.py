@@ -10,7 +10,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.lagrangian import allocate
-from onnxcomp.passes.planning.search_space import NOISE, Menu, equal_plans, keep
+from onnxcomp.passes.planning.search_space import NOISE, CandidateSet, equal_plans, keep
 
 __all__ = ["fit", "with_dense"]
 
@@ -36,7 +36,7 @@ _CLOSE = 400
 
 
 def fit(
-    menus: Sequence[Menu],
+    sets: Sequence[CandidateSet],
     target: int,
     size_of: Callable[[Sequence[Candidate]], int],
     others: Sequence[Sequence[Candidate]] = (),
@@ -49,7 +49,7 @@ def fit(
     shares, and single steps from there.
 
     Args:
-        menus: One for each site.
+        sets: One for each site.
         target: Most bytes of the output.
         size_of: Exact bytes of the output written with these candidates.
         others: Plans that are to be among those compared.
@@ -58,12 +58,12 @@ def fit(
         The candidates and the bytes of the output; more than `target` only when no plan
         that was tried is smaller.
     """
-    search = _Search([with_dense(menu) for menu in menus], target, size_of)
-    least = allocate(search.menus, 0)
+    search = _Search([with_dense(candidates) for candidates in sets], target, size_of)
+    least = allocate(search.sets, 0)
     search.try_(least)
-    search.correct(search.menus, target - (search.best_bytes - _bytes(least)))
-    search.try_given([*equal_plans(menus), *map(list, others)])
-    search.try_few(menus)
+    search.correct(search.sets, target - (search.best_bytes - _bytes(least)))
+    search.try_given([*equal_plans(sets), *map(list, others)])
+    search.try_few(sets)
     if search.best_bytes <= target:
         search.try_alike()
         search.polish()
@@ -75,11 +75,11 @@ class _Search:
 
     def __init__(
         self,
-        menus: Sequence[Menu],
+        sets: Sequence[CandidateSet],
         target: int,
         size_of: Callable[[Sequence[Candidate]], int],
     ) -> None:
-        self.menus = menus
+        self.sets = sets
         self.best: list[Candidate] = []
         self.best_bytes = -1
         self._target = target
@@ -117,12 +117,12 @@ class _Search:
         best = self._handicap * self._cost(self.best)
         return cost < best * (1 - NOISE) or (cost <= best * (1 + NOISE) and total > self.best_bytes)
 
-    def correct(self, menus: Sequence[Menu], budget: int) -> None:
+    def correct(self, sets: Sequence[CandidateSet], budget: int) -> None:
         """Allocate in a budget, and correct it by what the measured output differs."""
         fits, exceeds = 0, self._target + 1
         last: list[Candidate] = []
         for _ in range(_ROUNDS):
-            picks = allocate(menus, budget)
+            picks = allocate(sets, budget)
             if picks == last and fits == 0:
                 return
             last = picks
@@ -131,7 +131,7 @@ class _Search:
                 exceeds = min(exceeds, budget)
             else:
                 fits = max(fits, budget)
-                if self._close() or picks == allocate(menus, exceeds - 1):
+                if self._close() or picks == allocate(sets, exceeds - 1):
                     return
             budget = self._target - (total - _bytes(picks))
             if not fits < budget < exceeds:
@@ -144,7 +144,7 @@ class _Search:
 
         They are left only for a gain that is more than chance in what sensitivities tell.
         """
-        handicap = 1.0 - max((menu.chance for menu in self.menus), default=0.0)
+        handicap = 1.0 - max((candidates.chance for candidates in self.sets), default=0.0)
         for picks in plans:
             fits = self.best_bytes <= self._target
             if not fits or (
@@ -153,7 +153,7 @@ class _Search:
             ):
                 self.try_(picks, handicap)
 
-    def try_few(self, menus: Sequence[Menu]) -> None:
+    def try_few(self, sets: Sequence[CandidateSet]) -> None:
         """Allocate among two or three neighbouring equal settings, which share tensors and bodies.
 
         Only where what comes with the weights is a good part of the output.
@@ -161,7 +161,7 @@ class _Search:
         frames = self._frames()
         if frames * _FRAMES < self.best_bytes:
             return
-        plans = sorted(equal_plans(menus), key=_bytes)
+        plans = sorted(equal_plans(sets), key=_bytes)
         for count in (2, 3):
             for start in range(len(plans) - count + 1):
                 window = plans[start : start + count]
@@ -169,8 +169,8 @@ class _Search:
                 if not _bytes(window[0]) < room + frames // 2 or _bytes(window[-1]) < room // 2:
                     continue
                 few = [
-                    menu.with_options(dict.fromkeys(options))
-                    for menu, *options in zip(menus, *window, strict=True)
+                    candidates.with_options(dict.fromkeys(options))
+                    for candidates, *options in zip(sets, *window, strict=True)
                 ]
                 self.correct(few, room)
 
@@ -184,10 +184,10 @@ class _Search:
             best, frames = self.best, self._frames()
             if self._close() or frames * _FRAMES < self.best_bytes:
                 return
-            origins, menus, counted = _surcharged(self.menus, best)
+            origins, sets, counted = _surcharged(self.sets, best)
             room = self._target - frames + counted
             for _ in range(_ALIKE):
-                picks = [origins[id(pick)] for pick in allocate(menus, room)]
+                picks = [origins[id(pick)] for pick in allocate(sets, room)]
                 over = self.try_(picks) - self._target
                 if over <= 0 or picks == best:
                     break
@@ -215,55 +215,57 @@ class _Search:
         return self._target - self._target // _CLOSE <= self.best_bytes <= self._target
 
     def _cost(self, picks: Sequence[Candidate]) -> float:
-        return sum(menu.cost_of(pick) for menu, pick in zip(self.menus, picks, strict=True))
+        return sum(
+            candidates.cost_of(pick) for candidates, pick in zip(self.sets, picks, strict=True)
+        )
 
     def _steps(self, room: int) -> list[tuple[int, Candidate]]:
         """Other candidates of single sites that would save error, the most saved first."""
         found = []
-        for site, (menu, pick) in enumerate(zip(self.menus, self.best, strict=True)):
-            for candidate in menu.options:
-                gain = menu.cost_of(pick) - menu.cost_of(candidate)
+        for site, (candidates, pick) in enumerate(zip(self.sets, self.best, strict=True)):
+            for candidate in candidates.options:
+                gain = candidates.cost_of(pick) - candidates.cost_of(candidate)
                 if gain > 0 and candidate.bytes - pick.bytes <= room:
                     found.append((-gain, site, candidate))
         found.sort(key=lambda step: step[:2])
         return [(site, candidate) for _, site, candidate in found]
 
 
-def with_dense(menu: Menu) -> Menu:
-    """The menu with the dense weight as its largest option, for targets that leave room for it."""
-    if any(candidate.codec == "dense" for candidate in menu.options):
-        return menu
-    return menu.with_options(
-        (*menu.options, keep(menu.site, "the target leaves room for it")),
+def with_dense(candidates: CandidateSet) -> CandidateSet:
+    """The set with the dense weight as its largest option, for targets that leave room for it."""
+    if any(candidate.codec == "dense" for candidate in candidates.options):
+        return candidates
+    return candidates.with_options(
+        (*candidates.options, keep(candidates.site, "the target leaves room for it")),
     )
 
 
 def _surcharged(
-    menus: Sequence[Menu], picks: Sequence[Candidate]
-) -> tuple[dict[int, Candidate], list[Menu], int]:
-    """Menus whose candidates count the tensors they share, but for those of other weights' picks.
+    sets: Sequence[CandidateSet], picks: Sequence[Candidate]
+) -> tuple[dict[int, Candidate], list[CandidateSet], int]:
+    """Sets whose candidates count the tensors they share, but for those of other weights' picks.
 
     Codecs that no pick has are left out: what their operators bring is not known.
 
     Returns:
-        The original of each candidate, by identity, the menus, and the bytes of those tensors of
+        The original of each candidate, by identity, the sets, and the bytes of those tensors of
         the picks that count.
     """
     codecs = {"dense", *(pick.codec for pick in picks)}
     users = collections.Counter(key for pick in picks for key in _shared(pick))
     origins: dict[int, Candidate] = {}
     result, counted = [], 0
-    for menu, pick in zip(menus, picks, strict=True):
+    for candidates, pick in zip(sets, picks, strict=True):
         own = _shared(pick)
         free = {key for key, count in users.items() if count > (key in own)}
         counted += _added(own, free)
         options = []
-        for candidate in menu.options:
+        for candidate in candidates.options:
             if candidate.codec in codecs:
                 size = candidate.bytes + _added(_shared(candidate), free)
                 options.append(dataclasses.replace(candidate, bytes=size))
                 origins[id(options[-1])] = candidate
-        result.append(menu.with_options(options))
+        result.append(candidates.with_options(options))
     return origins, result, counted
 
 

@@ -1,4 +1,4 @@
-"""From menus to one candidate for each weight: equal bits, a size, or an error to keep."""
+"""From sets of candidates to one for each weight: equal bits, a size, or an error to keep."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from collections.abc import Callable, Sequence
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import Rule, Settings, match_rule, method_names
+from onnxcomp.passes.config.settings import Settings, method_names
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.filter_boost import with_better_filters
 from onnxcomp.passes.planning.lagrangian import allocate
 from onnxcomp.passes.planning.plan import Budget
-from onnxcomp.passes.planning.search_space import Menu, keep, offered_bits, uniform, uniform_bits
+from onnxcomp.passes.planning.search_space import (
+    CandidateSet,
+    keep,
+    offered_bits,
+    uniform,
+    uniform_bits,
+)
 from onnxcomp.passes.planning.size_fitting import fit, with_dense
 from onnxcomp.passes.weight import Use, WeightSite
 
-__all__ = ["DEFAULT_BITS", "choose", "expected_error", "rule_of"]
+__all__ = ["DEFAULT_BITS", "choose", "expected_error"]
 
 # Bits per weight where neither bits nor a target is asked for.
 DEFAULT_BITS = 4
@@ -31,31 +37,25 @@ _HALVINGS = 24
 SizeOf = Callable[[Sequence[Candidate]], int]
 
 
-def rule_of(site: WeightSite, settings: Settings) -> Rule:
-    """The rule that speaks of a weight, by its name or by those of the nodes that use it."""
-    names = [site.name, *(use.node for use in site.uses)]
-    return match_rule(settings.rules, names, [use.op_type for use in site.uses])
-
-
-def expected_error(menus: Sequence[Menu], picks: Sequence[Candidate]) -> float | None:
+def expected_error(sets: Sequence[CandidateSet], picks: Sequence[Candidate]) -> float | None:
     """Expected relative error of the outputs; None where sensitivities were not measured."""
-    if any(menu.sensitivity is None for menu in menus):
+    if any(candidates.sensitivity is None for candidates in sets):
         return None
-    noise = (menu.expected_noise(pick) for menu, pick in zip(menus, picks, strict=True))
+    noise = (candidates.expected_noise(pick) for candidates, pick in zip(sets, picks, strict=True))
     return math.sqrt(math.fsum(noise))
 
 
 def choose(
-    menus: Sequence[Menu],
+    sets: Sequence[CandidateSet],
     budget: Budget,
     settings: Settings,
     size_of: SizeOf,
     seconds: float | None = None,
 ) -> tuple[list[Candidate], int]:
-    """One candidate for each menu, and the bytes of the output.
+    """One candidate of each set, and the bytes of the output.
 
     Args:
-        menus: One for each weight.
+        sets: One for each weight.
         budget: What the plan has to meet.
         settings: What is asked for.
         size_of: Exact bytes of the output written with some candidates.
@@ -64,14 +64,14 @@ def choose(
     Raises:
         UsageError: No method offers the number of bits.
     """
-    picks, total = _chosen(menus, budget, settings, size_of)
+    picks, total = _chosen(sets, budget, settings, size_of)
     if seconds is None or sum(pick.time for pick in picks) <= seconds:
         return picks, total
     if budget.bytes is None:
         picks = _fast_enough(picks, seconds)
         return picks, size_of(picks)
-    menus = _priced(menus, sum(pick.bytes for pick in picks), seconds)
-    return fit(menus, budget.bytes, size_of)
+    sets = _priced(sets, sum(pick.bytes for pick in picks), seconds)
+    return fit(sets, budget.bytes, size_of)
 
 
 def _fast_enough(picks: Sequence[Candidate], seconds: float) -> list[Candidate]:
@@ -86,22 +86,25 @@ def _fast_enough(picks: Sequence[Candidate], seconds: float) -> list[Candidate]:
     return found
 
 
-def _priced(menus: Sequence[Menu], size: int, seconds: float) -> list[Menu]:
-    """The menus with the least price of time at which plans of a size are fast enough.
+def _priced(sets: Sequence[CandidateSet], size: int, seconds: float) -> list[CandidateSet]:
+    """The sets with the least price of time at which plans of a size are fast enough.
 
     Where no price is high enough, the plan is the fastest that there is.
     """
-    complete = [with_dense(menu) for menu in menus]
+    complete = [with_dense(candidates) for candidates in sets]
     fastest = [
-        dataclasses.replace(menu, fastest=min(c.time for c in menu.options)) for menu in complete
+        dataclasses.replace(candidates, fastest=min(c.time for c in candidates.options))
+        for candidates in complete
     ]
 
-    def priced(price: float) -> tuple[list[Menu], bool]:
-        found = [dataclasses.replace(menu, price=price) for menu in fastest]
+    def priced(price: float) -> tuple[list[CandidateSet], bool]:
+        found = [dataclasses.replace(candidates, price=price) for candidates in fastest]
         return found, sum(pick.time for pick in allocate(found, size)) <= seconds
 
-    noise = sum(menu.noise(max(menu.options, key=lambda c: c.error)) for menu in menus)
-    spans = [max(abs(c.time) for c in menu.options) for menu in menus]
+    noise = sum(
+        candidates.noise(max(candidates.options, key=lambda c: c.error)) for candidates in sets
+    )
+    spans = [max(abs(c.time) for c in candidates.options) for candidates in sets]
     unit = noise / max(sum(spans), 1e-12)
     low, high = 0.0, 1e-6 * unit
     for _ in range(_PRICES):
@@ -115,55 +118,57 @@ def _priced(menus: Sequence[Menu], size: int, seconds: float) -> list[Menu]:
 
 
 def _chosen(
-    menus: Sequence[Menu], budget: Budget, settings: Settings, size_of: SizeOf
+    sets: Sequence[CandidateSet], budget: Budget, settings: Settings, size_of: SizeOf
 ) -> tuple[list[Candidate], int]:
     if budget.bytes is not None:
-        return fit(menus, budget.bytes, size_of, _plans_of_bits(menus, settings))
+        return fit(sets, budget.bytes, size_of, _plans_of_bits(sets))
     if budget.max_error is not None and budget.bits is None:
-        picks = smallest_within(menus, budget.max_error)
+        picks = smallest_within(sets, budget.max_error)
         return _worth_it(picks, size_of(picks), size_of)
     bits = budget.bits or DEFAULT_BITS
     _check_bits(bits, method_names(settings.method, CODECS, stock=settings.stock))
-    picks = _of_bits(menus, bits, settings)
+    picks = _of_bits(sets, bits)
     return _worth_it(picks, size_of(picks), size_of)
 
 
-def _of_bits(menus: Sequence[Menu], bits: int, settings: Settings) -> list[Candidate]:
+def _of_bits(sets: Sequence[CandidateSet], bits: int) -> list[Candidate]:
     """A number of bits for all weights, more for filters that need them."""
-    fixed = {menu.site.name: _fixed_bits(menu, settings) for menu in menus}
-    wanted = [fixed[menu.site.name] or uniform_bits(menu, bits) for menu in menus]
-    picks = [uniform(menu, own) for menu, own in zip(menus, wanted, strict=True)]
-    return with_better_filters(menus, picks, [name for name, own in fixed.items() if own])
+    fixed = {candidates.site.name: _fixed_bits(candidates) for candidates in sets}
+    wanted = [fixed[candidates.site.name] or uniform_bits(candidates, bits) for candidates in sets]
+    picks = [uniform(candidates, own) for candidates, own in zip(sets, wanted, strict=True)]
+    return with_better_filters(sets, picks, [name for name, own in fixed.items() if own])
 
 
-def _only(menu: Menu, codec: str) -> Menu:
-    """The menu with the options of one codec, or all where that has none."""
-    options = [candidate for candidate in menu.options if candidate.codec == codec]
-    return menu.with_options(options) if options else menu
+def _only(candidates: CandidateSet, codec: str) -> CandidateSet:
+    """The set with the options of one codec, or all where that has none."""
+    options = [candidate for candidate in candidates.options if candidate.codec == codec]
+    return candidates.with_options(options) if options else candidates
 
 
-def _plans_of_bits(menus: Sequence[Menu], settings: Settings) -> list[list[Candidate]]:
+def _plans_of_bits(sets: Sequence[CandidateSet]) -> list[list[Candidate]]:
     """What a run with each number of bits would do, for each codec that counts in bits."""
-    names = dict.fromkeys(c.codec for menu in menus for c in menu.options if not c.reason)
+    names = dict.fromkeys(
+        c.codec for candidates in sets for c in candidates.options if not c.reason
+    )
     return [
-        _of_bits([_only(menu, name) for menu in menus], bits, settings)
+        _of_bits([_only(candidates, name) for candidates in sets], bits)
         for name in names
-        for bits in offered_bits(menus, name)
+        for bits in offered_bits(sets, name)
     ]
 
 
-def smallest_within(menus: Sequence[Menu], max_error: float) -> list[Candidate]:
+def smallest_within(sets: Sequence[CandidateSet], max_error: float) -> list[Candidate]:
     """The smallest candidates whose expected error of the outputs is at most `max_error`."""
-    menus = [with_dense(menu) for menu in menus]
-    low = sum(min(c.bytes for c in menu.options) for menu in menus)
-    high = sum(max(c.bytes for c in menu.options) for menu in menus)
-    best = allocate(menus, high)
+    sets = [with_dense(candidates) for candidates in sets]
+    low = sum(min(c.bytes for c in candidates.options) for candidates in sets)
+    high = sum(max(c.bytes for c in candidates.options) for candidates in sets)
+    best = allocate(sets, high)
     for _ in range(_HALVINGS):
         if high - low <= 1:
             break
         middle = (low + high) // 2
-        picks = allocate(menus, middle)
-        error = expected_error(menus, picks)
+        picks = allocate(sets, middle)
+        error = expected_error(sets, picks)
         if error is None or error <= max_error:
             best, high = picks, middle
         else:
@@ -171,10 +176,10 @@ def smallest_within(menus: Sequence[Menu], max_error: float) -> list[Candidate]:
     return best
 
 
-def _fixed_bits(menu: Menu, settings: Settings) -> int | None:
+def _fixed_bits(candidates: CandidateSet) -> int | None:
     """Bits that a rule gives to a weight."""
-    fixed = rule_of(menu.site, settings).params
-    names = {CODECS[candidate.codec].width for candidate in menu.options}
+    fixed = candidates.policy.params
+    names = {CODECS[candidate.codec].width for candidate in candidates.options}
     return next((int(fixed[name]) for name in names if name is not None and name in fixed), None)
 
 

@@ -81,11 +81,11 @@ def _model(path: Path, machine: Machine, *, runnable: bool) -> Iterator[Finding]
 
 
 def _compressed_text(path: Path) -> str:
-    from onnxcomp.passes.ir.manifest import read_record
+    from onnxcomp.passes.ir.manifest import read_manifest
     from onnxcomp.passes.ir.model import load
 
     try:
-        records = read_record(load(path))
+        records = read_manifest(load(path))
     except CompressionError as error:
         return error.message
     codecs = sorted({record.recipe.codec for record in records.values()})
@@ -215,7 +215,7 @@ def _folding_bytes(path: Path) -> int:
     """
     from onnxcomp.passes.codecs import CODECS
     from onnxcomp.passes.config.settings import typed_params
-    from onnxcomp.passes.ir.manifest import own_name, read_record
+    from onnxcomp.passes.ir.manifest import own_name, read_manifest
     from onnxcomp.passes.ir.model import load
     from onnxcomp.passes.ir.traversal import initializers
 
@@ -223,7 +223,7 @@ def _folding_bytes(path: Path) -> int:
     try:
         model = load(path)
         values = initializers(model)
-        for name, record in read_record(model).items():
+        for name, record in read_manifest(model).items():
             codec = CODECS.get(record.recipe.codec)
             if codec is None or not record.recipe.params or not record.recipe.tensors:
                 continue

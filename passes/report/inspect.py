@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.def_use import qualified_type
 from onnxcomp.passes.analysis.weight_sites import MIN_SIZE, SkippedWeight, find_sites
 from onnxcomp.passes.ir import metadata
-from onnxcomp.passes.ir.manifest import Record, own_name, read_record, shared_name
+from onnxcomp.passes.ir.manifest import ManifestEntry, own_name, read_manifest, shared_name
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.tensors import dtype_name
 from onnxcomp.passes.ir.traversal import initializers, scopes
@@ -205,7 +205,7 @@ def _dim(dim: int | ir.SymbolicDim) -> int | str:
 
 def _compressed(model: ir.Model) -> Iterable[CompressedWeight]:
     values = initializers(model)
-    for name, record in read_record(model).items():
+    for name, record in read_manifest(model).items():
         own = [values[n] for n in _own_names(record) if n in values]
         readers = {node.op_type: None for value in own for node, _ in value.uses()}
         recipe, site = record.recipe, record.site
@@ -222,7 +222,7 @@ def _compressed(model: ir.Model) -> Iterable[CompressedWeight]:
         )
 
 
-def _own_names(record: Record) -> list[str]:
+def _own_names(record: ManifestEntry) -> list[str]:
     return [own_name(record.site.name, key) for key in record.recipe.tensors]
 
 

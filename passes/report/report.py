@@ -209,7 +209,7 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on; packages that are not installed are left out."""
     from importlib import metadata
 
-    from onnxcomp import __version__
+    from onnxcomp.version import __version__
 
     found = {"onnxcomp": __version__, "python": platform.python_version()}
     for name in ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"):

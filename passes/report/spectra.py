@@ -8,7 +8,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.weight_sites import read_weight
-from onnxcomp.passes.codecs.protocol import SpectralCodec
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.weight import Array
 
@@ -43,6 +42,6 @@ def spectra(model: ir.Model, placements: Iterable[Placement]) -> dict[str, Spect
     return {
         placement.site.name: thinned(placement.codec.spectrum(read_weight(model, placement.site)))
         for placement in placements
-        if isinstance(placement.codec, SpectralCodec)
+        if placement.codec.spectrum is not None
         and min(placement.site.rows, placement.site.length) <= _LARGEST
     }

@@ -1,6 +1,6 @@
 """Bring a model into the one form the other passes expect.
 
-Functions whose bodies hold weights are inlined (`inlining`). ``Constant() -> W`` becomes an
+Functions whose bodies hold weights are inlined (`inline_functions`). ``Constant() -> W`` becomes an
 initializer ``W``; two equal initializers become one; ``W2 = transpose(W1)`` becomes
 ``Transpose(W1) -> W2``. Every node and every initializer has a name of its own. Visits the main
 graph and all subgraphs. Function bodies that cannot be inlined stay as they are: they have no
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import WEIGHT_TYPES, is_matrix, shape_of
@@ -23,23 +25,43 @@ from onnxcomp.passes.ir.traversal import (
     Names,
     Scope,
     add_initializer,
-    is_default_domain,
     remove_initializer,
     rename_initializer,
     scopes,
 )
+from onnxcomp.passes.transforms.canonical_form import (
+    CANONICAL_FORM,
+    SHARED_BYTES,
+    holds_weight,
+    liftable,
+)
 from onnxcomp.passes.transforms.inline_functions import inline_functions
+from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
 from onnxcomp.passes.weight import Array
 
-__all__ = ["canonicalize"]
-
-# The element types of weights that can be compressed.
-
-# Smaller equal tensors are not worth a shared name.
-_SHARED_BYTES = 1024
+__all__ = ["Canonicalize", "canonicalize"]
 
 # Elements of the diagonal that two tensors must share before they are compared in full.
 _PROBES = 64
+
+
+class Canonicalize(GraphPass):
+    """Bring the graph into the one form that other passes expect."""
+
+    name: ClassVar[str] = "canonicalize"
+    ensures: ClassVar[tuple[str, ...]] = tuple(CANONICAL_FORM)
+    subgraphs: ClassVar[bool] = True
+    functions: ClassVar[bool] = True
+
+    def wanted(self, settings: Settings) -> bool:
+        """Always."""
+        del settings
+        return True
+
+    def run(self, model: ir.Model, context: Context) -> Change:
+        """``Constant() -> W`` becomes an initializer ``W``, and so on: see `canonicalize`."""
+        del context
+        return canonicalize(model)
 
 
 def canonicalize(model: ir.Model, *, deduplicate: bool = True) -> Change:
@@ -54,7 +76,7 @@ def canonicalize(model: ir.Model, *, deduplicate: bool = True) -> Change:
         weights merged, with a note on each but the nodes.
     """
     names = Names(model)
-    notes = list(inline_functions(model, names, _holds_weight))
+    notes = list(inline_functions(model, names, holds_weight))
     named = _name_nodes(model, names)
     notes += [*_lift_constants(model), *_rename_initializers(model, names)]
     if deduplicate:
@@ -70,40 +92,17 @@ def _name_nodes(model: ir.Model, names: Names) -> int:
             if not node.name or node.name in taken:
                 original = node.name
                 node.name = names.node(original or node.op_type)
-                # Names that nobody asked for are not written; see `marks`.
+                # Names that nobody asked for are not written; see `metadata`.
                 node.meta[metadata.GENERATED_NAME] = (node.name, original)
                 count += 1
             taken.add(node.name)
     return count
 
 
-def _weight_constant(node: ir.Node) -> ir.TensorProtocol | None:
-    """The matrix a Constant node holds, if it is one."""
-    if node.op_type != "Constant" or not is_default_domain(node.domain):
-        return None
-    attribute = node.attributes.get("value")
-    if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
-        return None
-    tensor = attribute.as_tensor()
-    return tensor if tensor.dtype in WEIGHT_TYPES and is_matrix(tensor) else None
-
-
-def _holds_weight(node: ir.Node) -> bool:
-    tensor = _weight_constant(node)
-    return tensor is not None and tensor.nbytes >= _SHARED_BYTES
-
-
 def _lift_constants(model: ir.Model) -> Iterator[str]:
     for scope in list(scopes(model)):
-        # Before IR 4 an initializer is an input too, which a subgraph cannot take on.
-        if scope.parent is not None and model.ir_version < LISTING_IR:
-            continue
-        for node in list(scope.graph):
-            tensor = _weight_constant(node)
-            output = node.outputs[0]
-            if tensor is None or output.is_graph_output() or not output.name:
-                continue
-            yield f"Constant {output.name} became an initializer"
+        for node, tensor in liftable(model, scope):
+            yield f"Constant {node.outputs[0].name} became an initializer"
             _lift(model, scope, node, tensor)
 
 
@@ -140,7 +139,7 @@ def _rename_initializers(model: ir.Model, names: Names) -> Iterator[str]:
 
 def _mergeable(scope: Scope, value: ir.Value, ir_version: int) -> bool:
     tensor = value.const_value
-    if tensor is None or tensor.dtype not in WEIGHT_TYPES or tensor.nbytes < _SHARED_BYTES:
+    if tensor is None or tensor.dtype not in WEIGHT_TYPES or tensor.nbytes < SHARED_BYTES:
         return False
     overridable = value.is_graph_input() and (ir_version >= LISTING_IR or scope.parent is not None)
     return is_matrix(tensor) and not overridable and not value.is_graph_output()

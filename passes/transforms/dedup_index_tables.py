@@ -30,6 +30,7 @@ from onnxcomp.passes.ir.traversal import (
     replace_value,
 )
 from onnxcomp.passes.transforms.index_runs import IndexedWeight, RunWriter
+from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
 
 __all__ = ["IndexedWeights"]
 
@@ -40,7 +41,7 @@ _SHAPING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Chain:
+class _Lookup:
     """What is known at one value on the way from the look-up to the weight."""
 
     index: Array
@@ -48,19 +49,16 @@ class _Chain:
     factors: tuple[np.float32, ...]
 
 
-class IndexedWeights:
+class IndexedWeights(GraphPass):
     """Replace tables of indices by runs."""
 
     name: ClassVar[str] = "indexed_weights"
-    requires: ClassVar[tuple[str, ...]] = ()
-    subgraphs: ClassVar[bool] = False
-    functions: ClassVar[bool] = False
 
     def wanted(self, settings: Settings) -> bool:
         """Where weights may be stored in another way."""
         return bool({"auto", "hash"} & set(settings.method))
 
-    def run(self, model: ir.Model, context: Any) -> Change:
+    def run(self, model: ir.Model, context: Context) -> Change:
         """``Gather(memory, index) -> Gather(memory, starts + 0..r-1)`` where that is smaller."""
         opset = default_opset(model)
         if opset is None or opset < 9:
@@ -72,8 +70,6 @@ class IndexedWeights:
             if weight.index.nbytes >= least and writer.nbytes(weight) < weight.index.nbytes:
                 _replace(value, weight, writer)
                 notes.append(f"{weight.name}: indices are stored by runs")
-        if notes:
-            context.facts[self.name] = {"weights": len(notes)}
         return Change(len(notes), tuple(notes))
 
 
@@ -100,11 +96,11 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, IndexedWeight]]:
         if index.min() < 0 or index.max() >= len(values):
             continue
         assert memory is not None
-        yield _followed(node.outputs[0], memory, _Chain(index, None, ()), listed)
+        yield _followed(node.outputs[0], memory, _Lookup(index, None, ()), listed)
 
 
 def _followed(
-    value: ir.Value, memory: ir.Value, chain: _Chain, listed: set[ir.Value]
+    value: ir.Value, memory: ir.Value, look_up: _Lookup, listed: set[ir.Value]
 ) -> tuple[ir.Value, IndexedWeight]:
     """Follow a value through shapes, signs and scales, as far as nobody else reads it."""
     while True:
@@ -112,45 +108,49 @@ def _followed(
         if len(uses) != 1 or value.is_graph_output():
             break
         node = uses[0].node
-        further = _step(node, value, chain, listed)
+        further = _step(node, value, look_up, listed)
         if further is None:
             break
-        value, chain = node.outputs[0], further
-    negative = None if chain.sign is None else chain.sign < 0
+        value, look_up = node.outputs[0], further
+    negative = None if look_up.sign is None else look_up.sign < 0
     name = value.name or "weight"
-    return value, IndexedWeight(name, memory, chain.index, negative, chain.factors)
+    return value, IndexedWeight(name, memory, look_up.index, negative, look_up.factors)
 
 
-def _step(node: ir.Node, value: ir.Value, chain: _Chain, listed: set[ir.Value]) -> _Chain | None:
+def _step(
+    node: ir.Node, value: ir.Value, look_up: _Lookup, listed: set[ir.Value]
+) -> _Lookup | None:
     """What is known behind a node; None where it does more than move and scale."""
     if not is_default_domain(node.domain):
         return None
     if node.op_type == "Mul":
         other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
         constant = None if other is None or other in listed else _constant(other)
-        return None if constant is None else _multiplied(chain, constant)
+        return None if constant is None else _multiplied(look_up, constant)
     if node.op_type not in _SHAPING or node.inputs[0] is not value:
         return None
-    index = _shaped(node, chain.index)
+    index = _shaped(node, look_up.index)
     if index is None:
         return None
-    sign = None if chain.sign is None else _shaped(node, chain.sign)
-    return _Chain(index, sign, chain.factors)
+    sign = None if look_up.sign is None else _shaped(node, look_up.sign)
+    return _Lookup(index, sign, look_up.factors)
 
 
-def _multiplied(chain: _Chain, constant: Array) -> _Chain | None:
+def _multiplied(look_up: _Lookup, constant: Array) -> _Lookup | None:
     """Behind a product with signs, or with one number."""
     if constant.dtype != np.float32:
         return None
-    shape = chain.index.shape
-    if constant.size == 1 and constant.ndim <= chain.index.ndim:
-        return dataclasses.replace(chain, factors=(*chain.factors, np.float32(constant.flat[0])))
+    shape = look_up.index.shape
+    if constant.size == 1 and constant.ndim <= look_up.index.ndim:
+        return dataclasses.replace(
+            look_up, factors=(*look_up.factors, np.float32(constant.flat[0]))
+        )
     if np.abs(constant).min() != 1 or np.abs(constant).max() != 1:
         return None
     if np.broadcast_shapes(shape, constant.shape) != shape:
         return None
     sign = np.broadcast_to(constant, shape)
-    return dataclasses.replace(chain, sign=sign if chain.sign is None else chain.sign * sign)
+    return dataclasses.replace(look_up, sign=sign if look_up.sign is None else look_up.sign * sign)
 
 
 def _shaped(node: ir.Node, array: Array) -> Array | None:

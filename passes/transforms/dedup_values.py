@@ -28,6 +28,7 @@ from onnxcomp.passes.ir.traversal import (
     replace_value,
 )
 from onnxcomp.passes.transforms.index_runs import IndexedWeight, RunWriter
+from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
 
 __all__ = ["RepeatedValues"]
 
@@ -39,19 +40,17 @@ Array = npt.NDArray[Any]
 _WORTH = 0.5
 
 
-class RepeatedValues:
+class RepeatedValues(GraphPass):
     """Store weights of repeated values by the values and their places."""
 
     name: ClassVar[str] = "repeated_values"
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
-    subgraphs: ClassVar[bool] = False
-    functions: ClassVar[bool] = False
 
     def wanted(self, settings: Settings) -> bool:
         """Only where it was asked for."""
         return settings.detect_sharing
 
-    def run(self, model: ir.Model, context: Any) -> Change:
+    def run(self, model: ir.Model, context: Context) -> Change:
         """``W -> Mul(Gather(memory, runs), signs)`` where that takes half of the bytes or less."""
         opset = default_opset(model)
         if opset is None or opset < 9:
@@ -67,8 +66,6 @@ class RepeatedValues:
                 continue
             note = _replace(model, value, writer, names)
             notes += [note] if note else []
-        if notes:
-            context.facts[self.name] = {"weights": len(notes), "notes": notes}
         return Change(len(notes), tuple(notes))
 
 

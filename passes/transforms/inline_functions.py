@@ -19,7 +19,7 @@ from onnx_ir.passes.common import InlinePass
 from onnxcomp.passes.ir.traversal import Names, is_default_domain
 from onnxcomp.passes.weight import DOMAIN
 
-__all__ = ["inline_functions"]
+__all__ = ["inlinable", "inline_functions"]
 
 Identifier = tuple[str, str, str]
 Calls = dict[Identifier, list[ir.Node]]
@@ -38,7 +38,7 @@ def inline_functions(
     Yields:
         A note for each function.
     """
-    chosen = _chosen(model, has_weights)
+    chosen = inlinable(model, has_weights)
     if not chosen:
         return
     for identifier in chosen:
@@ -48,8 +48,8 @@ def inline_functions(
         yield f"function {domain}::{name} was inlined"
 
 
-def _chosen(model: ir.Model, has_weights: Callable[[ir.Node], bool]) -> list[Identifier]:
-    """Functions to inline, in the order of the model."""
+def inlinable(model: ir.Model, has_weights: Callable[[ir.Node], bool]) -> list[Identifier]:
+    """Functions that hold weights and can be inlined, in the order of the model."""
     calls = _calls(model)
     if not calls or _recursive(model):
         return []

@@ -25,7 +25,7 @@ from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs.hash.codec import HashCodec
 from onnxcomp.passes.codecs.hash.format import (
     TILE,
-    Geometry,
+    ChunkLayout,
     Sharing,
     chunk_signs,
     expand,
@@ -38,6 +38,7 @@ from onnxcomp.passes.codecs.protocol import Payload
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
 from onnxcomp.passes.weight import Array, WeightSite
 
 __all__ = ["KEY", "Layer", "Memory", "SharedWeights", "read_note", "write_note"]
@@ -123,7 +124,7 @@ def _memory(values: Mapping[str, Any]) -> Memory:
         raise ValueError(f"sizes {numbers[:8]} are out of range")
     if not all(layer.rows and layer.length and layer.scale > 0 for layer in layers):
         raise ValueError("a layer has no size or no scale")
-    spans = sorted((x.base, x.base + Geometry(x.rows, x.length).tiles) for x in layers)
+    spans = sorted((x.base, x.base + ChunkLayout(x.rows, x.length).tiles) for x in layers)
     if any(end > first for (_, end), (first, _) in itertools.pairwise(spans)):
         raise ValueError("layers overlap in their memory")
     kind = values.get("map", "fold")
@@ -151,19 +152,18 @@ class _Uses:
     inside: Array
 
 
-class SharedWeights:
+class SharedWeights(GraphPass):
     """Store weights that were trained to share as they were trained."""
 
     name: ClassVar[str] = "shared_weights"
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
     subgraphs: ClassVar[bool] = True
-    functions: ClassVar[bool] = False
 
     def wanted(self, settings: Settings) -> bool:
         """Where weights may be stored by hashing."""
         return bool({"auto", "hash"} & set(settings.method))
 
-    def run(self, model: ir.Model, context: Any) -> Change:
+    def run(self, model: ir.Model, context: Context) -> Change:
         """``MatMul(x, W) -> HashMatMul(x, memory, ...)`` for weights that a note tells of."""
         memories = read_note(model)
         if not memories:
@@ -184,7 +184,6 @@ class SharedWeights:
         model.metadata_props.pop(KEY, None)
         if placements:
             rewrite(model, placements, portable=settings.portable)
-            context.facts[self.name] = {"weights": len(placements), "notes": notes}
         for note in notes:
             log.warning("%s: they are treated as dense weights", note)
         return Change(len(placements), tuple(notes))
@@ -216,7 +215,7 @@ def _candidates(
     others: Sequence[_Uses],
 ) -> Iterator[_Uses]:
     """Weights of a layer's shape that repeat their entries as it does, and as the others do."""
-    geometry, sharing = Geometry(layer.rows, layer.length), memory.sharing(layer)
+    geometry, sharing = ChunkLayout(layer.rows, layer.length), memory.sharing(layer)
     slots = places(geometry, sharing, memory.slots).reshape(-1)
     signs = chunk_signs(geometry, sharing).reshape(-1, 1)
     inside = to_chunks(np.ones((layer.rows, layer.length), bool), geometry).reshape(-1, TILE)
@@ -268,7 +267,7 @@ def _solve(memory: Memory, uses: Sequence[_Uses]) -> Array | None:
 
 def _placement(memory: Memory, values: Array, use: _Uses) -> Placement:
     """How one weight is stored, after a last comparison with its expansion."""
-    geometry = Geometry(use.layer.rows, use.layer.length)
+    geometry = ChunkLayout(use.layer.rows, use.layer.length)
     sharing = memory.sharing(use.layer)
     scale = np.array([use.layer.scale], np.float32)
     digest = hashlib.sha256(values.tobytes()).hexdigest()[:16]

@@ -1,41 +1,32 @@
-"""What happens to a graph before its weights are looked for: an ordered list of passes."""
+"""What happens to a graph before its weights are looked for: an ordered list of passes.
+
+A pass says what must have run before it, what it visits, and what holds after it. `run_passes`
+checks all three.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import onnx_ir as ir
 
-from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import SpectralCodec
-from onnxcomp.passes.config.settings import Settings, match_rule, method_names
+from onnxcomp.errors import CompressionError
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
-from onnxcomp.passes.transforms.canonicalize import canonicalize
-from onnxcomp.passes.transforms.dedup_index_tables import IndexedWeights
-from onnxcomp.passes.transforms.dedup_values import RepeatedValues
-from onnxcomp.passes.transforms.fold_linear_chains import fold_linear_chains
-from onnxcomp.passes.transforms.lower_shared_weights import SharedWeights
-from onnxcomp.passes.transforms.prune.graph_pass import Prune
-from onnxcomp.passes.weight import Feed, Use, WeightSite
+from onnxcomp.passes.transforms.canonical_form import (
+    CANONICAL_FORM,
+    Bodies,
+    function_bodies,
+    subgraph_bodies,
+)
+from onnxcomp.passes.weight import Feed
 
-__all__ = [
-    "GRAPH_PASSES",
-    "Canonicalize",
-    "Context",
-    "GraphPass",
-    "LinearChains",
-    "no_feeds",
-    "run_passes",
-]
+__all__ = ["Context", "GraphPass", "no_feeds", "run_passes"]
 
 log = logging.getLogger(__name__)
-
-# Methods that leave values as they are, or nearly so: the graph stays, too.
-_EXACT_METHODS = frozenset({"dense", "fp16"})
 
 
 def no_feeds() -> None:
@@ -44,33 +35,33 @@ def no_feeds() -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
-    """What a graph pass may look at, and where it reports.
+    """What a graph pass may look at besides the model.
 
     Attributes:
         settings: What is asked for.
         feeds: Gives the calibration inputs, read on the first call; None where there are none.
-        facts: Plain values that a pass wants in the report, under its name.
     """
 
     settings: Settings
     feeds: Callable[[], Sequence[Feed] | None] = no_feeds
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class GraphPass(Protocol):
-    """A change of the graph that knows no codec.
+    """A change of the graph that knows no codec. A new pass derives from this class.
 
     Attributes:
-        name: What it is called in logs and reports.
+        name: What it is called in logs.
         requires: Names of passes that must have run before it.
-        subgraphs: Whether it visits the bodies of If, Loop and Scan.
-        functions: Whether it visits model-local functions.
+        ensures: Predicates of `CANONICAL_FORM` that hold once it has run, and from then on.
+        subgraphs: Whether it changes the bodies of If, Loop and Scan.
+        functions: Whether it changes model-local functions.
     """
 
     name: ClassVar[str]
-    requires: ClassVar[tuple[str, ...]]
-    subgraphs: ClassVar[bool]
-    functions: ClassVar[bool]
+    requires: ClassVar[tuple[str, ...]] = ()
+    ensures: ClassVar[tuple[str, ...]] = ()
+    subgraphs: ClassVar[bool] = False
+    functions: ClassVar[bool] = False
 
     def wanted(self, settings: Settings) -> bool:
         """Whether the settings ask for it."""
@@ -81,92 +72,67 @@ class GraphPass(Protocol):
         ...
 
 
-class Canonicalize:
-    """Bring the graph into the one form that other passes expect."""
-
-    name: ClassVar[str] = "canonicalize"
-    requires: ClassVar[tuple[str, ...]] = ()
-    subgraphs: ClassVar[bool] = True
-    functions: ClassVar[bool] = True
-
-    def wanted(self, settings: Settings) -> bool:
-        """Always."""
-        del settings
-        return True
-
-    def run(self, model: ir.Model, context: Context) -> Change:
-        """``Constant() -> W`` becomes an initializer ``W``, and so on: see `canonicalize`."""
-        del context
-        return canonicalize(model)
-
-
-class LinearChains:
-    """Fold linear maps that follow one another, before their weights are looked for."""
-
-    name: ClassVar[str] = "linear_chains"
-    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
-    subgraphs: ClassVar[bool] = True
-    functions: ClassVar[bool] = False
-
-    def wanted(self, settings: Settings) -> bool:
-        """Wherever values may change by a rounding."""
-        return not set(settings.method) <= _EXACT_METHODS
-
-    def run(self, model: ir.Model, context: Context) -> Change:
-        """``MatMul(MatMul(x, A), B) -> MatMul(x, AB)``, and so on: see `fold_linear_chains`."""
-        settings = context.settings
-        change = fold_linear_chains(
-            model,
-            min_size=settings.min_size,
-            include=settings.include,
-            exclude=settings.exclude,
-            freeze_inputs=settings.freeze_inputs,
-            truncated=functools.partial(_truncated, settings),
-        )
-        if change.count:
-            context.facts[self.name] = {"folded": change.count}
-        return change
-
-
-def _truncated(
-    settings: Settings, names: Sequence[str], operator: str, shape: tuple[int, int]
-) -> bool:
-    """Whether a weight gets two factors and nothing else is asked for."""
-    rule = match_rule(settings.rules, names, [operator])
-    methods = method_names(rule.methods or settings.method, CODECS, stock=settings.stock)
-    codecs = [CODECS[name] for name in methods]
-    rows, length = shape
-    use = Use("", operator, 1, "dense" if operator == "Conv" else "matmul")
-    site = WeightSite("", shape, "float32", (use,), "", rows, length, False)
-    return all(isinstance(c, SpectralCodec) and c.refuse(site) is None for c in codecs)
-
-
-# In the order in which they run.
-GRAPH_PASSES: tuple[GraphPass, ...] = (
-    IndexedWeights(),
-    Canonicalize(),
-    SharedWeights(),
-    RepeatedValues(),
-    LinearChains(),
-    Prune(),
-)
-
-
 def run_passes(
-    model: ir.Model, context: Context, passes: Sequence[GraphPass] = GRAPH_PASSES
+    model: ir.Model, context: Context, passes: Sequence[GraphPass]
 ) -> Mapping[str, Change]:
     """Run the passes that the settings ask for, in order; what each changed, by name.
 
     Raises:
-        ValueError: A pass comes before one that it requires.
+        CompressionError: A pass comes before one that it requires, changes what it says it does
+            not visit, or leaves the model in another form than was ensured.
     """
     done: dict[str, Change] = {}
+    ensured: dict[str, str] = {}
     for graph_pass in passes:
         if not graph_pass.wanted(context.settings):
             continue
         missing = [name for name in graph_pass.requires if name not in done]
         if missing:
-            raise ValueError(f"pass {graph_pass.name!r} must come after {missing[0]!r}")
-        done[graph_pass.name] = graph_pass.run(model, context)
-        log.info("%s: %d changes", graph_pass.name, done[graph_pass.name].count)
+            raise CompressionError(
+                f"pass {graph_pass.name!r} must come after {missing[0]!r}, which has not run",
+                hint="the pass says so in `requires`",
+            )
+        before = _left_alone(graph_pass, model)
+        done[graph_pass.name] = change = graph_pass.run(model, context)
+        _compare(graph_pass, before, _left_alone(graph_pass, model))
+        ensured |= {name: graph_pass.name for name in graph_pass.ensures if name not in ensured}
+        _verify(graph_pass, model, ensured)
+        log.info("%s: %d changes", graph_pass.name, change.count)
+        for note in change.notes:
+            log.debug("%s: %s", graph_pass.name, note)
     return done
+
+
+def _left_alone(graph_pass: GraphPass, model: ir.Model) -> dict[str, Bodies]:
+    """What a pass does not visit."""
+    found: dict[str, Bodies] = {}
+    if not graph_pass.subgraphs:
+        found["subgraphs"] = subgraph_bodies(model)
+    if not graph_pass.functions:
+        found["functions"] = function_bodies(model)
+    return found
+
+
+def _compare(
+    graph_pass: GraphPass, before: Mapping[str, Bodies], after: Mapping[str, Bodies]
+) -> None:
+    """Bodies that were there and still are must be what they were."""
+    for what, bodies in before.items():
+        left = after[what]
+        if any(key in left and not body.same(left[key]) for key, body in bodies.items()):
+            raise CompressionError(
+                f"pass {graph_pass.name!r} has changed the body of one of the model's {what}, "
+                "which it says it does not visit",
+                hint=f"the class of the pass needs `{what} = True`",
+            )
+
+
+def _verify(graph_pass: GraphPass, model: ir.Model, ensured: Mapping[str, str]) -> None:
+    """Hold the predicates against the model."""
+    for name, source in ensured.items():
+        found = CANONICAL_FORM[name](model)
+        if found is not None:
+            raise CompressionError(
+                f"after pass {graph_pass.name!r} {found}; {source} ensures that {name}",
+                hint="this is a fault of the pass: please report it to its authors",
+            )

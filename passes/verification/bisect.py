@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from onnxcomp.passes.ir.manifest import read_record
+from onnxcomp.passes.ir.manifest import read_manifest
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.lowering.expand import decode_site
 from onnxcomp.passes.weight import Array, WeightSite
@@ -27,7 +27,7 @@ def decoded_weights(path: Path, sites: Sequence[WeightSite]) -> Mapping[WeightSi
         ModelError: The file is damaged.
     """
     model = load(path)
-    records = read_record(model)
+    records = read_manifest(model)
     known = [site for site in sites if site.name in records]
     return {site: decode_site(model, records[site.name]) for site in known}
 

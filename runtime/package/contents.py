@@ -266,7 +266,7 @@ def without_library(contents: Contents) -> str:
 
 
 def _version() -> str:
-    from onnxcomp import __version__
+    from onnxcomp.version import __version__
 
     return __version__
 

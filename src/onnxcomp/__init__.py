@@ -14,6 +14,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp import errors
+from onnxcomp.passes.encoding import trainer as _trainer
+from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.ops import library_path as get_library_path
@@ -68,8 +70,6 @@ __all__ = [
     "verify",
 ]
 
-__version__ = "0.1.0"
-
 # Public name -> module and name there.
 _HOMES = {
     "InferenceSession": ("runtime.session", "InferenceSession"),
@@ -96,6 +96,17 @@ _HOMES = {
     "to_gs": ("passes.ir.graphsurgeon", "to_gs"),
     "verify": ("passes.driver.api", "verify"),
 }
+
+
+def _distill() -> _trainer.Trainer:
+    """The training of shared values, which needs torch."""
+    from onnxcomp.models.distilling import distill
+
+    return distill
+
+
+# Passes train by what the package gives them: the only place that knows both.
+_trainer.provide(_distill)
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from onnxcomp.passes.codecs.hyper import (
 from onnxcomp.passes.codecs.hyper import (
     viterbi as hyper_viterbi,
 )
-from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.format import GroupLayout
 from onnxcomp.passes.codecs.hyper.tables import spread, table
 from onnxcomp.passes.weight import Array
 
@@ -51,7 +51,7 @@ def make(bits: int, state_bits: int, group: int, rows: int, length: int) -> dict
     """Everything a golden file holds, by name."""
     weight = weight_of(rows, length, seed=bits * 100 + state_bits)
     values = table(bits, state_bits)
-    geometry = Geometry(bits, state_bits, group, rows, length)
+    geometry = GroupLayout(bits, state_bits, group, rows, length)
     codes, scales = hyper_viterbi.encode(weight, geometry, values, spread(bits, state_bits))
     decoded = hyper_format.decode(codes, scales, values, (rows, length), group)
     parameters = np.array([bits, state_bits, group], np.int64)

@@ -14,7 +14,7 @@ import onnxcomp
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.calibration.perturbation import made_up_inputs, stored_form
-from onnxcomp.passes.codecs.abilities import SharedValues
+from onnxcomp.passes.codecs.protocol import SharedValues
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 

@@ -337,9 +337,12 @@ def test_optimize_takes_what_torch_gives(program: Any, kind: str, tmp_path: Path
     assert before == {"Gemm", "Relu"}, "the program is as it was"
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/pytorch.md"])
+def test_the_example_of_a_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
     (program,) = re.findall(r"^```py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(compile(program, "README.md", "exec"), {})
+    exec(compile(program, page, "exec"), {})
     assert (tmp_path / "encoder.onnx").is_file()

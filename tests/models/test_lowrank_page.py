@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "lowrank.md"
 
 def test_the_recipe_of_the_page_runs() -> None:
     pytest.importorskip("torch")
-    [program] = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
+    [program] = re.findall(r"```py\n(.*?)```", PAGE.read_text(), flags=re.S)
     names: dict[str, object] = {}
     exec(compile(program, str(PAGE), "exec"), names)
     model: object = names["model"]

@@ -28,7 +28,7 @@ from onnxcomp.models.shared_layers import (  # noqa: E402
 )
 from onnxcomp.models.sharing import multiplied_out  # noqa: E402
 from onnxcomp.passes.codecs.hash import format as hash_format  # noqa: E402
-from onnxcomp.passes.codecs.hash.format import Geometry, Sharing, seeds  # noqa: E402
+from onnxcomp.passes.codecs.hash.format import ChunkLayout, Sharing, seeds  # noqa: E402
 
 
 class Small(nn.Module):
@@ -72,7 +72,7 @@ def test_weights_are_what_the_specification_says(kind: str) -> None:
         rotate, sign = seeds(memory.seed)
         run = memory.slots if kind == "fold" else 1
         sharing = Sharing(run, rotate, sign, layer.base)
-        geometry = Geometry(layer.rows, layer.length)
+        geometry = ChunkLayout(layer.rows, layer.length)
         scale = np.array([layer.scale], np.float32)
         expected = hash_format.expand(memory.values.detach().numpy(), scale, geometry, sharing)
         assert np.array_equal(layer.matrix().detach().numpy(), expected)
@@ -119,7 +119,7 @@ def test_as_many_entries_as_weights_are_the_dense_layer_bit_for_bit() -> None:
     layer = SharedLinear(48, 32, compression=1, std=SharedMemory(1).std)
     assert layer.scale == 1.0
     dense = torch.randn(32, 48)
-    geometry = Geometry(32, 48)
+    geometry = ChunkLayout(32, 48)
     with torch.no_grad():
         chunks = hash_format.to_chunks(dense.numpy(), geometry)
         layer.memory.values.copy_(torch.from_numpy(chunks.reshape(-1, 256)))

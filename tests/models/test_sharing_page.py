@@ -26,7 +26,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
-    [program] = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    [program] = re.findall(r"```py\n(.*?)```", text, flags=re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(program, "docs/sharing.md", "exec"), {})
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}

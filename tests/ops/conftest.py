@@ -73,7 +73,7 @@ def random_weight(
 ) -> Weight:
     """Random payload; `odd` and `leveled` make the table so, as the encoder's tables are."""
     rng = np.random.default_rng([seed, rows, length, bits, states, group])
-    geometry = hyper_format.Geometry(bits, states, group, rows, length)
+    geometry = hyper_format.GroupLayout(bits, states, group, rows, length)
     table = rng.integers(-127, 128, 1 << states).astype(np.int8)
     if leveled:
         multiplier = 2 * int(rng.integers(1 << (states - 1))) + 1

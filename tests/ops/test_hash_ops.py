@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxcomp
 from onnxcomp.passes.codecs.hash import bodies as hash_bodies
 from onnxcomp.passes.codecs.hash import format as hash_format
-from onnxcomp.passes.codecs.hash.format import Geometry, Sharing
+from onnxcomp.passes.codecs.hash.format import ChunkLayout, Sharing
 from onnxcomp.passes.weight import DOMAIN
 
 Array = npt.NDArray[Any]
@@ -35,7 +35,7 @@ TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorPr
 class Case:
     """A random memory and map: any bits are a valid weight."""
 
-    geometry: Geometry
+    geometry: ChunkLayout
     sharing: Sharing
     memory: Array
     scale: Array
@@ -68,7 +68,7 @@ def make_case(
     seed: int = 0,
 ) -> Case:
     rng = np.random.default_rng([rows, length, chunk, slots, seed])
-    geometry = Geometry(rows, length, chunk)
+    geometry = ChunkLayout(rows, length, chunk)
     rotate, sign = hash_format.seeds(seed)
     sharing = Sharing(run or slots, rotate, sign if signed else None, base, stride)
     values = (

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import Builder, Codec, Payload, TensorLayout
 from onnxcomp.passes.ir.serializer import model_proto
 from onnxcomp.passes.weight import DOMAIN, Array, Kind, WeightSite
 
@@ -164,17 +164,14 @@ class HalfParams(Params):
     strength: int = 1
 
 
-class HalfCodec:
+class HalfCodec(Codec):
     """Stores half of a weight and doubles it again: exact, with operators of its own."""
 
-    name = "half"
-    summary = "half of the weight"
-    params_type: type[Params] = HalfParams
+    name: ClassVar[str] = "half"
+    summary: ClassVar[str] = "half of the weight"
+    params_type: ClassVar[type[Params]] = HalfParams
 
     def refuse(self, site: WeightSite) -> str | None:
-        return None
-
-    def check(self, params: Params) -> None:
         return None
 
     def candidates(self, site: WeightSite) -> Sequence[Params]:
@@ -185,9 +182,6 @@ class HalfCodec:
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
         return {"half.factor": np.array([2.0], np.float32)}
-
-    def size(self, site: WeightSite, params: Params) -> int:
-        return site.size * 4
 
     def predict(self, site: WeightSite, params: Params) -> float:
         return 0.0

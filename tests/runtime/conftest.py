@@ -59,7 +59,7 @@ def twins(save_model: SaveModel) -> tuple[Path, Path]:
     codes: dict[str, Array] = {}
     inputs: dict[str, list[str]] = {}
     for name, rows, length in (("table", 50, 64), ("head", 40, 64)):
-        geometry = hyper_format.Geometry(4, 7, 32, rows, length)
+        geometry = hyper_format.GroupLayout(4, 7, 32, rows, length)
         tensors = {
             f"{name}.codes": rng.integers(0, 256, geometry.codes_shape, dtype=np.uint8),
             f"{name}.scales": rng.uniform(0.01, 0.03, geometry.scales_shape).astype(np.float16),

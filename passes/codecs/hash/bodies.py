@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto
 
 from onnxcomp.passes.codecs.body import Body
-from onnxcomp.passes.codecs.hash.format import LANES, NODE_INPUTS, Geometry
+from onnxcomp.passes.codecs.hash.format import LANES, NODE_INPUTS, ChunkLayout
 from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload
 from onnxcomp.passes.weight import DOMAIN, Attribute, Kind, WeightSite
 
@@ -186,7 +186,7 @@ def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x:
     return builder.node("Cast", [result], {"to": _TENSOR_TYPES[site.dtype]})
 
 
-def load_memory(site: WeightSite, geometry: Geometry, kind: Kind) -> LoadMemory:
+def load_memory(site: WeightSite, geometry: ChunkLayout, kind: Kind) -> LoadMemory:
     """Memory to fold one operator's body: what stays until the pass is over, and what does not.
 
     Per tile the hash of its sign, per chunk the way to its slot, and per weight the gathered,

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs.abilities import SharedValues
 from onnxcomp.passes.codecs.hash import (
     format as hash_format,
 )
@@ -25,7 +24,7 @@ from onnxcomp.passes.codecs.hash import (
 from onnxcomp.passes.codecs.hash.format import (
     CHUNKS,
     TILE,
-    Geometry,
+    ChunkLayout,
     Sharing,
     expand,
     seeds,
@@ -33,8 +32,18 @@ from onnxcomp.passes.codecs.hash.format import (
 )
 from onnxcomp.passes.codecs.moments import ENOUGH, held_out_error, with_weight_error
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
-from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
+from onnxcomp.passes.codecs.protocol import (
+    Builder,
+    CalibratedEncoding,
+    Codec,
+    DenseFallback,
+    LoadMemory,
+    Payload,
+    SharedValues,
+    TensorLayout,
+    ValueSharing,
+)
+from onnxcomp.passes.weight import Array, Kind, Stats, WeightSite
 
 __all__ = ["HashCodec", "HashParams"]
 
@@ -94,8 +103,8 @@ _OFFERED = (
 )
 
 
-def _geometry(site: WeightSite, params: HashParams) -> Geometry:
-    return Geometry(site.rows, site.length, params.chunk)
+def _geometry(site: WeightSite, params: HashParams) -> ChunkLayout:
+    return ChunkLayout(site.rows, site.length, params.chunk)
 
 
 def _slots(site: WeightSite, params: HashParams) -> int:
@@ -154,7 +163,7 @@ def _raised(stats: Stats, weight: Array, ridge: float) -> tuple[Array, Array]:
     return stats.gram + added, cross + added
 
 
-class HashCodec:
+class HashCodec(Codec):
     """HashMatMul, HashGather, HashDecode and HashWeight of ops/hash/spec.md."""
 
     name: ClassVar[str] = "hash"
@@ -162,14 +171,21 @@ class HashCodec:
         "hashed sharing: weights are signed copies of a small memory; for models trained that way"
     )
     params_type: ClassVar[type[Params]] = HashParams
-    automatic: ClassVar[bool] = False
-    width: ClassVar[str | None] = None
-    anchored: ClassVar[Literal[True]] = True
-    rival: ClassVar[str] = "hyper"
 
-    def limit(self, params: Params) -> float:
-        """That of the settings."""
-        return HashParams.of(params).limit
+    @property
+    def calibration(self) -> CalibratedEncoding:
+        """For inputs with known moments: the memory is free."""
+        return CalibratedEncoding(self.encode_calibrated, anchored=True)
+
+    @property
+    def fallback(self) -> DenseFallback:
+        """Mostly worse than `hyper` where a model was not trained with sharing."""
+        return DenseFallback("hyper", lambda params: HashParams.of(params).limit)
+
+    @property
+    def sharing(self) -> ValueSharing:
+        """The entries of the memory."""
+        return ValueSharing(self.shared_values, self.with_values)
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -233,14 +249,6 @@ class HashCodec:
             shared["hash.codes.none"] = np.zeros((1, 1, 1), np.uint8)
         return shared
 
-    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """None beyond those of the uses."""
-        return {}
-
-    def size(self, site: WeightSite, params: Params) -> int:
-        """Bytes of memory, scale and codes, exactly."""
-        return sum(tensor.nbytes for tensor in self.layout(site, params).values())
-
     def predict(self, site: WeightSite, params: Params) -> float:
         """Error on normal weights: that of their mean over the uses of an entry.
 
@@ -275,10 +283,6 @@ class HashCodec:
         if p.map == "matched":
             return hash_projection.match(weight, geometry, sharing, slots)
         return hash_projection.mean(weight, geometry, sharing, slots), None
-
-    def calibrates(self, site: WeightSite, params: Params) -> bool:
-        """Always: the memory is free."""
-        return True
 
     def encode_calibrated(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
@@ -346,13 +350,13 @@ class HashCodec:
         memory, geometry, sharing = self._read(site, payload)
         return expand(memory, payload.tensors["scale"], geometry, sharing, _codes_of(payload))
 
-    def _read(self, site: WeightSite, payload: Payload) -> tuple[Array, Geometry, Sharing]:
+    def _read(self, site: WeightSite, payload: Payload) -> tuple[Array, ChunkLayout, Sharing]:
         """Memory, sizes and map of a payload."""
         memory = _memory_of(payload)
         keys = [key for key in payload.shared if key.startswith("hash.map.")]
         if len(keys) != 1 or memory.ndim != 2 or memory.shape[1] not in CHUNKS or not len(memory):
             raise ValueError(f"memory {memory.shape} and {len(keys)} maps do not fit")
-        geometry = Geometry(site.rows, site.length, memory.shape[1])
+        geometry = ChunkLayout(site.rows, site.length, memory.shape[1])
         return memory, geometry, Sharing.of(payload.shared[keys[0]])
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:

@@ -20,7 +20,7 @@ __all__ = [
     "LANES",
     "NODE_INPUTS",
     "TILE",
-    "Geometry",
+    "ChunkLayout",
     "Sharing",
     "chunk_signs",
     "expand",
@@ -93,7 +93,7 @@ def seeds(seed: int) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Geometry:
+class ChunkLayout:
     """Sizes of one weight in chunks.
 
     Attributes:
@@ -175,13 +175,15 @@ class Sharing:
         return cls(run, rotate, sign if signed else None, base, stride)
 
 
-def _first(geometry: Geometry, sharing: Sharing) -> Array:
+def _first(geometry: ChunkLayout, sharing: Sharing) -> Array:
     """Numbers of the chunks: int64 (tiles, Q)."""
     tiles = sharing.base + np.arange(geometry.tiles, dtype=np.int64)
     return tiles[:, None] * geometry.parts + np.arange(geometry.parts, dtype=np.int64)
 
 
-def places(geometry: Geometry, sharing: Sharing, slots: int, codes: Array | None = None) -> Array:
+def places(
+    geometry: ChunkLayout, sharing: Sharing, slots: int, codes: Array | None = None
+) -> Array:
     """Slot of every chunk: int64 (tiles, Q).
 
     Args:
@@ -197,7 +199,7 @@ def places(geometry: Geometry, sharing: Sharing, slots: int, codes: Array | None
     return np.asarray((offset + rotation + candidate * sharing.stride) % slots, np.int64)
 
 
-def chunk_signs(geometry: Geometry, sharing: Sharing, codes: Array | None = None) -> Array:
+def chunk_signs(geometry: ChunkLayout, sharing: Sharing, codes: Array | None = None) -> Array:
     """Sign of every chunk: float32 (tiles, Q), 1 or -1."""
     chunks = _first(geometry, sharing)
     negative = np.zeros(chunks.shape, np.int64)
@@ -210,7 +212,7 @@ def chunk_signs(geometry: Geometry, sharing: Sharing, codes: Array | None = None
     return np.asarray(1 - 2 * (negative % 2), np.float32)
 
 
-def to_chunks(weight: Array, geometry: Geometry) -> Array:
+def to_chunks(weight: Array, geometry: ChunkLayout) -> Array:
     """Lay a matrix ``(rows, length)`` out in chunks: (tiles, Q, chunk), padded with zeros.
 
     Inside a tile, 16 rows of one column are consecutive.
@@ -221,7 +223,7 @@ def to_chunks(weight: Array, geometry: Geometry) -> Array:
     return tiles.reshape(geometry.tiles, geometry.parts, geometry.chunk)
 
 
-def to_matrix(chunks: Array, geometry: Geometry) -> Array:
+def to_matrix(chunks: Array, geometry: ChunkLayout) -> Array:
     """Undo `to_chunks`: ``(rows, length)``."""
     tiles = chunks.reshape(geometry.panels, geometry.blocks, LANES, LANES).transpose(0, 3, 1, 2)
     padded = tiles.reshape(geometry.panels * LANES, geometry.blocks * LANES)
@@ -229,7 +231,7 @@ def to_matrix(chunks: Array, geometry: Geometry) -> Array:
 
 
 def expand(
-    memory: Array, scale: Array, geometry: Geometry, sharing: Sharing, codes: Array | None = None
+    memory: Array, scale: Array, geometry: ChunkLayout, sharing: Sharing, codes: Array | None = None
 ) -> Array:
     """The weight: float32 ``(rows, length)``. This is the definition of spec.md section 2.
 
@@ -246,7 +248,7 @@ def expand(
     return to_matrix(values, geometry) * np.float32(scale.reshape(()))
 
 
-def _partitions(geometry: Geometry, sharing: Sharing) -> tuple[Array, Array]:
+def _partitions(geometry: ChunkLayout, sharing: Sharing) -> tuple[Array, Array]:
     """Numbers of the weight's partitions as sums of two short lists: int64 (A, 1) and (1, B)."""
     first = sharing.base * geometry.parts // sharing.run
     last = ((sharing.base + geometry.tiles) * geometry.parts - 1) // sharing.run
@@ -256,13 +258,13 @@ def _partitions(geometry: Geometry, sharing: Sharing) -> tuple[Array, Array]:
     return heads[:, None], np.arange(width, dtype=np.int64)[None, :]
 
 
-def _ends(geometry: Geometry) -> tuple[int, int]:
+def _ends(geometry: ChunkLayout) -> tuple[int, int]:
     """Where the padded matrix is cut. An axis without padding has no end, so nothing copies it."""
     rows = _NO_END if geometry.rows % LANES == 0 else geometry.rows
     return rows, _NO_END if geometry.length % LANES == 0 else geometry.length
 
 
-def shared_tensors(geometry: Geometry, sharing: Sharing) -> Mapping[str, Array]:
+def shared_tensors(geometry: ChunkLayout, sharing: Sharing) -> Mapping[str, Array]:
     """Node inputs other than memory, scale and codes, by keys that determine their content."""
     heads, tails = _partitions(geometry, sharing)
     ends = _ends(geometry)

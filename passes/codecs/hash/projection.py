@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnxcomp.passes.codecs.hash.format import (
-    Geometry,
+    ChunkLayout,
     Sharing,
     chunk_signs,
     places,
@@ -32,12 +32,12 @@ _STEPS = 60
 _ENOUGH = 1e-4
 
 
-def _flat(weight: Array, geometry: Geometry) -> Array:
+def _flat(weight: Array, geometry: ChunkLayout) -> Array:
     """The weight in chunks ``(chunks, chunk)``, float64."""
     return to_chunks(np.asarray(weight, np.float64), geometry).reshape(-1, geometry.chunk)
 
 
-def _inside(geometry: Geometry) -> Array:
+def _inside(geometry: ChunkLayout) -> Array:
     """1 for elements of the weight and 0 for padding, as ``(chunks, chunk)``."""
     return _flat(np.ones((geometry.rows, geometry.length)), geometry)
 
@@ -50,7 +50,7 @@ def _scatter(values: Array, slots: Array, signs: Array, count: int) -> Array:
 
 
 def mean(
-    weight: Array, geometry: Geometry, sharing: Sharing, slots: int, codes: Array | None = None
+    weight: Array, geometry: ChunkLayout, sharing: Sharing, slots: int, codes: Array | None = None
 ) -> Array:
     """The memory with the least error of the weight: means over the uses of each entry.
 
@@ -71,7 +71,9 @@ def mean(
     return np.asarray(total / np.maximum(uses, 1.0))
 
 
-def match(weight: Array, geometry: Geometry, sharing: Sharing, slots: int) -> tuple[Array, Array]:
+def match(
+    weight: Array, geometry: ChunkLayout, sharing: Sharing, slots: int
+) -> tuple[Array, Array]:
     """Memory and codes: chunks choose among `CANDIDATES` slots with either sign, memory follows.
 
     Args:
@@ -129,7 +131,7 @@ def _choose(chunks: Array, memory: Array, first: Array, stride: int) -> Array:
 
 def least_squares(
     weight: Array,
-    geometry: Geometry,
+    geometry: ChunkLayout,
     sharing: Sharing,
     memory: Array,
     moments: Array,

@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto
 
 from onnxcomp.passes.codecs.body import Body
-from onnxcomp.passes.codecs.hyper.format import LANES, NODE_INPUTS, Geometry
+from onnxcomp.passes.codecs.hyper.format import LANES, NODE_INPUTS, GroupLayout
 from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload
 from onnxcomp.passes.weight import DOMAIN, Attribute, Kind, WeightSite
 
@@ -194,7 +194,7 @@ def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x:
     return builder.node("Cast", [result], {"to": _TENSOR_TYPES[site.dtype]})
 
 
-def load_bytes(site: WeightSite, geometry: Geometry, kind: Kind) -> int:
+def load_bytes(site: WeightSite, geometry: GroupLayout, kind: Kind) -> int:
     """Memory that folding one operator's body keeps until the session's folding pass is over.
 
     The sum of the results of all its nodes that depend on constants alone, and the codes; for
@@ -202,7 +202,7 @@ def load_bytes(site: WeightSite, geometry: Geometry, kind: Kind) -> int:
 
     Args:
         site: The weight.
-        geometry: Sizes of the weight as it is coded.
+        geometry: Sizes of the weight as it is stored.
         kind: Which operator; ``gather`` folds only what does not depend on the indices.
     """
     blocks = geometry.panels * geometry.groups * LANES
@@ -219,20 +219,20 @@ def load_bytes(site: WeightSite, geometry: Geometry, kind: Kind) -> int:
     return kept if kind == "matmul" else kept + _restoring_copies(site, geometry) * site.nbytes
 
 
-def _restoring_copies(site: WeightSite, geometry: Geometry) -> int:
+def _restoring_copies(site: WeightSite, geometry: GroupLayout) -> int:
     """How many nodes lie between the decoded matrix and the stored tensor."""
     cast = site.dtype != "float32"
     flat = (geometry.rows, geometry.length) != (site.rows, site.length)
     return cast + flat + site.transposed + (len(site.shape) != 2)
 
 
-def load_memory(site: WeightSite, geometry: Geometry, kind: Kind) -> LoadMemory:
+def load_memory(site: WeightSite, geometry: GroupLayout, kind: Kind) -> LoadMemory:
     """Memory to fold one operator's body: what stays until the pass is over, and what does not."""
     dense = geometry.nbytes if kind == "gather" else 4 * site.size
     return LoadMemory(load_bytes(site, geometry, kind), int(_FOLDING_COPIES * dense))
 
 
-def peak_load_bytes(operators: Iterable[tuple[WeightSite, Geometry, Kind]]) -> int:
+def peak_load_bytes(operators: Iterable[tuple[WeightSite, GroupLayout, Kind]]) -> int:
     """Memory that a session without the library needs, at its peak, to fold these operators.
 
     The results of all nodes stay until the folding pass is over; the node being folded needs more.

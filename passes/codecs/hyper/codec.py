@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -25,11 +25,19 @@ from onnxcomp.passes.codecs.hyper import (
     native,
 )
 from onnxcomp.passes.codecs.hyper.feedback import Coder
-from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.format import GroupLayout
 from onnxcomp.passes.codecs.hyper.tables import GROUP_GAIN, NORMAL_SQNR, WINDINGS
 from onnxcomp.passes.codecs.moments import anchored, damped, with_weight_error
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import (
+    Builder,
+    CalibratedEncoding,
+    Codec,
+    LoadMemory,
+    Payload,
+    Qualities,
+    TensorLayout,
+)
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = ["HyperCodec", "HyperParams"]
@@ -54,6 +62,12 @@ class HyperParams(Params):
     group: int = 128
 
 
+_QUALITIES = {
+    "fast": "state_bits=6: least time to encode, and on CPUs without AVX-512 to run",
+    "balanced": "state_bits=7, the default",
+    "best": "state_bits=12: 8 to 16 % less error power up to 4 bits; slow to encode",
+}
+
 # What a planner may choose from; seven state bits suffice up to five bits per weight. Groups other
 # than 128 are the small change with which a plan meets a size.
 _OFFERED = tuple(
@@ -63,7 +77,7 @@ _OFFERED = tuple(
 )
 
 
-def _views(site: WeightSite, params: HyperParams) -> list[Geometry]:
+def _views(site: WeightSite, params: HyperParams) -> list[GroupLayout]:
     """Ways to cut a weight into groups; among equally small ones the first is preferred.
 
     A weight that is only ever used dense may also be read flat, as rows of one group each: short
@@ -73,15 +87,15 @@ def _views(site: WeightSite, params: HyperParams) -> list[Geometry]:
     extents = [(g, site.rows, site.length) for g in groups]
     if not site.fusable:
         extents += [(g, site.size // g, g) for g in groups if site.size % g == 0]
-    return [Geometry(params.bits, params.state_bits, *extent) for extent in extents]
+    return [GroupLayout(params.bits, params.state_bits, *extent) for extent in extents]
 
 
-def _geometry(site: WeightSite, params: HyperParams) -> Geometry:
+def _geometry(site: WeightSite, params: HyperParams) -> GroupLayout:
     """The smallest view of the weight."""
     return min(_views(site, params), key=lambda view: view.nbytes)
 
 
-def _coded_geometry(payload: Payload, table: Array) -> Geometry:
+def _stored_geometry(payload: Payload, table: Array) -> GroupLayout:
     """The geometry of a payload, from its tensors and attributes, which may come from a file.
 
     Raises:
@@ -100,10 +114,10 @@ def _coded_geometry(payload: Payload, table: Array) -> Geometry:
         raise ValueError(f"extent {extent} is no pair")
     rows, length = (int(size) for size in extent)
     bits = codes.shape[2] * 32 // group
-    return Geometry(bits, len(table).bit_length() - 1, group, rows, length)
+    return GroupLayout(bits, len(table).bit_length() - 1, group, rows, length)
 
 
-def _coder(geometry: Geometry, threads: int) -> Coder:
+def _coder(geometry: GroupLayout, threads: int) -> Coder:
     return Coder(geometry.bits, geometry.state_bits, geometry.group, threads)
 
 
@@ -114,7 +128,7 @@ def _table_of(payload: Payload) -> Array:
     raise ValueError("there is no table")
 
 
-class HyperCodec:
+class HyperCodec(Codec):
     """HyperMatMul, HyperGather, HyperDecode and HyperWeight of ops/hyper/spec.md."""
 
     name: ClassVar[str] = "hyper"
@@ -124,12 +138,16 @@ class HyperCodec:
     params_type: ClassVar[type[Params]] = HyperParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
-    anchored: ClassVar[Literal[True]] = True
-    qualities: ClassVar[Mapping[str, str]] = {
-        "fast": "state_bits=6: least time to encode, and on CPUs without AVX-512 to run",
-        "balanced": "state_bits=7, the default",
-        "best": "state_bits=12: 8 to 16 % less error power up to 4 bits; slow to encode",
-    }
+
+    @property
+    def calibration(self) -> CalibratedEncoding:
+        """For inputs with known moments, towards the outputs of the dense model."""
+        return CalibratedEncoding(self.encode_calibrated, self.calibrates, anchored=True)
+
+    @property
+    def qualities(self) -> Qualities:
+        """Numbers of states."""
+        return Qualities(_QUALITIES, self.graded)
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -191,7 +209,7 @@ class HyperCodec:
         return hyper_format.shared_tensors(g.bits, g.state_bits, g.group, g.rows, g.length)
 
     def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """The group and the extent that is coded, which is another than the site's when flat."""
+        """The group and the extent that is stored, which is another than the site's when flat."""
         geometry = _geometry(site, HyperParams.of(params))
         return {"group": geometry.group, "extent": (geometry.rows, geometry.length)}
 
@@ -253,7 +271,7 @@ class HyperCodec:
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """Decode to ``(rows, length)`` float32; equal values with and without native code."""
         values = _table_of(payload)
-        geometry = _coded_geometry(payload, values)
+        geometry = _stored_geometry(payload, values)
         codes, scales = payload.tensors["codes"], payload.tensors["scales"]
         if native.available():
             weight = native.hyper_decode(codes, scales, values, geometry)
@@ -269,13 +287,13 @@ class HyperCodec:
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
     ) -> V:
-        """W -> Hyper...(codes, scales, ...), then Reshape where the weight is coded flat."""
+        """W -> Hyper...(codes, scales, ...), then Reshape where the weight is stored flat."""
         from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
 
-        geometry = _coded_geometry(payload, _table_of(payload))
-        coded = dataclasses.replace(site, rows=geometry.rows, length=geometry.length)
-        result = hyper_bodies.emit(builder, coded, payload, kind, x)
-        if (coded.rows, coded.length) == (site.rows, site.length):
+        geometry = _stored_geometry(payload, _table_of(payload))
+        stored = dataclasses.replace(site, rows=geometry.rows, length=geometry.length)
+        result = hyper_bodies.emit(builder, stored, payload, kind, x)
+        if (stored.rows, stored.length) == (site.rows, site.length):
             return result
         extent = np.array([site.rows, site.length], np.int64)
         shape = builder.constant(f"hyper.shape.{site.rows}x{site.length}", extent)

@@ -30,7 +30,7 @@ from onnxcomp.passes.codecs.hyper import (
 from onnxcomp.passes.codecs.hyper import (
     viterbi as hyper_viterbi,
 )
-from onnxcomp.passes.codecs.hyper.format import LANES, Geometry
+from onnxcomp.passes.codecs.hyper.format import LANES, GroupLayout
 from onnxcomp.passes.codecs.hyper.survivors import Prices
 from onnxcomp.passes.codecs.hyper.tables import spread, table
 from onnxcomp.passes.weight import Array
@@ -71,9 +71,9 @@ class Coder:
         """Values of the states."""
         return table(self.bits, self.state_bits)
 
-    def geometry(self, rows: int, length: int) -> Geometry:
+    def geometry(self, rows: int, length: int) -> GroupLayout:
         """Sizes of a matrix."""
-        return Geometry(self.bits, self.state_bits, self.group, rows, length)
+        return GroupLayout(self.bits, self.state_bits, self.group, rows, length)
 
     def encode(self, weight: Array) -> tuple[Array, Array]:
         """Codes and scales of ``(rows, length)`` float32; equal with and without native code."""

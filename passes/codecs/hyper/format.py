@@ -21,7 +21,7 @@ __all__ = [
     "NODE_INPUTS",
     "SCALE_UNIT",
     "STATE_BITS",
-    "Geometry",
+    "GroupLayout",
     "decode",
     "hadamard",
     "pack",
@@ -53,7 +53,7 @@ _CHUNK = 1 << 19
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Geometry:
+class GroupLayout:
     """Sizes that follow from the parameters and the extent of one weight.
 
     Attributes:
@@ -261,7 +261,7 @@ def _right() -> Array:
     return (hadamard(16) * _BENT * SCALE_UNIT)[None, :, None, :]
 
 
-def _ends(geometry: Geometry) -> tuple[int, int]:
+def _ends(geometry: GroupLayout) -> tuple[int, int]:
     """Where the padded matrix is cut. An axis without padding has no end, so nothing copies it."""
     sizes = (geometry.rows, geometry.length)
     padded = (geometry.panels * LANES, geometry.groups * geometry.group)
@@ -274,7 +274,7 @@ def shared_keys(bits: int, state_bits: int, group: int, rows: int, length: int) 
 
     Equal keys mean equal content, in any model.
     """
-    geometry = Geometry(bits, state_bits, group, rows, length)
+    geometry = GroupLayout(bits, state_bits, group, rows, length)
     ends = "x".join("all" if end == _NO_END else str(end) for end in _ends(geometry))
     return {
         "table": f"hyper.table.k{bits}.L{state_bits}",
@@ -291,7 +291,7 @@ def shared_tensors(
     bits: int, state_bits: int, group: int, rows: int, length: int
 ) -> Mapping[str, Array]:
     """Shared tensors of a weight by the keys of `shared_keys`, in the spec's order."""
-    geometry = Geometry(bits, state_bits, group, rows, length)
+    geometry = GroupLayout(bits, state_bits, group, rows, length)
     width = geometry.groups * group
     content = {
         "table": table(bits, state_bits),

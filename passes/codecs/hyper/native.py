@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxcomp.errors import CompressionError, RuntimeMissingError
-from onnxcomp.passes.codecs.hyper.format import LANES, Geometry
+from onnxcomp.passes.codecs.hyper.format import LANES, GroupLayout
 from onnxcomp.passes.codecs.hyper.survivors import Prices
 from onnxcomp.passes.codecs.hyper.viterbi import PASSES, out_of_range
 from onnxcomp.passes.weight import Array
@@ -127,7 +127,7 @@ def _check(status: int, what: str) -> None:
 
 def hyper_encode(
     weight: Array,
-    geometry: Geometry,
+    geometry: GroupLayout,
     table: Array,
     spread: float,
     *,
@@ -172,14 +172,14 @@ def hyper_encode(
     return codes, scales
 
 
-def _rows_at_once(geometry: Geometry) -> int:
+def _rows_at_once(geometry: GroupLayout) -> int:
     """Rows of one call, a multiple of the panel: rows are independent of each other."""
     weights = _STEPS_AT_ONCE >> geometry.state_bits
     return max(LANES, weights // max(1, geometry.length) // LANES * LANES)
 
 
 def hyper_decode(
-    codes: Array, scales: Array, table: Array, geometry: Geometry, *, threads: int = 1
+    codes: Array, scales: Array, table: Array, geometry: GroupLayout, *, threads: int = 1
 ) -> Array:
     """Decode with native code: float32 ``(rows, length)``, bit-equal to `hyper_format.decode`.
 

@@ -17,7 +17,7 @@ import dataclasses
 import numpy as np
 
 from onnxcomp.errors import ModelError
-from onnxcomp.passes.codecs.hyper.format import Geometry, pack, pack_scales, signs
+from onnxcomp.passes.codecs.hyper.format import GroupLayout, pack, pack_scales, signs
 from onnxcomp.passes.weight import Array
 
 __all__ = ["PASSES", "encode", "out_of_range"]
@@ -153,7 +153,7 @@ def _encode_blocks(x: Array, trellis: _Trellis, spread: float, passes: int) -> t
 
 
 def encode(
-    weight: Array, geometry: Geometry, table: Array, spread: float, *, passes: int = PASSES
+    weight: Array, geometry: GroupLayout, table: Array, spread: float, *, passes: int = PASSES
 ) -> tuple[Array, Array]:
     """Encode ``(rows, length)``.
 

@@ -13,16 +13,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import onnx
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.integer import grid as integer_grid
 from onnxcomp.passes.codecs.integer import nodes as integer_nodes
 from onnxcomp.passes.codecs.integer.grid import Integers
-from onnxcomp.passes.codecs.integer.nodes import Form
+from onnxcomp.passes.codecs.integer.nodes import BlockLayout
 from onnxcomp.passes.codecs.moments import damped, output_error, with_weight_error
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import (
+    Builder,
+    CalibratedEncoding,
+    Codec,
+    LoadMemory,
+    Payload,
+    TensorLayout,
+)
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = ["IntegerCodec", "IntegerParams"]
@@ -94,7 +100,7 @@ _OFFERED = tuple(IntegerParams(bits, block) for bits in (8, 4) for block in (32,
 _FINEST, _USUAL = IntegerParams(8, 16), IntegerParams(8, 128)
 
 
-def _forms(site: WeightSite, params: IntegerParams) -> list[Form]:
+def _forms(site: WeightSite, params: IntegerParams) -> list[BlockLayout]:
     """Ways to cut a weight into blocks; among equally small ones the first is preferred.
 
     A weight that is only ever used dense may also be read flat, as rows of one block each.
@@ -106,16 +112,16 @@ def _forms(site: WeightSite, params: IntegerParams) -> list[Form]:
     halves = params.bits == 8 and any(use.need == "matmul" for use in site.uses)
     scale = _SCALES[site.dtype]
     return [
-        Form(params.bits, size, rows, length, bool(params.zero_points), halves, scale)
+        BlockLayout(params.bits, size, rows, length, bool(params.zero_points), halves, scale)
         for size, rows, length in extents
     ]
 
 
-def _form(site: WeightSite, params: Params) -> Form:
+def _form(site: WeightSite, params: Params) -> BlockLayout:
     return min(_forms(site, IntegerParams.of(params)), key=lambda form: form.nbytes)
 
 
-def _measured(form: Form, weight: Array, stats: Stats | None) -> float:
+def _measured(form: BlockLayout, weight: Array, stats: Stats | None) -> float:
     """Relative error of some rows of a weight, or of their products."""
     matrix = np.asarray(weight, np.float32).reshape(form.rows, form.length)
     sample = matrix[:: max(1, matrix.size // _MEASURED)]
@@ -127,7 +133,7 @@ def _measured(form: Form, weight: Array, stats: Stats | None) -> float:
     return math.sqrt(noise / power) if power > 0.0 else 0.0
 
 
-class IntegerCodec:
+class IntegerCodec(Codec):
     """MatMulNBits (domain com.microsoft) and standard operators."""
 
     name: ClassVar[str] = "int"
@@ -137,6 +143,11 @@ class IntegerCodec:
     params_type: ClassVar[type[Params]] = IntegerParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
+
+    @property
+    def calibration(self) -> CalibratedEncoding:
+        """GPTQ, for inputs with known moments."""
+        return CalibratedEncoding(self.encode_calibrated, self.calibrates)
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -185,7 +196,7 @@ class IntegerCodec:
         return _form(site, params).shared()
 
     def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """The block and the extent that is coded, which is another than the site's when flat."""
+        """The block and the extent that is stored, which is another than the site's when flat."""
         form = _form(site, params)
         return {"bits": form.bits, "block": form.block, "extent": (form.rows, form.length)}
 
@@ -239,7 +250,7 @@ class IntegerCodec:
 
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """Decode to ``(rows, length)`` float32."""
-        form = Form.of(payload)
+        form = BlockLayout.of(payload)
         return form.unpack(payload).decode(form.length).reshape(site.rows, site.length)
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:
@@ -258,7 +269,3 @@ class IntegerCodec:
             return LoadMemory(0, 0)
         form = _form(site, params)
         return LoadMemory(form.folding_bytes, 0)
-
-    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
-        """None: the operators are those of ONNX and of ONNX Runtime."""
-        return ()

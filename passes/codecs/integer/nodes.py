@@ -14,7 +14,7 @@ from onnxcomp.passes.codecs.integer.grid import Grid, Integers, nibbles, unpacke
 from onnxcomp.passes.codecs.protocol import Builder, Payload
 from onnxcomp.passes.weight import Array, Attribute, Kind, WeightSite
 
-__all__ = ["Form", "emit"]
+__all__ = ["BlockLayout", "emit"]
 
 V = TypeVar("V")
 
@@ -37,7 +37,7 @@ _DEQUANTIZE_AXIS, _SLICE_INPUTS = 13, 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Form:
+class BlockLayout:
     """How one weight is stored.
 
     Attributes:
@@ -59,7 +59,7 @@ class Form:
     scale_type: np.dtype[Any]
 
     @classmethod
-    def of(cls, payload: Payload) -> Form:
+    def of(cls, payload: Payload) -> BlockLayout:
         """The form of a payload, from its tensors and attributes, which may come from a file.
 
         Raises:
@@ -191,7 +191,7 @@ class _Nodes:
         self._builder: Builder[Any] = builder
         self._site = site
         self._payload = payload
-        self._form = Form.of(payload)
+        self._form = BlockLayout.of(payload)
 
     def _node(self, op_type: str, *inputs: Any, **attributes: Attribute) -> Any:
         return self._builder.node(op_type, inputs, attributes)

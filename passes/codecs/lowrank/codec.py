@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
-import onnx
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.lowrank import factors as lowrank_factors
@@ -20,8 +19,15 @@ from onnxcomp.passes.codecs.lowrank.factors import Factors
 from onnxcomp.passes.codecs.lowrank.ranks import GOALS, rank_for
 from onnxcomp.passes.codecs.moments import damped, with_weight_error
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
-from onnxcomp.passes.weight import DTYPES, Array, Attribute, Kind, Stats, WeightSite
+from onnxcomp.passes.codecs.protocol import (
+    Builder,
+    CalibratedEncoding,
+    Codec,
+    Payload,
+    RankGoals,
+    TensorLayout,
+)
+from onnxcomp.passes.weight import DTYPES, Array, Kind, Stats, WeightSite
 
 __all__ = [
     "ANCHORING",
@@ -73,7 +79,7 @@ def offered_ranks(rows: int, length: int) -> list[int]:
     return sorted(chosen, reverse=True)
 
 
-class LowRankCodec:
+class LowRankCodec(Codec):
     """Two factors in the dtype of the site.
 
     A weight with products is stored as ``down (length, rank)`` and ``up (rank, rows)``, ready to be
@@ -87,9 +93,16 @@ class LowRankCodec:
     params_type: ClassVar[type[Params]] = LowRankParams
     # Plans look at every weight's singular values: that is done where it is asked for.
     automatic: ClassVar[bool] = False
-    width: ClassVar[str | None] = None
-    anchored: ClassVar[Literal[True]] = True
-    goals: ClassVar[Mapping[str, str]] = GOALS
+
+    @property
+    def calibration(self) -> CalibratedEncoding:
+        """For inputs with known moments, towards the outputs of the dense model."""
+        return CalibratedEncoding(self.encode_calibrated, anchored=True)
+
+    @property
+    def ranks(self) -> RankGoals:
+        """The goals of all low-rank codecs."""
+        return RankGoals(GOALS, self.energies, self.rank_for)
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no rank of this codec suits the site; None when one does."""
@@ -125,14 +138,6 @@ class LowRankCodec:
         else:
             shapes = {"left": (site.rows, rank), "right": (rank, site.length)}
         return {key: TensorLayout(shape, dtype) for key, shape in shapes.items()}
-
-    def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
-        """Nothing."""
-        return {}
-
-    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """None."""
-        return {}
 
     def size(self, site: WeightSite, params: Params) -> int:
         """Bytes of both factors."""
@@ -179,10 +184,6 @@ class LowRankCodec:
         """
         rank = _checked(site, params)
         return _stored(site, lowrank_factors.factorize(weight, rank))
-
-    def calibrates(self, site: WeightSite, params: Params) -> bool:
-        """Always."""
-        return True
 
     def encode_calibrated(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
@@ -238,14 +239,6 @@ class LowRankCodec:
             assert x is not None
             left = builder.node("Gather", [left, x], {"axis": 0})
         return builder.node("MatMul", [left, right])
-
-    def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
-        """Nothing for products and look-ups; the dense weight is multiplied out."""
-        return LoadMemory(0 if kind in ("matmul", "gather") else site.nbytes, 0)
-
-    def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
-        """None are needed."""
-        return ()
 
 
 def _multiplied(site: WeightSite) -> bool:

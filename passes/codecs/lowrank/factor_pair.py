@@ -1,6 +1,6 @@
 """Low-rank factors that are stored by another codec: rank times bits.
 
-The weight becomes ``left right``, both coded. The second factor is fitted to what the first one
+The weight becomes ``left right``, both encoded. The second factor is fitted to what the first one
 gives after coding, so that only what lies outside its rows is lost twice.
 """
 
@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import onnx
@@ -23,10 +23,11 @@ from onnxcomp.passes.codecs.moments import damped
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import (
     Builder,
-    CalibratedCodec,
+    CalibratedEncoding,
     Codec,
     LoadMemory,
     Payload,
+    RankGoals,
     TensorLayout,
 )
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, Use, WeightSite
@@ -101,24 +102,35 @@ def _rank_of(payload: Payload) -> int:
     return int(extent[0])
 
 
-class InnerCodec(CalibratedCodec, Codec, Protocol):
-    """What stores the factors."""
+class InnerCodec(Codec, Protocol):
+    """What stores the factors: a codec that can encode them for their inputs."""
+
+    @abc.abstractmethod
+    def encode_calibrated(
+        self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
+    ) -> Payload:
+        """`encode` for inputs with the second moments of `stats`."""
 
 
-class FactorPairCodec(abc.ABC):
+class FactorPairCodec(Codec):
     """Two products with the operators of an inner codec, and the tensors of both factors.
 
     Attributes:
         inner: How a factor is stored.
     """
 
-    name: ClassVar[str]
-    params_type: ClassVar[type[Params]]
-    automatic: ClassVar[bool] = False
-    width: ClassVar[str | None] = None
-    anchored: ClassVar[Literal[True]] = True
-    goals: ClassVar[Mapping[str, str]] = GOALS
+    composite: ClassVar[bool] = True
     inner: ClassVar[InnerCodec]
+
+    @property
+    def calibration(self) -> CalibratedEncoding:
+        """For inputs with known moments, towards the outputs of the dense model."""
+        return CalibratedEncoding(self.encode_calibrated, anchored=True)
+
+    @property
+    def ranks(self) -> RankGoals:
+        """The goals of all low-rank codecs."""
+        return RankGoals(GOALS, self.energies, self.rank_for)
 
     @abc.abstractmethod
     def coding(self, params: Params) -> Params:
@@ -265,10 +277,6 @@ class FactorPairCodec(abc.ABC):
 
         return self._encoded(site, weight, params, None, code)
 
-    def calibrates(self, site: WeightSite, params: Params) -> bool:
-        """Always."""
-        return True
-
     def encode_calibrated(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
     ) -> Payload:
@@ -310,9 +318,9 @@ class FactorPairCodec(abc.ABC):
         factors = lowrank_factors.factorize(target, rank, moments)
         (_, first), (_, second) = self._sites(site, params)
         right = code(first, factors.right.astype(np.float32), moments)
-        coded = self.inner.decode(first, right).astype(np.float64)
-        weighted = coded if moments is None else coded @ moments
-        inner = weighted @ coded.T
+        decoded = self.inner.decode(first, right).astype(np.float64)
+        weighted = decoded if moments is None else decoded @ moments
+        inner = weighted @ decoded.T
         inner += np.eye(len(inner)) * max(_RIDGE * float(np.trace(inner)) / len(inner), 1e-30)
         fitted = np.linalg.solve(inner, weighted @ target.T.astype(np.float64)).T
         left = code(second, np.ascontiguousarray(fitted, np.float32), inner)

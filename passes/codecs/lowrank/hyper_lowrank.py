@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -23,7 +23,14 @@ from onnxcomp.passes.codecs.lowrank.lowrank_hyper import (
 )
 from onnxcomp.passes.codecs.moments import damped
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import (
+    Builder,
+    CalibratedEncoding,
+    Codec,
+    LoadMemory,
+    Payload,
+    TensorLayout,
+)
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = ["HyperLowRankCodec", "HyperLowRankParams"]
@@ -75,15 +82,18 @@ def _factors_of(payload: Payload) -> Payload:
     return Payload(own, payload.shared, payload.attributes)
 
 
-class HyperLowRankCodec:
+class HyperLowRankCodec(Codec):
     """HyperMatMul, and two thin ones added to it."""
 
     name: ClassVar[str] = "hyper+lowrank"
     summary: ClassVar[str] = "codes of 1 to 6 bits and a low-rank repair of their error"
     params_type: ClassVar[type[Params]] = HyperLowRankParams
-    automatic: ClassVar[bool] = False
-    width: ClassVar[str | None] = None
-    anchored: ClassVar[Literal[True]] = True
+    composite: ClassVar[bool] = True
+
+    @property
+    def calibration(self) -> CalibratedEncoding:
+        """For inputs with known moments, towards the outputs of the dense model."""
+        return CalibratedEncoding(self.encode_calibrated, anchored=True)
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why no setting of this codec suits the site; None when one does."""
@@ -155,10 +165,6 @@ class HyperLowRankCodec:
         error = weight - _HYPER.decode(_whole(site), base)
         repair = _REPAIR.encode(site, error, _repair(params), threads=threads)
         return self._joined(site, params, base, repair)
-
-    def calibrates(self, site: WeightSite, params: Params) -> bool:
-        """Always."""
-        return True
 
     def encode_calibrated(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1

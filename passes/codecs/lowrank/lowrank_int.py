@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from onnxcomp.passes.codecs.integer.codec import IntegerCodec, IntegerParams
-from onnxcomp.passes.codecs.integer.nodes import Form
+from onnxcomp.passes.codecs.integer.nodes import BlockLayout
 from onnxcomp.passes.codecs.lowrank.factor_pair import FactorPairCodec, InnerCodec
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Payload
@@ -73,5 +73,5 @@ class LowRankIntCodec(FactorPairCodec):
         if "precision" in payload.attributes:
             attributes["precision"] = payload.attributes["precision"]
         found = Payload(tensors, {}, attributes)
-        shared = {key: payload.shared[key] for key in Form.of(found).shared()}
+        shared = {key: payload.shared[key] for key in BlockLayout.of(found).shared()}
         return dataclasses.replace(found, shared=shared)

@@ -18,10 +18,10 @@ import onnx
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.codecs.winding import format as winding_format
-from onnxcomp.passes.codecs.winding.format import GRIDS, Trajectory, WindingGeometry, trajectory
-from onnxcomp.passes.weight import Array, Attribute, Kind, WeightSite
+from onnxcomp.passes.codecs.winding.format import GRIDS, PairLayout, Trajectory, trajectory
+from onnxcomp.passes.weight import Array, Kind, WeightSite
 
 __all__ = ["WindingCodec", "WindingParams", "best_side"]
 
@@ -80,9 +80,9 @@ def _pair_bits(params: WindingParams) -> int:
     return int((params.points + 1) * (params.classes + 1) - 1).bit_length()
 
 
-def _geometry(site: WeightSite, params: WindingParams) -> WindingGeometry:
+def _geometry(site: WeightSite, params: WindingParams) -> PairLayout:
     extent = (site.rows, site.length)
-    return WindingGeometry(_pair_bits(params), params.classes, params.group, *extent)
+    return PairLayout(_pair_bits(params), params.classes, params.group, *extent)
 
 
 def _path(params: WindingParams) -> Trajectory:
@@ -111,7 +111,7 @@ def _usual_error(params: WindingParams) -> float:
     return float(np.linalg.norm(error) / np.linalg.norm(weight))
 
 
-def _grouped(weight: Array, geometry: WindingGeometry, fill: float) -> Array:
+def _grouped(weight: Array, geometry: PairLayout, fill: float) -> Array:
     """All weights in a row, padded to whole blocks: float32 ``(G, n * 8, 2)``."""
     size = geometry.groups * geometry.blocks * winding_format.OCTET * 2
     flat = np.full(size, fill, np.float32)
@@ -133,7 +133,7 @@ def _group_scales(pairs: Array) -> Array:
     return np.asarray(scales.reshape(-1, 1, 1))
 
 
-class WindingCodec:
+class WindingCodec(Codec):
     """WindingDecode and WindingWeight of ops/winding/spec.md."""
 
     name: ClassVar[str] = "winding"
@@ -141,7 +141,6 @@ class WindingCodec:
         "Hyper-Compression as published, to compare with: pairs of weights as steps of a trajectory"
     )
     params_type: ClassVar[type[Params]] = WindingParams
-    automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = "bits"
 
     def refuse(self, site: WeightSite) -> str | None:
@@ -199,10 +198,6 @@ class WindingCodec:
         geometry = _geometry(site, winding)
         return winding_format.shared_tensors(_path(winding), winding.grid, geometry)
 
-    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
-        """None: everything is in the tensors."""
-        return {}
-
     def size(self, site: WeightSite, params: Params) -> int:
         """Bytes of codes, scales, centre and spans, exactly."""
         return _geometry(site, WindingParams.of(params)).nbytes
@@ -250,7 +245,7 @@ class WindingCodec:
         return Payload(tensors, self.shared(site, params), self.attributes(site, params))
 
     @staticmethod
-    def _framed(weight: Array, geometry: WindingGeometry) -> tuple[Array, Array, Array]:
+    def _framed(weight: Array, geometry: PairLayout) -> tuple[Array, Array, Array]:
         """Pairs in units of their scales, the scales, and the centre."""
         if geometry.group:
             pairs = _grouped(weight, geometry, 0.0)
@@ -272,10 +267,6 @@ class WindingCodec:
         first, second = (int(step) for step in shared["generator"])
         path = Trajectory(points - 1, (first, second), order)
         return winding_format.decode(payload.tensors, path, (site.rows, site.length))
-
-    def kinds(self, site: WeightSite) -> frozenset[Kind]:
-        """The dense weight, folded or decoded."""
-        return frozenset({"weight", "decode"})
 
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None

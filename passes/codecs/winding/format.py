@@ -20,8 +20,8 @@ __all__ = [
     "GRIDS",
     "NODE_INPUTS",
     "OCTET",
+    "PairLayout",
     "Trajectory",
-    "WindingGeometry",
     "decode",
     "pack",
     "positions",
@@ -100,7 +100,7 @@ def trajectory(grid: str, points: int) -> Trajectory:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class WindingGeometry:
+class PairLayout:
     """Sizes that follow from the parameters and the extent of one weight.
 
     Attributes:
@@ -226,7 +226,7 @@ def _window(pair_bits: int) -> Array:
     return result
 
 
-def shared_keys(path: Trajectory, grid: str, geometry: WindingGeometry) -> dict[str, str]:
+def shared_keys(path: Trajectory, grid: str, geometry: PairLayout) -> dict[str, str]:
     """Key in ``payload.shared`` of every shared node input, by input name in the spec's order."""
     extent = f"{geometry.rows}x{geometry.length}"
     return {
@@ -238,7 +238,7 @@ def shared_keys(path: Trajectory, grid: str, geometry: WindingGeometry) -> dict[
     }
 
 
-def shared_tensors(path: Trajectory, grid: str, geometry: WindingGeometry) -> dict[str, Array]:
+def shared_tensors(path: Trajectory, grid: str, geometry: PairLayout) -> dict[str, Array]:
     """Shared tensors of a weight by the keys of `shared_keys`, in the spec's order."""
     sizes = (1 << geometry.pair_bits, path.points + 1, path.order)
     content = {

@@ -18,8 +18,9 @@ from onnxcomp.passes.calibration.segmented_run import read_values
 from onnxcomp.passes.ir.traversal import is_default_domain, subgraphs
 from onnxcomp.passes.transforms.prune import rules, rules_attention, rules_shape
 from onnxcomp.passes.transforms.prune.atoms import Block, Relations
-from onnxcomp.passes.transforms.prune.probe import Probe, probe
-from onnxcomp.passes.transforms.prune.walk import Meeting, Member, Patch, Walk
+from onnxcomp.passes.transforms.prune.observed_shapes import ObservedShapes, observe_shapes
+from onnxcomp.passes.transforms.prune.patch import Patch
+from onnxcomp.passes.transforms.prune.walk import Member, QkProduct, Walk
 from onnxcomp.runtime.evaluate import Feed
 
 __all__ = ["Analysis", "analyse"]
@@ -103,18 +104,18 @@ class Analysis:
         labels: Blocks of atoms by value.
         moved: Blocks of values between an initializer and the node that binds it.
         patches: What to write anew when atoms go.
-        meetings: Products of two activations that sum over atoms.
+        qk_products: Products of two activations that sum over atoms.
         stuck: Why weights that make channels have no atoms, by name.
     """
 
     model: ir.Model
-    seen: Probe
+    seen: ObservedShapes
     relations: Relations
     members: tuple[Member, ...]
     labels: Mapping[ir.Value, tuple[Block, ...]]
     moved: tuple[tuple[ir.Value, Block], ...]
     patches: tuple[Patch, ...]
-    meetings: tuple[Meeting, ...]
+    qk_products: tuple[QkProduct, ...]
     stuck: Mapping[str, str]
 
     def classes(self, atoms: np.ndarray) -> np.ndarray:
@@ -136,7 +137,7 @@ def analyse(
     Raises:
         ModelError: ONNX Runtime cannot run the model on the inputs.
     """
-    seen = probe(model, feeds)
+    seen = observe_shapes(model, feeds)
     walk = Walk(model, seen, freeze_inputs=freeze_inputs, caches=caches)
     for node in model.graph:
         _visit(walk, node)
@@ -150,7 +151,7 @@ def analyse(
         walk.labels,
         tuple(walk.moved),
         tuple(walk.patches),
-        tuple(walk.meetings),
+        tuple(walk.qk_products),
         walk.stuck,
     )
 

@@ -24,11 +24,12 @@ from onnxcomp.passes.transforms.prune.select import (
     floor_of,
     greedy,
     merge,
+    removed,
     step_size,
 )
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Numerical", "by_obs", "by_rank", "removed"]
+__all__ = ["Numerical", "by_obs", "by_rank"]
 
 # Where losses are measured on the way of a sequence of steps.
 _PLACES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
@@ -273,8 +274,3 @@ def _keys(ranked: _Ranked, uniform: bool, score: PruneScore) -> Iterator[float]:
     if score == "flap":
         own = (own - own.mean()) / max(float(own.std()), 1e-30)
     yield from own.tolist()
-
-
-def removed(steps: Sequence[Step]) -> frozenset[int]:
-    """All classes that steps take."""
-    return frozenset(own for step in steps for own in step.classes)

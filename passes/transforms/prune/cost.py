@@ -9,12 +9,13 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.prune_report import Cost
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.groups import Groups
-from onnxcomp.passes.transforms.prune.probe import Probe
+from onnxcomp.passes.transforms.prune.observed_shapes import ObservedShapes
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Cost", "Ledger", "measure"]
+__all__ = ["Ledger", "measure"]
 
 # Operators of attention on queries, keys and values, and where each reads a cache of keys.
 _ATTENTION = {"MultiHeadAttention": 6, "Attention": 4, "GroupQueryAttention": 3}
@@ -22,27 +23,7 @@ _ATTENTION = {"MultiHeadAttention": 6, "Attention": 4, "GroupQueryAttention": 3}
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "FusedConv", "Attention")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cost:
-    """What a model takes.
-
-    Attributes:
-        parameters: Elements of floating-point initializers.
-        flops: Floating-point operations of products, two for each multiplication, on the inputs
-            the sizes were learnt from.
-        cache_bytes: Bytes of cache inputs for each position and sample; 0 without caches.
-    """
-
-    parameters: int
-    flops: int
-    cache_bytes: int
-
-    def to_json(self) -> dict[str, int]:
-        """The numbers by name."""
-        return dataclasses.asdict(self)
-
-
-def measure(model: ir.Model, seen: Probe) -> Cost:
+def measure(model: ir.Model, seen: ObservedShapes) -> Cost:
     """Parameters, FLOPs and cache bytes of a model with known sizes."""
     floats = [
         value.const_value.size
@@ -53,11 +34,11 @@ def measure(model: ir.Model, seen: Probe) -> Cost:
     return Cost(int(sum(floats)), flops, _cache_bytes(model))
 
 
-def _shape(seen: Probe, value: ir.Value | None) -> tuple[int, ...]:
+def _shape(seen: ObservedShapes, value: ir.Value | None) -> tuple[int, ...]:
     return seen.shapes.get((value.name or "") if value is not None else "", ())
 
 
-def _flops(node: ir.Node, seen: Probe) -> int:
+def _flops(node: ir.Node, seen: ObservedShapes) -> int:
     """Operations of a product; attention operators count their two products of activations."""
     out, left = _shape(seen, node.outputs[0]), _shape(seen, node.inputs[0] if node.inputs else None)
     right = _shape(seen, node.inputs[1] if len(node.inputs) > 1 else None)
@@ -79,7 +60,7 @@ def _flops(node: ir.Node, seen: Probe) -> int:
     return 0
 
 
-def _past(node: ir.Node, seen: Probe) -> int:
+def _past(node: ir.Node, seen: ObservedShapes) -> int:
     """Steps in the cache of keys that an attention operator reads."""
     index = _ATTENTION[node.op_type]
     past = _shape(seen, node.inputs[index] if len(node.inputs) > index else None)

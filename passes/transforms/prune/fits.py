@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.prune_report import FitReport
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.compensate import best_fit
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.norms import Norm, best_statistics, find_norms
-from onnxcomp.passes.transforms.prune.observe import Walk
-from onnxcomp.passes.transforms.prune.report import FitReport
+from onnxcomp.passes.transforms.prune.observe import Collector
 from onnxcomp.passes.weight import Array, Feed
 
 __all__ = ["make_up"]
@@ -44,7 +44,7 @@ def make_up(
         What became of products, and of normalisations.
     """
     losing = [consumer for consumer in consumers if len(consumer.columns(gone))]
-    walk = Walk(analysis, [*losing, *find_norms(analysis, gone)], gone, feeds, folder)
+    walk = Collector(analysis, [*losing, *find_norms(analysis, gone)], gone, feeds, folder)
     new = _Initializers(walk)
     fits, norms = [], []
     for item in walk.items:
@@ -59,7 +59,7 @@ def make_up(
 class _Initializers:
     """Initializers as they become; the model keeps its own until the walk is over."""
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: Collector) -> None:
         self._walk = walk
         self._arrays: dict[ir.Value, Array] = {}
 
@@ -82,7 +82,7 @@ class _Initializers:
 
 
 def _fit(
-    consumer: Consumer, walk: Walk, new: _Initializers, gone: Array, *, biases_only: bool
+    consumer: Consumer, walk: Collector, new: _Initializers, gone: Array, *, biases_only: bool
 ) -> FitReport:
     seen, held = walk.observe(consumer)
     assert consumer.weight.const_value is not None
@@ -99,7 +99,7 @@ def _fit(
 
 
 def _follow(
-    norm: Norm, walk: Walk, new: _Initializers, gone: Array, *, biases_only: bool
+    norm: Norm, walk: Collector, new: _Initializers, gone: Array, *, biases_only: bool
 ) -> FitReport:
     seen, held = walk.channels(norm)
     found, before, after, used = best_statistics(norm, seen, held, gone, means_only=biases_only)

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import dataclasses
+from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
-from onnxcomp.passes.transforms.prune.pruning import PruneOptions, prune
-from onnxcomp.passes.transforms.prune.report import PruneReport
+from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
+from onnxcomp.passes.transforms.prune.options import PruneOptions
+from onnxcomp.passes.transforms.prune.pruning import prune
 
-if TYPE_CHECKING:
-    from onnxcomp.passes.transforms.pass_manager import Context
-
-__all__ = ["Prune"]
+__all__ = ["Prune", "PruneChange"]
 
 
-class Prune:
+@dataclasses.dataclass(frozen=True, slots=True)
+class PruneChange(Change):
+    """What pruning changed.
+
+    Attributes:
+        report: Groups, fits and costs.
+    """
+
+    report: PruneReport = dataclasses.field(kw_only=True)
+
+
+class Prune(GraphPass):
     """Take out channels, neurons and heads, and fit what stays to the calibration data."""
 
     name: ClassVar[str] = "prune"
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
-    subgraphs: ClassVar[bool] = False
-    functions: ClassVar[bool] = False
 
     def wanted(self, settings: Settings) -> bool:
         """Where a ratio or a target for FLOPs is given."""
         return settings.prune_ratio is not None or settings.target_flops is not None
 
-    def run(self, model: ir.Model, context: Context) -> Change:
+    def run(self, model: ir.Model, context: Context) -> PruneChange:
         """``W1 (n, k), W2 (m, n) -> W1[K], W2'[:, K]``: see `pruning`."""
         settings = context.settings
         options = PruneOptions(
@@ -42,8 +51,7 @@ class Prune:
             exclude=settings.exclude,
         )
         report = prune(model, options, feeds=context.feeds() or ())
-        context.facts[self.name] = report.to_json()
-        return Change(len(report.groups), tuple(_notes(report)))
+        return PruneChange(len(report.groups), tuple(_notes(report)), report=report)
 
 
 def _notes(report: PruneReport) -> list[str]:

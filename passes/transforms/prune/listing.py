@@ -7,11 +7,8 @@ from typing import Any
 
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.transforms.canonicalize import canonicalize
-from onnxcomp.passes.transforms.prune.axes import analyse
 from onnxcomp.passes.transforms.prune.cost import Ledger, measure
-from onnxcomp.passes.transforms.prune.feeds import probe_feeds
-from onnxcomp.passes.transforms.prune.groups import find_groups
-from onnxcomp.passes.transforms.prune.prepare import prepare
+from onnxcomp.passes.transforms.prune.examine import examine
 
 __all__ = ["list_groups"]
 
@@ -27,9 +24,8 @@ def list_groups(path: Path) -> dict[str, Any]:
     """
     model = load(path)
     canonicalize(model)
-    prepare(model)
-    analysis = analyse(model, probe_feeds(model))
-    groups = find_groups(analysis)
+    examined = examine(model)
+    analysis, groups = examined.analysis, examined.groups
     ledger = Ledger(analysis, groups)
     found = [
         {

@@ -10,9 +10,9 @@ from typing import TypeVar
 import numpy as np
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.calibration.notices import warn_of_few_vectors
 from onnxcomp.passes.calibration.segmented_run import Chain
 from onnxcomp.passes.calibration.statistics import HELD_OUT
-from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.compensate import ANCHORED, Sums, temper, tempered
 from onnxcomp.passes.transforms.prune.consumers import Consumer
@@ -20,7 +20,7 @@ from onnxcomp.passes.transforms.prune.norms import ChannelSums, Norm
 from onnxcomp.passes.transforms.prune.qk_products import silenced
 from onnxcomp.passes.weight import Array, Feed
 
-__all__ = ["Walk", "moments"]
+__all__ = ["Collector", "moments"]
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +64,8 @@ def moments(
                 part.add(x[own], None)
             seen.power += _power(consumer, values, x.astype(np.float32) @ weight.T + bias)
         _check(consumer, seen, held)
-        if seen.count + held.count < ENOUGH * weight.shape[1]:
-            log.warning(
-                "%s: %d input vectors for %d columns; %d or more are needed for good fits",
-                consumer.name, seen.count + held.count, weight.shape[1], ENOUGH * weight.shape[1],
-            )  # fmt: skip
+        vectors = seen.count + held.count
+        warn_of_few_vectors(consumer.name, vectors, weight.shape[1], "good fits")
         yield consumer, _together(weight, seen, held)
 
 
@@ -108,7 +105,7 @@ def _dense(consumer: Consumer) -> tuple[Array, Array]:
     return weight, np.zeros(len(weight), np.float32)
 
 
-class Walk:
+class Collector:
     """The model on its way to less: each product is seen behind the ones already fitted.
 
     Args:

@@ -23,10 +23,10 @@ from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.cost import Ledger
 from onnxcomp.passes.transforms.prune.groups import Group
 from onnxcomp.passes.transforms.prune.select import Step, floor_of, step_size
-from onnxcomp.passes.transforms.prune.walk import CONSUMED, Meeting
+from onnxcomp.passes.transforms.prune.walk import CONSUMED, QkProduct
 from onnxcomp.passes.weight import Array, Feed
 
-__all__ = ["meeting_steps", "silenced"]
+__all__ = ["qk_steps", "silenced"]
 
 # Inputs that moments are taken from, and those that a measurement runs on.
 _FEEDS, _PROBES = 16, 4
@@ -41,7 +41,7 @@ class _Pair:
 
     Attributes:
         group: Their candidates.
-        meeting: Where they are multiplied.
+        product: Where they are multiplied.
         behind: The product that reads what attention makes.
         matrix: Change of the scores, float64 ``(candidates, candidates)``: its sum over a set of
             candidates is the mean square for that set.
@@ -49,7 +49,7 @@ class _Pair:
     """
 
     group: Group
-    meeting: Meeting
+    product: QkProduct
     behind: Consumer
     matrix: Array
     factor: float = 0.0
@@ -76,7 +76,7 @@ class _Pair:
         return frozenset(own for number in chosen for own in every[number])
 
 
-def meeting_steps(
+def qk_steps(
     analysis: Analysis,
     groups: Sequence[Group],
     consumers: Sequence[Consumer],
@@ -123,7 +123,7 @@ def _pairs(
     for group in groups:
         every = [candidate for slot in group.slots for candidate in slot]
         own = frozenset().union(*every)
-        found = [m for m in analysis.meetings if own & set(analysis.classes(m.atoms).ravel())]
+        found = [m for m in analysis.qk_products if own & set(analysis.classes(m.atoms).ravel())]
         if group.kind != "inner" or own & read or len(found) != 1:
             continue
         behind = _behind(found[0].node, consumers)
@@ -147,15 +147,15 @@ def _observe(
     analysis: Analysis, pairs: Sequence[_Pair], feeds: Sequence[Feed], folder: Path | None
 ) -> None:
     """Fill in the matrices."""
-    wanted = [pair.meeting.wanted for pair in pairs]
+    wanted = [pair.product.wanted for pair in pairs]
     chain = Chain(analysis.model, feeds, wanted, folder)
-    for pair in sorted(pairs, key=lambda pair: chain.position(pair.meeting.wanted)):
-        meeting, total = pair.meeting, 0
-        size = meeting.atoms.shape[-1]
-        grams = np.zeros((2, meeting.atoms.size // size, size, size))
-        means = np.zeros((meeting.atoms.size // size, size))
-        for values in chain.advance(meeting.wanted):
-            q, k = (side.vectors(values[side.name]) for side in (meeting.left, meeting.right))
+    for pair in sorted(pairs, key=lambda pair: chain.position(pair.product.wanted)):
+        product, total = pair.product, 0
+        size = product.atoms.shape[-1]
+        grams = np.zeros((2, product.atoms.size // size, size, size))
+        means = np.zeros((product.atoms.size // size, size))
+        for values in chain.advance(product.wanted):
+            q, k = (side.vectors(values[side.name]) for side in (product.left, product.right))
             grams[0] += np.swapaxes(q, 1, 2) @ q / q.shape[1]
             grams[1] += np.swapaxes(k, 1, 2) @ k / k.shape[1]
             means += k.mean(axis=1)
@@ -167,7 +167,7 @@ def _observe(
 
 def _by_candidate(analysis: Analysis, pair: _Pair, changes: Array) -> Array:
     """Sums over the positions of candidates of ``(heads, size, size)``."""
-    classes = analysis.classes(pair.meeting.atoms).reshape(changes.shape[:2])
+    classes = analysis.classes(pair.product.atoms).reshape(changes.shape[:2])
     every = [candidate for slot in pair.group.slots for candidate in slot]
     holds = np.stack([np.isin(classes, list(candidate)) for candidate in every]).astype(float)
     return np.asarray(np.einsum("chi,hij,dhj->cd", holds, changes, holds, optimize=True))
@@ -238,9 +238,9 @@ def silenced(
         others: Weights that have changed already; they are returned, too.
     """
     found = dict(others or {})
-    met = {int(own) for m in analysis.meetings for own in analysis.classes(m.atoms).ravel()}
+    summed = {int(own) for m in analysis.qk_products for own in analysis.classes(m.atoms).ravel()}
     wanted = np.zeros(len(gone), bool)
-    wanted[list(met)] = True
+    wanted[list(summed)] = True
     for member in analysis.members:
         tensor, name = member.value.const_value, member.value.name or ""
         if member.role == CONSUMED or tensor is None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.transforms.prune.atoms import Block
-from onnxcomp.passes.transforms.prune.walk import Patch
+from onnxcomp.passes.transforms.prune.patch import Patch
 
 __all__ = ["carry", "resize", "segments", "touched"]
 
@@ -58,4 +58,4 @@ def carry(block: Block, before: Shape, after: Shape) -> Block | str:
 
 def resize(node: ir.Node, index: int, out: ir.Value, blocks: Sequence[Block]) -> Patch:
     """Write the sizes that labelled axes of the output have, once atoms are gone."""
-    return lambda rewriter: rewriter.resize(node, index, out, blocks)
+    return lambda editor: editor.resize(node, index, out, blocks)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.transforms.prune.atoms import Block
-from onnxcomp.passes.transforms.prune.walk import CARRIED, CONSUMED, PRODUCED, Meeting, Side, Walk
+from onnxcomp.passes.transforms.prune.walk import CARRIED, CONSUMED, PRODUCED, QkProduct, Side, Walk
 from onnxcomp.passes.weight import Array
 
 __all__ = [
@@ -234,17 +234,17 @@ def _contract(
     alike = a == b and first.atoms.shape == second.atoms.shape
     if alike and first.axes[-1] == axes[0] and second.axes[-1] == axes[1]:
         walk.atoms.same(first.atoms, second.atoms)
-        _meet_at(walk, node, first.axes, second.axes, first.atoms)
+        _note_product(walk, node, first.axes, second.axes, first.atoms)
         return
     parts = walk.axis_atoms(first, axes[0]), walk.axis_atoms(second, axes[1])
     if parts[0] is None or parts[1] is None:
         walk.freeze([first, second], f"{node.op_type} sums over one of several axes")
         return
     walk.atoms.same(parts[0], parts[1])
-    _meet_at(walk, node, axes[:1], axes[1:], parts[0])
+    _note_product(walk, node, axes[:1], axes[1:], parts[0])
 
 
-def _meet_at(
+def _note_product(
     walk: Walk, node: ir.Node, left: tuple[int, ...], right: tuple[int, ...], atoms: Array
 ) -> None:
     sides = [
@@ -252,7 +252,7 @@ def _meet_at(
         for value, axes in zip(node.inputs, (left, right), strict=False)
         if value is not None
     ]
-    walk.meetings.append(Meeting(node, sides[0], sides[1], atoms))
+    walk.qk_products.append(QkProduct(node, sides[0], sides[1], atoms))
 
 
 def gemm(walk: Walk, node: ir.Node) -> None:
@@ -341,7 +341,7 @@ def _grouped_conv(
     if walk.bind(node, 1, (0,), made, CARRIED if shape[1] == 1 else PRODUCED) is not None:
         walk.freeze(blocks, "Conv has a weight that cannot shrink")
         return None
-    walk.patches.append(lambda rewriter: rewriter.group(node, grouped))
+    walk.patches.append(lambda editor: editor.group(node, grouped))
     return made
 
 

@@ -8,36 +8,21 @@ keys and values of one size in multiples of 8, so only heads go there; stacked c
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.transforms.prune.atoms import Block
+from onnxcomp.passes.transforms.prune.patch import Heads
 from onnxcomp.passes.transforms.prune.rules import unknown
-from onnxcomp.passes.transforms.prune.walk import CONSUMED, PRODUCED, Meeting, Side, Walk
+from onnxcomp.passes.transforms.prune.walk import CONSUMED, PRODUCED, QkProduct, Side, Walk
 from onnxcomp.passes.weight import Array
 
 __all__ = [
-    "Heads",
     "attention",
     "group_query_attention",
     "multi_head_attention",
     "packed_attention",
 ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Heads:
-    """Atoms of one attention: ``(heads, size)`` for queries, keys and values."""
-
-    query: Array
-    key: Array
-    value: Array
-
-    def repeated(self, atoms: Array) -> Array:
-        """Atoms of key or value heads, once for each query head that reads them."""
-        return np.repeat(atoms, len(self.query) // len(atoms), axis=0)
 
 
 def _atoms(walk: Walk, value: ir.Value | None, heads: int) -> Array | None:
@@ -102,21 +87,21 @@ def _finish(walk: Walk, node: ir.Node, heads: Heads, reason: str | None) -> None
         for part in (heads.query, heads.key, heads.value):
             walk.atoms.freeze(part, f"{node.op_type}: {reason}")
     if node.op_type != "Attention" or node.domain != "com.microsoft":
-        walk.meetings.append(_meeting(walk, node, heads))
+        walk.qk_products.append(_qk_product(walk, node, heads))
     four = len(walk.shape(out)) == 4
     walk.put(out, [Block((1, 3), atoms) if four else Block((2,), atoms.ravel())])
-    walk.patches.append(lambda rewriter: rewriter.attention(node, heads))
+    walk.patches.append(lambda editor: editor.attention(node, heads))
 
 
-def _meeting(walk: Walk, node: ir.Node, heads: Heads) -> Meeting:
-    """Where queries meet keys, in either layout."""
+def _qk_product(walk: Walk, node: ir.Node, heads: Heads) -> QkProduct:
+    """Where queries are multiplied with keys, in either layout."""
     sides = []
     for value, atoms in zip(node.inputs, (heads.query, heads.key), strict=False):
         assert value is not None
         flat = len(walk.shape(value)) == 3
         times = len(heads.query) // len(atoms)
         sides.append(Side(value.name or "", (1, 3), len(atoms) if flat else 0, times))
-    return Meeting(node, sides[0], sides[1], heads.query)
+    return QkProduct(node, sides[0], sides[1], heads.query)
 
 
 def multi_head_attention(walk: Walk, node: ir.Node) -> None:

@@ -180,7 +180,7 @@ def split(walk: Walk, node: ir.Node) -> None:
         start += size
     if cut:
         pieces = [walk.label(value) for value in node.outputs]
-        walk.patches.append(lambda rewriter: rewriter.split(node, axis, pieces))
+        walk.patches.append(lambda editor: editor.split(node, axis, pieces))
 
 
 def slice_(walk: Walk, node: ir.Node) -> None:
@@ -239,7 +239,7 @@ def _sliced(walk: Walk, node: ir.Node, block: Block, bounds: tuple[int, int, int
             if part.size:
                 walk.atoms.rows(np.ascontiguousarray(part))
     before, inside = Block(block.axes, parts[0]), Block(block.axes, np.ascontiguousarray(parts[1]))
-    walk.patches.append(lambda rewriter: rewriter.slice(node, place, before, inside))
+    walk.patches.append(lambda editor: editor.slice(node, place, before, inside))
     return inside
 
 
@@ -269,7 +269,7 @@ def _picked(
 ) -> list[Block]:
     place = block.axes.index(axis)
     if len(block.axes) == 1 and shift == 0:
-        walk.patches.append(lambda rewriter: rewriter.reorder(node, 1, block, wanted))
+        walk.patches.append(lambda editor: editor.reorder(node, 1, block, wanted))
         return [Block(block.axes, block.atoms[wanted])]
     if len(block.axes) == 2 and place == 0 and shift == -1:
         walk.atoms.freeze(walk.atoms.rows(block.atoms), "Gather picks a row by its number")
@@ -307,7 +307,7 @@ def pad(walk: Walk, node: ir.Node) -> None:
 def _patch_pad(
     walk: Walk, node: ir.Node, axis: int, rank: int, sides: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    walk.patches.append(lambda rewriter: rewriter.pad(node, axis, rank, sides))
+    walk.patches.append(lambda editor: editor.pad(node, axis, rank, sides))
 
 
 def reduce(walk: Walk, node: ir.Node) -> None:
@@ -374,4 +374,4 @@ def shape(walk: Walk, node: ir.Node) -> None:
     """What reads a shape sees the sizes of the original model; see `Rewriter.shape`."""
     blocks = walk.label(node.inputs[0])
     if blocks:
-        walk.patches.append(lambda rewriter: rewriter.shape(node, blocks))
+        walk.patches.append(lambda editor: editor.shape(node, blocks))

@@ -14,13 +14,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from onnxcomp.passes.analysis.prune_report import GroupReport
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.cost import Ledger
-from onnxcomp.passes.transforms.prune.groups import Group
+from onnxcomp.passes.transforms.prune.groups import Group, Groups
 from onnxcomp.passes.transforms.prune.obs import Surgeon
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Step", "clusters", "floor_of", "greedy", "merge", "step_size"]
+__all__ = [
+    "Step",
+    "clusters",
+    "floor_of",
+    "greedy",
+    "group_reports",
+    "merge",
+    "removed",
+    "step_size",
+]
 
 # Groups of at least this many candidates of one slot lose `round_to` at a time.
 _ROUNDED = 64
@@ -198,3 +208,21 @@ def merge(sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float) -> 
             own = following.loss / max(following.cost, 1e-30)
             heapq.heappush(heap, (max(slope, own), number, place + 1))
     return taken
+
+
+def removed(steps: Sequence[Step]) -> frozenset[int]:
+    """All classes that steps take."""
+    return frozenset(own for step in steps for own in step.classes)
+
+
+def group_reports(groups: Groups, steps: Sequence[Step]) -> tuple[GroupReport, ...]:
+    """The groups that lost something to steps."""
+    gone = removed(steps)
+    found = []
+    for group in groups.groups:
+        alive = [sum(not candidate <= gone for candidate in slot) for slot in group.slots]
+        touched = any(step.group is group for step in steps)
+        if touched:
+            after = max(alive)
+            found.append(GroupReport(group.name, group.kind, group.size, after, group.weights))
+    return tuple(found)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,20 +11,17 @@ import onnx_ir as ir
 from onnxcomp.passes.ir.tensors import is_float
 from onnxcomp.passes.ir.traversal import is_default_domain
 from onnxcomp.passes.transforms.prune.atoms import Atoms, Block
-from onnxcomp.passes.transforms.prune.probe import Probe
+from onnxcomp.passes.transforms.prune.observed_shapes import ObservedShapes
+from onnxcomp.passes.transforms.prune.patch import Patch
+from onnxcomp.passes.transforms.prune.reshape import carry, resize
 from onnxcomp.passes.weight import Array
 
-if TYPE_CHECKING:
-    from onnxcomp.passes.transforms.prune.rewrite import Rewriter
-
-__all__ = ["CARRIED", "CONSUMED", "PRODUCED", "Meeting", "Member", "Patch", "Side", "Walk"]
+__all__ = ["CARRIED", "CONSUMED", "PRODUCED", "Member", "QkProduct", "Side", "Walk"]
 
 # Roles of a bound axis of a weight.
 PRODUCED = "out"  # its positions make channels
 CONSUMED = "in"  # a product sums over its positions
 CARRIED = "along"  # a bias, a scale, a table that goes along
-
-Patch = Callable[["Rewriter"], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +73,7 @@ class Side:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Meeting:
+class QkProduct:
     """A product of two activations that sums over channels, as that of queries and keys.
 
     Attributes:
@@ -109,14 +105,19 @@ class Walk:
     """
 
     def __init__(
-        self, model: ir.Model, seen: Probe, *, freeze_inputs: bool = False, caches: bool = True
+        self,
+        model: ir.Model,
+        seen: ObservedShapes,
+        *,
+        freeze_inputs: bool = False,
+        caches: bool = True,
     ) -> None:
         self.model = model
         self.seen = seen
         self.atoms = Atoms()
         self.members: list[Member] = []
         self.patches: list[Patch] = []
-        self.meetings: list[Meeting] = []
+        self.qk_products: list[QkProduct] = []
         self.stuck: dict[str, str] = {}
         self.labels: dict[ir.Value, tuple[Block, ...]] = {}
         self.moved: list[tuple[ir.Value, Block]] = []
@@ -268,8 +269,6 @@ class Walk:
     def _before_reshape(
         self, source: ir.Value, node: ir.Node, axes: tuple[int, ...], atoms: Array
     ) -> tuple[tuple[int, ...], Array] | None:
-        from onnxcomp.passes.transforms.prune.reshape import carry, resize
-
         out = node.outputs[0]
         block = carry(Block(axes, atoms), self.shape(out), self.shape(source))
         if isinstance(block, str):
@@ -303,7 +302,7 @@ class Walk:
             return f"the input {value.name} keeps its shape"
         if len(axes) > 1:
             return f"{value.name} is computed"
-        self.patches.append(lambda rewriter: rewriter.pick(node, index, axes[0], atoms))
+        self.patches.append(lambda editor: editor.pick(node, index, axes[0], atoms))
         return None
 
     def bind_cache(self, node: ir.Node, index: int, axes: Sequence[int], atoms: Array) -> bool:

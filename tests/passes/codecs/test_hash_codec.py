@@ -17,7 +17,7 @@ from onnxcomp.passes.codecs.hash import (
     projection as hash_projection,
 )
 from onnxcomp.passes.codecs.hash.codec import HashCodec, HashParams
-from onnxcomp.passes.codecs.hash.format import Geometry, Sharing, mix, reduce, seeds
+from onnxcomp.passes.codecs.hash.format import ChunkLayout, Sharing, mix, reduce, seeds
 from onnxcomp.passes.weight import Stats, WeightSite
 
 SiteMaker = Callable[..., WeightSite]
@@ -61,7 +61,7 @@ def test_consecutive_keys_have_independent_signs_and_even_slots() -> None:
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 100), length=st.integers(1, 200), share=st.floats(0.01, 1.0))
 def test_folding_uses_all_slots_equally_often(rows: int, length: int, share: float) -> None:
-    geometry = Geometry(rows, length)
+    geometry = ChunkLayout(rows, length)
     slots = max(1, round(geometry.chunks * share))
     sharing = Sharing(slots, *seeds(3))
     uses = np.bincount(hash_format.places(geometry, sharing, slots).ravel(), minlength=slots)
@@ -73,7 +73,7 @@ def test_folding_uses_all_slots_equally_often(rows: int, length: int, share: flo
 def test_without_compression_the_weight_is_the_memory_bit_for_bit(
     rows: int, length: int, extra: int
 ) -> None:
-    geometry = Geometry(rows, length)
+    geometry = ChunkLayout(rows, length)
     weight = np.random.default_rng(0).standard_normal((rows, length), np.float32)
     memory = hash_format.to_chunks(weight, geometry).reshape(-1, geometry.chunk)
     memory = np.concatenate([memory, np.ones((extra, geometry.chunk), np.float32)])
@@ -124,7 +124,7 @@ def test_least_squares_beats_the_mean_on_inputs_of_few_dimensions(
 
 def test_least_squares_finds_the_minimum() -> None:
     rng = np.random.default_rng(2)
-    geometry = Geometry(16, 32)
+    geometry = ChunkLayout(16, 32)
     sharing = Sharing(1, *seeds(0))
     weight = rng.standard_normal((16, 32))
     x = rng.standard_normal((200, 32))

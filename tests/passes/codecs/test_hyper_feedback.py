@@ -29,7 +29,6 @@ from onnxcomp.passes.codecs.moments import (
     output_error,
     with_weight_error,
 )
-from onnxcomp.passes.codecs.protocol import CalibratedCodec
 from onnxcomp.passes.weight import Stats
 
 Array = npt.NDArray[Any]
@@ -179,9 +178,8 @@ def test_look_ups_keep_the_weight_itself_close(native_library: None, make_site: 
 
 
 def test_weights_that_are_stored_flat_are_not_calibrated(make_site: Any) -> None:
-    assert isinstance(CODEC, CalibratedCodec)
-    assert CODEC.calibrates(make_site(64, 128), HyperParams())
-    assert not CODEC.calibrates(make_site(128, 9, need="dense"), HyperParams())
+    assert CODEC.calibration.suits(make_site(64, 128), HyperParams())
+    assert not CODEC.calibration.suits(make_site(128, 9, need="dense"), HyperParams())
 
 
 def test_without_a_reference_or_with_equal_inputs_the_weight_is_the_target() -> None:

@@ -39,7 +39,7 @@ def naive_weight(
 def random_payload(
     rng: np.random.Generator, bits: int, group: int, rows: int, length: int
 ) -> tuple[Array, Array]:
-    geometry = hyper_format.Geometry(bits, 8, group, rows, length)
+    geometry = hyper_format.GroupLayout(bits, 8, group, rows, length)
     codes = rng.integers(0, 256, geometry.codes_shape, np.uint8)
     scales = rng.normal(size=geometry.scales_shape).astype(np.float16)
     return codes, scales
@@ -81,7 +81,7 @@ def test_decode_in_chunks_equals_decode_at_once(monkeypatch: pytest.MonkeyPatch)
 def test_unpack_inverts_pack_and_padding_lanes_are_zero(bits: int) -> None:
     symbols = np.random.default_rng(1).integers(0, 1 << bits, (21, 3, 64)).astype(np.uint8)
     codes = hyper_format.pack(symbols, bits)
-    assert codes.shape == hyper_format.Geometry(bits, 8, 64, 21, 192).codes_shape
+    assert codes.shape == hyper_format.GroupLayout(bits, 8, 64, 21, 192).codes_shape
     unpacked = hyper_format.unpack(codes, bits)
     assert np.array_equal(unpacked[:21], symbols)
     assert not unpacked[21:].any()

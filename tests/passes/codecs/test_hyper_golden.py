@@ -16,7 +16,7 @@ from onnxcomp.passes.codecs.hyper import (
 from onnxcomp.passes.codecs.hyper import (
     viterbi as hyper_viterbi,
 )
-from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.format import GroupLayout
 from onnxcomp.passes.codecs.hyper.tables import spread, table
 from onnxcomp.passes.weight import Array
 
@@ -25,11 +25,11 @@ FILES = sorted((Path(__file__).parents[2] / "golden").glob("hyper_*.npz"))
 FILE = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
-def load(path: Path) -> tuple[dict[str, Array], Geometry]:
+def load(path: Path) -> tuple[dict[str, Array], GroupLayout]:
     with np.load(path) as archive:
         golden = {name: archive[name] for name in archive.files}
     bits, state_bits, group = (int(value) for value in golden["parameters"])
-    return golden, Geometry(bits, state_bits, group, *golden["weight"].shape)
+    return golden, GroupLayout(bits, state_bits, group, *golden["weight"].shape)
 
 
 def same(a: Array, b: Array) -> bool:

@@ -21,7 +21,7 @@ from onnxcomp.passes.codecs.hyper import (
 from onnxcomp.passes.codecs.hyper import (
     viterbi as hyper_viterbi,
 )
-from onnxcomp.passes.codecs.hyper.format import Geometry
+from onnxcomp.passes.codecs.hyper.format import GroupLayout
 from onnxcomp.passes.codecs.hyper.tables import WINDINGS, spread, table
 from onnxcomp.passes.weight import Array
 
@@ -41,7 +41,9 @@ def awkward(rows: int, length: int, seed: int) -> Array:
     return weight
 
 
-def encode_on(isa: str, weight: Array, geometry: Geometry, threads: int = 1) -> tuple[Array, Array]:
+def encode_on(
+    isa: str, weight: Array, geometry: GroupLayout, threads: int = 1
+) -> tuple[Array, Array]:
     trellis = (geometry.bits, geometry.state_bits)
     try:
         return native.hyper_encode(
@@ -58,7 +60,7 @@ def test_native_encoder_gives_the_bytes_of_the_reference(
 ) -> None:
     group = {6: 256, 7: 128, 8: 64}.get(state_bits, 32)
     weight = awkward(18, group + 3, bits)
-    geometry = Geometry(bits, state_bits, group, *weight.shape)
+    geometry = GroupLayout(bits, state_bits, group, *weight.shape)
     trellis = (bits, state_bits)
     codes, scales = hyper_viterbi.encode(weight, geometry, table(*trellis), spread(*trellis))
     for threads in (1, 2):
@@ -71,7 +73,7 @@ def test_calls_for_some_rows_at_a_time_give_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = awkward(70, 131, 4)
-    geometry = Geometry(4, 7, 64, *weight.shape)
+    geometry = GroupLayout(4, 7, 64, *weight.shape)
     codes, scales = encode_on("auto", weight, geometry)
     monkeypatch.setattr(native, "_STEPS_AT_ONCE", 40 * 131 << 7)
     pieces = encode_on("auto", weight, geometry)
@@ -81,7 +83,7 @@ def test_calls_for_some_rows_at_a_time_give_the_same_bytes(
 
 def test_a_signal_ends_a_long_search_soon() -> None:
     weight = np.zeros((16384, 8192), np.float32)  # a minute and more
-    geometry = Geometry(4, 12, 128, *weight.shape)
+    geometry = GroupLayout(4, 12, 128, *weight.shape)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs may ignore it
     try:
         threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -98,7 +100,7 @@ def test_a_signal_ends_a_long_search_soon() -> None:
 def test_native_decoder_gives_the_values_of_the_reference(bits: int, group: int) -> None:
     rng = np.random.default_rng(bits)
     for state_bits in (8, 12):
-        geometry = Geometry(bits, state_bits, group, 37, 2 * group + 7)
+        geometry = GroupLayout(bits, state_bits, group, 37, 2 * group + 7)
         codes = rng.integers(0, 256, geometry.codes_shape, np.uint8)
         scales = rng.standard_normal(geometry.scales_shape).astype(np.float16)
         scales[0, 0, :3, 0] = [6e-8, 65504, -0.0]
@@ -112,7 +114,7 @@ def test_native_decoder_gives_the_values_of_the_reference(bits: int, group: int)
 
 def test_any_strides_are_read_in_place() -> None:
     weight = awkward(34, 140, 0)
-    geometry = Geometry(3, 7, 64, *weight.shape)
+    geometry = GroupLayout(3, 7, 64, *weight.shape)
     expected = encode_on("auto", weight, geometry)
     wide = np.zeros((68, 420), np.float32)
     wide[::2, ::3] = weight
@@ -122,7 +124,7 @@ def test_any_strides_are_read_in_place() -> None:
 
 
 def test_tensors_that_do_not_fit_are_an_error() -> None:
-    geometry = Geometry(4, 7, 128, 16, 128)
+    geometry = GroupLayout(4, 7, 128, 16, 128)
     codes = np.zeros(geometry.codes_shape, np.uint8)
     scales = np.zeros(geometry.scales_shape, np.float16)
     with pytest.raises(CompressionError, match="do not fit"):
@@ -131,7 +133,7 @@ def test_tensors_that_do_not_fit_are_an_error() -> None:
         native.hyper_decode(codes, scales, table(4, 8), geometry)
     with pytest.raises(CompressionError, match="not supported"):
         native.hyper_encode(
-            np.zeros((16, 128), np.float32), Geometry(4, 7, 96, 16, 128), table(4, 7), 40.0
+            np.zeros((16, 128), np.float32), GroupLayout(4, 7, 96, 16, 128), table(4, 7), 40.0
         )
 
 
@@ -144,6 +146,6 @@ def test_a_missing_or_foreign_library_is_named(
     foreign = tmp_path / "foreign.so"
     foreign.write_bytes(b"not a library")
     monkeypatch.setenv("ONNXCOMP_ENCODERS_LIBRARY", str(foreign))
-    geometry = Geometry(4, 7, 128, 16, 128)
+    geometry = GroupLayout(4, 7, 128, 16, 128)
     with pytest.raises(RuntimeMissingError, match=r"foreign\.so"):
         native.hyper_encode(np.zeros((16, 128), np.float32), geometry, table(4, 7), 40.0)

@@ -11,7 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxcomp as oc
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import is_stock
 
 
 @pytest.fixture
@@ -49,8 +48,8 @@ def domains(path: Path) -> set[str]:
 
 
 def test_which_codecs_are_stock() -> None:
-    assert {name for name, codec in CODECS.items() if is_stock(codec)} >= {"int", "fp16", "dense"}
-    assert not is_stock(CODECS["hyper"])
+    assert {name for name, codec in CODECS.items() if codec.stock} >= {"int", "fp16", "dense"}
+    assert not CODECS["hyper"].stock
 
 
 @pytest.mark.parametrize("target", [{"bits": 4}, {"bits": 8}, {"ratio": 2.5}])

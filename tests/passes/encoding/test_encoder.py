@@ -16,8 +16,8 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.encoding import encoder as module
-from onnxcomp.passes.encoding.encoded import weight_error
-from onnxcomp.passes.encoding.encoder import Encoded, encode
+from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
+from onnxcomp.passes.encoding.encoder import encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.tensors import not_finite
@@ -71,7 +71,7 @@ def plan_for(model: ir.Model, bits: int = 3) -> tuple[tuple[WeightSite, ...], Pl
     return sites, Plan(Source("", 0, None), Settings(), Budget(bits=bits), choices)
 
 
-def equal(one: Encoded, other: Encoded) -> bool:
+def equal(one: EncodedWeight, other: EncodedWeight) -> bool:
     if one.placement is None or other.placement is None:
         return one.placement is other.placement and one.reason == other.reason
     first, second = one.placement.payload, other.placement.payload

@@ -166,7 +166,7 @@ def test_what_is_measured_decides(
     def measured(reference: Any, compressed: Any, most: float, *_: Any) -> Slowdown:
         return Slowdown(1.0, next(factors), most)
 
-    monkeypatch.setattr("onnxcomp.passes.driver.compile.measure_slowdown", measured)
+    monkeypatch.setattr("onnxcomp.passes.driver.gates.measure_slowdown", measured)
     options: dict[str, Any] = {"max_slowdown": 1.0, "data": data, "method": "hyper"}
     result = oc.optimize(model, tmp_path / "out.onnx", verify=False, **options)
     assert result.report.speed is not None and result.report.speed["passed"]

@@ -9,7 +9,7 @@ import pytest
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs.dense import DenseCodec
-from onnxcomp.passes.ir.manifest import read_record
+from onnxcomp.passes.ir.manifest import read_manifest
 from onnxcomp.passes.ir.model import load, save
 from onnxcomp.passes.ir.traversal import initializers, scopes
 from onnxcomp.passes.lowering.expand import decode_site, expand
@@ -45,7 +45,7 @@ def test_weights_come_back_as_they_were(tools, half, mode):
     original = load(proto)
     canonicalize(original)
     before, after = initializers(original), initializers(model)
-    for name in read_record(small):
+    for name in read_manifest(small):
         one, two = before[name].const_value, after[name].const_value
         assert (one.dtype, list(one.shape)) == (two.dtype, list(two.shape))
         assert one.tobytes() == two.tobytes()
@@ -131,12 +131,12 @@ def test_weights_are_decoded_one_at_a_time_when_written(tmp_path, tools, half, m
     expand(model)
     assert decoded == []
     save(model, tmp_path / "dense.onnx")
-    assert sorted(decoded) == sorted(read_record(small))
+    assert sorted(decoded) == sorted(read_manifest(small))
 
 
 def test_a_single_weight_can_be_decoded(tools, half):
     small = compressed(tools.everything(), half)
-    record = read_record(small)["fc1"]
+    record = read_manifest(small)["fc1"]
     exact = onnx.numpy_helper.to_array(tools.everything().graph.initializer[1])
     np.testing.assert_array_equal(decode_site(small, record), exact.T)
 
@@ -179,9 +179,9 @@ def test_missing_parts_are_named(tools, half):
     entry["recipes"][0]["codec"] = "magic"
     model.metadata_props["onnxcomp"] = json.dumps(entry)
     with pytest.raises(ModelError, match="unknown codec: magic"):
-        decode_site(model, read_record(model)["fc1"])
+        decode_site(model, read_manifest(model)["fc1"])
     model = compressed(tools.everything(), half)
-    record = read_record(model)["fc1"]
+    record = read_manifest(model)["fc1"]
     weight = model.graph.initializers["fc1::half"]
     weight.replace_all_uses_with(model.graph.initializers["fc2::half"])
     del model.graph.initializers["fc1::half"]

@@ -8,7 +8,7 @@ import pytest
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs.integer.codec import IntegerCodec, IntegerParams
-from onnxcomp.passes.ir.manifest import read_record
+from onnxcomp.passes.ir.manifest import read_manifest
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.lowering.expand import expand
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
@@ -41,7 +41,7 @@ def domains(proto):
 def test_a_model_equals_its_expanded_form(tools, mode, bits):
     proto = tools.everything()
     small = compressed(proto, IntegerParams(bits, 32), mode)
-    names = read_record(small)
+    names = read_manifest(small)
     assert len(names) >= 6
     written = tools.proto_of(small)
     dense = load(written)

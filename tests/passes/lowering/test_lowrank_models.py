@@ -9,7 +9,7 @@ from onnxcomp.passes.codecs.lowrank.codec import LowRankCodec, LowRankParams, br
 from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec, HyperLowRankParams
 from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec, LowRankHyperParams
 from onnxcomp.passes.codecs.lowrank.lowrank_int import LowRankIntCodec, LowRankIntParams
-from onnxcomp.passes.ir.manifest import read_record
+from onnxcomp.passes.ir.manifest import read_manifest
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.lowering.expand import expand
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
@@ -166,7 +166,7 @@ def test_convolutions_in_groups_keep_the_dense_form_which_is_folded(tools):
 def test_a_model_equals_its_expanded_form_and_uses_standard_operators(tools, mode):
     proto = tools.everything()
     small = compressed(proto, 16, mode)
-    names = read_record(small)
+    names = read_manifest(small)
     assert {"emb", "fc1", "fc2", "fc3", "lstm_w", "outer"} <= set(names)
     written = tools.proto_of(small)
     assert all(not node.domain for node in written.graph.node)
@@ -225,7 +225,7 @@ def test_codecs_of_several_equal_their_expanded_form(tools, name, mode):
         for site in sites
     ]
     rewrite(model, placements)
-    assert {"emb", "fc1", "fc2", "fc3", "lstm_w"} <= set(read_record(model))
+    assert {"emb", "fc1", "fc2", "fc3", "lstm_w"} <= set(read_manifest(model))
     written = tools.proto_of(model)
     onnx.checker.check_model(written)
     dense = load(written)

@@ -13,7 +13,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.protocol import Payload
-from onnxcomp.passes.ir.manifest import read_record
+from onnxcomp.passes.ir.manifest import read_manifest
 from onnxcomp.passes.ir.model import copy_model, load, output_size, save
 from onnxcomp.passes.ir.traversal import scopes
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
@@ -121,7 +121,7 @@ def test_shared_tensors_are_stored_once(tools, half):
     keys = ("half.factor", "scalar.float32.0.5", "scalar.float32.2.0", "shape.1x256x64")
     assert shared == {f"{DOMAIN}::{key}" for key in keys}
     own = sorted(name for name in model.graph.initializers if name.endswith("::half"))
-    assert own == sorted(f"{name}::half" for name in read_record(model))
+    assert own == sorted(f"{name}::half" for name in read_manifest(model))
 
 
 def test_new_nodes_name_their_codec_and_take_over_names(tools, half):
@@ -348,7 +348,7 @@ def test_the_record_tells_what_was_done(tools, half):
     original = load(tools.everything())
     canonicalize(original)
     sites = {site.name: site for site in find_sites(original, min_size=0).sites}
-    records = read_record(load(tools.proto_of(model)))
+    records = read_manifest(load(tools.proto_of(model)))
     assert set(records) == set(sites)
     for name, record in records.items():
         blank = dataclasses.replace(sites[name], uses=(), scope="")
@@ -372,7 +372,7 @@ def test_weights_can_be_compressed_one_after_the_other(tools, half):
     assert why["fc1::half"] == "part of a weight already compressed by onnxcomp"
     assert "fc1" not in {site.name for site in found.sites}
     rewrite(model, placed(model, half))
-    assert len(read_record(model)) == 8
+    assert len(read_manifest(model)) == 8
     close(tools, proto, model, tools.everything_feeds())
 
 

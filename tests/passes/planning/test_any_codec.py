@@ -8,16 +8,19 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcomp.errors import CompressionError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import MeasuredCodec, TensorLayout
-from onnxcomp.passes.config.settings import Settings, method_names, parse_rule, split_methods
+from onnxcomp.passes.codecs.protocol import TensorLayout
+from onnxcomp.passes.config.policy import Policy
+from onnxcomp.passes.config.settings import Rule, Settings, method_names, parse_rule, split_methods
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.error_model import Estimates
-from onnxcomp.passes.planning.search_space import equal_plans, menu, uniform
+from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set, equal_plans, uniform
 from onnxcomp.passes.planning.size_fitting import fit
-from onnxcomp.passes.transforms.pass_manager import Canonicalize, Context, run_passes
+from onnxcomp.passes.transforms.canonicalize import Canonicalize
+from onnxcomp.passes.transforms.pass_manager import Context, run_passes
 from onnxcomp.passes.weight import Array, Stats, Use, WeightSite
 
 
@@ -63,6 +66,14 @@ class RankCodec(DenseCodec):
         return [float(np.sqrt(power[rank:].sum() / power.sum())) for rank in ranks]
 
 
+def offered(
+    site: WeightSite, methods: Sequence[str], rule: Rule | None = None, **known: Any
+) -> CandidateSet:
+    """What there is to choose from for a weight, by some methods and a rule."""
+    settings = Settings(method=tuple(methods), rules=() if rule is None else (rule,))
+    return candidate_set(site, Policy.of(settings, [site.name]), **known)
+
+
 def site(name: str = "w") -> WeightSite:
     use = Use(f"{name}.node", "MatMul", 1, "matmul")
     return WeightSite(name, (512, 256), "float32", (use,), "", 256, 512, True)
@@ -89,9 +100,9 @@ def model() -> ir.Model:
 
 
 def test_errors_of_a_measured_codec_come_from_the_weight(model: ir.Model) -> None:
-    assert isinstance(CODECS["rank+dense"], MeasuredCodec)
+    assert CODECS["rank+dense"].measure is not None
     estimator = Estimates(model)
-    found = menu(site(), ["rank+dense"], estimator=estimator)
+    found = offered(site(), ["rank+dense"], estimator=estimator)
     assert {c.params.rank: c.error < 1e-5 for c in found.options} == {  # type: ignore[attr-defined]
         64: True,
         32: True,
@@ -104,33 +115,33 @@ def test_errors_of_a_measured_codec_come_from_the_weight(model: ir.Model) -> Non
 
 
 def test_bits_stand_for_bytes_where_settings_are_not_counted_in_bits() -> None:
-    offered = menu(site(), ["rank+dense"])
+    options = offered(site(), ["rank+dense"])
     for bits, rank in ((6, 32), (3, 16), (1, 8)):
-        assert uniform(offered, bits).params == RankParams(rank)
-    both = menu(site(), ["hyper", "rank+dense"])
+        assert uniform(options, bits).params == RankParams(rank)
+    both = offered(site(), ["hyper", "rank+dense"])
     assert uniform(both, 3).codec == "hyper"
     assert uniform(both, 8).codec == "rank+dense"
 
 
 def test_equal_plans_cover_every_codec() -> None:
-    plans = list(equal_plans([menu(site(name), ["hyper", "rank+dense"]) for name in "ab"]))
+    plans = list(equal_plans([offered(site(name), ["hyper", "rank+dense"]) for name in "ab"]))
     assert {plan[0].codec for plan in plans} == {"hyper", "rank+dense"}
     assert all(plan[0].params == plan[1].params for plan in plans)
 
 
 def test_a_plan_mixes_codecs_where_each_is_best(model: ir.Model) -> None:
     estimator = Estimates(model)
-    menus = [
-        menu(site(name), ["hyper", "rank+dense"], estimator=estimator) for name in ("w", "noise")
+    sets = [
+        offered(site(name), ["hyper", "rank+dense"], estimator=estimator) for name in ("w", "noise")
     ]
-    picks, total = fit(menus, 160_000, lambda picks: sum(c.bytes for c in picks))
+    picks, total = fit(sets, 160_000, lambda picks: sum(c.bytes for c in picks))
     assert [pick.codec for pick in picks] == ["rank+dense", "hyper"]
     assert 0.95 * 160_000 < total <= 160_000
 
 
 def test_a_rule_speaks_to_the_codecs_that_have_its_parameters() -> None:
-    offered = menu(site(), ["hyper", "rank+dense"], parse_rule("w:rank=32"))
-    assert {c.codec for c in offered.options} == {"rank+dense"}
+    options = offered(site(), ["hyper", "rank+dense"], parse_rule("w:rank=32"))
+    assert {c.codec for c in options.options} == {"rank+dense"}
 
 
 def test_a_name_with_a_plus_is_one_codec() -> None:
@@ -147,5 +158,5 @@ def test_a_pass_waits_for_those_it_requires(model: ir.Model) -> None:
 
     context = Context(Settings())
     assert list(run_passes(model, context, (Canonicalize(), Late()))) == ["canonicalize", "late"]
-    with pytest.raises(ValueError, match="'late' must come after 'canonicalize'"):
+    with pytest.raises(CompressionError, match="'late' must come after 'canonicalize'"):
         run_passes(model, context, (Late(), Canonicalize()))

@@ -8,14 +8,13 @@ import math
 import pytest
 
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
+from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.config.settings import Rule, parse_rule
 from onnxcomp.passes.planning.candidates import Candidate, Choice
 from onnxcomp.passes.planning.explain import explain
 from onnxcomp.passes.planning.plan import Budget
-from onnxcomp.passes.planning.search_space import Menu, keep
+from onnxcomp.passes.planning.search_space import CandidateSet, keep
 from onnxcomp.passes.weight import Use, WeightSite
-
-NO_RULE = Rule("")
 
 
 def site(name: str = "w", *, filters_input: bool = False) -> WeightSite:
@@ -30,9 +29,11 @@ def candidate(bits: int, error: float, where: WeightSite | None = None) -> Candi
     )
 
 
-def words(pick: Candidate, budget: Budget, rule: Rule = NO_RULE, **known: float) -> str:
+def words(pick: Candidate, budget: Budget, rule: Rule | None = None, **known: float) -> str:
     options = tuple(candidate(bits, 2.0**-bits, pick.site) for bits in (2, 3, 4))
-    (found,) = explain([Menu(pick.site, options, **known)], [pick], [rule], budget)
+    policy = Policy(("hyper",), params={} if rule is None else rule.params, rule=rule)
+    sets = [CandidateSet(pick.site, options, policy=policy, **known)]
+    (found,) = explain(sets, [pick], budget)
     return found
 
 

@@ -22,6 +22,7 @@ from onnxcomp.passes.calibration.sensitivity import (
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.codecs.moments import output_error
+from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import read
@@ -29,7 +30,7 @@ from onnxcomp.passes.planning import search_space
 from onnxcomp.passes.planning.candidates import Estimate
 from onnxcomp.passes.planning.error_model import Estimates, gains
 from onnxcomp.passes.planning.measurements import blended
-from onnxcomp.passes.planning.sensitivity_prior import sensitivity
+from onnxcomp.passes.planning.sensitivity_prior import sensitivity, sensitivity_prior
 from onnxcomp.passes.weight import Array, Stats
 
 RNG = np.random.default_rng(5)
@@ -139,22 +140,27 @@ def test_what_parts_of_the_inputs_disagree_about_is_chance() -> None:
 
 def test_codes_of_few_bits_count_for_being_shorter(model: Path) -> None:
     site = prepare(read(model), Settings()).sites[0]
-    menu = search_space.menu(site, ["hyper"], sensitivity=0.5, measured=0.5, scale=2.0)
-    for candidate in menu.options:
+    candidates = search_space.candidate_set(
+        site, Policy(("hyper",)), sensitivity=0.5, measured=0.5, scale=2.0
+    )
+    for candidate in candidates.options:
         squared = candidate.error**2
-        assert menu.expected_noise(candidate) == pytest.approx(0.5 * squared + 2.0 * squared**2)
+        assert candidates.expected_noise(candidate) == pytest.approx(
+            0.5 * squared + 2.0 * squared**2
+        )
 
 
 def test_a_weight_that_the_inputs_do_not_reach_counts_as_usual(model: Path) -> None:
     prepared = prepare(read(model), Settings())
     found = measure_sensitivities(prepared.model, prepared.sites, feeds(yes=False)).noise
     assert found.keys() == {"a", "b"}
-    complete = blended(prepared.sites, found)
+    prior = sensitivity_prior(prepared.sites)
+    complete = blended(prior, found)
     (inside,) = complete.keys() - {"a", "b"}
     assert complete["b"] < complete[inside] < complete["a"]
-    assert blended(prepared.sites, {}) == {}
+    assert blended(prior, {}) == {}
     scale = {site.name: complete[inside] / sensitivity(site) for site in prepared.sites}
-    scaled = blended(prepared.sites, found, doubt=1.0)
+    scaled = blended(prior, found, doubt=1.0)
     assert {
         name: scaled[name] / sensitivity(site)
         for name, site in ((site.name, site) for site in prepared.sites)
@@ -192,7 +198,8 @@ def test_estimates_follow_what_calibration_leaves(model: Path) -> None:
     assert found[False].output_error == pytest.approx(
         output_error(matrix, plain, stats.gram), rel=0.1
     )
-    feedback = codec.encode_calibrated(site, matrix, params, stats)  # type: ignore[attr-defined]
+    assert codec.calibration is not None
+    feedback = codec.calibration.encode(site, matrix, params, stats)
     assert found[True].output_error == pytest.approx(
         output_error(matrix, codec.decode(site, feedback), stats.gram), rel=0.2
     )

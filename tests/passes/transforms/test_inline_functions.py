@@ -123,7 +123,7 @@ def test_bodies_that_cannot_be_moved_stay_and_are_listed(tools, case):
     model = canonical(proto)[0]
     assert len(model.functions) == 1
     (tensor,) = find_sites(model, min_size=0).skipped
-    assert tensor.name == "test::F/w" and tensor.nbytes == 4096 and tensor.uses == ("MatMul",)
+    assert tensor.name == "test::F/w" and tensor.bytes == 4096 and tensor.uses == ("MatMul",)
     assert tensor.reason == "in the body of function test::F, which cannot be inlined"
 
 

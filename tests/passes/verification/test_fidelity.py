@@ -45,7 +45,7 @@ def save(
 def twins(tmp_path: Path) -> tuple[Path, Path]:
     """One product and its arg-max, with dense weights and with the same weights in codes."""
     rng = np.random.default_rng(0)
-    geometry = hyper_format.Geometry(4, 7, GROUP, ROWS, LENGTH)
+    geometry = hyper_format.GroupLayout(4, 7, GROUP, ROWS, LENGTH)
     codes = {
         "codes": rng.integers(0, 256, geometry.codes_shape, dtype=np.uint8),
         "scales": rng.uniform(0.01, 0.03, geometry.scales_shape).astype(np.float16),

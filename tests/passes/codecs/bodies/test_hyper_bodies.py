@@ -63,7 +63,7 @@ class Case:
 
     def payload(self) -> Payload:
         sizes = (self.bits, self.state_bits, self.group, self.rows, self.length)
-        geometry = hyper_format.Geometry(*sizes)
+        geometry = hyper_format.GroupLayout(*sizes)
         rng = np.random.default_rng(sum(sizes))
         tensors = {
             "codes": rng.integers(0, 256, geometry.codes_shape, dtype=np.uint8),

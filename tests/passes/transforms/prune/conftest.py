@@ -17,7 +17,7 @@ from onnxcomp.passes.transforms.prune.axes import Analysis, analyse
 from onnxcomp.passes.transforms.prune.feeds import probe_feeds
 from onnxcomp.passes.transforms.prune.groups import Groups, find_groups
 from onnxcomp.passes.transforms.prune.prepare import prepare
-from onnxcomp.passes.transforms.prune.rewrite import remove, take
+from onnxcomp.passes.transforms.prune.shrink import remove, take
 
 Array = Any
 

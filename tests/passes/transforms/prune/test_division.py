@@ -20,13 +20,15 @@ from .test_pruning import feeds, wide
 def trials(error: Any, budget: float = 1.0, most: float = 1.0) -> list[Trial]:
     """Trials of a model with this error of codes by share; bytes fall with the share."""
 
-    def attempt(share: float) -> Trial | None:
+    def attempt(share: float) -> tuple[Trial, float] | None:
         if share > most:
             return None
         size = 1.0 - share
-        return Trial(share, int(1000 * size), size <= budget, share / 10, error(share))
+        return Trial(share, int(1000 * size), size <= budget, share / 10, error(share)), share
 
-    return best_share(attempt)
+    best, found = best_share(attempt)
+    assert best == found[0].share
+    return found
 
 
 def test_nothing_is_pruned_where_codes_alone_lose_less() -> None:

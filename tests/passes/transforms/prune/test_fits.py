@@ -9,14 +9,15 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.ir.model import load, save
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 from onnxcomp.passes.transforms.prune.axes import analyse
 from onnxcomp.passes.transforms.prune.consumers import Consumer, find_consumers
 from onnxcomp.passes.transforms.prune.feeds import probe_feeds
+from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.prepare import prepare
-from onnxcomp.passes.transforms.prune.pruning import PruneOptions, prune
-from onnxcomp.passes.transforms.prune.report import PruneReport
+from onnxcomp.passes.transforms.prune.pruning import prune
 from onnxcomp.runtime.evaluate import run_model
 
 from .graphs import Draft

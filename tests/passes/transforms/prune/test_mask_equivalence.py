@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp.passes.transforms.prune.rewrite import kept_shape
+from onnxcomp.passes.transforms.prune.shrink import kept_shape
 from onnxcomp.runtime.inputs import synthesize_inputs
 
 from .conftest import Case, random_choice

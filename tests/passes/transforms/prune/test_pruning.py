@@ -12,6 +12,7 @@ import pytest
 
 import onnxcomp
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.ir.model import load, save
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 from onnxcomp.passes.transforms.prune.axes import analyse
@@ -22,10 +23,10 @@ from onnxcomp.passes.transforms.prune.cost import Ledger, measure
 from onnxcomp.passes.transforms.prune.feeds import probe_feeds
 from onnxcomp.passes.transforms.prune.groups import find_groups
 from onnxcomp.passes.transforms.prune.observe import moments
+from onnxcomp.passes.transforms.prune.observed_shapes import observe_shapes
+from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.prepare import prepare
-from onnxcomp.passes.transforms.prune.probe import probe
-from onnxcomp.passes.transforms.prune.pruning import PruneOptions, prune
-from onnxcomp.passes.transforms.prune.report import PruneReport
+from onnxcomp.passes.transforms.prune.pruning import prune
 from onnxcomp.passes.transforms.prune.select import Step
 from onnxcomp.runtime.evaluate import run_model
 
@@ -216,7 +217,7 @@ def test_operations_of_attention_count(op_type: str) -> None:
     model = load(GRAPHS[op_type]())
     canonicalize(model)
     (one, *_) = probe_feeds(model)
-    seen = probe(model, [one])
+    seen = observe_shapes(model, [one])
     weights = sum(
         math.prod(i.dims) for i in GRAPHS[op_type]().graph.initializer if len(i.dims) == 2
     )

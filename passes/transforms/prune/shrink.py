@@ -17,10 +17,10 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.ir.traversal import Names, new_initializer, remove_dead
 from onnxcomp.passes.transforms.prune.atoms import Block
 from onnxcomp.passes.transforms.prune.axes import Analysis
-from onnxcomp.passes.transforms.prune.rules_attention import Heads
+from onnxcomp.passes.transforms.prune.patch import Heads
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Rewriter", "kept_shape", "remove", "take"]
+__all__ = ["Shrinker", "kept_shape", "remove", "take"]
 
 
 def remove(analysis: Analysis, classes: Collection[int]) -> int:
@@ -34,11 +34,11 @@ def remove(analysis: Analysis, classes: Collection[int]) -> int:
     Raises:
         ModelError: What is left would not be rectangular.
     """
-    rewriter = Rewriter(analysis, classes)
+    shrinker = Shrinker(analysis, classes)
     for patch in analysis.patches:
-        patch(rewriter)
-    count = rewriter.members()
-    rewriter.forget_shapes()
+        patch(shrinker)
+    count = shrinker.members()
+    shrinker.forget_shapes()
     return count
 
 
@@ -66,7 +66,7 @@ def take(array: Array, axes: Sequence[int], kept: Array) -> Array:
     return np.ascontiguousarray(np.moveaxis(shaped, range(len(axes)), axes))
 
 
-class Rewriter:
+class Shrinker:
     """Edits of a model while it loses classes of atoms.
 
     Args:

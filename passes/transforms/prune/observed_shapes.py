@@ -21,14 +21,14 @@ from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.weight import Array
 from onnxcomp.runtime.evaluate import Feed, runner
 
-__all__ = ["Probe", "probe"]
+__all__ = ["ObservedShapes", "observe_shapes"]
 
 # Integer values with more elements than this are no shapes, bounds or indices.
 _SMALL = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Probe:
+class ObservedShapes:
     """What the runs showed.
 
     Attributes:
@@ -44,7 +44,7 @@ class Probe:
     steady: frozenset[str]
 
 
-def probe(model: ir.Model, feeds: Sequence[Feed]) -> Probe:
+def observe_shapes(model: ir.Model, feeds: Sequence[Feed]) -> ObservedShapes:
     """Run a model and record sizes.
 
     Args:
@@ -64,7 +64,7 @@ def probe(model: ir.Model, feeds: Sequence[Feed]) -> Probe:
         for name, value in integers.items()
         if all(name in run and np.array_equal(run[name][1], value) for run in runs)
     )
-    return Probe(shapes, fixed, integers, steady)
+    return ObservedShapes(shapes, fixed, integers, steady)
 
 
 _Seen = dict[str, tuple[tuple[int, ...], Any]]

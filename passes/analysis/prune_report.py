@@ -1,13 +1,34 @@
-"""What pruning did, for people and for JSON."""
+"""What pruning did to a model: the record that plans, the driver and the report read."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from onnxcomp.passes.transforms.prune.cost import Cost
+from onnxcomp.errors import UsageError
 
-__all__ = ["FitReport", "GroupReport", "PruneReport"]
+__all__ = ["Cost", "FitReport", "GroupReport", "PruneReport"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cost:
+    """What a model takes.
+
+    Attributes:
+        parameters: Elements of floating-point initializers.
+        flops: Floating-point operations of products, two for each multiplication, on the inputs
+            the sizes were learnt from.
+        cache_bytes: Bytes of cache inputs for each position and sample; 0 without caches.
+    """
+
+    parameters: int
+    flops: int
+    cache_bytes: int
+
+    def to_json(self) -> dict[str, int]:
+        """The numbers by name."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,3 +120,28 @@ class PruneReport:
         found["kept"] = [{"name": name, "reason": reason} for name, reason in self.kept]
         found["met"] = self.met
         return found
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PruneReport:
+        """Inverse of `to_json`.
+
+        Raises:
+            UsageError: Something is missing or unknown.
+        """
+        plain = {name: value for name, value in values.items() if name != "met"}
+        try:
+            for name in ("before", "after"):
+                plain[name] = Cost(**plain[name])
+            plain["groups"] = tuple(
+                GroupReport(**{**group, "weights": tuple(group["weights"])})
+                for group in plain["groups"]
+            )
+            for name in ("fits", "norms"):
+                plain[name] = tuple(FitReport(**fit) for fit in plain[name])
+            plain["inputs"] = tuple((x["name"], x["before"], x["after"]) for x in plain["inputs"])
+            plain["kept"] = tuple((x["name"], x["reason"]) for x in plain["kept"])
+            return cls(**plain)
+        except (KeyError, TypeError) as error:
+            raise UsageError(
+                f"this is not what pruning reports: {error}", hint="make the plan again"
+            ) from error

@@ -16,9 +16,10 @@ from onnxcomp.passes.transforms.prune.consumers import find_consumers
 from onnxcomp.passes.transforms.prune.cost import Ledger
 from onnxcomp.passes.transforms.prune.feeds import probe_feeds
 from onnxcomp.passes.transforms.prune.groups import Groups, find_groups
+from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.prepare import prepare
-from onnxcomp.passes.transforms.prune.pruning import PruneOptions, prune
-from onnxcomp.passes.transforms.prune.qk_products import _observe, _pairs, meeting_steps
+from onnxcomp.passes.transforms.prune.pruning import prune
+from onnxcomp.passes.transforms.prune.qk_products import _observe, _pairs, qk_steps
 from onnxcomp.passes.transforms.prune.walk import Side
 from onnxcomp.runtime.evaluate import run_model
 
@@ -46,7 +47,7 @@ def analysed(name: str) -> tuple[Analysis, Groups]:
 @pytest.mark.parametrize("name", NAMES)
 def test_positions_of_queries_and_keys_have_steps(name: str) -> None:
     analysis, groups = analysed(name)
-    steps = meeting_steps(
+    steps = qk_steps(
         analysis, groups.groups, find_consumers(analysis), Ledger(analysis, groups), feeds(),
         least=0.3, round_to=8,
     )  # fmt: skip
@@ -63,11 +64,11 @@ def test_the_expected_change_of_scores_is_that_of_all_queries_and_keys() -> None
     one = [{"x": feeds(1)[0]["x"][:1]}]
     (pair,) = _pairs(analysis, groups.groups, find_consumers(analysis))
     _observe(analysis, [pair], one, None)
-    q, k = _values(analysis, pair.meeting.wanted, one)
+    q, k = _values(analysis, pair.product.wanted, one)
     slots = np.split(np.arange(len(pair.matrix)), len(pair.group.slots))
     chosen = np.concatenate([slot[:3] for slot in slots])
     classes = pair.classes(chosen.tolist())
-    lost = np.isin(analysis.classes(pair.meeting.atoms), list(classes))
+    lost = np.isin(analysis.classes(pair.product.atoms), list(classes))
     total = 0.0
     for head in range(4):
         rows = slice(8 * head, 8 * head + 8)

@@ -1,0 +1,77 @@
+"""What a user asks of one weight, with all rules considered: resolved once, when it is found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.config.settings import (
+    ModeChoice,
+    ParamValue,
+    Rule,
+    Settings,
+    match_rule,
+    method_names,
+)
+from onnxcomp.passes.weight import WeightSite
+
+__all__ = ["HALF", "Policy", "resolve_policy"]
+
+# The codec of half precision, for what stays dense.
+HALF = "fp16"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Policy:
+    """What is asked of one weight.
+
+    Attributes:
+        methods: Codecs to choose from.
+        mode: How uses are served.
+        params: Codec parameters held fixed.
+        rule: The rule that speaks of the weight; None where none does.
+        exact_half: Whether half precision may be taken only where no value changes.
+    """
+
+    methods: tuple[str, ...]
+    mode: ModeChoice = "auto"
+    params: Mapping[str, ParamValue] = dataclasses.field(default_factory=dict)
+    rule: Rule | None = None
+    exact_half: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings, names: Sequence[str], operators: Sequence[str] = ()) -> Policy:
+        """The policy for a weight.
+
+        Args:
+            settings: What is asked for.
+            names: Of the weight and of the nodes that use it.
+            operators: That use it.
+
+        Raises:
+            UsageError: A method is unknown, or needs the library where none is wanted.
+        """
+        rule = match_rule(settings.rules, names, operators)
+        asked = settings.method if rule is None else rule.methods or settings.method
+        methods = method_names(asked, CODECS, stock=settings.stock)
+        own = rule is not None and bool(rule.methods)
+        if settings.rest != "keep" and not own:
+            methods = (*(name for name in methods if name not in ("dense", HALF)), HALF)
+        return cls(
+            methods,
+            (rule.mode if rule is not None else None) or settings.mode,
+            {} if rule is None else rule.params,
+            rule,
+            settings.rest == "exact" and not own,
+        )
+
+
+def resolve_policy(site: WeightSite, settings: Settings) -> Policy:
+    """The policy for a weight, by its name or by those of the nodes that use it.
+
+    Raises:
+        UsageError: A method is unknown, or needs the library where none is wanted.
+    """
+    names = [site.name, *(use.node for use in site.uses)]
+    return Policy.of(settings, names, [use.op_type for use in site.uses])

@@ -1,0 +1,49 @@
+"""Place the weights of a compressed model in another model, as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import onnx_ir as ir
+
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.config.settings import typed_params
+from onnxcomp.passes.ir.manifest import ManifestEntry
+from onnxcomp.passes.ir.traversal import initializers
+from onnxcomp.passes.lowering.expand import stored_payload
+from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.weight import WeightSite
+
+__all__ = ["place_stored"]
+
+
+def place_stored(
+    model: ir.Model,
+    sites: Collection[WeightSite],
+    compressed: ir.Model,
+    records: Mapping[str, ManifestEntry],
+) -> None:
+    """``MatMul(x, W) -> HyperMatMul(x, codes, ...)`` with codes that another model has.
+
+    Args:
+        model: The dense model; it is changed in place.
+        sites: Its weights.
+        compressed: The model that stores some of them.
+        records: What was done with each of those that are placed, by name.
+
+    Raises:
+        ModelError: A tensor is missing or damaged.
+    """
+    values = initializers(compressed)
+    by_name = {site.name: site for site in sites}
+    placements = []
+    for name, record in records.items():
+        codec = CODECS[record.recipe.codec]
+        params = typed_params(codec.params_type, record.recipe.params, codec.name)
+        payload = stored_payload(record, values)
+        mode = record.recipe.mode
+        placements.append(
+            Placement(by_name[name], codec, payload, mode, params)  # type: ignore[arg-type]
+        )
+    if placements:
+        rewrite(model, placements, portable=bool(compressed.functions))

@@ -1,0 +1,71 @@
+"""What there is to choose from for every weight of a model, with all that is expected of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.config.policy import HALF
+from onnxcomp.passes.planning.candidates import Estimate, Estimator
+from onnxcomp.passes.planning.error_model import Estimates
+from onnxcomp.passes.planning.exact import exact_forms
+from onnxcomp.passes.planning.measurements import Measurements, observed
+from onnxcomp.passes.planning.rank_goals import with_rank
+from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set
+from onnxcomp.passes.weight import WeightSite
+
+__all__ = ["candidate_sets"]
+
+
+def candidate_sets(prepared: Prepared, known: Measurements) -> list[CandidateSet]:
+    """What there is to choose from for every weight, in the order of the model.
+
+    Args:
+        prepared: The model, its weights and what is asked of each.
+        known: What was measured before.
+
+    Raises:
+        UsageError: A rule names a parameter or a rank that no method of the weight has.
+    """
+    estimates = Estimates(prepared.model, calibrated=known.calibrated, timer=known.timing)
+    found: dict[str, CandidateSet] = {}
+    for site, stats in observed(prepared.model, prepared.sites, known.feeds):
+        estimates.look_at(stats)
+        found[site.name] = _candidate_set(site, prepared, known, estimates)
+    return [dataclasses.replace(found[site.name], chance=known.chance) for site in prepared.sites]
+
+
+def _candidate_set(
+    site: WeightSite, prepared: Prepared, known: Measurements, estimates: Estimates
+) -> CandidateSet:
+    exact = exact_forms(site, prepared.policies[site.name])
+    if exact is not None:
+        return exact
+    policy = with_rank(prepared.policies[site.name], site, estimates.energies)
+    estimator: Estimator = estimates
+    if policy.exact_half:
+        estimator = functools.partial(_exact, estimates)
+    return candidate_set(
+        site,
+        policy,
+        estimator=estimator,
+        sensitivity=known.sensitivities.get(site.name),
+        measured=known.measured.get(site.name),
+        scale=known.scale.get(site.name),
+        prior=known.prior[site.name],
+    )
+
+
+def _exact(
+    estimator: Estimator, codec: Codec, site: WeightSite, params: Sequence[Params]
+) -> Sequence[Estimate]:
+    """What is expected, with half precision only where it changes nothing."""
+    found = estimator(codec, site, params)
+    if codec.name != HALF:
+        return found
+    return [e if e.error == 0.0 else dataclasses.replace(e, error=math.inf) for e in found]

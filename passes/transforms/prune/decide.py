@@ -1,0 +1,115 @@
+"""Which channels go: the way from options and calibration data to steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from onnxcomp.passes.analysis.prune_report import GroupReport
+from onnxcomp.passes.transforms.prune.axes import Analysis
+from onnxcomp.passes.transforms.prune.choose import by_obs, by_rank
+from onnxcomp.passes.transforms.prune.compensate import Sums
+from onnxcomp.passes.transforms.prune.consumers import Consumer
+from onnxcomp.passes.transforms.prune.cost import Ledger
+from onnxcomp.passes.transforms.prune.groups import Groups
+from onnxcomp.passes.transforms.prune.observe import moments
+from onnxcomp.passes.transforms.prune.options import PruneOptions
+from onnxcomp.passes.transforms.prune.qk_products import qk_steps
+from onnxcomp.passes.transforms.prune.select import Step, group_reports, removed
+from onnxcomp.passes.weight import Feed
+
+__all__ = ["Decision", "decide"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """What goes.
+
+    Attributes:
+        steps: In the order in which they were taken.
+        classes: The classes of atoms that they take.
+        groups: Groups that lose something.
+    """
+
+    steps: tuple[Step, ...]
+    classes: frozenset[int]
+    groups: tuple[GroupReport, ...]
+
+
+def decide(
+    analysis: Analysis,
+    groups: Groups,
+    consumers: Sequence[Consumer],
+    ledger: Ledger,
+    options: PruneOptions,
+    feeds: Sequence[Feed],
+    folder: Path | None,
+) -> Decision:
+    """Choose the channels that go.
+
+    Args:
+        analysis: Of the model.
+        groups: What may go.
+        consumers: The products of the model.
+        ledger: Knows what is saved; afterwards also what goes.
+        options: How much, and by what score.
+        feeds: Calibration data; without any, weights alone decide.
+        folder: Where pieces of the model are written for ONNX Runtime.
+
+    Raises:
+        ModelError: ONNX Runtime cannot run the model.
+    """
+    steps = _steps(analysis, groups, consumers, ledger, options, feeds, folder)
+    return Decision(tuple(steps), removed(steps), group_reports(groups, steps))
+
+
+def _steps(
+    analysis: Analysis,
+    groups: Groups,
+    consumers: Sequence[Consumer],
+    ledger: Ledger,
+    options: PruneOptions,
+    feeds: Sequence[Feed],
+    folder: Path | None,
+) -> list[Step]:
+    common = {"least": options.least, "round_to": options.round_to}
+    needed = _touched(consumers, groups)
+    share = options.share
+    if options.score == "obs" and options.allocation != "uniform":
+        seen = moments(analysis, needed, feeds, folder) if feeds else _unknown(needed)
+        more: list[list[Step]] = []
+        if feeds:
+            more = qk_steps(
+                analysis, groups.groups, consumers, ledger, feeds, folder, **common  # type: ignore[arg-type]
+            )  # fmt: skip
+        return by_obs(groups.groups, needed, seen, ledger, share, more, **common)  # type: ignore[arg-type]
+    found: dict[str, Sums] = {}
+    if feeds and options.score != "magnitude":
+        found = {consumer.name: sums for consumer, sums in moments(analysis, needed, feeds, folder)}
+    uniform = options.allocation == "uniform" or (
+        options.allocation == "auto" and options.score in ("wanda", "magnitude")
+    )
+    score = options.used_score(calibrated=bool(feeds))
+    return by_rank(
+        analysis, groups.groups, needed, found, ledger, share, score, options.numerical,
+        uniform=uniform, least=options.least, round_to=options.round_to,
+    )  # fmt: skip
+
+
+def _unknown(consumers: Sequence[Consumer]) -> list[tuple[Consumer, Sums]]:
+    """Moments where nothing is known: all inputs alike and independent."""
+    found = []
+    for consumer in consumers:
+        sums = Sums(len(consumer.classes) * consumer.block, 0)
+        sums.gram = np.eye(len(sums.gram))
+        found.append((consumer, sums))
+    return found
+
+
+def _touched(consumers: Sequence[Consumer], groups: Groups) -> list[Consumer]:
+    """Products that read channels of some group."""
+    own = {c for g in groups.groups for slot in g.slots for candidate in slot for c in candidate}
+    return [consumer for consumer in consumers if own & set(consumer.classes.tolist())]

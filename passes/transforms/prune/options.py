@@ -1,0 +1,77 @@
+"""What can be said about how a model is pruned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from onnxcomp.errors import UsageError
+from onnxcomp.passes.config.settings import SCORES, PruneScore
+from onnxcomp.passes.transforms.prune.choose import Numerical
+
+__all__ = ["PruneOptions"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PruneOptions:
+    """How a model is pruned.
+
+    Attributes:
+        ratio: Share of the parameters of the layers that can shrink that is to go.
+        target_flops: Share of the model's FLOPs that is to stay; instead of `ratio`.
+        score: What decides which channels go.
+        allocation: "knapsack" for one budget over all layers, "uniform" for the same share of
+            each; "auto" is what goes with the score.
+        compensate: "fit" to fit what stays, "bias" for biases only, "none".
+        numerical: How the score of this name is read.
+        least: Share of each group that always stays.
+        round_to: Groups of 64 channels or more lose this many at a time.
+        caches: Whether inputs and outputs that hold a cache may shrink.
+        freeze_inputs: Whether initializers that are also inputs may shrink.
+        include: Regular expressions; when given, only groups with a matching weight shrink.
+        exclude: Regular expressions of weights that keep their shape.
+    """
+
+    ratio: float | None = None
+    target_flops: float | None = None
+    score: PruneScore = "obs"
+    allocation: Literal["auto", "knapsack", "uniform"] = "auto"
+    compensate: Literal["fit", "bias", "none"] = "fit"
+    numerical: Numerical = Numerical()  # noqa: RUF009
+    least: float = 0.1
+    round_to: int = 8
+    caches: bool = True
+    freeze_inputs: bool = False
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Raise `UsageError` for values out of range."""
+        if (self.ratio is None) == (self.target_flops is None):
+            raise UsageError(
+                "pruning needs either a ratio or a target for FLOPs",
+                hint="give --prune-ratio 0.3 or --target-flops 0.7",
+            )
+        for name in ("ratio", "target_flops"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < 1.0:
+                raise UsageError(f"{name} is {value}", hint="it is a share between 0 and 1")
+        if self.score not in SCORES:
+            raise UsageError(
+                f"there is no score {self.score!r}", hint=f"one of {', '.join(SCORES)}"
+            )
+
+    def used_score(self, *, calibrated: bool) -> PruneScore:
+        """The score, or what stands for it where there is no calibration data."""
+        return self.score if calibrated else "magnitude"
+
+    @property
+    def share(self) -> float:
+        """Share that is to go."""
+        return self.ratio if self.ratio is not None else 1.0 - (self.target_flops or 0.0)
+
+    @property
+    def unit(self) -> str:
+        """What the share is of."""
+        return "parameters" if self.ratio is not None else "flops"
