@@ -121,6 +121,8 @@ class WeightSite:
         rank: The most that its rank can be, where it is the product of two thin weights that were
             in its place: stored with this rank it is what it was. None for all others.
         constant: What is known of it where it is no trained weight; else None.
+        wide: Whether the stored tensor is float64. Codecs see it as float32, and all its uses read
+            the dense weight, converted back.
     """
 
     name: str
@@ -134,6 +136,7 @@ class WeightSite:
     filters_input: bool = False
     rank: int | None = None
     constant: Constant | None = None
+    wide: bool = False
 
     @property
     def size(self) -> int:
@@ -143,7 +146,12 @@ class WeightSite:
     @property
     def itemsize(self) -> int:
         """Bytes per element of the stored tensor."""
-        return 4 if self.dtype == "float32" else 2
+        return 8 if self.wide else 4 if self.dtype == "float32" else 2
+
+    @property
+    def stored_dtype(self) -> str:
+        """Element type of the stored tensor."""
+        return "float64" if self.wide else self.dtype
 
     @property
     def nbytes(self) -> int:

@@ -78,14 +78,15 @@ _SHORTEST, _RECURRENCE = 16, 2e-3
 _LINES, _MOST = 256, 0.99
 
 # A Fourier row: this share of its energy is in this many frequencies, of at least 64. Window
-# functions spread one frequency over three, both signs over six; two more for windows that do not
-# fill the row. Noise has about a fifth there.
-_ENERGY, _FREQUENCIES, _SHORTEST_ROW = 0.999, 8, 64
+# functions spread one frequency over three, both signs over six; a window that fills four fifths of
+# the row over twice as many. Noise has less than half of its energy there.
+_ENERGY, _FREQUENCIES, _SHORTEST_ROW = 0.999, 12, 64
 # Fourier rows differ: share of distinct frequencies.
 _DISTINCT = 0.3
 
-# A filter bank: bands without negative values that leave this share of the elements zero.
+# A filter bank: this many bands without negative values, and this share of the elements zero.
 _EMPTY = 0.6
+_BANDS = 8
 
 # Elements that are looked at first, and the most values that two bytes index.
 _SAMPLE, _INDEX = 1 << 16, 1 << 16
@@ -98,14 +99,14 @@ EXACT = "constant"
 
 
 def mark_constants(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[WeightSite, ...]:
-    """The sites, those marked that are no trained weights; each is read once.
+    """The sites, those marked that are no trained weights; each is read once. Float64 is left out.
 
     Args:
         model: The canonical model.
         sites: Its weights.
     """
     opset = default_opset(model) or 0
-    return tuple(_marked(model, site, opset) for site in sites)
+    return tuple(site if site.wide else _marked(model, site, opset) for site in sites)
 
 
 def _marked(model: ir.Model, site: WeightSite, opset: int) -> WeightSite:
@@ -267,7 +268,7 @@ def _bands(weight: Array) -> str:
     for lines in (held, held.T):
         alive = lines[lines.any(axis=1)]
         count, length = alive.shape
-        if count < _FREQUENCIES or length < _SHORTEST:
+        if count < _BANDS or length < _SHORTEST:
             continue
         first, last = alive.argmax(axis=1), length - 1 - alive[:, ::-1].argmax(axis=1)
         whole = alive.sum(axis=1) == last - first + 1
@@ -290,7 +291,8 @@ def _form(site: WeightSite, weight: Array, opset: int) -> tuple[ConstantForm, in
         and (values := len(np.unique(bits))) <= _INDEX
     ):
         found.append(ConstantParams("table", values))
-    half = weight.astype(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):
+        half = weight.astype(np.float16).astype(np.float32)
     if site.dtype == "float32" and np.array_equal(half.view(np.uint32), bits.reshape(half.shape)):
         found.append(ConstantParams("half"))
     best = min(found, key=lambda params: codec.size(site, params), default=None)
@@ -305,5 +307,6 @@ def _is_range(stored: Array) -> bool:
     if not 1 < flat.size < 1 << 24:
         return False
     start, step = flat[0].astype(np.float32), (flat[1:2].astype(np.float32) - flat[0])[0]
-    made = np.arange(flat.size, dtype=np.float32) * step + start
-    return bool(np.array_equal(made.astype(stored.dtype), flat))
+    with np.errstate(over="ignore"):
+        made = (np.arange(flat.size, dtype=np.float32) * step + start).astype(stored.dtype)
+    return made.tobytes() == flat.tobytes()

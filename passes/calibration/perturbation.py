@@ -117,6 +117,8 @@ class Probe:
 
     def _typed(self, site: WeightSite, weight: Array) -> Array:
         kinds: dict[str, Any] = {"float32": np.float32, "float16": np.float16}
+        if site.wide:
+            return stored_form(site, weight).astype(np.float64)
         if site.dtype not in kinds:
             import ml_dtypes
 

@@ -61,11 +61,12 @@ class ConstantCodec(Codec):
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only what is known to be a constant, and has a smaller exact form."""
-        if site.constant is None:
+        refusal = site.refusal(self.name)
+        if refusal is None and site.constant is None:
             return "not recognised as a constant"
-        if site.constant.form == "dense":
+        if refusal is None and site.constant is not None and site.constant.form == "dense":
             return "no smaller form keeps every bit"
-        return site.refusal(self.name)
+        return refusal
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""

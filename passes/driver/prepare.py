@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from onnxcomp.passes.analysis.constants import mark_constants
 from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.analysis.unmatched import warn_of_unmatched
 from onnxcomp.passes.analysis.weight_sites import find_sites
 from onnxcomp.passes.config.policy import resolve_policy
 from onnxcomp.passes.config.settings import Settings
@@ -37,6 +38,7 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         exclude=settings.exclude,
         freeze_inputs=settings.freeze_inputs,
     )
+    warn_of_unmatched(model, found, settings)
     sites = mark_constants(model, found.sites)
     pruning = changes.get(Prune.name)
     return Prepared(

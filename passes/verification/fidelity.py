@@ -15,9 +15,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.errors import ModelError, VerifyError
+from onnxcomp.errors import ModelError, UsageError, VerifyError
 from onnxcomp.passes.analysis.taps import Taps, find_taps
 from onnxcomp.passes.verification.copies import INT8, Copy
+from onnxcomp.passes.verification.detections import Detections
 from onnxcomp.passes.verification.forms import (
     NO_TAPS,
     Compared,
@@ -81,6 +82,7 @@ class Verification:
         int8: Library form as it is against the same in exact arithmetic: what rounding activations
             to int8 adds; None where none are rounded.
         tolerance: Largest accepted difference to the original; None where the loss was not judged.
+        detections: How many of the original's detections are found again; None for other models.
     """
 
     passed: bool
@@ -93,6 +95,7 @@ class Verification:
     taps: Mapping[str, Metrics] = dataclasses.field(default_factory=dict)
     int8: Form | None = None
     tolerance: float | None = None
+    detections: Detections | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``onnxcomp verify``."""
@@ -104,7 +107,11 @@ class Verification:
             "samples": self.samples,
             "tolerance": self.tolerance,
         }
-        return found | ({} if self.int8 is None else {"int8": self.int8.to_json()})
+        if self.int8 is not None:
+            found["int8"] = self.int8.to_json()
+        if self.detections is not None:
+            found["detections"] = self.detections.to_json()
+        return found
 
     @property
     def error(self) -> float:
@@ -160,7 +167,8 @@ def verify(
                 raise  # else it is the copy that does not run
         return _verify(reference, compressed, inputs, tolerance, NO_TAPS)
     found = _verify(reference, compressed, inputs, tolerance, NO_TAPS)
-    if found.passed or not found.agreement.outputs:
+    resized = any(metrics.resized for metrics in found.outputs.values())
+    if (found.passed and not resized) or not found.agreement.outputs:
         return found
     taps = _taps(reference)
     return found if taps is NO_TAPS else _verify(reference, compressed, inputs, tolerance, taps)
@@ -215,6 +223,8 @@ def _verify(
     from onnxcomp.runtime.session import needs_library
 
     feeds, wanted, signature = _reference(reference, inputs, taps)
+    if inputs.data is not None and not any(a.size for run in wanted for a in run.values()):
+        raise UsageError("the given inputs make empty outputs", hint="give inputs with rows")
     two_forms = needs_library(compressed)
     products = _products(compressed) if two_forms else []
     int8 = any(product["precision"].i == INT8 for product in products)
@@ -256,6 +266,7 @@ def _verify(
         taps=loss.taps,
         int8=None if added is None else Form(not broken, added.outputs, added.taps),
         tolerance=tolerance,
+        detections=loss.detections,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxcomp.passes.analysis.taps import Tap, Taps
+from onnxcomp.passes.verification.detections import DetectionAgreement, Detections
 from onnxcomp.passes.verification.numerics import (
     FEW,
     MINIMUM_AGREEMENT,
@@ -97,12 +98,14 @@ class Compared:
         outputs: Of the outputs, over all samples.
         taps: Of the floats in front of decisions, as far as these fell the same before them.
         faithful: Of the outputs, over the samples in which every decision before them fell the
-            same; without those that are decisions themselves.
+            same.
+        detections: How many detections are found again; None where there are none.
     """
 
     outputs: Mapping[str, Metrics]
     taps: Mapping[str, Metrics]
     faithful: Mapping[str, Metrics]
+    detections: Detections | None = None
 
     @property
     def worst(self) -> float:
@@ -126,12 +129,16 @@ class _Run:
         self.inner: dict[str, Comparison] = {}
         self.faithful: dict[str, Comparison] = {}
         self.missing: set[str] = set()
+        self.detections = DetectionAgreement()
         self._keys = {tap.key for tap in taps.all}
         self._names = set(signature.shapes)
 
     def add(self, feed: Feed, wanted: Outputs, found: Outputs) -> None:
         """Take in one sample."""
         fallen = self._fallen(wanted, found)
+        self.detections.add(
+            *({n: run[n] for n in self._names & set(run)} for run in (wanted, found))
+        )
         for name, array in wanted.items():
             base = name if name in self._names else _PART.sub("", name)
             if base not in self._names:
@@ -186,6 +193,7 @@ class _Run:
             outputs,
             {name: found.result() for name, found in self.inner.items()},
             {name: found.result() for name, found in self.faithful.items()},
+            self.detections.result(),
         )
 
 
@@ -251,7 +259,7 @@ def judge(
     """
     wrong = []
     named = [(f"output {name!r}", found) for name, found in outputs.items()]
-    inner = [(f"value {name!r}, which is decided on,", found) for name, found in taps.items()]
+    inner = [(f"value {name!r} before a decision", found) for name, found in taps.items()]
     for subject, found in (*named, *inner):
         if found.problem:
             wrong.append(f"{where}{subject}: {found.problem}")
