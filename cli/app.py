@@ -149,8 +149,15 @@ class App(click.Group):
             _drop_output()
             code = SIGNAL_CODE + _SIGPIPE
         except BaseException as error:
-            code = report_error(raised[0] if raised else error, words)
+            # Click turns a broken pipe into an exit of its own, and stdout into this wrapper.
+            gone = isinstance(sys.stdout, click.utils.PacifyFlushWrapper) and not raised
+            code = SIGNAL_CODE + _SIGPIPE if gone else report_error(first(raised, error), words)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def first(raised: Sequence[Interruption], error: BaseException) -> BaseException:
+    """What ended the command: a signal, or the error that was raised."""
+    return raised[0] if raised else error
 
 
 def _drop_output() -> None:
