@@ -34,7 +34,7 @@ import onnxcomp as oc
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import typed_params
+from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.ir import model as graph
 from onnxcomp.passes.lowering.expand import expand
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from onnxcomp.cli.options import FILE, input_options
+from onnxcomp.cli.options import FILE, input_options, option_of
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
 __all__ = ["command", "milliseconds_text", "show_bench"]
@@ -26,7 +26,7 @@ __all__ = ["command", "milliseconds_text", "show_bench"]
     help="Measure what products cost on this machine, for --max-slowdown; needs no model.",
 )  # fmt: skip
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="Time for each model.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
+@option_of("seed", help="Seed of made-up inputs.")
 @with_terminal
 def command(
     terminal: Terminal,

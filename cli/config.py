@@ -25,7 +25,7 @@ def command() -> None:
 def init(terminal: Terminal, output: Path | None) -> None:
     """Write a configuration with every setting in it, explained."""
     from onnxcomp.errors import UsageError
-    from onnxcomp.passes.config.file import template_text
+    from onnxcomp.passes.config.template import template_text
 
     text = template_text()
     if output is None:
@@ -51,15 +51,15 @@ def check(terminal: Terminal, config: Path) -> None:
     options = {name: _plain(value) for name, value in checked_options(config).items()}
     rows = [(name.rstrip("_"), json.dumps(value)) for name, value in options.items()]
     terminal.table(("setting", "value"), rows, left=2)
-    terminal.finish({"options": options}, f"{config}: {len(options)} settings, all in order")
+    terminal.finish({"options": options}, f"{config}: {len(options)} settings, all valid")
 
 
 @command.command("schema")
 @with_terminal
 def schema(terminal: Terminal) -> None:
     """Print the JSON Schema of configuration files, for editors."""
-    from onnxcomp.passes.config.file import schema as read
-    from onnxcomp.passes.config.file import schema_text
+    from onnxcomp.passes.config.schema import schema as read
+    from onnxcomp.passes.config.schema import schema_text
 
     _show(terminal, read(), schema_text())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from onnxcomp.cli.options import EXTERNAL_DATA, FILE, OUTPUT
+from onnxcomp.cli.options import FILE, OUTPUT, option_of
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
 __all__ = ["command"]
@@ -16,7 +16,7 @@ __all__ = ["command"]
 @click.command("expand")
 @click.argument("model", type=FILE)
 @click.option("-o", "--output", type=OUTPUT, required=True, help="The dense model.")
-@EXTERNAL_DATA
+@option_of("external_data")
 @with_terminal
 def command(terminal: Terminal, model: Path, output: Path, external_data: Any) -> None:
     """Turn a compressed model back into plain dense ONNX.

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onnxcomp.cli.options import FILE
+from onnxcomp.cli.options import FILE, option_of
 from onnxcomp.cli.prune import groups_verdict, show_groups
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
-from onnxcomp.cli.values import size
 
 if TYPE_CHECKING:
     from onnxcomp.passes.report.inspect import Difference, Inspection, Interface
@@ -25,14 +24,8 @@ _MOST_COMMON = 12
 
 @click.command("inspect")
 @click.argument("model", type=FILE)
-@click.option("--diff", "other", type=FILE, help="Say what is different in this other model.")
-@click.option(
-    "--min-size",
-    type=size,
-    default="16KiB",
-    show_default=True,
-    help="Smallest tensor that counts as compressible.",
-)
+@click.option("--diff", "other", type=FILE, help="Show what is different in this other model.")
+@option_of("min_size", help="Smallest tensor that counts as compressible.")
 @click.option("--groups", is_flag=True, help="Show what pruning could take out, and why other "
               "channels stay. Runs the model on made-up inputs.")  # fmt: skip
 @with_terminal

@@ -10,16 +10,16 @@ import click
 from onnxcomp.cli.options import (
     FILE,
     OUTPUT,
-    calibration_option,
-    input_options,
-    plan_options,
-    prune_options,
+    SectionedCommand,
+    SectionedOption,
     settings_in_effect,
+    table_options,
 )
 from onnxcomp.cli.progress import progress
 from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 from onnxcomp.cli.verdicts import judged_text, warnings_of
+from onnxcomp.passes.config.options import OptimizeOptions
 
 if TYPE_CHECKING:
     from onnxcomp.passes.driver.api import Result
@@ -31,32 +31,17 @@ __all__ = ["command"]
 _NEAR = 0.01
 
 
-@click.command("optimize")
+@click.command("optimize", cls=SectionedCommand)
 @click.argument("model", type=FILE)
-@click.option("-o", "--output", type=OUTPUT, help="The new model.")
-@plan_options
-@prune_options
-@click.option("--plan", type=FILE, help="Carry out this plan; its settings are used.")
-@click.option("--jobs", type=click.IntRange(1), help="Threads; all processors by default.")
-@click.option("--cache", type=click.Path(file_okay=False), help="Keep encoded weights here.")
 @click.option(
-    "--verify/--no-verify", default=True, help="Run the result and compare it; on by default."
-)
-@click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
-@input_options
-@calibration_option
-@click.option(
-    "--eval", "evaluate", metavar="FILE:FUNCTION",
-    help="Your own measure: a Python function that gets a function that opens a session, and "
-    "returns a number; higher is better.",
+    "-o", "--output", cls=SectionedOption, section="output", type=OUTPUT, metavar="OUT",
+    help="The new model.",
 )  # fmt: skip
+@table_options(OptimizeOptions)
 @click.option(
-    "--max-drop", type=click.FloatRange(0), default=0.0, show_default=True,
-    help="How much less than the dense model's that number may be.",
+    "--report", cls=SectionedOption, section="output", type=OUTPUT, metavar="report.html",
+    help="Write the result as a page here, too.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Only plan.")
-@click.option("--report", type=OUTPUT, help="Write the result as a page here, too: report.html.")
-@click.option("--force", is_flag=True, help="Write the result even when verification fails.")
 @with_terminal
 def command(
     terminal: Terminal,
@@ -73,7 +58,6 @@ def command(
     import onnxcomp
 
     options = settings_in_effect(settings)
-    options |= {"data": options["data"] or None, "shapes": dict(options["shapes"])}
     with progress(terminal, "encoding") as show:
         try:
             result = onnxcomp.optimize(model, output, progress=show, **options)

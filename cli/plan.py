@@ -11,13 +11,14 @@ import click
 from onnxcomp.cli.options import (
     FILE,
     OUTPUT,
-    data_options,
-    plan_options,
-    prune_options,
+    SectionedCommand,
+    SectionedOption,
     settings_in_effect,
+    table_options,
 )
 from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
+from onnxcomp.passes.config.options import PlanOptions
 
 if TYPE_CHECKING:
     from onnxcomp.passes.planning.pareto import FrontierPoint
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
 __all__ = ["command", "plan_verdict", "show_frontier"]
 
 
-@click.command("plan")
+@click.command("plan", cls=SectionedCommand)
 @click.argument("model", type=FILE)
-@plan_options
-@prune_options
-@data_options
-@click.option("-o", "--output", type=OUTPUT, help="Write the plan here: readable, editable JSON.")
+@table_options(PlanOptions)
 @click.option(
-    "--frontier", is_flag=True, help="Size against expected error, over the whole range of sizes."
-)
+    "-o", "--output", cls=SectionedOption, section="run", type=OUTPUT, metavar="PLAN.json",
+    help="Write the plan here: readable, editable JSON.",
+)  # fmt: skip
+@click.option(
+    "--frontier", cls=SectionedOption, section="run", is_flag=True,
+    help="Size against expected error, over the whole range of sizes.",
+)  # fmt: skip
 @with_terminal
 def command(
     terminal: Terminal,
@@ -45,7 +48,7 @@ def command(
 ) -> None:
     """Show what optimize would do with these settings: every weight, exact bytes, no work.
 
-    What is asked to be pruned is pruned in memory, since what is left decides about the rest.
+    Pruning is done in memory, because the bytes depend on what is left.
 
     A plan written with -o can be edited and is carried out by: onnxcomp optimize MODEL -o OUT
     --plan plan.json
@@ -55,7 +58,6 @@ def command(
     from onnxcomp.passes.driver.run_report import planned_sites
 
     settings = settings_in_effect(settings)
-    settings["data"] = settings["data"] or None
     if frontier:
         show_frontier(terminal, onnxcomp.frontier(model, **settings))
         return

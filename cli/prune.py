@@ -1,4 +1,4 @@
-"""Pruning on the command line: its options, and tables of what can go and what went."""
+"""Pruning on the command line: tables of what can go and what went."""
 
 from __future__ import annotations
 
@@ -7,36 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from onnxcomp.cli.terminal import bytes_text, percent_text
 
 if TYPE_CHECKING:
     from onnxcomp.cli.terminal import Terminal
 
 __all__ = [
-    "PRUNE_OPTIONS",
     "groups_verdict",
     "prune_text",
     "show_division",
     "show_groups",
     "show_pruned",
 ]
-
-_SHARE = click.FloatRange(0.0, 1.0, min_open=True, max_open=True)
-
-PRUNE_OPTIONS = (
-    click.option("--prune-ratio", type=_SHARE, help="First take out channels, neurons and heads: "
-                 "this share of the parameters of layers that can shrink."),
-    click.option("--target-flops", type=_SHARE, help="Instead: prune until this share of the "
-                 "model's FLOPs is left."),
-    click.option(
-        "--prune-score", type=click.Choice(["obs", "numerical", "wanda", "flap", "magnitude"]),
-        help="What decides which channels go; obs by default, magnitude without --data.",
-    ),
-    click.option("--prune-caches", is_flag=True, default=None, help="Pruning may change the shapes "
-                 "of inputs and outputs that hold a KV cache."),
-)  # fmt: skip
 
 
 def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
@@ -63,7 +45,7 @@ def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
             text += f", statistics of {len(moved)} of {len(pruned['norms'])} normalisations too"
         terminal.say(text)
     else:
-        terminal.say("no --data: weights alone decided, and nothing was fitted to make up for it")
+        terminal.say("no --data: norms of weights decided what to prune, and nothing was fitted")
 
 
 def show_division(terminal: Terminal, division: Sequence[Mapping[str, Any]]) -> None:
@@ -82,7 +64,7 @@ def show_division(terminal: Terminal, division: Sequence[Mapping[str, Any]]) -> 
     if rows:
         terminal.table(columns, rows, left=1)
         if division[0]["share"] == 0.0:
-            terminal.say("nothing is pruned: codes alone lose less in this size")
+            terminal.say("nothing is pruned: at this size the codecs alone lose less")
 
 
 def prune_text(pruned: Mapping[str, Any] | None) -> list[str]:

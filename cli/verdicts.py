@@ -56,7 +56,7 @@ def _far_lines(verify: Mapping[str, Any]) -> Iterable[str]:
         part = f" ({where})" if where else ""
         yield (
             f"warning: output {name!r}{part} differs by {100 * error:.0f} % from the original's: "
-            "more bits, a smaller ratio or --data lose less"
+            "use more bits, a smaller ratio or --data"
         )
 
 

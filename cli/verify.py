@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from onnxcomp.cli.options import FILE, OUTPUT, input_options
+from onnxcomp.cli.options import FILE, OUTPUT, input_options, option_of
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 from onnxcomp.cli.verdicts import detections_text, judged_text, slice_text, warnings_of
 
@@ -25,11 +25,11 @@ _ALWAYS = 6
 @click.option(
     "--samples", type=click.IntRange(1), default=4, show_default=True, help="Inputs made."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of made-up inputs.")
-@click.option("--tolerance", type=float, help="Largest accepted relative difference of an output.")
+@option_of("seed", help="Seed of made-up inputs.")
+@option_of("tolerance")
 @click.option(
     "--bisect", is_flag=True,
-    help="Where --tolerance is exceeded, find the weights that are to blame.",
+    help="Where --tolerance is exceeded, find the weights that cause the error.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=OUTPUT, help="With --bisect: write the model with these weights dense."
@@ -68,7 +68,7 @@ def command(
         document = result.to_json()
     show_verification(terminal, document, made_up=not data)
     for name in document.get("bisect", {}).get("blamed", ()):
-        terminal.say(f"to blame: {name}")
+        terminal.say(f"causes the error: {name}")
     terminal.finish(document, "\n".join([verdict(document, made_up=not data), *_last(document)]))
     if not result.passed:
         raise click.exceptions.Exit(onnxcomp.errors.VerifyError.exit_code)

@@ -54,7 +54,7 @@ def needs_library(model: PathLike) -> bool:
     """Whether the model calls operators that the library has kernels for.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing or is not an ONNX model.
     """
     return any(not name.endswith(FOLDED) for name in custom_operators(model))
 

@@ -81,7 +81,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.npz"))
         if not found:
-            raise UsageError(f"{path} holds no .npz files")
+            raise UsageError(f"{path} contains no .npz files")
         return found
     if path.suffix == ".npy":
         raise UsageError(f"{path} does not say which input it is for", hint=f"write NAME={path}")
@@ -152,7 +152,7 @@ def _stack(source: str, array: Array, spec: InputSpec) -> Sequence[Array]:
     else:
         raise UsageError(
             f"{source}: input {spec.name!r} is {spec.text}, not of shape {list(array.shape)}",
-            hint="one axis more in front holds several samples",
+            hint="add an axis in front to give several samples",
         )
     return [_converted(source, np.asarray(sample), spec) for sample in samples]
 

@@ -35,7 +35,7 @@ def read_structure(model: PathLike) -> onnx.ModelProto:
     """The model as a message, external data left on disk.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing or is not an ONNX model.
     """
     import onnx
 
@@ -44,7 +44,9 @@ def read_structure(model: PathLike) -> onnx.ModelProto:
     except Exception as error:  # of the file system or of protobuf, whose classes have no types
         raise _unreadable(model, error) from error
     if not proto.graph.node and not proto.graph.output:
-        raise ModelError(f"{os.fspath(model)} is no ONNX model: it has no graph", hint=_NO_MODEL)
+        raise ModelError(
+            f"{os.fspath(model)} is not an ONNX model: it has no graph", hint=_NO_MODEL
+        )
     return proto
 
 
@@ -103,7 +105,7 @@ def data_files(model: PathLike) -> tuple[str, ...]:
     """Files that hold external data of the model, as it names them, in the order of their names.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing or is not an ONNX model.
     """
     return tuple(sorted(set(_locations(read_structure(model)))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -101,3 +102,11 @@ def test_links_between_pages_lead_somewhere(site: Path, pages: dict[Path, Page])
             assert target.is_file(), f"{path.name}: {link}"
             if anchor and target in pages:
                 assert anchor in pages[target].anchors, f"{path.name}: {link}"
+
+
+def test_functions_of_options_show_every_option(site: Path) -> None:
+    page = (site / "api.html").read_text(encoding="utf-8")
+    section = page[page.index('id="onnxcomp.optimize"') : page.index('id="onnxcomp.apply"')]
+    for name in inspect.signature(onnxcomp.optimize).parameters:
+        assert f"<code>{name}</code>" in section, name
+    assert "<code>asked</code>" not in section

@@ -43,8 +43,6 @@ def check_contents(names: list[str]) -> None:
         "onnxcomp/errors.py",
         "onnxcomp/runtime/package/templates/run.py",
         "onnxcomp/runtime/package/templates/triton.md",
-        "onnxcomp/passes/config/schema.json",
-        "onnxcomp/passes/config/template.yaml",
         "onnxcomp/passes/report/page/page.html",
         "onnxcomp/passes/report/page/page.css",
         "onnxcomp/passes/report/page/page.js",

@@ -128,7 +128,7 @@ class _SiteFinder:
     refusal: str | None
 
     def reason(self, scope: Scope, value: ir.Value, found: Sequence[Leaf]) -> str | None:
-        """Why a tensor is no site; None when it is one."""
+        """Why a tensor is not a site; None when it is one."""
         tensor = value.const_value
         assert tensor is not None
         return (
@@ -143,7 +143,7 @@ class _SiteFinder:
     def _foreign(
         self, value: ir.Value, tensor: ir.TensorProtocol, found: Sequence[Leaf]
     ) -> str | None:
-        """Tensors that are no plain weights."""
+        """Tensors that are not plain weights."""
         quantised = [leaf for leaf in found if _QUANTISED.search(leaf.node.op_type)]
         if value.name in self.compressed or any(leaf.node.domain == DOMAIN for leaf in found):
             return COMPRESSED_PART
@@ -159,7 +159,7 @@ class _SiteFinder:
         return None
 
     def _bound(self, scope: Scope, value: ir.Value, found: Sequence[Leaf]) -> str | None:
-        """Tensors the outside of the model has a say in."""
+        """Tensors that belong to the interface of the model, or to nothing."""
         listed = value.is_graph_input()
         if listed and scope.parent is not None:
             return "input of a subgraph"
@@ -257,7 +257,7 @@ def _node_order(model: ir.Model) -> dict[ir.Node, int]:
             if not node.name or node.name in names:
                 raise ModelError(
                     f"node {node.name or node.op_type!r} has no name of its own",
-                    hint="canonicalize(model) first",
+                    hint="run canonicalize(model) first",
                 )
             names.add(node.name)
     return order
@@ -275,7 +275,7 @@ def _not_finite(tensor: ir.TensorProtocol) -> str | None:
 
 
 def _orientation(found: Sequence[Leaf], tensor: ir.TensorProtocol) -> Orientation:
-    """The orientation most products want, else most look-ups, else the operator's own."""
+    """The orientation that most products need, else most look-ups, else the operator's own."""
     for need in ("matmul", "gather"):
         wanted = Counter(leaf.orientation for leaf in found if leaf.need == need)
         if wanted:

@@ -58,7 +58,7 @@ class NoiseShares:
         """
         shares = [self._wrong[name] / power for name, power in self._power.items() if power > 0.0]
         if not shares:
-            raise ModelError("no output is floating point and other than zero on these inputs")
+            raise ModelError("every output is zero or not floating point on these inputs")
         return shares
 
 

@@ -1,69 +1,33 @@
 """Configuration files: YAML that is checked against a schema before anything else happens.
 
-`schema.json` beside this file says what may be in one, and to which argument of
-`onnxcomp.optimize` each value goes. What a file does not say comes from its preset, or
-stays unsaid.
+`options.py` says what may be in one, and to which argument of `onnxcomp.optimize` each value goes.
+What a file leaves out comes from its preset, or keeps its default.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import glob
-import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.config.kinds import Rules
+from onnxcomp.passes.config.methods import method_names, split_methods
+from onnxcomp.passes.config.options import TARGETS, OptimizeOptions
 from onnxcomp.passes.config.presets import preset_options
-from onnxcomp.passes.config.settings import (
-    Rule,
-    Settings,
-    given_settings,
-    method_names,
-    split_methods,
-)
+from onnxcomp.passes.config.rules import Rule
+from onnxcomp.passes.config.schema import file_options, schema
+from onnxcomp.passes.config.settings import settings_from
+from onnxcomp.passes.config.values import check_pattern
 from onnxcomp.passes.config.yaml import Document, parse, validate
 
-__all__ = [
-    "TARGETS",
-    "checked_options",
-    "config_options",
-    "merged",
-    "schema",
-    "schema_text",
-    "template_text",
-]
-
-_FOLDER = Path(__file__).parent
-
-# Ways to say how small the output is to be: one of them replaces another.
-TARGETS = ("bits", "ratio", "target_size")
-
-
-def schema_text() -> str:
-    """The JSON Schema of a configuration file."""
-    return (_FOLDER / "schema.json").read_text(encoding="utf-8")
-
-
-@functools.cache
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a configuration file, read."""
-    document: dict[str, Any] = json.loads(schema_text())
-    return document
-
-
-def template_text() -> str:
-    """A configuration file with every setting in it, commented."""
-    return (_FOLDER / "template.yaml").read_text(encoding="utf-8")
+__all__ = ["checked_options", "config_options", "merged"]
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of several layers, later ones first.
+    """Options of several layers; later layers win.
 
     A later target replaces all earlier ones; a later limit of the error replaces equal bits.
     """
@@ -88,7 +52,7 @@ def config_options(
         stock: Whether no operator library may be needed, whatever the file says.
 
     Raises:
-        UsageError: The file cannot be read, is no YAML, or does not fit the schema; the message
+        UsageError: The file cannot be read, is not YAML, or does not fit the schema; the message
             names the line.
     """
     try:
@@ -113,10 +77,7 @@ def checked_options(path: str | os.PathLike[str]) -> dict[str, Any]:
         UsageError: The file is wrong, or a method, a size or an expression in it is.
     """
     options = config_options(path)
-    fields = {field.name for field in dataclasses.fields(Settings)} | {"set_"}
-    loose: dict[str, Any] = dict.fromkeys(["include", "exclude", "set_"], ())
-    loose |= {"method": "auto", "target_size": None, "min_size": 0}
-    settings = given_settings(**loose | {k: v for k, v in options.items() if k in fields})
+    settings = settings_from(OptimizeOptions(**options))
     for methods in (settings.method, *(rule.methods for rule in settings.rules)):
         if methods:
             method_names(methods, CODECS, stock=settings.stock)
@@ -125,32 +86,26 @@ def checked_options(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 _ONE = "choose one of them"
 
-# Parts of a rule that are no settings.
+# Parts of a rule that are not settings.
 _SELECTORS = ("match", "op", "keep")
 
 
 def _options(document: Document, folder: Path) -> Iterator[tuple[str, Any]]:
-    for option, path, value in _values(document.value, schema()["properties"]):
-        if option == "set_":
-            yield option, tuple(_rules(document, value))
-        elif option == "data":
-            yield option, _paths(document, path, value, folder)
-        elif option in ("cache", "evaluate"):
-            yield option, str(folder / value)
-        else:
-            yield option, tuple(value) if isinstance(value, list) else value
-
-
-def _values(
-    values: Mapping[str, Any], properties: Mapping[str, Any], path: tuple[str, ...] = ()
-) -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """Option, path in the document and value of everything that has an option."""
-    for key, value in values.items():
-        rules, here = properties[key], (*path, key)
-        if "x-option" in rules:
-            yield rules["x-option"], here, value
-        elif isinstance(value, Mapping):
-            yield from _values(value, rules["properties"], here)
+    """Arguments of `onnxcomp.optimize` that a document gives."""
+    for entry in file_options():
+        value: Any = document.value
+        for key in entry.path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            continue
+        if isinstance(entry.kind, Rules):
+            yield entry.name, tuple(_rules(document, value))
+            continue
+        try:
+            entry.checked(value, entry.path[-1])
+            yield entry.name, entry.kind.located(value, folder)
+        except UsageError as error:
+            raise document.error(entry.path, error.message, error.hint) from error
 
 
 def _rules(document: Document, items: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
@@ -165,26 +120,10 @@ def _rules(document: Document, items: Sequence[Mapping[str, Any]]) -> Iterator[R
         if not item.get("keep") and not settings:
             raise document.error(where, "a rule has no settings", "add method, mode or params")
         try:
-            re.compile(pattern)
-        except re.error as error:
-            message = f"{pattern!r} is not a regular expression: {error}"
-            raise document.error((*where, "match"), message, "write a dot as \\.") from error
+            check_pattern(pattern)
+        except UsageError as error:
+            raise document.error((*where, "match"), error.message, error.hint) from error
         method = "dense" if item.get("keep") else settings.get("method", ())
         names = [method] if isinstance(method, str) else method
         methods = tuple(part for name in names for part in split_methods(name))
         yield Rule(pattern, methods, settings.get("mode"), settings.get("params", {}), op)
-
-
-def _paths(
-    document: Document, where: tuple[str, ...], value: str | Sequence[str], folder: Path
-) -> tuple[str, ...]:
-    """Paths relative to the folder of the file, patterns expanded; ``name=`` stays in front."""
-    found: list[str] = []
-    for item in [value] if isinstance(value, str) else value:
-        name, sign, rest = item.rpartition("=")
-        pattern = str(folder / rest)
-        matches = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        if not matches:
-            raise document.error(where, f"no file matches {item!r}", "paths start at this file")
-        found += [f"{name}{sign}{match}" for match in matches]
-    return tuple(found)

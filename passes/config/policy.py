@@ -6,14 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.settings import (
-    ModeChoice,
-    ParamValue,
-    Rule,
-    Settings,
-    match_rule,
-    method_names,
-)
+from onnxcomp.passes.config.methods import method_names
+from onnxcomp.passes.config.rules import ParamValue, Rule, match_rule
+from onnxcomp.passes.config.settings import Settings
+from onnxcomp.passes.config.values import ModeChoice
 from onnxcomp.passes.weight import WeightSite
 
 __all__ = ["HALF", "Policy", "resolve_policy"]

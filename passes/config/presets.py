@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.suggest import suggest
 
 __all__ = ["PRESETS", "Preset", "preset_options"]
 
@@ -74,11 +75,9 @@ def preset_options(name: str, *, stock: bool = False) -> dict[str, Any]:
         stock: Whether no operator library may be needed.
 
     Raises:
-        UsageError: There is no such preset.
+        UsageError: The preset is unknown.
     """
     if name not in PRESETS:
-        from onnxcomp.passes.suggest import suggest  # imports the codecs; --help does without
-
         raise UsageError(f"preset {name!r} is unknown", hint=suggest(name, PRESETS))
     preset = PRESETS[name]
     return {**preset.options, **(preset.stock if stock else {})}

@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.config.settings import (
-    ExternalData,
-    ModeChoice,
-    Patterns,
-    PruneScore,
-    Rule,
-    given_settings,
-)
+from onnxcomp.passes.config.options import TARGETS, OptimizeOptions, PlanOptions
+from onnxcomp.passes.config.settings import settings_from
+from onnxcomp.passes.config.signature import takes, takes_output
+from onnxcomp.passes.config.values import ExternalData
 from onnxcomp.passes.driver.compile import compile_model, plan_model
 from onnxcomp.passes.driver.compile import dry_run as only_plan
 from onnxcomp.passes.driver.pareto import frontier as points_of
 from onnxcomp.passes.driver.result import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.driver.run import Run, worker_count
-from onnxcomp.passes.encoding.calibrated import CalibrationMode, check_calibration
-from onnxcomp.passes.encoding.encoder import Progress
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
 from onnxcomp.passes.ir.model import Saved, save
 from onnxcomp.passes.planning.pareto import FrontierPoint
@@ -56,48 +49,8 @@ __all__ = [
 PathLike = str | os.PathLike[str]
 
 
-def optimize(
-    model: Any,
-    output: PathLike | None = None,
-    *,
-    method: str | Sequence[str] = "auto",
-    bits: int | None = None,
-    ratio: float | None = None,
-    target_size: int | str | None = None,
-    max_error: float | None = None,
-    max_slowdown: float | None = None,
-    min_size: int | str = 16384,
-    mode: ModeChoice = "auto",
-    include: Patterns = (),
-    exclude: Patterns = (),
-    set_: str | Rule | Sequence[str | Rule] = (),
-    plan: Plan | PathLike | None = None,
-    precision: str = "int8",
-    external_data: ExternalData = "auto",
-    freeze_inputs: bool = False,
-    portable: bool = True,
-    seed: int = 0,
-    stock: bool = False,
-    rest: str = "keep",
-    prune_ratio: float | None = None,
-    target_flops: float | None = None,
-    prune_score: PruneScore | None = None,
-    prune_caches: bool | None = None,
-    detect_sharing: bool = False,
-    distill: int = 0,
-    jobs: int | None = None,
-    cache: PathLike | None = None,
-    verify: bool = True,
-    data: Any = None,
-    calibration: CalibrationMode = "sequential",
-    shapes: Mapping[str, Sequence[int]] | None = None,
-    tolerance: float | None = None,
-    evaluate: str | Score | None = None,
-    max_drop: float = 0.0,
-    dry_run: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Result:
+@takes_output(OptimizeOptions)
+def optimize(asked: OptimizeOptions, model: Any, output: PathLike | None = None) -> Result:
     """Write a smaller model with the same inputs and outputs.
 
     Without bits, ratio or target size every weight gets 4 bits.
@@ -106,56 +59,7 @@ def optimize(
         model: A path, an onnx.ModelProto, an onnx_ir.Model, an onnx_graphsurgeon.Graph or a torch
             ONNXProgram; never changed.
         output: Path of the new model; may be left out for a dry run.
-        method: Codecs to choose from; "auto" for all that make weights smaller.
-        bits: Bits per weight, the same for all.
-        ratio: Input bytes over output bytes to reach.
-        target_size: Most bytes of the output: a number, or text such as "120MB".
-        max_error: Largest relative L2 error of an output. With a target it is a limit; without one
-            the output is made as small as it allows.
-        max_slowdown: How many times as long as the original the output may run, by measurement; 0.5
-            asks for twice the speed. What products cost is measured once on a machine.
-        min_size: Bytes below which a tensor is left alone.
-        mode: How uses of weights are served.
-        include: Regular expressions; when given, only matching weights are touched.
-        exclude: Regular expressions of weights left alone.
-        set_: Rules for single weights, ``'RE:method=hyper,bits=5'``; the first match wins.
-        plan: A plan or its file; its settings are used and the ones above are not.
-        precision: Arithmetic of fused products: "exact" or "int8".
-        external_data: Whether large tensors go to ``<output>.data``: "auto" from 64 MiB on.
-        freeze_inputs: Whether initializers that are also inputs become constants.
-        portable: Whether the model carries bodies that run without the operator library.
-        seed: Seed of every random choice.
-        stock: Whether only codecs are used whose models need no operator of ours.
-        rest: What becomes of weights that no method makes smaller: "keep", "fp16", or "exact"
-            for half precision where no value changes.
-        prune_ratio: Share of the parameters of layers that can shrink to take out before weights
-            are encoded.
-        target_flops: Instead: share of the model's FLOPs that is to be left.
-        prune_score: What decides which channels go: "obs", "numerical", "wanda", "flap" or
-            "magnitude"; without data always "magnitude".
-        prune_caches: Whether inputs and outputs that hold a KV cache may shrink.
-        detect_sharing: Whether weights whose values repeat in the same order, such as folded ones
-            that were trained to share, are stored by those values; they keep their bits.
-        distill: Steps of a short training of values that weights share (method "hash"), towards
-            the outputs of the dense model on `data`; needs torch.
-        jobs: Threads; None for all processors. The bytes do not depend on it.
-        cache: Folder of payloads of earlier runs.
-        verify: Whether the result is run and compared.
-        data: Inputs for it and for calibration: paths or arrays, see `runtime.inputs.load_inputs`.
-            Without any, weights are encoded by their values alone, and the result is run on
-            made-up inputs.
-        calibration: Whether weights are encoded for what the model behind the compressed earlier
-            ones feeds them ("sequential"), what the dense model feeds them ("parallel"), or by
-            their values alone ("off").
-        shapes: Sizes of free dimensions, for made-up inputs.
-        tolerance: Largest accepted difference to the dense model; None to report it only. Where it
-            is exceeded, the weights to blame become dense again.
-        evaluate: Your own measure: a function, or ``script.py:function``. It gets a function that
-            opens a session of the model, and returns a number; higher is better.
-        max_drop: How much less than the dense model's that number may be.
-        dry_run: Only plan.
-        force: Publish the result even when it fails the gate.
-        progress: Told about each weight.
+        asked: The options.
 
     Raises:
         UsageError: An option or a rule is wrong, or the output is the input.
@@ -163,28 +67,39 @@ def optimize(
         TargetMissedError: No plan meets the target; the smallest output was written.
         RejectedError: The result failed the gate and was kept as ``*.rejected.onnx``.
     """
-    if plan is not None and (bits, ratio, target_size, max_error, max_slowdown) != (None,) * 5:
-        raise UsageError("a plan and a target were given together", hint="choose one of them")
-    given = Plan.load(plan) if isinstance(plan, str | os.PathLike) else plan
-    settings = given.settings if given is not None else given_settings(
-        method, target_size, min_size, include, exclude, set_,
-        bits=bits, ratio=ratio, max_error=max_error, max_slowdown=max_slowdown, mode=mode,
-        precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
-        portable=portable, seed=seed, stock=stock, rest=rest, prune_ratio=prune_ratio,
-        target_flops=target_flops, prune_score=prune_score, prune_caches=prune_caches,
-        detect_sharing=detect_sharing, distill=distill,
-    )  # fmt: skip
-    check_calibration(calibration)
-    run = Run(
-        worker_count(jobs), cache, verify, data, shapes, tolerance, force, progress, calibration,
-        evaluation=_evaluation(evaluate, max_drop),
-    )  # fmt: skip
-    if dry_run:
-        path = None if output is None else Path(output)
+    given = _given_plan(asked)
+    settings = settings_from(asked) if given is None else given.settings
+    run = _run(asked)
+    path = None if output is None else Path(output)
+    if asked.dry_run:
         return only_plan(model, path, settings, given, run)
-    if output is None:
-        raise UsageError("no output is given", hint="name one with -o, or ask for a dry run")
-    return compile_model(model, Path(output), settings, given, run)
+    if path is None:
+        raise UsageError("no output is given", hint="give one with -o, or use --dry-run")
+    return compile_model(model, path, settings, given, run)
+
+
+def _given_plan(asked: OptimizeOptions) -> Plan | None:
+    """The plan to carry out, read where it is a file; its settings take the place of options."""
+    if asked.plan is None:
+        return None
+    targets = (*TARGETS, "max_error", "max_slowdown")
+    if any(getattr(asked, name) is not None for name in targets):
+        raise UsageError("a plan and a target were given together", hint="choose one of them")
+    given = Plan.load(asked.plan) if isinstance(asked.plan, str | os.PathLike) else asked.plan
+    if not isinstance(given, Plan):
+        raise UsageError(
+            f"plan is of type {type(given).__name__}",
+            hint="it must be a plan of onnxcomp.plan, or its file",
+        )
+    return given
+
+
+def _run(asked: OptimizeOptions) -> Run:
+    """The circumstances of a run."""
+    same = {field.name for field in dataclasses.fields(Run)} - {"jobs"}
+    options = {name: getattr(asked, name) for name in same if hasattr(asked, name)}
+    evaluation = _evaluation(asked.evaluate, asked.max_drop)
+    return Run(jobs=worker_count(asked.jobs), evaluation=evaluation, **options)
 
 
 def _evaluation(evaluate: str | Score | None, max_drop: float) -> Evaluation | None:
@@ -195,78 +110,42 @@ def _evaluation(evaluate: str | Score | None, max_drop: float) -> Evaluation | N
                 hint="give a function to evaluate",
             )
         return None
-    if not max_drop >= 0.0:
-        raise UsageError(f"max_drop is {max_drop}", hint="it must not be negative")
     return Evaluation(load_function(evaluate) if isinstance(evaluate, str) else evaluate, max_drop)
 
 
-def plan(
-    model: Any,
-    *,
-    method: str | Sequence[str] = "auto",
-    bits: int | None = None,
-    ratio: float | None = None,
-    target_size: int | str | None = None,
-    max_error: float | None = None,
-    max_slowdown: float | None = None,
-    min_size: int | str = 16384,
-    mode: ModeChoice = "auto",
-    include: Patterns = (),
-    exclude: Patterns = (),
-    set_: str | Rule | Sequence[str | Rule] = (),
-    precision: str = "int8",
-    external_data: ExternalData = "auto",
-    freeze_inputs: bool = False,
-    portable: bool = True,
-    seed: int = 0,
-    stock: bool = False,
-    rest: str = "keep",
-    prune_ratio: float | None = None,
-    target_flops: float | None = None,
-    prune_score: PruneScore | None = None,
-    prune_caches: bool | None = None,
-    detect_sharing: bool = False,
-    distill: int = 0,
-    data: Any = None,
-    calibration: CalibrationMode = "sequential",
-) -> Plan:
+@takes(PlanOptions)
+def plan(asked: PlanOptions, model: Any) -> Plan:
     """What `optimize` would do with these settings, with exact bytes, without doing it.
 
-    Pruning is done, in memory, since what is left decides about the rest; `Plan.pruned` says what
-    goes. A plan that misses its target is returned all the same; its `met` is false then. The
-    arguments are those of `optimize`.
+    Pruning is done in memory, because the bytes depend on what is left; `Plan.pruned` says what
+    is removed. A plan that misses its target is returned as well; its `met` is then false.
+
+    Args:
+        model: What `optimize` accepts.
+        asked: The options.
 
     Raises:
         UsageError: An option or a rule is wrong.
         ModelError: The input is not a model that can be compiled.
     """
-    settings = given_settings(
-        method, target_size, min_size, include, exclude, set_,
-        bits=bits, ratio=ratio, max_error=max_error, max_slowdown=max_slowdown, mode=mode,
-        precision=precision, external_data=external_data, freeze_inputs=freeze_inputs,
-        portable=portable, seed=seed, stock=stock, rest=rest, prune_ratio=prune_ratio,
-        target_flops=target_flops, prune_score=prune_score, prune_caches=prune_caches,
-        detect_sharing=detect_sharing, distill=distill,
-    )  # fmt: skip
-    check_calibration(calibration)
-    return plan_model(model, settings, Run(jobs=1, data=data, calibration=calibration))
+    run = Run(jobs=1, data=asked.data, calibration=asked.calibration)
+    return plan_model(model, settings_from(asked), run)
 
 
-def frontier(model: Any, **options: Any) -> list[FrontierPoint]:
+@takes(PlanOptions)
+def frontier(asked: PlanOptions, model: Any) -> list[FrontierPoint]:
     """Size against expected error: the best plans from the smallest to the dense model.
 
     Args:
         model: What `optimize` accepts.
-        options: Arguments of `plan`: method, data, include, ...; a target is not used.
+        asked: The options; a target is not used.
 
     Raises:
         UsageError: An option or a rule is wrong.
         ModelError: The input is not a model that can be compiled.
     """
-    data, calibration = options.pop("data", None), options.pop("calibration", "sequential")
-    settings = given_settings(**options)
-    check_calibration(calibration)
-    return points_of(model, settings, Run(jobs=1, data=data, calibration=calibration))
+    run = Run(jobs=1, data=asked.data, calibration=asked.calibration)
+    return points_of(model, settings_from(asked), run)
 
 
 def apply(model: Any, plan: Plan | PathLike, output: PathLike, **options: Any) -> Result:
@@ -279,7 +158,7 @@ def apply(model: Any, plan: Plan | PathLike, output: PathLike, **options: Any) -
         options: Other arguments of `optimize`: jobs, cache, verify, data, shapes, ...
 
     Raises:
-        UsageError: The plan names a site the model lacks, or does not fit it.
+        UsageError: The plan names a weight that the model does not have, or does not fit it.
     """
     return optimize(model, output, plan=plan, **options)
 
@@ -328,12 +207,12 @@ def verify(reference: PathLike, compressed: PathLike, **options: Any) -> Verific
 def mend(
     reference: PathLike, compressed: PathLike, output: PathLike | None = None, **options: Any
 ) -> Mended:
-    """Find the weights that are to blame for the error of a compressed model, and give them back.
+    """Find the weights that cause the error of a compressed model, and make them dense again.
 
     Args:
         reference: Path of the original.
         compressed: Path of the compressed model.
-        output: Path of the mended model; None to find the weights only.
+        output: Path of the repaired model; None to find the weights only.
         options: Arguments of `onnxcomp.passes.driver.mend.mend`: tolerance, data, shapes, ...
     """
     from onnxcomp.passes.driver.mend import mend as mend_model

@@ -1,7 +1,7 @@
-"""Encode weights for the inputs they really have, and judge by inputs kept back.
+"""Encode weights for the inputs that they see, and judge by inputs that were set aside.
 
 Weights are encoded in the order of their use, each for what the model behind the compressed
-earlier ones feeds it. Where plain encoding does as well on held-out inputs, plain encoding it is.
+earlier ones feeds it. Where plain encoding does as well on held-out inputs, it is used.
 """
 
 from __future__ import annotations
@@ -11,41 +11,33 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import held_out_error
 from onnxcomp.passes.codecs.protocol import CalibratedEncoding
+from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.suggest import suggest
 from onnxcomp.passes.weight import Array, Feed, Stats, WeightSite
 
 __all__ = [
-    "CALIBRATIONS",
-    "CalibrationMode",
     "Samples",
-    "check_calibration",
     "encode_calibrated",
     "load_samples",
-    "tell_of_plain_factors",
+    "warn_of_uncalibrated_factors",
 ]
 
 log = logging.getLogger(__name__)
 
-# Whether weights are calibrated behind the compressed earlier ones, behind dense ones, or not.
-CalibrationMode = Literal["sequential", "parallel", "off"]
-CALIBRATIONS: tuple[CalibrationMode, ...] = ("sequential", "parallel", "off")
-
 # Inputs that the fidelity gate runs when there is calibration data.
-_WITNESSES = 4
+_VERIFICATION_FEEDS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,15 +53,9 @@ class Samples:
     sequential: bool = True
 
     @property
-    def witnesses(self) -> list[Feed]:
+    def verification_feeds(self) -> list[Feed]:
         """A few inputs to compare models on, held-out ones where there are any."""
-        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_WITNESSES]
-
-
-def check_calibration(mode: str) -> None:
-    """Raise `UsageError` when there is no such mode."""
-    if mode not in CALIBRATIONS:
-        raise UsageError(f"calibration {mode!r} is unknown", hint=suggest(mode, CALIBRATIONS))
+        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_VERIFICATION_FEEDS]
 
 
 def load_samples(
@@ -95,13 +81,13 @@ def load_samples(
     return None if feeds is None else Samples(feeds, mode == "sequential")
 
 
-def tell_of_plain_factors(plan: Plan) -> None:
-    """Warn where weights get factors without inputs to fit them to: that is where most is lost."""
+def warn_of_uncalibrated_factors(plan: Plan) -> None:
+    """Warn where weights get factors without inputs to fit them to, which loses the most."""
     count = sum(CODECS[choice.codec].ranks is not None for choice in plan)
     if count:
         log.warning(
-            "no calibration data: the factors of %d weight%s are the nearest to the weights alone, "
-            "not to what products give; with --data they lose less",
+            "no calibration data: the factors of %d weight%s approximate the weights alone, "
+            "not their products; with --data they lose less",
             count,
             "s" if count > 1 else "",
         )

@@ -120,7 +120,9 @@ def refuse_overwriting(files: frozenset[str], output: Path) -> None:
         UsageError: They are, or the folder of the output does not exist.
     """
     if not output.parent.is_dir():
-        raise UsageError(f"the folder {str(output.parent)!r} does not exist", hint="make it first")
+        raise UsageError(
+            f"the folder {str(output.parent)!r} does not exist", hint="create it first"
+        )
     if output.is_dir():
         raise UsageError(f"the output {str(output)!r} is a folder", hint="name a file in it")
     for path in (output, output.with_name(f"{output.name}.data")):
@@ -156,7 +158,7 @@ def _refuse_special(path: Path) -> None:
 def _unwritable(output: Path, error: OSError) -> UsageError:
     return UsageError(
         f"cannot write {output}: {error.strerror}",
-        hint="choose a place with enough room that you may write to",
+        hint="choose a writable folder with enough free space",
     )
 
 

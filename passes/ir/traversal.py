@@ -142,11 +142,11 @@ class Names:
         return name
 
     def value(self, wanted: str) -> str:
-        """A value name nobody has: `wanted`, or `wanted` with a number."""
+        """A free name for a value: `wanted`, or `wanted` with a number."""
         return self._fresh(self._values, wanted)
 
     def node(self, wanted: str) -> str:
-        """A node name nobody has: `wanted`, or `wanted` with a number."""
+        """A free name for a node: `wanted`, or `wanted` with a number."""
         return self._fresh(self._nodes, wanted)
 
 

@@ -232,7 +232,7 @@ def _replacement(
 
 
 def _in_parts(codec: Codec, opset: int) -> bool:
-    """Whether a use becomes standard operators, or several of ours, none of which explains it."""
+    """Whether a use becomes standard operators, or several custom ones that do not explain it."""
     return codec.composite or not codec.functions(opset)
 
 

@@ -64,7 +64,7 @@ def _candidate_set(
 def _exact(
     estimator: Estimator, codec: Codec, site: WeightSite, params: Sequence[Params]
 ) -> Sequence[Estimate]:
-    """What is expected, with half precision only where it changes nothing."""
+    """An estimator that allows half precision only where no value changes."""
     found = estimator(codec, site, params)
     if codec.name != HALF:
         return found

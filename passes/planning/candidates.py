@@ -10,7 +10,8 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
-from onnxcomp.passes.config.settings import MODES, ModeChoice, typed_params
+from onnxcomp.passes.config.methods import typed_params
+from onnxcomp.passes.config.values import MODES, ModeChoice
 from onnxcomp.passes.suggest import suggest
 from onnxcomp.passes.weight import WeightSite
 

@@ -106,7 +106,7 @@ _NO_WEIGHTS = frozenset({"int32", "int64", "uint32", "uint64", "bool", "string"}
 def coverage(sites: Iterable[SiteReport], min_size: int) -> float:
     """Bytes of compressed weight tensors over bytes of all of `min_size` or more; 1 without any.
 
-    Parts of weights that were compressed before are no weights. Constants that are kept exactly on
+    Parts of weights that were compressed before are not weights. Constants that are kept exactly on
     purpose count as compressed.
     """
     weights = [

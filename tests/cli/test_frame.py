@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from onnxcomp import errors
 from onnxcomp.cli import app, main
 from onnxcomp.cli.terminal import Terminal, bytes_text, fitting_columns, json_text, plain_lines
-from onnxcomp.cli.values import ratio, shape
 
 ERRORS = (
     errors.CompressionError,
@@ -158,23 +157,6 @@ def test_module_form_is_the_same_program() -> None:
     )
     assert "onnxcomp demo" in run.stdout
     assert time.perf_counter() - start < 60
-
-
-@pytest.mark.parametrize(("text", "value"), [("8", 8.0), ("8x", 8.0), ("7.5X", 7.5)])
-def test_ratios_are_read(text: str, value: float) -> None:
-    assert ratio(text) == value
-
-
-@pytest.mark.parametrize("text", ["1", "0.5x", "x", "-3", "8:1"])
-def test_ratios_that_make_nothing_smaller_are_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="write 8 or 8x"):
-        ratio(text)
-
-
-def test_shapes_are_read_and_names_may_hold_colons() -> None:
-    assert shape("serving:0:1,128") == ("serving:0", (1, 128))
-    with pytest.raises(click.BadParameter, match="input_ids:1,128"):
-        shape("1,128")
 
 
 @pytest.mark.parametrize(

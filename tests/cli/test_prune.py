@@ -54,7 +54,7 @@ def test_optimize_says_what_was_pruned(onnxcomp: Run, model: Path, tmp_path: Pat
     answer = onnxcomp(*command, "--prune-ratio", "0.3")
     assert answer.code == 0, answer.err
     assert "of parameters pruned" in answer.out
-    assert "no --data: weights alone decided" in answer.out
+    assert "no --data: norms of weights decided" in answer.out
     report = onnxcomp(*command, "--target-flops", "0.5", "--json").json
     schema = json.loads((ROOT / "docs" / "result.schema.json").read_text())
     jsonschema.validate(report, schema)

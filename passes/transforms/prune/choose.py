@@ -1,4 +1,4 @@
-"""From scores to what goes: the steps that reach a share of parameters or FLOPs."""
+"""From scores to removals: the steps that reach a share of parameters or FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from onnxcomp.passes.config.settings import PruneScore
+from onnxcomp.passes.config.values import PruneScore
 from onnxcomp.passes.transforms.prune import scores
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.compensate import Sums, measured_loss

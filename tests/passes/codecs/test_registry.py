@@ -16,7 +16,7 @@ import onnxcomp
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.registry import GROUP, CodecRegistry
-from onnxcomp.passes.config.settings import method_names
+from onnxcomp.passes.config.methods import method_names
 from onnxcomp.passes.encoding.payload_cache import code_version
 
 ROWS = '''

@@ -204,7 +204,8 @@ def test_a_function_may_be_given_in_python(model: Path, tmp_path: Path) -> None:
         seen.append(open_session().get_inputs()[0].name)
         return 1.0
 
-    result = oc.optimize(model, tmp_path / "out.onnx", evaluate=score, verify=False, **OPTIONS)
+    result = oc.optimize(model, tmp_path / "out.onnx", bits=4, evaluate=score, verify=False,
+                         **OPTIONS)  # fmt: skip
     assert seen == ["x", "x"]
     assert result.report.evaluation == {
         "dense": 1.0,
@@ -217,7 +218,7 @@ def test_a_function_may_be_given_in_python(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("mine.py", "names no function"),
+        ("mine.py", "does not name a function"),
         ("none.py:f", "no file"),
         ("mine.py:f", "no function 'f'"),
         ("mine.py:EXACT", "no function 'EXACT'"),

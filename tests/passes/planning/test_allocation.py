@@ -15,7 +15,8 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.dense import DenseParams
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.policy import Policy
-from onnxcomp.passes.config.settings import Rule, Settings, parse_rule
+from onnxcomp.passes.config.rules import Rule, parse_rule
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.filter_boost import ROOM, with_better_filters
 from onnxcomp.passes.planning.lagrangian import allocate
@@ -38,7 +39,7 @@ def offered(
     site: WeightSite, methods: Sequence[str], rule: Rule | None = None, **known: Any
 ) -> CandidateSet:
     """What there is to choose from for a weight, by some methods and a rule."""
-    settings = Settings(method=tuple(methods), rules=() if rule is None else (rule,))
+    settings = Settings(method=tuple(methods), set_=() if rule is None else (rule,))
     return candidate_set(site, Policy.of(settings, [site.name]), **known)
 
 

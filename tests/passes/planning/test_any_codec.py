@@ -13,8 +13,10 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import TensorLayout
+from onnxcomp.passes.config.methods import method_names, split_methods
 from onnxcomp.passes.config.policy import Policy
-from onnxcomp.passes.config.settings import Rule, Settings, method_names, parse_rule, split_methods
+from onnxcomp.passes.config.rules import Rule, parse_rule
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.error_model import Estimates
 from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set, equal_plans, uniform
@@ -70,7 +72,7 @@ def offered(
     site: WeightSite, methods: Sequence[str], rule: Rule | None = None, **known: Any
 ) -> CandidateSet:
     """What there is to choose from for a weight, by some methods and a rule."""
-    settings = Settings(method=tuple(methods), rules=() if rule is None else (rule,))
+    settings = Settings(method=tuple(methods), set_=() if rule is None else (rule,))
     return candidate_set(site, Policy.of(settings, [site.name]), **known)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.policy import Policy
-from onnxcomp.passes.config.settings import Rule, parse_rule
+from onnxcomp.passes.config.rules import Rule, parse_rule
 from onnxcomp.passes.planning.candidates import Candidate, Choice
 from onnxcomp.passes.planning.explain import explain
 from onnxcomp.passes.planning.plan import Budget

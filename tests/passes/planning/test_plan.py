@@ -14,7 +14,8 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.analysis.weight_sites import SkippedWeight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
-from onnxcomp.passes.config.settings import Settings, parse_rule
+from onnxcomp.passes.config.rules import parse_rule
+from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.files import Source
 from onnxcomp.passes.planning.candidates import Candidate, Choice
 from onnxcomp.passes.planning.plan import Budget, Plan
@@ -38,7 +39,7 @@ def plan() -> Plan:
     choices = [choice("a.weight"), choice("b.weight", 3), Choice.kept_dense(site("c"), "why")]
     return Plan(
         source=Source("m.onnx", 123456, "00ff"),
-        settings=Settings(method=("hyper",), ratio=8.0, rules=(parse_rule("a.*:bits=4"),)),
+        settings=Settings(method=("hyper",), ratio=8.0, set_=(parse_rule("a.*:bits=4"),)),
         budget=Budget(bytes=15432, ratio=8.0),
         choices={item.site: item for item in choices},
         skipped=(SkippedWeight("bias", (7,), "float32", 28, ("Add",), "below min_size"),),

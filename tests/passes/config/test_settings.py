@@ -7,15 +7,10 @@ from hypothesis import strategies as st
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
-from onnxcomp.passes.config.settings import (
-    Rule,
-    Settings,
-    match_rule,
-    method_names,
-    parse_rule,
-    parse_size,
-    typed_params,
-)
+from onnxcomp.passes.config.methods import method_names, typed_params
+from onnxcomp.passes.config.rules import Rule, match_rule, parse_rule
+from onnxcomp.passes.config.settings import Settings
+from onnxcomp.passes.config.values import parse_size
 from onnxcomp.passes.suggest import suggest
 
 
@@ -120,7 +115,7 @@ def test_settings_come_back_from_json(
     bits: int | None, min_size: int, include: list[str], pattern: str
 ) -> None:
     rule = Rule(pattern, ("hyper",), "fused", {"bits": 3})
-    made = Settings(bits=bits, min_size=min_size, include=tuple(include), rules=(rule,))
+    made = Settings(bits=bits, min_size=min_size, include=tuple(include), set_=(rule,))
     assert Settings.from_json(made.to_json()) == made
 
 

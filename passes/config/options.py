@@ -1,0 +1,278 @@
+"""The options of `optimize` and `plan`: one entry each, in the one place where they are written.
+
+The command line, configuration files with their schema and template, `Settings`, the signatures
+and docstrings of `onnxcomp.optimize` and `onnxcomp.plan`, and the tables of docs/cli.md are all
+derived from these entries. To add an option, add an entry here and read it where it acts:
+``settings.name`` for one that decides which bytes are written.
+
+Order matters where it is published: that of `ByteOptions` is the order of settings in plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from onnxcomp.passes.config.kinds import (
+    Callback,
+    Choice,
+    Data,
+    File,
+    Flag,
+    Function,
+    Names,
+    Number,
+    Patterns,
+    PlanFile,
+    Rules,
+    Shapes,
+    Size,
+)
+from onnxcomp.passes.config.option import Options, option, table
+from onnxcomp.passes.config.values import (
+    CalibrationMode,
+    ExternalData,
+    ModeChoice,
+    Precision,
+    PruneScore,
+    Rest,
+)
+
+if TYPE_CHECKING:
+    import os
+
+    from onnxcomp.passes.config.option import Converted
+    from onnxcomp.passes.config.rules import Rule
+
+    PathLike = str | os.PathLike[str]
+
+__all__ = ["TARGETS", "ByteOptions", "OptimizeOptions", "PlanLike", "PlanOptions"]
+
+# Ways to say how small the output is to be: one of them replaces another.
+TARGETS = ("bits", "ratio", "target_size")
+
+# Told about bytes encoded so far, all of them, and the weight that is next.
+Progress = Callable[[int, int, str], None]
+
+# Gets a function that opens sessions of a model, and returns how good it is; higher is better.
+Score = Callable[[Callable[..., Any]], float]
+
+
+class PlanLike(Protocol):
+    """What `onnxcomp.plan` returns, an `onnxcomp.Plan`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values."""
+
+
+@table
+class ByteOptions(Options):
+    """Options that decide which bytes are written."""
+
+    method: Converted[str | Sequence[str], tuple[str, ...]] = option(
+        "auto", Names(), "method",
+        "Codecs to choose from; auto stands for all that make weights smaller.",
+        "`onnxcomp codecs` lists them: `hyper`, `int`, `fp16`, `lowrank`, `dense` and others. "
+        "Several are joined with +, or repeated; lowrank+hyper, lowrank+int and hyper+lowrank are "
+        "codecs of their own.",
+        cli=("-m", "--method"),
+    )  # fmt: skip
+    bits: int | None = option(
+        None, Number(whole=True, least=1, metavar="N"), "target",
+        "Bits per weight, the same for all; 4 where no target is given.",
+        "Which numbers there are depends on the methods. Convolutions that filter a raw input "
+        "(sound, images) get up to three more, where it costs little and helps much; a rule "
+        "decides otherwise.",
+        example="4",
+    )  # fmt: skip
+    ratio: float | None = option(
+        None, Number(above=1, suffix="x", metavar="N"), "target",
+        "How many times smaller the file is to be.",
+        "Bits are spent where they help most.",
+        example="8",
+    )  # fmt: skip
+    target_size: Converted[int | str | None, int | None] = option(
+        None, Size(1), "target", "Largest size of the output: 120MB, or bytes.",
+        key="size", example="120MB",
+    )  # fmt: skip
+    max_error: float | None = option(
+        None, Number(above=0), "target",
+        "Largest relative L2 error of an output; without a target: as small as it allows.",
+        "It is measured at the end. With a target it is a limit.",
+        example="0.02",
+    )  # fmt: skip
+    max_slowdown: float | None = option(
+        None, Number(above=0), "target",
+        "How many times as long as the original the output may run, as measured.",
+        "One thread; 0.5 asks for twice the speed. Plans are made with what products cost on this "
+        "machine, which `bench --costs` measures, or the first run that needs it.",
+        example="1.5",
+    )  # fmt: skip
+    min_size: Converted[int | str, int] = option(
+        "16KiB", Size(), "method", "Leave smaller tensors alone.",
+    )  # fmt: skip
+    mode: ModeChoice = option(
+        "auto", Choice(ModeChoice), "method",
+        "How uses of weights are served: compute on codes, expand at load, or decode at every run.",
+        "`fused` computes on codes, `folded` expands to a dense weight when the session starts, "
+        "`decode` expands at every run; `auto` is `fused` for MatMul, Gemm and Gather, `folded` "
+        "for the rest.",
+    )  # fmt: skip
+    include: Converted[str | Sequence[str], tuple[str, ...]] = option(
+        (), Patterns(), "method",
+        "Touch only weights whose name, or the name of a node that uses them, matches.",
+    )  # fmt: skip
+    exclude: Converted[str | Sequence[str], tuple[str, ...]] = option(
+        (), Patterns(), "method",
+        "Leave weights alone whose name, or the name of a node that uses them, matches.",
+    )  # fmt: skip
+    set_: Converted[str | Rule | Sequence[str | Rule], tuple[Rule, ...]] = option(
+        (), Rules(), "method",
+        "Settings for the weights that match; the first rule that matches a weight decides.",
+        "For example `encoder.*:bits=3`, `head:method=dense` or `.*:op=Conv,bits=5`. Keys are "
+        "parameters of the codec (`quality=fast` for hyper, `energy=0.9` for lowrank), "
+        "`method`, `mode`, and `op` for weights of one operator.",
+        cli=("--set",), key="rules",
+        example='\n  - {match: "norm|bias", keep: true}'
+        '\n  - {match: "lm_head", method: hyper, params: {bits: 5}}'
+        "\n  - {op: Conv, method: int, params: {bits: 8}}",
+    )  # fmt: skip
+    external_data: ExternalData = option(
+        "auto", Choice(ExternalData), "output",
+        "Put large tensors into OUT.data; auto: from 64 MiB on.",
+    )  # fmt: skip
+    freeze_inputs: bool = option(
+        False, Flag(), "output",
+        "Compress weights that the model also lists as inputs; they can no longer be fed.",
+    )  # fmt: skip
+    precision: Precision = option(
+        "int8", Choice(Precision), "method",
+        "Activations in products on codes: rounded to 8 bits per group, or as they are.",
+        "`exact` computes them in float32: slower, and equal to the portable form within "
+        "rounding. For the method int: MatMulNBits with `accuracy_level` 4, or without one.",
+    )  # fmt: skip
+    portable: bool = option(
+        True, Flag(), "output", "Carry definitions that run without the operator library.",
+        on_cli=False,
+    )  # fmt: skip
+    seed: int = option(
+        0, Number(whole=True, least=0, metavar="N"), "run", "Seed of every random choice.",
+    )  # fmt: skip
+    stock: bool = option(
+        False, Flag(), "method",
+        "Use only methods whose models need no operator library anywhere.",
+        "Those are `int`, `fp16`, `dense` and others that `onnxcomp codecs` lists without library.",
+    )  # fmt: skip
+    rest: Rest = option(
+        "keep", Choice(Rest), "method",
+        "Weights that no method makes smaller: as they are, in half precision, or in half "
+        "precision where no value changes.",
+        "`fp16` takes those whose values allow it; excluded weights stay as they are.",
+    )  # fmt: skip
+    prune_ratio: float | None = option(
+        None, Number(above=0, below=1, metavar="SHARE"), "prune",
+        "First take out channels, neurons and heads: this share of the parameters of layers that "
+        "can shrink.",
+        "With `prune` as the only method the rest stays dense.",
+        key="ratio", example="0.2",
+    )  # fmt: skip
+    target_flops: float | None = option(
+        None, Number(above=0, below=1, metavar="SHARE"), "prune",
+        "Instead: prune until this share of the model's FLOPs is left.",
+        key="flops", example="0.7",
+    )  # fmt: skip
+    prune_score: PruneScore | None = option(
+        None, Choice(PruneScore), "prune",
+        "What decides which channels go; obs by default, magnitude without data.",
+        key="score", example="obs",
+    )  # fmt: skip
+    prune_caches: bool | None = option(
+        None, Flag(), "prune",
+        "Let pruning change the shapes of inputs and outputs that hold a KV cache.",
+        key="caches", example="false",
+    )  # fmt: skip
+    detect_sharing: bool = option(
+        False, Flag(), "method",
+        "Store weights whose values repeat in the same order by those values, bit for bit.",
+    )  # fmt: skip
+    distill: int = option(
+        0, Number(whole=True, least=0, metavar="N"), "method",
+        "Train what weights share (method hash) for N steps towards the model's outputs on the "
+        "data; needs torch.",
+    )  # fmt: skip
+
+
+@table
+class PlanOptions(ByteOptions):
+    """Options of `onnxcomp.plan`: those that decide about bytes, and inputs to look at."""
+
+    data: Any = option(
+        None, Data(), "data",
+        "Inputs: an .npz file, a folder of them, or name=file.npy; without, they are made up.",
+        "A model with one input takes file.npy, too; Python takes arrays as well, see "
+        "`runtime.inputs.load_inputs`. They calibrate the codes and check the result; without "
+        "them weights are encoded by their values alone.",
+        key="path", example="calibration/*.npz",
+    )  # fmt: skip
+    calibration: CalibrationMode = option(
+        "sequential", Choice(CalibrationMode), "data",
+        "How data decides about codes: each weight behind the compressed earlier ones, behind the "
+        "dense ones, or not at all.",
+    )  # fmt: skip
+
+
+@table
+class OptimizeOptions(PlanOptions):
+    """Options of `onnxcomp.optimize`: those of a plan, and how the run goes about its work."""
+
+    shapes: Mapping[str, Sequence[int]] | None = option(
+        None, Shapes(), "data", "Shapes of made-up inputs by name.",
+        cli=("--shape", "shapes"), example="{input_ids: [1, 128]}",
+    )  # fmt: skip
+    plan: PlanLike | PathLike | None = option(
+        None, PlanFile(), "source",
+        "Carry out a plan made by `onnxcomp plan`; its settings are used.",
+        in_file=False,
+    )  # fmt: skip
+    verify: bool = option(
+        True, Flag(), "gate", "Run the result and compare it; on by default.",
+        cli=("--verify/--no-verify",), key="run",
+    )  # fmt: skip
+    tolerance: float | None = option(
+        None, Number(least=0), "gate", "Largest accepted relative L2 difference of an output.",
+        "Without one the loss is reported and not judged. Where it is exceeded, the weights "
+        "that cause it become dense again.",
+        example="0.05",
+    )  # fmt: skip
+    evaluate: str | Score | None = option(
+        None, Function(), "gate",
+        "Your own measure: a Python function that gets a function that opens a session, and "
+        "returns a number; higher is better.",
+        "It is run on the original and on the result.",
+        cli=("--eval", "evaluate"), example="mine.py:accuracy",
+    )  # fmt: skip
+    max_drop: float = option(
+        0.0, Number(least=0), "gate", "How much less than the original's that number may be.",
+        example="0.01",
+    )  # fmt: skip
+    force: bool = option(
+        False, Flag(), "gate", "Write the result even when the check fails.", in_file=False,
+    )  # fmt: skip
+    jobs: int | None = option(
+        None, Number(whole=True, least=1, metavar="N"), "run",
+        "Threads; all processors by default.", "The bytes do not depend on it.",
+        example="2",
+    )  # fmt: skip
+    cache: PathLike | None = option(
+        None, File(folder=True), "run", "Keep encoded weights in this folder.",
+        "An interrupted or repeated run encodes nothing twice. Weights encoded for data are not "
+        "kept.",
+        example="encoded",
+    )  # fmt: skip
+    dry_run: bool = option(False, Flag(), "run", "Only plan.", in_file=False)
+    progress: Progress | None = option(
+        None, Callback(), "run",
+        "Told of the work before each weight and after the last one: bytes done, all bytes, the "
+        "weight that is next.",
+        on_cli=False, in_file=False,
+    )  # fmt: skip
