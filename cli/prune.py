@@ -73,7 +73,12 @@ def prune_text(pruned: Mapping[str, Any] | None) -> list[str]:
         return []
     what = "parameters" if pruned["unit"] == "parameters" else "FLOPs"
     met = "" if pruned["met"] else f" of {100 * pruned['asked']:.1f} % asked for"
-    return [f"{100 * pruned['reached']:.1f} % of {what} pruned{met}"]
+    said = [f"{100 * pruned['reached']:.1f} % of {what} pruned{met}"]
+    unit = "parameters" if pruned["unit"] == "parameters" else "flops"
+    before, after = (pruned.get(when, {}).get(unit) for when in ("before", "after"))
+    if before and after is not None:
+        said.append(f"{100 * (1 - after / before):.1f} % of all {what} of the model")
+    return said
 
 
 def show_groups(terminal: Terminal, model: Path) -> dict[str, Any]:

@@ -46,6 +46,9 @@ MIN_SIZE = 16384
 COMPRESSED_PART = "part of a weight already compressed by onnxcomp"
 _LEAST_OPSET = 7
 
+# The largest value that codes of a float64 weight can stand for.
+_LARGEST = float(np.finfo(np.float32).max)
+
 # Elements tested for NaN and infinity at a time.
 _SCAN = 1 << 22
 
@@ -150,7 +153,7 @@ class _SiteFinder:
             return f"quantised already ({quantised[0].node.op_type})"
         if tensor.dtype == ir.DataType.STRING:
             return "strings"
-        if tensor.dtype not in WEIGHT_TYPES:
+        if tensor.dtype not in (*WEIGHT_TYPES, ir.DataType.DOUBLE):
             kind = "type" if is_float(tensor.dtype) else "integers"
             return f"{kind} {dtype_name(tensor.dtype)}, which no codec stores"
         return None
@@ -263,8 +266,11 @@ def _node_order(model: ir.Model) -> dict[ir.Node, int]:
 def _not_finite(tensor: ir.TensorProtocol) -> str | None:
     flat = np.asarray(tensor.numpy()).reshape(-1)
     for start in range(0, flat.size, _SCAN):
-        if not np.isfinite(flat[start : start + _SCAN]).all():
+        part = flat[start : start + _SCAN]
+        if not np.isfinite(part).all():
             return "contains NaN or infinite values"
+        if part.dtype == np.float64 and np.abs(part).max(initial=0.0) > _LARGEST:
+            return "contains values that only float64 holds"
     return None
 
 
@@ -290,12 +296,13 @@ def _site(
     found: Sequence[Leaf],
 ) -> WeightSite:
     chosen = _orientation(found, tensor)
+    wide = tensor.dtype == ir.DataType.DOUBLE
     uses = tuple(
         Use(
             node=leaf.node.name or "",
             op_type=qualified_type(leaf.node),
             input_index=leaf.index,
-            need=leaf.need if leaf.orientation == chosen else "dense",
+            need=leaf.need if leaf.orientation == chosen and not wide else "dense",
             path=tuple(node.name or "" for node in leaf.path),
         )
         for leaf in found
@@ -303,7 +310,7 @@ def _site(
     return WeightSite(
         name=value.name or "",
         shape=shape_of(tensor),
-        dtype=dtype_name(tensor.dtype),
+        dtype="float32" if wide else dtype_name(tensor.dtype),
         uses=uses,
         scope=scope.path,
         rows=chosen.rows,
@@ -311,6 +318,7 @@ def _site(
         transposed=chosen.transposed,
         filters_input=any(filters_input(leaf.node, model) for leaf in found),
         rank=value.meta.get(metadata.RANK),
+        wide=wide,
     )
 
 

@@ -58,12 +58,9 @@ def accepted_error(settings: Settings, run: Run) -> float | None:
 
 
 def largest_error(verdict: Verdict) -> float | None:
-    """The largest error of an output in either form; None where none was measured."""
+    """The largest error of an output or a slice in either form; None where none was measured."""
     found = verdict.verification
-    if found is None:
-        return None
-    forms = (found.outputs, found.portable.outputs)
-    return max((o.rel_l2 for form in forms for o in form.values()), default=None)
+    return found.error if found is not None and found.outputs else None
 
 
 def error_to_reach(verdict: Verdict, limit: float | None) -> tuple[float, float] | None:

@@ -95,7 +95,7 @@ def mend(
     records = _records(load(compressed), prepared)
     place = Path(tempfile.gettempdir()) / "mended.onnx" if output is None else output
     with workspace(place) as folder:
-        error = max(metrics.rel_l2 for metrics in first.outputs.values())
+        error = first.error
         decoded = decoded_weights(compressed, [s for s in prepared.sites if s.name in records])
         for aim in _AIMS:
             blamed = _blamed(prepared, decoded, feeds, aim * tolerance / error, folder)

@@ -33,6 +33,7 @@ from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import ELEMENT_TYPES
 from onnxcomp.passes.ir.traversal import (
     Names,
+    inherit_notes,
     initializers,
     new_initializer,
     remove_dead,
@@ -228,6 +229,7 @@ class _Expander:
         """Let a result stand for the output of a node, and its producer have the node's name."""
         name, producer = node.name, result.producer()
         assert producer is not None
+        inherit_notes(node, producer)
         replace_value(node.outputs[0], result)
         self._remove(node)
         producer.name = name
