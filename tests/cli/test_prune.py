@@ -110,7 +110,7 @@ def test_a_plan_that_prunes_by_inputs_needs_them_again(
     assert onnxcomp("plan", model, *options).code == 0
     answer = onnxcomp("optimize", model, "-o", tmp_path / "out.onnx", "--plan", plan)
     assert answer.code == 2
-    assert "prunes by inputs" in answer.err
+    assert "prunes by calibration inputs" in answer.err
 
 
 def test_a_plan_that_cannot_prune_as_much_exits_with_3(onnxcomp: Run, model: Path) -> None:
