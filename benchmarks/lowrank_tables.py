@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "lowrank.md"
 WORDS = {
     "svd": "by the weights alone",
     "whitened": "for the dense model's inputs",
-    "anchored": "for the inputs there are and the dense model's outputs",
+    "anchored": "for the compressed model's inputs and the dense model's outputs",
     "global": "the same, ranks chosen by a plan",
     "lowrank+hyper": "`lowrank+hyper`, 4 bits",
     "hyper": "`hyper`, 2 bits",
@@ -90,12 +90,12 @@ def lorita() -> str:
 def tables() -> Iterator[str]:
     """All tables with their titles."""
     results = read("lowrank")
-    yield "A small language model, its products within the layers factored:\n\n"
+    yield "A small language model, with factors for the products inside its layers:\n\n"
     yield language_model(results["language_model"]) + "\n"
     if results["minilm"]:
         dense = f"{results['minilm_dense']:.4f}"
-        yield "MiniLM, its products within the layers factored, 500 pairs of STS-B, for which the\n"
-        yield f"dense model (90.3 MB) has {dense}:\n\n"
+        yield "MiniLM, with factors for the products inside its layers, on 500 pairs of STS-B;\n"
+        yield f"the dense model (90.3 MB) has {dense}:\n\n"
         yield sentences(results["minilm"]) + "\n"
     yield "Times faster than a dense product of 4096 x 4096, one thread, ONNX Runtime:\n\n"
     yield speed(results["speed"]) + "\n"

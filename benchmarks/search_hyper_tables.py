@@ -1,4 +1,4 @@
-"""Search the windings of passes/codecs/hyper_tables.py: python benchmarks/search_hyper_tables.py.
+"""Search the windings of passes/codecs/hyper/tables.py: python benchmarks/search_hyper_tables.py.
 
 For every (bits, state_bits): all odd multipliers A are tried on one Gaussian sample, the best few
 with several table scales Q and spreads on a second sample, and the winner is scored on a third.

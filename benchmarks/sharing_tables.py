@@ -23,9 +23,9 @@ def projections() -> Iterator[str]:
     """What is left of trained models."""
     rows = read("sharing_projection")["rows"]
     yield (
-        "A perceptron (64 - 256 - 256 - 10) trained on digits, its two large layers stored in 8\n"
-        "and 16 times fewer bytes: relative error of the logits of images that nothing was fitted\n"
-        "to, and accuracy. `benchmarks/bench_sharing_projection.py`.\n"
+        "A perceptron (64 - 256 - 256 - 10) trained on digits, with its two large layers in 8\n"
+        "and 16 times fewer bytes: relative error of the logits of images that no fit has seen,\n"
+        "and accuracy (`benchmarks/bench_sharing_projection.py`).\n"
     )
     cells = [
         (
@@ -41,8 +41,8 @@ def projections() -> Iterator[str]:
     tables = [row for row in rows if row["model"] == "minilm"]
     if tables:
         yield (
-            "The table of word vectors of the sentence encoder all-MiniLM-L6-v2, all else as it\n"
-            "was, on 400 pairs of STS-B:\n"
+            "The table of word vectors of the sentence encoder all-MiniLM-L6-v2, with everything\n"
+            "else unchanged, on 400 pairs of STS-B:\n"
         )
         cells = [
             (

@@ -18,8 +18,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
+from click.utils import PacifyFlushWrapper
 
 from onnxcomp import __version__
+from onnxcomp.cli.streams import prepare_streams
 from onnxcomp.errors import CompressionError
 
 __all__ = ["COMMANDS", "App", "main"]
@@ -44,6 +46,9 @@ INTERRUPTED = 130
 
 # Exit code of a command that a signal ended, less the number of the signal.
 SIGNAL_CODE = 128
+
+# The signal that ends a program whose reader has gone away; not every system has its name.
+_SIGPIPE = 13
 
 # What the system says of files, stdout among them, that cannot be written where they were wanted.
 _UNWRITABLE = (errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOSPC, errno.EROFS)
@@ -128,6 +133,7 @@ class App(click.Group):
     ) -> None:
         """Run and exit with the code of the error tree."""
         words = list(sys.argv[1:] if args is None else args)
+        prepare_streams()
         # What other libraries log is no output of ours; see --debug.
         logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
         raised: list[Interruption] = []
@@ -142,10 +148,17 @@ class App(click.Group):
         except BrokenPipeError:
             # The reader of our output went away: nothing left to say, not even at exit.
             _drop_output()
-            code = 1
+            code = SIGNAL_CODE + _SIGPIPE
         except BaseException as error:
-            code = report_error(raised[0] if raised else error, words)
+            # Click turns a broken pipe into an exit of its own, and stdout into this wrapper.
+            gone = isinstance(sys.stdout, PacifyFlushWrapper) and not raised
+            code = SIGNAL_CODE + _SIGPIPE if gone else report_error(first(raised, error), words)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def first(raised: Sequence[Interruption], error: BaseException) -> BaseException:
+    """What ended the command: a signal, or the error that was raised."""
+    return raised[0] if raised else error
 
 
 def _drop_output() -> None:

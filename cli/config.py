@@ -51,7 +51,7 @@ def check(terminal: Terminal, config: Path) -> None:
     options = {name: _plain(value) for name, value in checked_options(config).items()}
     rows = [(name.rstrip("_"), json.dumps(value)) for name, value in options.items()]
     terminal.table(("setting", "value"), rows, left=2)
-    terminal.finish({"options": options}, f"{config}: {len(options)} settings, all in order")
+    terminal.finish({"options": options}, f"{config}: {len(options)} settings, all valid")
 
 
 @command.command("schema")

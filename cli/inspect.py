@@ -24,7 +24,7 @@ _MOST_COMMON = 12
 
 @click.command("inspect")
 @click.argument("model", type=FILE)
-@click.option("--diff", "other", type=FILE, help="Say what is different in this other model.")
+@click.option("--diff", "other", type=FILE, help="Show what is different in this other model.")
 @option_of("min_size", help="Smallest tensor that counts as compressible.")
 @click.option("--groups", is_flag=True, help="Show what pruning could take out, and why other "
               "channels stay. Runs the model on made-up inputs.")  # fmt: skip

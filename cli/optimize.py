@@ -18,6 +18,7 @@ from onnxcomp.cli.options import (
 from onnxcomp.cli.progress import progress
 from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
+from onnxcomp.cli.verdicts import judged_text, warnings_of
 from onnxcomp.passes.config.options import OptimizeOptions
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def command(
 
         write_page(result.report.to_json(), report)
     show_result(terminal, result)
-    terminal.finish(result.report.to_json(), verdict(result))
+    lines = [verdict(result), *last_lines(result)]
+    terminal.finish(result.report.to_json(), "\n".join(lines))
     if failure is not None:
         click.echo(f"error: {failure.message}\nhint: {failure.hint}", err=True)
         raise click.exceptions.Exit(failure.exit_code)
@@ -98,15 +100,39 @@ def verdict(result: Result) -> str:
     parts = [
         f"{bytes_text(report.input.bytes)} -> {bytes_text(report.output.bytes)}"
         f" ({report.ratio:.2f}x)",
-        f"{100 * report.coverage:.1f} % of weight bytes compressed",
+        covered_text(report),
         *prune_text(report.prune),
         *target_text(report),
         "dry run: nothing written" if result.path is None else f"{result.path}",
     ]
     if result.path is not None:
-        passed = result.verify.passed if result.verify is not None else None
-        parts.append({None: "not verified", True: "verified", False: "FAILED verification"}[passed])
+        parts.append(
+            judged_text(
+                report.verify,
+                made_up=report.config["data"] is None,
+                evaluated=report.evaluation is not None,
+            )
+        )
     return ", ".join(parts)
+
+
+def last_lines(result: Result) -> list[str]:
+    """What must not be missed: a large loss, and a target that was not met."""
+    report, lines = result.report, warnings_of(result.report.verify)
+    if report.target is not None and not report.target["met"]:
+        size, wanted = bytes_text(report.output.bytes), bytes_text(report.target["bytes"])
+        lines.append(f"target MISSED: {size}, {wanted} were asked for")
+    return lines
+
+
+def covered_text(report: Report) -> str:
+    """How much of the weights is compressed, or that nothing is left to do."""
+    from onnxcomp.passes.analysis.weight_sites import COMPRESSED_PART
+
+    before = any(site.reason == COMPRESSED_PART for site in report.sites)
+    if before and not any(site.compressed for site in report.sites):
+        return "already compressed"
+    return f"{100 * report.coverage:.1f} % of weight bytes compressed"
 
 
 def target_text(report: Report) -> list[str]:

@@ -36,7 +36,7 @@ def common_options(function: F) -> F:
             "--portable", is_flag=True,
             help="Leave the operator library out; the model runs by the definitions inside it.",
         ),
-        click.option("--force", is_flag=True, help="Replace a package that is there already."),
+        click.option("--force", is_flag=True, help="Replace an existing package."),
     )  # fmt: skip
     for option in reversed(options):
         function = option(function)

@@ -48,7 +48,7 @@ def command(
 ) -> None:
     """Show what optimize would do with these settings: every weight, exact bytes, no work.
 
-    What is asked to be pruned is pruned in memory, since what is left decides about the rest.
+    Pruning is done in memory, because the bytes depend on what is left.
 
     A plan written with -o can be edited and is carried out by: onnxcomp optimize MODEL -o OUT
     --plan plan.json

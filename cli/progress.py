@@ -13,7 +13,7 @@ import click
 from onnxcomp.cli.terminal import Terminal, bytes_text
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.encoding.encoder import Progress
+    from onnxcomp.passes.config.options import Progress
 
 __all__ = ["progress"]
 

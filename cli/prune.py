@@ -45,7 +45,7 @@ def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
             text += f", statistics of {len(moved)} of {len(pruned['norms'])} normalisations too"
         terminal.say(text)
     else:
-        terminal.say("no --data: weights alone decided, and nothing was fitted to make up for it")
+        terminal.say("no --data: norms of weights decided what to prune, and nothing was fitted")
 
 
 def show_division(terminal: Terminal, division: Sequence[Mapping[str, Any]]) -> None:
@@ -64,7 +64,7 @@ def show_division(terminal: Terminal, division: Sequence[Mapping[str, Any]]) -> 
     if rows:
         terminal.table(columns, rows, left=1)
         if division[0]["share"] == 0.0:
-            terminal.say("nothing is pruned: codes alone lose less in this size")
+            terminal.say("nothing is pruned: at this size the codecs alone lose less")
 
 
 def prune_text(pruned: Mapping[str, Any] | None) -> list[str]:
@@ -73,7 +73,12 @@ def prune_text(pruned: Mapping[str, Any] | None) -> list[str]:
         return []
     what = "parameters" if pruned["unit"] == "parameters" else "FLOPs"
     met = "" if pruned["met"] else f" of {100 * pruned['asked']:.1f} % asked for"
-    return [f"{100 * pruned['reached']:.1f} % of {what} pruned{met}"]
+    said = [f"{100 * pruned['reached']:.1f} % of {what} pruned{met}"]
+    unit = "parameters" if pruned["unit"] == "parameters" else "flops"
+    before, after = (pruned.get(when, {}).get(unit) for when in ("before", "after"))
+    if before and after is not None:
+        said.append(f"{100 * (1 - after / before):.1f} % of all {what} of the model")
+    return said
 
 
 def show_groups(terminal: Terminal, model: Path) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def command(
 ) -> None:
     """Make a page of RESULT, the JSON that optimize --json printed.
 
-    The page is one file that works offline: sizes, errors, every tensor with the reason for what
-    became of it.
+    The page is one file that works offline: sizes, errors, every tensor with the reason for how
+    it is stored.
     """
     from onnxcomp.passes.report.page import write_page
 

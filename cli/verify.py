@@ -9,12 +9,13 @@ from typing import Any
 import click
 
 from onnxcomp.cli.options import FILE, OUTPUT, input_options, option_of
-from onnxcomp.cli.terminal import Terminal, percent_text, with_terminal
+from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
+from onnxcomp.cli.verdicts import detections_text, judged_text, slice_text, warnings_of
 
 __all__ = ["command", "show_verification"]
 
-# Relative L2 difference of an output from which on a result is hardly of use: -6 dB of noise.
-_FAR = 0.5
+# Columns of the table that are there whatever is known.
+_ALWAYS = 6
 
 
 @click.command("verify")
@@ -28,7 +29,7 @@ _FAR = 0.5
 @option_of("tolerance")
 @click.option(
     "--bisect", is_flag=True,
-    help="Where --tolerance is exceeded, find the weights that are to blame.",
+    help="Where --tolerance is exceeded, find the weights that cause the error.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=OUTPUT, help="With --bisect: write the model with these weights dense."
@@ -67,21 +68,32 @@ def command(
         document = result.to_json()
     show_verification(terminal, document, made_up=not data)
     for name in document.get("bisect", {}).get("blamed", ()):
-        terminal.say(f"to blame: {name}")
-    terminal.finish(document, verdict(document))
+        terminal.say(f"causes the error: {name}")
+    terminal.finish(document, "\n".join([verdict(document, made_up=not data), *_last(document)]))
     if not result.passed:
         raise click.exceptions.Exit(onnxcomp.errors.VerifyError.exit_code)
 
 
-def verdict(document: Mapping[str, Any]) -> str:
-    """One line: whether it passed, and how close the worst output is to the original."""
+def _last(document: Mapping[str, Any]) -> list[str]:
+    """What is said last: warnings, and the model that was written."""
+    found = document.get("bisect", {})
+    if found.get("path") is None:
+        return warnings_of(document)
+    count = len(found["blamed"])
+    what = f"{count} {'weight' if count == 1 else 'weights'} dense again"
+    return [*warnings_of(document), f"wrote {found['path']}: {bytes_text(found['bytes'])}, {what}"]
+
+
+def verdict(document: Mapping[str, Any], *, made_up: bool = False) -> str:
+    """One line: what was judged, and how close the worst output is to the original."""
     if not document["passed"]:
         return "FAILED"
     differences = [metrics["rel_l2"] for metrics in document["outputs"].values()]
     known = [value for value in differences if value is not None]
     worst = f", relative difference to the original at most {max(known):.3g}" if known else ""
     samples = document["samples"]
-    return f"passed on {samples} {'input' if samples == 1 else 'inputs'}{worst}"
+    on = f"passed on {samples} {'input' if samples == 1 else 'inputs'}{worst}"
+    return f"{judged_text(document, made_up=made_up)}: {on}"
 
 
 def show_verification(terminal: Terminal, document: Mapping[str, Any], *, made_up: bool) -> None:
@@ -94,26 +106,28 @@ def show_verification(terminal: Terminal, document: Mapping[str, Any], *, made_u
     """
     forms = (("library", document), ("portable", document["portable"]))
     rows = [row for form, part in forms for row in _rows(form, part.get("outputs", {}))]
-    columns = ["form", "output", "relative L2", "SNR", "cosine", "max abs", "same class"]
-    if rows and all(row[-1] == "-" for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    inner = (("before a decision", part.get("before_decisions", {})) for _, part in forms[:1])
+    rows += [row for form, part in inner for row in _rows(form, part)]
+    added = document.get("int8", {}).get("outputs", {})
+    rows += _rows("int8 alone", added)
+    columns = [*("form", "output", "relative L2", "SNR", "cosine", "max abs")]
+    columns += ["worst slice", "at", "same class"]
+    told = [i for i in range(len(columns)) if i < _ALWAYS or any(row[i] != "-" for row in rows)]
+    columns, rows = [columns[i] for i in told], [tuple(row[i] for i in told) for row in rows]
     if rows:
         terminal.table(columns, rows, left=2)
     if rows and made_up:
         terminal.say("inputs were made up: give real ones with --data to know the real loss")
-    known = [row["rel_l2"] for row in document["outputs"].values() if row["rel_l2"] is not None]
-    if max(known, default=0.0) > _FAR:
-        terminal.say(
-            f"warning: an output differs by {100 * max(known):.0f} % from the original's: "
-            "more bits, a smaller ratio or --data lose less"
-        )
+    for name, found in document["outputs"].items():
+        if found.get("resized"):
+            terminal.say(f"loss: output {name!r} has {found['resized']}")
+    if detections := detections_text(document.get("detections")):
+        terminal.say(detections)
     for failure in document["failures"]:
         terminal.say(f"FAILED: {failure}")
 
 
-def _rows(
-    form: str, outputs: Mapping[str, Mapping[str, float | None]]
-) -> Iterable[tuple[str, ...]]:
+def _rows(form: str, outputs: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, ...]]:
     for name, metrics in outputs.items():
         yield (
             form,
@@ -122,6 +136,8 @@ def _rows(
             snr_text(metrics["snr_db"]),
             _number(metrics["cosine"], ".6f"),
             _number(metrics["max_abs"], ".3g"),
+            _number((metrics.get("worst_slice") or {}).get("rel_l2"), ".3g"),
+            slice_text(metrics.get("worst_slice")),
             percent_text(metrics.get("label_agreement")),
         )
 

@@ -256,8 +256,8 @@ def lorita(
     """Replace Linear and Conv2d layers by chains of `factors` linear maps, in place.
 
     The model computes what it did before. The inner width is the smaller side of the weight, so
-    that every weight can still be learnt. Layers with groups, layers whose weight another layer has
-    as well, and subclasses are left alone.
+    that every weight can still be learnt. Layers with groups, layers that share their weight
+    with another layer, and subclasses are left alone.
 
     Args:
         module: Any model.
@@ -267,7 +267,7 @@ def lorita(
         fresh: Draw the weights of replaced layers anew, for training from the start.
 
     Returns:
-        The module; another one only where it is itself a layer that is replaced.
+        The module; a new one only where it is itself a layer that is replaced.
 
     Raises:
         ValueError: Fewer than one factor.
@@ -291,7 +291,7 @@ def collapse(module: nn.Module) -> nn.Module:
     """Multiply the factors of `lorita` out again, in place: each chain becomes one layer.
 
     Returns:
-        The module; another one only where it is itself a chain.
+        The module; a new one only where it is itself a chain.
     """
     chains = (ComposedLinear, ComposedConv2d)
     return _swap(module, lambda _, layer: layer.collapse() if isinstance(layer, chains) else None)
@@ -308,17 +308,17 @@ def truncate(module: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
         ranks: Ranks by the names of Linear and Conv2d layers or chains; see `choose_ranks`.
 
     Returns:
-        The module; another one only where it is itself a layer that is replaced.
+        The module; a new one only where it is itself a layer that is replaced.
 
     Raises:
-        ValueError: A name is no such layer, or a rank is not between 1 and the layer's own.
+        ValueError: A name is not such a layer, or a rank is not between 1 and the layer's own.
     """
     layers = dict(module.named_modules())
     for name, rank in ranks.items():
         layer: Any = layers.get(name)
         kinds = (nn.Linear, nn.Conv2d, ComposedLinear, ComposedConv2d)
         if type(layer) not in kinds or getattr(layer, "groups", 1) != 1:
-            raise ValueError(f"{name!r} is no Linear and no Conv2d without groups")
+            raise ValueError(f"{name!r} is neither a Linear nor a Conv2d without groups")
         full = min(layer.weight.flatten(1).shape)
         if not 1 <= rank <= full:
             raise ValueError(f"rank {rank} for {name!r}, whose weight has rank {full}")

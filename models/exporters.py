@@ -52,7 +52,7 @@ def export_graph(
         ModelError: torch cannot export the module.
     """
     if exporter not in EXPORTERS:
-        raise UsageError(f"there is no exporter {exporter!r}", hint=suggest(exporter, EXPORTERS))
+        raise UsageError(f"exporter {exporter!r} is unknown", hint=suggest(exporter, EXPORTERS))
     options = {"input_names": list(input_names), "output_names": list(output_names)}
     try:
         with warnings.catch_warnings():

@@ -201,7 +201,7 @@ def _samples(
     for call, results in zip(calls, found, strict=True):
         if len(call.inputs) != len(inputs) or len(results) != len(outputs):
             raise UsageError(
-                "the inputs to compare on have another structure than the example",
+                "the inputs to compare on differ in structure from the example",
                 hint="give the same tensors in the same places",
             )
         feed = as_arrays(dict(zip(inputs, call.inputs.values(), strict=True)))

@@ -41,7 +41,7 @@ _LEAST = 4096
 
 @contextlib.contextmanager
 def multiplied_out(module: nn.Module) -> Iterator[None]:
-    """Give shared layers their dense weights, as exporters of torch like to see them.
+    """Give shared layers their dense weights, for the exporters of torch.
 
     Inside, layers compute the same with weights of their own that have no gradient.
     """
@@ -110,7 +110,7 @@ def share(
     found = list(_layers(module, include))
     if not found:
         raise UsageError(
-            "no layer to share weights of",
+            "no layer can share its weights",
             hint=f"Linear, Conv2d and Embedding layers of {_LEAST} weights or more can share",
         )
     shapes = {id(layer.weight): _extent(layer) for _, _, layer in found}

@@ -74,7 +74,7 @@ def bind(module: Any, args: Any, kwargs: Mapping[str, Any] | None = None) -> Cal
 
     Args:
         module: The torch module.
-        args: Positional arguments; one that is no tuple is the only one.
+        args: Positional arguments; one that is not a tuple is the only one.
         kwargs: Keyword arguments.
 
     Raises:
@@ -125,13 +125,14 @@ def run(module: Any, call: Call) -> dict[str, Any]:
     the first of several.
 
     Raises:
-        UsageError: It returns no tensor.
+        UsageError: It does not return a tensor.
     """
     args, kwargs = call.copies()
     found = named_leaves(module(*args, **kwargs))
     if not found:
         raise UsageError(
-            f"{type(module).__name__} returns no tensor", hint="return tensors, or a tuple of them"
+            f"{type(module).__name__} does not return a tensor",
+            hint="return tensors, or a tuple of them",
         )
     return {(f"output_{name}" if name[0].isdigit() else name): leaf for name, _, leaf in found}
 

@@ -20,6 +20,8 @@ __all__ = [
     "DTYPES",
     "Array",
     "Attribute",
+    "Constant",
+    "ConstantForm",
     "Feed",
     "Kind",
     "Mode",
@@ -60,6 +62,29 @@ Mode = Literal["fused", "folded", "decode"]
 Kind = Literal["matmul", "gather", "weight", "decode"]
 
 
+# Ways to keep every bit of a constant.
+#   table  the distinct values, and an index into them for each element
+#   range  the first element and the step to the next one
+#   half   float16, where it holds every value
+#   dense  as it is
+ConstantForm = Literal["table", "range", "half", "dense"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Constant:
+    """Why a tensor is a constant and no trained weight, and how it is kept bit for bit.
+
+    Attributes:
+        reason: In words for people.
+        form: The smallest exact form.
+        values: Distinct values, where the form is a table.
+    """
+
+    reason: str
+    form: ConstantForm
+    values: int = 0
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Use:
     """One place where a weight enters a node.
@@ -95,6 +120,9 @@ class WeightSite:
         filters_input: Whether a convolution filters an input of the model with it.
         rank: The most that its rank can be, where it is the product of two thin weights that were
             in its place: stored with this rank it is what it was. None for all others.
+        constant: What is known of it where it is no trained weight; else None.
+        wide: Whether the stored tensor is float64. Codecs see it as float32, and all its uses read
+            the dense weight, converted back.
     """
 
     name: str
@@ -107,6 +135,8 @@ class WeightSite:
     transposed: bool
     filters_input: bool = False
     rank: int | None = None
+    constant: Constant | None = None
+    wide: bool = False
 
     @property
     def size(self) -> int:
@@ -116,7 +146,12 @@ class WeightSite:
     @property
     def itemsize(self) -> int:
         """Bytes per element of the stored tensor."""
-        return 4 if self.dtype == "float32" else 2
+        return 8 if self.wide else 4 if self.dtype == "float32" else 2
+
+    @property
+    def stored_dtype(self) -> str:
+        """Element type of the stored tensor."""
+        return "float64" if self.wide else self.dtype
 
     @property
     def nbytes(self) -> int:

@@ -74,10 +74,10 @@ def bench(
         UsageError: `data` or `shapes` do not fit the first model.
     """
     if not models:
-        raise errors.UsageError("there is no model to measure")
+        raise errors.UsageError("no model is given to measure")
     if provider not in PROVIDERS:
         raise errors.UsageError(
-            f"there is no provider {provider!r}", hint=f"choose one of {', '.join(PROVIDERS)}"
+            f"provider {provider!r} is unknown", hint=f"choose one of {', '.join(PROVIDERS)}"
         )
     feeds = _feeds(models[0], data, shapes, seed)
     forms = [(model, form) for model in models for form in _forms(model, portable)]
@@ -223,7 +223,7 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise errors.ModelError(f"running {self._model} ended its process with code {code}")
+            raise errors.ModelError(f"the process that ran {self._model} ended with code {code}")
         answer = json.loads(line)
         if isinstance(answer, dict) and "error" in answer:
             self._process.communicate()

@@ -32,7 +32,7 @@ def run_session(session: onnxruntime.InferenceSession, feed: Feed) -> Outputs:
         feed: Arrays by input name; types of ml_dtypes (bfloat16) included.
 
     Returns:
-        Arrays by output name. An output that is no tensor becomes one array for each of its parts:
+        Arrays by output name. An output that is not a tensor becomes one array for each part:
         ``name[0]`` for the items of a sequence, ``name.key`` for the values of a map (in a
         sequence of maps: one array over the sequence for each key).
 

@@ -211,7 +211,9 @@ def _fixed(
                 )
             for name, size in zip(spec.dims, dims, strict=True):
                 if isinstance(name, str) and sizes.setdefault(name, size) != size:
-                    raise UsageError(f"dimension {name!r} is given as {sizes[name]} and {size}")
+                    raise UsageError(
+                        f"dimension {name!r} is given two sizes: {sizes[name]} and {size}"
+                    )
             spec = dataclasses.replace(spec, dims=dims)
         result.append(spec)
     return tuple(result), sizes
@@ -234,7 +236,7 @@ def _elements(shapes: Sequence[tuple[int, ...]]) -> int:
 
 
 def _needs_trial(specs: Sequence[InputSpec]) -> bool:
-    """Whether anything about the inputs is a guess that the model may refuse."""
+    """Whether the model may fail on an assumption about its inputs."""
     return any(
         spec.dtype.kind != "f" or any(not isinstance(dim, int) for dim in spec.dims)
         for spec in specs
@@ -252,8 +254,8 @@ def synthesize_inputs(
     """Make inputs that the model accepts.
 
     Indices stay within the tables they look up, masks are ones, positions count up, lengths are
-    above 1, everything else is normal noise. Dimensions of one name have one size. The first
-    sample is run once where a guess could be refused, and other sizes are tried if it is.
+    above 1, everything else is normal noise. Dimensions of one name have one size. Where
+    something had to be assumed, the first sample is run once; if it fails, other sizes are tried.
 
     Args:
         model: The model.
@@ -263,7 +265,7 @@ def synthesize_inputs(
         session: A session of the model to try inputs in; None to open one where needed.
 
     Raises:
-        UsageError: `shapes` do not fit the model, or the model refuses everything.
+        UsageError: `shapes` do not fit the model, or the model fails on everything.
         ModelError: The model cannot be read or loaded.
     """
     from onnxcomp.runtime.evaluate import run_session
@@ -283,6 +285,6 @@ def synthesize_inputs(
         else:
             return feeds
     raise UsageError(
-        f"{os.fspath(model)} refuses all inputs made up for it; first: {refusals[0].message}",
+        f"{os.fspath(model)} fails on all made-up inputs; first: {refusals[0].message}",
         hint=f"give shapes (--shape NAME:1,128) or inputs (--data); {expected(specs)}",
     )

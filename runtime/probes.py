@@ -58,7 +58,7 @@ def _refusal(model: onnx.ModelProto, options: Any = None) -> str:
 def _model(
     operator: str = "", *, opset: int = _OPSET, ir_version: int = _IR_VERSION
 ) -> onnx.ModelProto:
-    """One node: Identity, or an operator of ours without inputs."""
+    """One node: Identity, or a custom operator without inputs."""
     from onnx import TensorProto, helper
 
     value, result = (

@@ -54,7 +54,7 @@ def needs_library(model: PathLike) -> bool:
     """Whether the model calls operators that the library has kernels for.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing or is not an ONNX model.
     """
     return any(not name.endswith(FOLDED) for name in custom_operators(model))
 
@@ -91,7 +91,7 @@ def InferenceSession(  # noqa: N802 - named after the class it makes
 
 
 def open_session(
-    path: PathLike,
+    path: PathLike | bytes,
     *,
     library: bool,
     threads: int | None = None,
@@ -110,10 +110,13 @@ def open_session(
         register(options)
     try:
         session = runtime.InferenceSession(
-            os.fspath(path), options, providers=list(providers or ["CPUExecutionProvider"])
+            path if isinstance(path, bytes) else os.fspath(path),
+            options,
+            providers=list(providers or ["CPUExecutionProvider"]),
         )
     except Exception as error:  # the classes differ between versions and share no base
-        raise _explained(path, error) from error
+        what = "the model" if isinstance(path, bytes) else path
+        raise _explained(what, error) from error
     _return_freed_memory()
     return session
 

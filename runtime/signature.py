@@ -63,8 +63,8 @@ def read_signature(model: PathLike) -> tuple[InputSpec, ...]:
     """The inputs a caller must give, in the model's order.
 
     Raises:
-        ModelError: The file is missing, is no ONNX model, or computes nothing.
-        UsageError: An input is no tensor.
+        ModelError: The file is missing, is not an ONNX model, or computes nothing.
+        UsageError: An input is not a tensor.
     """
     proto = read_structure(model)
     if not proto.graph.output:
@@ -98,7 +98,7 @@ def _spec(value: onnx.ValueInfoProto, bound: int | None) -> InputSpec:
     if value.type.WhichOneof("value") != "tensor_type":
         kind = value.type.WhichOneof("value")
         raise UsageError(
-            f"input {value.name!r} is no tensor but a {kind}",
+            f"input {value.name!r} is a {kind}, not a tensor",
             hint="such models can be compressed, but not run by onnxcomp: use --no-verify",
         )
     tensor = value.type.tensor_type

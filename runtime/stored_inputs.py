@@ -81,7 +81,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.npz"))
         if not found:
-            raise UsageError(f"{path} holds no .npz files")
+            raise UsageError(f"{path} contains no .npz files")
         return found
     if path.suffix == ".npy":
         raise UsageError(f"{path} does not say which input it is for", hint=f"write NAME={path}")
@@ -124,7 +124,23 @@ def _samples(
     if len(set(counts.values())) > 1:
         raise UsageError(f"{source}: inputs have different numbers of samples: {counts}")
     for index in range(next(iter(counts.values()), 1)):
-        yield {name: stack[index % len(stack)] for name, stack in stacks.items()}
+        sample = {name: stack[index % len(stack)] for name, stack in stacks.items()}
+        _refuse_empty(source, sample, specs)
+        yield sample
+
+
+def _refuse_empty(source: str, sample: Feed, specs: Sequence[InputSpec]) -> None:
+    """Refuse a sample that says nothing: without rows, or without a single element.
+
+    Other sizes may be 0: a cache of no past positions is an input like any other.
+    """
+    empty = [name for name, array in sample.items() if array.ndim and array.shape[0] == 0]
+    if empty or not any(array.size for array in sample.values()):
+        name = next(iter(empty), next(iter(sample), ""))
+        raise UsageError(
+            f"{source}: input {name!r} has no rows: its shape is {list(sample[name].shape)}",
+            hint=f"nothing can be learnt or compared from it; {expected(specs)}",
+        )
 
 
 def _stack(source: str, array: Array, spec: InputSpec) -> Sequence[Array]:
@@ -136,7 +152,7 @@ def _stack(source: str, array: Array, spec: InputSpec) -> Sequence[Array]:
     else:
         raise UsageError(
             f"{source}: input {spec.name!r} is {spec.text}, not of shape {list(array.shape)}",
-            hint="one axis more in front holds several samples",
+            hint="add an axis in front to give several samples",
         )
     return [_converted(source, np.asarray(sample), spec) for sample in samples]
 

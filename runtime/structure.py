@@ -20,6 +20,7 @@ __all__ = [
     "data_files",
     "model_bytes",
     "nested_nodes",
+    "nested_tensors",
     "read_structure",
 ]
 
@@ -34,7 +35,7 @@ def read_structure(model: PathLike) -> onnx.ModelProto:
     """The model as a message, external data left on disk.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing or is not an ONNX model.
     """
     import onnx
 
@@ -43,7 +44,9 @@ def read_structure(model: PathLike) -> onnx.ModelProto:
     except Exception as error:  # of the file system or of protobuf, whose classes have no types
         raise _unreadable(model, error) from error
     if not proto.graph.node and not proto.graph.output:
-        raise ModelError(f"{os.fspath(model)} is no ONNX model: it has no graph", hint=_NO_MODEL)
+        raise ModelError(
+            f"{os.fspath(model)} is not an ONNX model: it has no graph", hint=_NO_MODEL
+        )
     return proto
 
 
@@ -102,7 +105,7 @@ def data_files(model: PathLike) -> tuple[str, ...]:
     """Files that hold external data of the model, as it names them, in the order of their names.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing or is not an ONNX model.
     """
     return tuple(sorted(set(_locations(read_structure(model)))))
 
@@ -126,17 +129,20 @@ def model_bytes(model: PathLike) -> int:
 
 def _locations(model: onnx.ModelProto) -> Iterator[str]:
     """Files that hold external data, relative to the model."""
+    for tensor in nested_tensors(model):
+        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+
+
+def nested_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initializers and attributes, in subgraphs and functions as well."""
     pending = [model.graph]
     nodes = [*nested_nodes(model.graph.node)]
     nodes += [node for function in model.functions for node in nested_nodes(function.node)]
-    tensors: list[onnx.TensorProto] = []
     for node in nodes:
         for attribute in node.attribute:
             pending += [attribute.g, *attribute.graphs]
-            tensors += [attribute.t, *attribute.tensors]
+            yield from (attribute.t, *attribute.tensors)
     for graph in pending:
-        tensors += graph.initializer
+        yield from graph.initializer
         for sparse in graph.sparse_initializer:
-            tensors += [sparse.values, sparse.indices]
-    for tensor in tensors:
-        yield from (entry.value for entry in tensor.external_data if entry.key == "location")
+            yield from (sparse.values, sparse.indices)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,10 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+
+from onnxcomp.cli import app, main
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -127,19 +131,37 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(place), target
 
 
-def test_every_command_and_option_is_in_the_manual() -> None:
-    import click
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("ops/*/spec.md"))], ids=name_of)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    folders = "benchmarks|cli|docs|models|ops|passes|runtime|src|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if not (ROOT / name).exists()]
 
-    from onnxcomp.cli import app, main
 
-    manual = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+def all_commands() -> dict[str, click.Command]:
+    """Every command by its words: "optimize", "package dir", ..."""
     context = click.Context(main)
     commands = {name: main.get_command(context, name) for name in app.COMMANDS}
     for name, group in list(commands.items()):
         if isinstance(group, click.Group):
             commands |= {f"{name} {inner}": group.commands[inner] for inner in group.commands}
-    for name, command in commands.items():
-        assert command is not None
+    return {name: command for name, command in commands.items() if command is not None}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_examples_that_do_not_run_use_options_that_exist(page: Path) -> None:
+    commands = all_commands()
+    code = re.findall(r"^```\w*\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    for line in re.findall(r"^onnxcomp (.*)$", "".join(code), re.MULTILINE):
+        words = shlex.split(line)
+        command = commands.get(" ".join(words[:2])) or commands[words[0]]
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in words if re.match("--?[a-z]", word)} <= known, line
+
+
+def test_every_command_and_option_is_in_the_manual() -> None:
+    manual = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name, command in all_commands().items():
         assert f"onnxcomp {name}" in manual
         for parameter in command.params:
             if isinstance(parameter, click.Option):

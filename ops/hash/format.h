@@ -80,7 +80,7 @@ const Isa& PlainIsa();
 const Isa& Avx2Isa();
 const Isa& Avx512Isa();
 
-// The form that hyper::SelectIsa names.
+// The form of the instruction set that runs.
 const Isa& SelectIsa();
 
 }  // namespace onnxcomp::hash

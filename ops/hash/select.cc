@@ -1,19 +1,23 @@
-// Which instruction set runs: the choice of the hyperfunction operators.
+// The kernels of the instruction set that runs.
 
-#include <cstring>
-
+#include "common/isa.h"
 #include "hash/format.h"
-#include "hyper/format.h"
 
 namespace onnxcomp::hash {
 
 const Isa& SelectIsa() {
+  switch (SelectInstructionSet()) {
 #ifdef ONNXCOMP_X86
-  const char* name = hyper::SelectIsa().name;
-  if (std::strcmp(name, "avx512") == 0) return Avx512Isa();
-  if (std::strncmp(name, "avx2", 4) == 0) return Avx2Isa();
+    case InstructionSet::kAvx512:
+      return Avx512Isa();
+    case InstructionSet::kAvx2Vnni:
+    case InstructionSet::kAvx2VnniVl:
+    case InstructionSet::kAvx2:
+      return Avx2Isa();
 #endif
-  return PlainIsa();
+    default:
+      return PlainIsa();
+  }
 }
 
 }  // namespace onnxcomp::hash

@@ -31,7 +31,7 @@ _MOVES = frozenset(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Orientation:
-    """How a fused use wants the canonical matrix.
+    """Which way round a fused use reads the canonical matrix.
 
     Attributes:
         rows: Rows of the canonical matrix: output channels, or embedding vectors.

@@ -73,8 +73,8 @@ class PruneReport:
     """What pruning did.
 
     Attributes:
-        asked: Share of parameters or FLOPs that was to go.
-        reached: Share that went.
+        asked: Share of parameters or FLOPs to remove.
+        reached: Share that was removed.
         unit: "parameters" of the layers that can shrink, or "flops" of the model.
         score: The score that was used.
         calibrated: Whether there was calibration data.

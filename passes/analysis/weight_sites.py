@@ -46,6 +46,9 @@ MIN_SIZE = 16384
 COMPRESSED_PART = "part of a weight already compressed by onnxcomp"
 _LEAST_OPSET = 7
 
+# The largest value that codes of a float64 weight can stand for.
+_LARGEST = float(np.finfo(np.float32).max)
+
 # Elements tested for NaN and infinity at a time.
 _SCAN = 1 << 22
 
@@ -125,7 +128,7 @@ class _SiteFinder:
     refusal: str | None
 
     def reason(self, scope: Scope, value: ir.Value, found: Sequence[Leaf]) -> str | None:
-        """Why a tensor is no site; None when it is one."""
+        """Why a tensor is not a site; None when it is one."""
         tensor = value.const_value
         assert tensor is not None
         return (
@@ -140,7 +143,7 @@ class _SiteFinder:
     def _foreign(
         self, value: ir.Value, tensor: ir.TensorProtocol, found: Sequence[Leaf]
     ) -> str | None:
-        """Tensors that are no plain weights."""
+        """Tensors that are not plain weights."""
         quantised = [leaf for leaf in found if _QUANTISED.search(leaf.node.op_type)]
         if value.name in self.compressed or any(leaf.node.domain == DOMAIN for leaf in found):
             return COMPRESSED_PART
@@ -150,13 +153,13 @@ class _SiteFinder:
             return f"quantised already ({quantised[0].node.op_type})"
         if tensor.dtype == ir.DataType.STRING:
             return "strings"
-        if tensor.dtype not in WEIGHT_TYPES:
+        if tensor.dtype not in (*WEIGHT_TYPES, ir.DataType.DOUBLE):
             kind = "type" if is_float(tensor.dtype) else "integers"
             return f"{kind} {dtype_name(tensor.dtype)}, which no codec stores"
         return None
 
     def _bound(self, scope: Scope, value: ir.Value, found: Sequence[Leaf]) -> str | None:
-        """Tensors the outside of the model has a say in."""
+        """Tensors that belong to the interface of the model, or to nothing."""
         listed = value.is_graph_input()
         if listed and scope.parent is not None:
             return "input of a subgraph"
@@ -254,7 +257,7 @@ def _node_order(model: ir.Model) -> dict[ir.Node, int]:
             if not node.name or node.name in names:
                 raise ModelError(
                     f"node {node.name or node.op_type!r} has no name of its own",
-                    hint="canonicalize(model) first",
+                    hint="run canonicalize(model) first",
                 )
             names.add(node.name)
     return order
@@ -263,13 +266,16 @@ def _node_order(model: ir.Model) -> dict[ir.Node, int]:
 def _not_finite(tensor: ir.TensorProtocol) -> str | None:
     flat = np.asarray(tensor.numpy()).reshape(-1)
     for start in range(0, flat.size, _SCAN):
-        if not np.isfinite(flat[start : start + _SCAN]).all():
+        part = flat[start : start + _SCAN]
+        if not np.isfinite(part).all():
             return "contains NaN or infinite values"
+        if part.dtype == np.float64 and np.abs(part).max(initial=0.0) > _LARGEST:
+            return "contains values that only float64 holds"
     return None
 
 
 def _orientation(found: Sequence[Leaf], tensor: ir.TensorProtocol) -> Orientation:
-    """The orientation most products want, else most look-ups, else the operator's own."""
+    """The orientation that most products need, else most look-ups, else the operator's own."""
     for need in ("matmul", "gather"):
         wanted = Counter(leaf.orientation for leaf in found if leaf.need == need)
         if wanted:
@@ -290,12 +296,13 @@ def _site(
     found: Sequence[Leaf],
 ) -> WeightSite:
     chosen = _orientation(found, tensor)
+    wide = tensor.dtype == ir.DataType.DOUBLE
     uses = tuple(
         Use(
             node=leaf.node.name or "",
             op_type=qualified_type(leaf.node),
             input_index=leaf.index,
-            need=leaf.need if leaf.orientation == chosen else "dense",
+            need=leaf.need if leaf.orientation == chosen and not wide else "dense",
             path=tuple(node.name or "" for node in leaf.path),
         )
         for leaf in found
@@ -303,7 +310,7 @@ def _site(
     return WeightSite(
         name=value.name or "",
         shape=shape_of(tensor),
-        dtype=dtype_name(tensor.dtype),
+        dtype="float32" if wide else dtype_name(tensor.dtype),
         uses=uses,
         scope=scope.path,
         rows=chosen.rows,
@@ -311,6 +318,7 @@ def _site(
         transposed=chosen.transposed,
         filters_input=any(filters_input(leaf.node, model) for leaf in found),
         rank=value.meta.get(metadata.RANK),
+        wide=wide,
     )
 
 

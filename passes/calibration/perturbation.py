@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.taps import find_taps, is_discrete
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.weight import Array, Feed, WeightSite
@@ -40,8 +41,10 @@ class NoiseShares:
         self._wrong: dict[str, float] = {}
 
     def add(self, exact: Mapping[str, Array], found: Mapping[str, Array]) -> None:
-        """Take in one run; outputs that `exact` does not name do not count."""
+        """Take in one run; only outputs of the same size in both count."""
         for name, array in exact.items():
+            if name not in found or found[name].shape != array.shape:
+                continue
             wide = array.astype(np.float64)
             self._power[name] = self._power.get(name, 0.0) + float(np.square(wide).sum())
             wide -= found[name]
@@ -55,7 +58,7 @@ class NoiseShares:
         """
         shares = [self._wrong[name] / power for name, power in self._power.items() if power > 0.0]
         if not shares:
-            raise ModelError("no output is floating point and other than zero on these inputs")
+            raise ModelError("every output is zero or not floating point on these inputs")
         return shares
 
 
@@ -114,6 +117,8 @@ class Probe:
 
     def _typed(self, site: WeightSite, weight: Array) -> Array:
         kinds: dict[str, Any] = {"float32": np.float32, "float16": np.float16}
+        if site.wide:
+            return stored_form(site, weight).astype(np.float64)
         if site.dtype not in kinds:
             import ml_dtypes
 
@@ -124,6 +129,7 @@ class Probe:
 def _opened(model: ir.Model, sites: Sequence[WeightSite]) -> ir.Model:
     """A copy in which the weights are inputs of the main graph, with their values as defaults."""
     copy = copy_model(model)
+    _open_decisions(copy)
     copy.ir_version = max(copy.ir_version, _LISTING_IR)
     values = initializers(copy)
     for site in sites:
@@ -138,6 +144,21 @@ def _opened(model: ir.Model, sites: Sequence[WeightSite]) -> ir.Model:
         if not value.is_graph_input():
             copy.graph.inputs.append(value)
     return copy
+
+
+def _open_decisions(model: ir.Model) -> None:
+    """Give out the last floats before decisions where no output shows an error of its own."""
+    taps = find_taps(model)
+    decided = [bool(taps.behind.get(out.name or "")) for out in model.graph.outputs]
+    if not taps.values or not all(
+        known or is_discrete(out) for out, known in zip(model.graph.outputs, decided, strict=True)
+    ):
+        return
+    wanted = {tap.name for tap in taps.values if not tap.loop}
+    made = {value.name: value for node in model.graph for value in node.outputs}
+    for name in sorted(wanted & set(made)):
+        if not made[name].is_graph_output():
+            model.graph.outputs.append(made[name])
 
 
 def made_up_inputs(model: ir.Model, *, seed: int = 0, samples: int = 4) -> list[Feed]:

@@ -1,7 +1,7 @@
 """Run a model piece by piece, keeping for each input only what the rest of the model still reads.
 
-Statistics of a weight are wanted from a model whose earlier weights are compressed already. Run as
-segments, one after the other, that costs one pass over the data, not one for each weight.
+Statistics of a weight are taken behind its compressed predecessors. In segments, one after the
+other, that costs one pass over the data, not one for each weight.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Chain:
         self._done = 0
 
     def _plan(self, groups: Sequence[Sequence[str]]) -> tuple[list[int], dict[str, int]]:
-        """Nodes the wanted values follow from, and how far on the way each value is needed."""
+        """Nodes that produce the values, and the last node that needs each value."""
         needed: set[int] = set()
         last: dict[str, int] = {}
         for group in groups:
@@ -85,7 +85,7 @@ class Chain:
         return sorted(needed), last
 
     def position(self, group: Sequence[str]) -> int:
-        """Number of nodes that must have run for all values to be there."""
+        """Number of nodes that must have run before all values exist."""
         return max(self._producer.get(name, -1) + 1 for name in group)
 
     def replace(self, name: str, weight: Array) -> None:
@@ -100,7 +100,7 @@ class Chain:
                 not before that of the last call.
 
         Yields:
-            For each input the wanted values by name.
+            For each input the values by name.
 
         Raises:
             ModelError: ONNX Runtime cannot load or run the segment.
@@ -137,7 +137,9 @@ class Chain:
             results = call({name: held[name] for name in names})
             for name, result in zip(outputs, results, strict=True):
                 if not isinstance(result, np.ndarray):
-                    raise ModelError(f"value {name!r} is no tensor: the model cannot be cut there")
+                    raise ModelError(
+                        f"value {name!r} is not a tensor: the model cannot be split there"
+                    )
             return dict(zip(outputs, results, strict=True))
 
         return run

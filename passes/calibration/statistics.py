@@ -229,7 +229,7 @@ class Calibration:
                 raise ModelError(
                     f"inputs of weight {site.name!r} are NaN, infinite or too large "
                     f"(calibration input {number + 1} of {len(self._feeds)})",
-                    hint="correct the calibration data, or leave --data away",
+                    hint="correct the calibration data, or leave out --data",
                 )
         return _stats(site, seen, kept, counts)
 

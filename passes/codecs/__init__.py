@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxcomp.passes.codecs.constant import ConstantCodec
 from onnxcomp.passes.codecs.dense import DenseCodec
 from onnxcomp.passes.codecs.half import HalfCodec
 from onnxcomp.passes.codecs.hash.codec import HashCodec
@@ -28,5 +29,6 @@ CODECS = CodecRegistry(
         HyperLowRankCodec(),
         WindingCodec(),
         HashCodec(),
+        ConstantCodec(),
     )
 )

@@ -1,4 +1,4 @@
-"""The dense codec: the weight as it is. The yardstick of the others and the planner's way out."""
+"""The dense codec: the weight as it is, to compare with and to fall back on."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class DenseCodec(Codec):
     ) -> V:
         """W -> the initializer ``(rows, length)``."""
         if kind not in ("weight", "decode"):
-            raise UsageError(f"the codec dense has no {kind}")
+            raise UsageError(f"the codec dense cannot make nodes of kind {kind}")
         return builder.tensor("weight")
 
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:

@@ -1,7 +1,7 @@
 """The fp16 codec: float32 weights stored in half precision and converted back when they are used.
 
 ``W -> Cast(W16)``, which a session folds to the float32 weight when it starts; look-ups convert the
-rows that are looked up. No operator of ours is in the file.
+rows that are looked up. The file holds no custom operator.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class HalfCodec(Codec):
         if kind == "gather" and x is not None:
             value = builder.node("Gather", [value, x])
         elif kind not in ("weight", "decode"):
-            raise UsageError(f"the codec fp16 has no {kind}")
+            raise UsageError(f"the codec fp16 cannot make nodes of kind {kind}")
         return builder.node("Cast", [value], {"to": int(onnx.TensorProto.FLOAT)})
 
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:

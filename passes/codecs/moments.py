@@ -58,7 +58,7 @@ def anchored(weight: Array, stats: Stats) -> Array:
     """The weight that a calibrated encoder should aim at where earlier weights have errors.
 
     ``W + t W (C - G) (G + d I)^-1`` with ``C = E[x_ref x^T]``: for t = 1 and d = 0 its products
-    with the inputs there are come nearest to those of the dense model with its own.
+    with the inputs of the compressed model are closest to those of the dense model with its own.
 
     Args:
         weight: float32 ``(rows, length)``.

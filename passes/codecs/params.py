@@ -25,7 +25,7 @@ class Params:
             UsageError: They belong to another codec.
         """
         if not isinstance(params, cls):
-            raise UsageError(f"{type(params).__name__} are given where {cls.__name__} are wanted")
+            raise UsageError(f"{type(params).__name__} were given, {cls.__name__} expected")
         return params
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The codec protocol: how one weight is described, stored, restored and wired into a graph.
+"""The codec protocol: how one weight is described, stored, restored and put into a graph.
 
 A codec never sees a graph. It gets a `WeightSite` (what the weight is and who uses it), its values
 as one canonical matrix, and a `Builder` that makes nodes. The canonical matrix is
@@ -234,10 +234,10 @@ class Qualities:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DenseFallback:
-    """When a weight had better stay dense, for a codec that few models are made for.
+    """When a weight stays dense, for a codec that few models are made for.
 
     Attributes:
-        rival: Name of the codec that is mostly better at equal bytes; the report compares the two.
+        rival: Name of the baseline, usually better at equal bytes; the report compares the two.
         limit: Relative error of products, for the settings, above which a weight stays dense.
     """
 
@@ -406,7 +406,7 @@ class Codec(Protocol):
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
     ) -> V:
-        """Wire the payload into the graph.
+        """Put the payload into the graph.
 
         Kind ``matmul``: `x` ``(..., length)`` of the site's dtype gives ``(..., rows)`` of the same
         dtype. ``gather``: `x` holds indices of any shape, the result is ``(..., length)`` in the

@@ -6,7 +6,7 @@ object the codec or its class::
     [project.entry-points."onnxcomp.codecs"]
     mine = "my_package.codec:MyCodec"
 
-Entry points are listed when a name is asked for that is not one of ours, or all names are; a
+Entry points are listed when a name is asked for that is not built in, or all names are; a
 package is imported no earlier than that. One that fails does not stop work without it.
 """
 

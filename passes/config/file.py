@@ -1,7 +1,7 @@
 """Configuration files: YAML that is checked against a schema before anything else happens.
 
 `options.py` says what may be in one, and to which argument of `onnxcomp.optimize` each value goes.
-What a file does not say comes from its preset, or stays unsaid.
+What a file leaves out comes from its preset, or keeps its default.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["checked_options", "config_options", "merged"]
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of several layers, later ones first.
+    """Options of several layers; later layers win.
 
     A later target replaces all earlier ones; a later limit of the error replaces equal bits.
     """
@@ -52,7 +52,7 @@ def config_options(
         stock: Whether no operator library may be needed, whatever the file says.
 
     Raises:
-        UsageError: The file cannot be read, is no YAML, or does not fit the schema; the message
+        UsageError: The file cannot be read, is not YAML, or does not fit the schema; the message
             names the line.
     """
     try:
@@ -86,7 +86,7 @@ def checked_options(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 _ONE = "choose one of them"
 
-# Parts of a rule that are no settings.
+# Parts of a rule that are not settings.
 _SELECTORS = ("match", "op", "keep")
 
 

@@ -31,7 +31,7 @@ def method_names(
     Args:
         method: Names, or several joined by ``+``.
         known: All codecs by name.
-        stock: Whether only codecs may take part that need no operator of ours.
+        stock: Whether only codecs are used whose models need no operator library.
 
     Raises:
         UsageError: A name is unknown, or its codec is not a stock one.

@@ -240,8 +240,8 @@ class OptimizeOptions(PlanOptions):
     )  # fmt: skip
     tolerance: float | None = option(
         None, Number(least=0), "gate", "Largest accepted relative L2 difference of an output.",
-        "Without one the loss is reported and not judged. Where it is exceeded, the weights to "
-        "blame become dense again.",
+        "Without one the loss is reported and not judged. Where it is exceeded, the weights "
+        "that cause it become dense again.",
         example="0.05",
     )  # fmt: skip
     evaluate: str | Score | None = option(

@@ -75,7 +75,7 @@ def preset_options(name: str, *, stock: bool = False) -> dict[str, Any]:
         stock: Whether no operator library may be needed.
 
     Raises:
-        UsageError: There is no such preset.
+        UsageError: The preset is unknown.
     """
     if name not in PRESETS:
         raise UsageError(f"preset {name!r} is unknown", hint=suggest(name, PRESETS))

@@ -28,7 +28,7 @@ class Settings(ByteOptions):
     Attributes are the options of `ByteOptions`, by name.
 
     Attributes:
-        divide: Whether pruning takes the share of the budget with which least is lost.
+        divide: Whether pruning takes the share of the budget with the least loss.
     """
 
     divide: bool | None = None
@@ -46,7 +46,7 @@ class Settings(ByteOptions):
                 f"{' and '.join(shares)} were given together", hint="choose one of them"
             )
         if not shares and not self.divide and (self.prune_score or self.prune_caches):
-            raise UsageError("how to prune is given, but not how much", hint=_HOW_MUCH)
+            raise UsageError("a way to prune is given, but not how much", hint=_HOW_MUCH)
 
     @property
     def rules(self) -> tuple[Rule, ...]:

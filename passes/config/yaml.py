@@ -61,7 +61,7 @@ def parse(text: str, name: str) -> Document:
     """Read a document whose top is a mapping.
 
     Raises:
-        UsageError: It is no YAML, has a key twice, or is no mapping.
+        UsageError: It is not YAML, has a key twice, or is not a mapping.
     """
     lines: dict[Path, int] = {}
     loader = yaml.SafeLoader(text)
@@ -75,11 +75,11 @@ def parse(text: str, name: str) -> Document:
     except yaml.MarkedYAMLError as error:
         line = 1 + (error.problem_mark.line if error.problem_mark else 0)
         raise UsageError(
-            f"{name}, line {line}: {error.problem or 'this is no YAML'}",
+            f"{name}, line {line}: {error.problem or 'this is not YAML'}",
             hint="check indentation, brackets and quotes",
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{name} is no YAML: {error}", hint="check its characters") from error
+        raise UsageError(f"{name} is not YAML: {error}", hint="check its characters") from error
     finally:
         loader.dispose()
     return Document(name, value, lines)

@@ -18,7 +18,7 @@ from onnxcomp.passes.config.signature import takes, takes_output
 from onnxcomp.passes.config.values import ExternalData
 from onnxcomp.passes.driver.compile import compile_model, plan_model
 from onnxcomp.passes.driver.compile import dry_run as only_plan
-from onnxcomp.passes.driver.pareto import frontier as points_of
+from onnxcomp.passes.driver.frontier import frontier as points_of
 from onnxcomp.passes.driver.result import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.driver.run import Run, worker_count
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
@@ -74,7 +74,7 @@ def optimize(asked: OptimizeOptions, model: Any, output: PathLike | None = None)
     if asked.dry_run:
         return only_plan(model, path, settings, given, run)
     if path is None:
-        raise UsageError("no output is given", hint="name one with -o, or ask for a dry run")
+        raise UsageError("no output is given", hint="give one with -o, or use --dry-run")
     return compile_model(model, path, settings, given, run)
 
 
@@ -117,8 +117,8 @@ def _evaluation(evaluate: str | Score | None, max_drop: float) -> Evaluation | N
 def plan(asked: PlanOptions, model: Any) -> Plan:
     """What `optimize` would do with these settings, with exact bytes, without doing it.
 
-    Pruning is done, in memory, since what is left decides about the rest; `Plan.pruned` says what
-    goes. A plan that misses its target is returned all the same; its `met` is false then.
+    Pruning is done in memory, because the bytes depend on what is left; `Plan.pruned` says what
+    is removed. A plan that misses its target is returned as well; its `met` is then false.
 
     Args:
         model: What `optimize` accepts.
@@ -158,7 +158,7 @@ def apply(model: Any, plan: Plan | PathLike, output: PathLike, **options: Any) -
         options: Other arguments of `optimize`: jobs, cache, verify, data, shapes, ...
 
     Raises:
-        UsageError: The plan names a site the model lacks, or does not fit it.
+        UsageError: The plan names a weight that the model does not have, or does not fit it.
     """
     return optimize(model, output, plan=plan, **options)
 
@@ -207,12 +207,12 @@ def verify(reference: PathLike, compressed: PathLike, **options: Any) -> Verific
 def mend(
     reference: PathLike, compressed: PathLike, output: PathLike | None = None, **options: Any
 ) -> Mended:
-    """Find the weights that are to blame for the error of a compressed model, and give them back.
+    """Find the weights that cause the error of a compressed model, and make them dense again.
 
     Args:
         reference: Path of the original.
         compressed: Path of the compressed model.
-        output: Path of the mended model; None to find the weights only.
+        output: Path of the repaired model; None to find the weights only.
         options: Arguments of `onnxcomp.passes.driver.mend.mend`: tolerance, data, shapes, ...
     """
     from onnxcomp.passes.driver.mend import mend as mend_model

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.driver.run_report import encoded_site, skipped_sites
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import Progress, encode
+from onnxcomp.passes.encoding.encoder import encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
 from onnxcomp.passes.lowering.rewrite import rewrite
@@ -36,7 +37,7 @@ class Written:
 
     Attributes:
         saved: Its files.
-        sites: What became of each weight.
+        sites: How each weight is stored.
     """
 
     saved: Saved
@@ -62,7 +63,7 @@ def emit(
         path: The .onnx file; temporary files lie in its folder.
         jobs: Threads of the encoders.
         cache: Payloads of earlier runs.
-        progress: Told about each weight.
+        progress: Called before each weight and after the last one.
         stage: Times a part of the work by its name.
         samples: Calibration inputs; None to encode plainly.
     """

@@ -14,7 +14,7 @@ from onnxcomp.passes.verification.user_metric import Evaluation
 if TYPE_CHECKING:
     from onnxcomp.passes.verification.fidelity import Verification
 
-__all__ = ["Verdict", "accepted_error", "ask_gates", "error_to_reach"]
+__all__ = ["Verdict", "accepted_error", "ask_gates", "error_to_reach", "largest_error"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,14 +33,14 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether no gate objects."""
+        """Whether all gates passed."""
         faithful = self.verification is None or self.verification.passed
         others = (self.evaluation, self.slowdown)
         return faithful and all(gate is None or gate.passed for gate in others)
 
     @property
     def failure(self) -> str:
-        """The first objection, on one line."""
+        """The first failure, on one line."""
         if self.verification is not None and not self.verification.passed:
             return " ".join(self.verification.failures[0].split())
         if self.slowdown is not None and not self.slowdown.passed:
@@ -57,6 +57,12 @@ def accepted_error(settings: Settings, run: Run) -> float | None:
     return min(limits, default=None)
 
 
+def largest_error(verdict: Verdict) -> float | None:
+    """The largest error of an output or a slice in either form; None where none was measured."""
+    found = verdict.verification
+    return found.error if found is not None and found.outputs else None
+
+
 def error_to_reach(verdict: Verdict, limit: float | None) -> tuple[float, float] | None:
     """The measured error and the one to reach; None where it is not errors that are wrong."""
     found = verdict.verification
@@ -66,8 +72,7 @@ def error_to_reach(verdict: Verdict, limit: float | None) -> tuple[float, float]
         or any(o.problem for o in found.outputs.values())
     ):
         return None
-    forms = (found.outputs, found.portable.outputs)
-    error = max((o.rel_l2 for form in forms for o in form.values()), default=0.0)
+    error = largest_error(verdict) or 0.0
     if limit is not None and error > limit:
         return error, limit
     # How a score follows from errors is not known: half the error is a step.
@@ -90,7 +95,8 @@ def ask_gates(reference: Path, small: Path, data: Any, settings: Settings, run: 
     if run.evaluation is not None:
         with run.stage("evaluate"):
             run.evaluation.run(reference, small)
-        verdict = dataclasses.replace(verdict, evaluation=run.evaluation)
+        # A copy: the next attempt measures with the same object.
+        verdict = dataclasses.replace(verdict, evaluation=dataclasses.replace(run.evaluation))
     if settings.max_slowdown is None or not verdict.passed:
         return verdict
     with run.stage("time"):

@@ -1,4 +1,4 @@
-"""Find the weights of a finished compressed model that are to blame for its error, and mend it."""
+"""Find the weights of a compressed model that cause its error, and make them dense again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Mended:
     Attributes:
         blamed: Names of the weights that have to be dense, the worst first.
         verification: Of the model without them; of the given one where there are none.
-        path: The mended model; None where it was not asked for or not needed.
+        path: The repaired model; None where it was not asked for or not needed.
         bytes: Bytes of its files.
     """
 
@@ -68,12 +68,12 @@ def mend(
     samples: int = 4,
     seed: int = 0,
 ) -> Mended:
-    """Give weights back until a compressed model keeps an error.
+    """Make weights dense until a compressed model keeps an error.
 
     Args:
         reference: The original.
         compressed: A model that was made from it.
-        output: Where the mended model goes; None to find the weights only.
+        output: Where to write the repaired model; None to find the weights only.
         tolerance: Largest accepted relative L2 error of an output.
         data: Inputs; None to make them up.
         shapes: Sizes of made-up inputs.
@@ -87,7 +87,7 @@ def mend(
     feeds = _feeds(reference, data, shapes, samples, seed)
     first = verify(reference, compressed, data=feeds, tolerance=tolerance)
     broken = not first.agreement.passed or any(m.problem for m in first.outputs.values())
-    if first.passed or broken:  # where the forms disagree, no weight is to blame
+    if first.passed or broken:  # where the forms disagree, no weight is the cause
         return Mended((), first)
     prepared = prepare(loaded := read(reference), Settings(min_size=0))
     if output is not None:
@@ -95,7 +95,7 @@ def mend(
     records = _records(load(compressed), prepared)
     place = Path(tempfile.gettempdir()) / "mended.onnx" if output is None else output
     with workspace(place) as folder:
-        error = max(metrics.rel_l2 for metrics in first.outputs.values())
+        error = first.error
         decoded = decoded_weights(compressed, [s for s in prepared.sites if s.name in records])
         for aim in _AIMS:
             blamed = _blamed(prepared, decoded, feeds, aim * tolerance / error, folder)
@@ -130,7 +130,7 @@ def _records(model: ir.Model, prepared: Prepared) -> dict[str, ManifestEntry]:
     for name, record in records.items():
         if name not in sites or sites[name].shape != record.site.shape:
             raise ModelError(
-                f"the compressed weight {name!r} is not in the original as it was compressed",
+                f"the compressed weight {name!r} does not match a weight of the original",
                 hint="where the graph itself was changed, give optimize a --tolerance instead",
             )
     return records

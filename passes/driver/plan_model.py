@@ -34,7 +34,8 @@ def plan_subject(
     """
     if given is not None and given.pruned and given.pruned.calibrated and run.data is None:
         raise UsageError(
-            "the plan prunes by inputs, and none are given", hint="give the --data it was made with"
+            "the plan prunes by calibration inputs, but none are given",
+            hint="give the --data it was made with",
         )
     with run.stage("plan"):
         if settings.divide and given is None:
@@ -55,13 +56,13 @@ def _planned(subject: Subject, settings: Settings, given: Plan | None, run: Run)
 
 
 def _divided(subject: Subject, settings: Settings, run: Run) -> PlannedModel:
-    """The plan for the division of a budget between pruning and codes that loses least."""
+    """The plan for the division of a budget between pruning and codecs with the least loss."""
     feeds = subject.samples()
     if feeds is None or settings.prune_caches:
         why = "inputs decide" if feeds is None else "models with equal inputs are compared"
         raise UsageError(
-            f"how a size is divided between pruning and codes is not said, and {why}",
-            hint="give --data without --prune-caches, or say how much with --prune-ratio 0.2",
+            f"the size cannot be divided between pruning and codecs: {why}",
+            hint="give --data without --prune-caches, or a share with --prune-ratio 0.2",
         )
     seen = witnesses(feeds)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from onnxcomp.passes.analysis.constants import mark_constants
 from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.analysis.unmatched import warn_of_unmatched
 from onnxcomp.passes.analysis.weight_sites import find_sites
 from onnxcomp.passes.config.policy import resolve_policy
 from onnxcomp.passes.config.settings import Settings
@@ -36,13 +38,15 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         exclude=settings.exclude,
         freeze_inputs=settings.freeze_inputs,
     )
+    warn_of_unmatched(model, found, settings)
+    sites = mark_constants(model, found.sites)
     pruning = changes.get(Prune.name)
     return Prepared(
         model=model,
         path=loaded.path,
         source=loaded.source,
-        sites=found.sites,
-        policies={site.name: resolve_policy(site, settings) for site in found.sites},
+        sites=sites,
+        policies={site.name: resolve_policy(site, settings) for site in sites},
         skipped=found.skipped,
         pruned=pruning.report if isinstance(pruning, PruneChange) else None,
     )

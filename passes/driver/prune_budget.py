@@ -1,7 +1,7 @@
-"""One budget of bytes for pruning and codes: how much of it each of them takes.
+"""Divide one budget of bytes between pruning and codecs.
 
-A model from which channels were taken out leaves more bits for each weight that stays. How far
-that pays is tried: a few shares are pruned, the rest is planned for what is left of the budget,
+A pruned model leaves more bits for each remaining weight. How far that
+pays off is tried: a few shares are pruned, the rest is planned for the remaining budget,
 and the share with the least error of the outputs wins. The error of pruning is measured, that of
 codes is the one that the plan expects; both are relative noise power, which adds up.
 """
@@ -45,7 +45,7 @@ class Trial:
         bytes: Bytes of the output.
         met: Whether they are within the budget.
         pruning: Measured relative error of the outputs of the pruned model.
-        codes: Expected relative error of its outputs once weights are coded; None where that is
+        codes: Expected relative error of its outputs once weights are encoded; None where that is
             not known.
     """
 

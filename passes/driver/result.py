@@ -58,7 +58,7 @@ class RejectedError(VerifyError):
 
 
 def judged(result: Result, failure: str) -> Result:
-    """The result, or the error that goes with it.
+    """The result; raises the error that belongs to its verdict.
 
     Args:
         result: The run.
@@ -72,7 +72,7 @@ def judged(result: Result, failure: str) -> Result:
         raise RejectedError(
             f"the compressed model failed verification: {failure}; it was kept as {result.path}",
             result,
-            hint="look at it with onnxcomp verify; --force publishes it all the same",
+            hint="compare it with onnxcomp verify; --force writes it anyway",
         )
     pruned = result.plan.pruned
     if pruned is not None and not pruned.met:
@@ -81,7 +81,7 @@ def judged(result: Result, failure: str) -> Result:
             f"{result.path}: pruning took {100 * pruned.reached:.1f} % {what}, "
             f"{100 * pruned.asked:.1f} % were asked for",
             result,
-            hint="onnxcomp inspect --groups shows what can go and why the rest stays",
+            hint="onnxcomp inspect --groups shows what can be pruned, and why the rest cannot",
         )
     wanted = result.plan.budget.bytes
     if wanted is not None and result.report.output.bytes > wanted:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.config.values import CalibrationMode
-from onnxcomp.passes.encoding.encoder import Progress
 from onnxcomp.passes.verification.user_metric import Evaluation
 
 __all__ = ["Run", "worker_count"]
@@ -49,7 +49,7 @@ class Run:
         shapes: Sizes of inputs with free dimensions, for made-up inputs.
         tolerance: Largest accepted difference to the dense model; None to report it only.
         force: Whether a model that fails the gate is published.
-        progress: Told about each weight.
+        progress: Called before each weight and after the last one.
         evaluation: The user's own measure of a model, and how far it may drop.
         seconds: Wall-clock seconds by stage, filled in as they end.
     """

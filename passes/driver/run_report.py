@@ -75,7 +75,7 @@ def _planned_site(choice: Choice) -> SiteReport:
 
 
 def skipped_sites(plan: Plan) -> Iterator[SiteReport]:
-    """What becomes of tensors that no codec is asked about."""
+    """Report entries of tensors that no codec is asked about."""
     for tensor in plan.skipped:
         yield SiteReport(
             name=tensor.name,
@@ -92,7 +92,7 @@ def skipped_sites(plan: Plan) -> Iterator[SiteReport]:
 
 
 def planned_sites(plan: Plan) -> tuple[SiteReport, ...]:
-    """What would become of each weight."""
+    """How each weight would be stored."""
     return (*(_planned_site(choice) for choice in plan), *skipped_sites(plan))
 
 

@@ -1,1 +1,1 @@
-"""Payloads of weights: encoded, calibrated, compared, kept."""
+"""Payloads of weights: encoding, calibration, comparison with dense weights, the cache."""

@@ -1,7 +1,7 @@
-"""Encode weights for the inputs they really have, and judge by inputs kept back.
+"""Encode weights for the inputs that they see, and judge by inputs that were set aside.
 
 Weights are encoded in the order of their use, each for what the model behind the compressed
-earlier ones feeds it. Where plain encoding does as well on held-out inputs, plain encoding it is.
+earlier ones feeds it. Where plain encoding does as well on held-out inputs, it is used.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = [
     "Samples",
     "encode_calibrated",
     "load_samples",
-    "tell_of_plain_factors",
+    "warn_of_uncalibrated_factors",
 ]
 
 log = logging.getLogger(__name__)
 
 # Inputs that the fidelity gate runs when there is calibration data.
-_WITNESSES = 4
+_VERIFICATION_FEEDS = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,9 +53,9 @@ class Samples:
     sequential: bool = True
 
     @property
-    def witnesses(self) -> list[Feed]:
+    def verification_feeds(self) -> list[Feed]:
         """A few inputs to compare models on, held-out ones where there are any."""
-        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_WITNESSES]
+        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_VERIFICATION_FEEDS]
 
 
 def load_samples(
@@ -81,13 +81,13 @@ def load_samples(
     return None if feeds is None else Samples(feeds, mode == "sequential")
 
 
-def tell_of_plain_factors(plan: Plan) -> None:
-    """Warn where weights get factors without inputs to fit them to: that is where most is lost."""
+def warn_of_uncalibrated_factors(plan: Plan) -> None:
+    """Warn where weights get factors without inputs to fit them to, which loses the most."""
     count = sum(CODECS[choice.codec].ranks is not None for choice in plan)
     if count:
         log.warning(
-            "no calibration data: the factors of %d weight%s are the nearest to the weights alone, "
-            "not to what products give; with --data they lose less",
+            "no calibration data: the factors of %d weight%s approximate the weights alone, "
+            "not their products; with --data they lose less",
             count,
             "s" if count > 1 else "",
         )

@@ -1,7 +1,7 @@
 """Compare an encoded weight with another codec, and keep it dense where its error is too large.
 
 Some codecs are for models that were trained for them and lose more than others of any other weight.
-They have a `DenseFallback`: every weight they store is compared with a rival codec at as many
+They have a `DenseFallback`: every weight is compared with a baseline codec at as many
 bytes, and stays dense where the error of its products is above a limit.
 """
 
@@ -31,11 +31,11 @@ def with_fallback(
     *,
     threads: int = 1,
 ) -> EncodedWeight:
-    """The weight with a note on the rival's error; the dense weight where its error is too large.
+    """The weight with a note on the baseline; the dense weight where its error is too large.
 
     Args:
         encoded: What its codec made of the weight.
-        read: Gives its canonical matrix ``(rows, length)``; called only where there is a rival.
+        read: Gives its canonical matrix ``(rows, length)``; called only where there is a baseline.
         stats: Inputs of its products; None to judge by the weight's own error.
         threads: Threads of the encoder.
     """
@@ -60,7 +60,7 @@ def with_fallback(
 
 
 def _fitting(rival: Codec, site: WeightSite, most: int) -> Params | None:
-    """The rival's settings of most bytes within these, or else of fewest; None for no settings."""
+    """The baseline's largest settings within these bytes, else its smallest; None for none."""
     found = list(rival.candidates(site))
     smaller = [params for params in found if rival.size(site, params) <= most]
     return next(iter(smaller), found[-1] if found else None)
@@ -74,7 +74,7 @@ def _error(
     stats: Stats | None,
     threads: int,
 ) -> float:
-    """What the rival's error is, on the same inputs; what it expects where it cannot encode."""
+    """Error of the baseline on the same inputs; the expected one where it cannot encode."""
     try:
         if stats is None:
             payload = rival.encode(site, weight, params, threads=threads)

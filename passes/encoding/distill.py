@@ -46,7 +46,7 @@ class _Trained:
         return made, self.sharing.read(site, made).values
 
     def result(self, model: ir.Model, payload: Payload, note: str) -> EncodedWeight:
-        """What becomes of the weight."""
+        """The weight with its trained values."""
         payload = dataclasses.replace(payload, attributes=self.placement.payload.attributes)
         decoded = self.placement.codec.decode(self.placement.site, payload)
         note = "; ".join(part for part in (self.item.note, note) if part)
@@ -78,7 +78,7 @@ def distilled(
     samples: Samples | None,
     folder: Path | None = None,
 ) -> list[EncodedWeight]:
-    """Weights with trained values, where those are better on the inputs kept aside.
+    """Weights with trained values, where those are better on inputs that were set aside.
 
     Args:
         model: The canonical dense model; only read.
@@ -93,7 +93,7 @@ def distilled(
     """
     found = [made for item in encoded if (made := _trainable(item))]
     if samples is None:
-        raise UsageError("there is nothing to distill from", hint="give inputs with --data")
+        raise UsageError("distillation needs inputs", hint="give inputs with --data")
     if not found:
         log.warning("nothing to distill: no weight shares values (--method hash makes them share)")
         return list(encoded)

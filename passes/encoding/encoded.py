@@ -1,4 +1,4 @@
-"""What became of one weight, and how far it is from the dense one."""
+"""One encoded weight, and how far it is from the dense one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BLOCK = 1 << 18
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedWeight:
-    """What became of one weight.
+    """How one weight was encoded.
 
     Attributes:
         site: The weight.
@@ -55,7 +55,7 @@ class EncodedWeight:
 
 
 def release_pages(array: Array) -> None:
-    """Give the pages of an array that is mapped from a file back; reading it maps them anew."""
+    """Release the pages of an array that is mapped from a file; reading it maps them again."""
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base

@@ -12,43 +12,28 @@ import functools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
-from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.config.options import Progress
+from onnxcomp.passes.encoding.by_values import encode_by_values
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
-from onnxcomp.passes.encoding.encoded import EncodedWeight, release_pages, weight_error
+from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.lowering.rewrite import precision_attributes
-from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["Progress", "encode"]
+__all__ = ["encode"]
 
 # Planned payload bytes above which payloads go to a temporary file.
 SPILL_BYTES = 1 << 25
 
-# A weight whose measured error is this many times the codec's expectation is not one the codec is
-# made for (values beyond the range of its scales, say): it stays dense.
-_UNUSUAL = 2.0
-
 _ALIGNMENT = 64
-
-
-class Progress(Protocol):
-    """Told about the work before each weight and after the last one."""
-
-    def __call__(self, done: int, total: int, site: str) -> None:
-        """Report dense bytes encoded so far, all of them, and the weight that is next."""
-        ...
 
 
 class _Spill:
@@ -83,45 +68,6 @@ def _view(mapped: Array, offset: int, shape: tuple[int, ...], dtype: np.dtype[np
     return np.asarray(mapped[offset : offset + count]).view(dtype).reshape(shape)
 
 
-def _payload(
-    site: WeightSite, weight: Array, choice: Choice, cache: PayloadCache | None, jobs: int
-) -> Payload:
-    codec: Codec = CODECS[choice.codec]
-    if cache is None:
-        return codec.encode(site, weight, choice.params, threads=jobs)
-    key = cache.key(site, weight, codec, choice.params)
-    payload = cache.get(key, site, codec, choice.params)
-    if payload is None:
-        payload = codec.encode(site, weight, choice.params, threads=jobs)
-        cache.put(key, payload)
-    return payload
-
-
-def _encode_site(
-    model: ir.Model, site: WeightSite, choice: Choice, cache: PayloadCache | None, jobs: int
-) -> EncodedWeight:
-    """The weight with its payload and measured error, or dense with the reason."""
-    weight = read_weight(model, site)
-    reason = not_finite(weight)
-    if reason:
-        return EncodedWeight(site, choice, None, reason=reason)
-    try:
-        payload = _payload(site, weight, choice, cache, jobs)
-    except ModelError as error:
-        return EncodedWeight(site, choice, None, reason=error.message)
-    # The weight and its decoded form are not held in full at the same time.
-    release_pages(weight)
-    codec = CODECS[choice.codec]
-    measured = weight_error(weight, codec.decode(site, payload))
-    usual = codec.predict(site, choice.params)
-    if codec.measure is not None and choice.error is not None:
-        usual = choice.error
-    if not measured <= _UNUSUAL * usual:
-        reason = f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"
-        return EncodedWeight(site, choice, None, reason=reason)
-    return EncodedWeight(site, choice, payload, measured)
-
-
 def encode(
     model: ir.Model,
     sites: Sequence[WeightSite],
@@ -141,7 +87,7 @@ def encode(
         plan: A settled plan with one choice for each site.
         jobs: Threads of the encoders.
         cache: Payloads of earlier runs.
-        progress: Told about each weight.
+        progress: Called before each weight and after the last one.
         folder: Where the temporary file lives; None for the system's place.
         samples: Calibration inputs; None to encode plainly.
 
@@ -159,7 +105,7 @@ def encode(
     def plain(site: WeightSite) -> EncodedWeight:
         if progress is not None:
             progress(done, total, site.name)
-        return _encode_site(model, site, plan[site.name], cache, jobs)
+        return encode_by_values(model, site, plan[site.name], cache, jobs)
 
     def compared(site: WeightSite) -> EncodedWeight:
         read = functools.partial(read_weight, model, site)

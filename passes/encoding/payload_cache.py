@@ -90,8 +90,8 @@ class PayloadCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"the cache {str(self.folder)!r} cannot be made: {error.strerror}",
-                hint="name another folder with --cache, or do without",
+                f"the cache folder {str(self.folder)!r} cannot be created: {error.strerror}",
+                hint="give another folder with --cache, or leave it out",
             ) from error
         for part in self.folder.glob("*.part"):
             owner = part.name.split(".")[1]

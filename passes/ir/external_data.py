@@ -75,7 +75,7 @@ class DataFiles:
             return tensor
         path = self._resolve(tensor, label)
         offset, length = tensor.offset or 0, tensor.length
-        length = tensor.nbytes if length is None else length
+        length = length or tensor.nbytes  # some writers put 0 for "to the end of the tensor"
         self._check_region(path, offset, length, tensor, label)
         labels = {
             "name": tensor.name,

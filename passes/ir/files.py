@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,9 @@ def refuse_overwriting(files: frozenset[str], output: Path) -> None:
         UsageError: They are, or the folder of the output does not exist.
     """
     if not output.parent.is_dir():
-        raise UsageError(f"the folder {str(output.parent)!r} does not exist", hint="make it first")
+        raise UsageError(
+            f"the folder {str(output.parent)!r} does not exist", hint="create it first"
+        )
     if output.is_dir():
         raise UsageError(f"the output {str(output)!r} is a folder", hint="name a file in it")
     for path in (output, output.with_name(f"{output.name}.data")):
@@ -127,12 +130,35 @@ def refuse_overwriting(files: frozenset[str], output: Path) -> None:
             raise UsageError(
                 f"the output {str(path)!r} is the input", hint="choose another name with -o"
             )
+        _refuse_special(path)
+
+
+def _refuse_special(path: Path) -> None:
+    """Refuse what a finished file would replace, or write through: pipes, devices and links.
+
+    Raises:
+        UsageError: It is one of these.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return  # nothing is there yet
+    if stat.S_ISLNK(mode):
+        raise UsageError(
+            f"the output {str(path)!r} is a link to {os.readlink(path)!r}",
+            hint="name the file itself: a model is written beside its place and then moved there",
+        )
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UsageError(
+            f"the output {str(path)!r} is no regular file but a pipe, a socket or a device",
+            hint="name a file: a model is written beside its place and then moved there",
+        )
 
 
 def _unwritable(output: Path, error: OSError) -> UsageError:
     return UsageError(
         f"cannot write {output}: {error.strerror}",
-        hint="choose a place with enough room that you may write to",
+        hint="choose a writable folder with enough free space",
     )
 
 

@@ -91,6 +91,11 @@ def copy_model(model: ir.Model) -> ir.Model:
 def _load_file(path: Path) -> ir.Model:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
+        if path.exists() and not path.is_dir():
+            raise ModelError(
+                f"{path}: a model is read from a regular file, not from a pipe or a device",
+                hint="save it to a file first: its weights are read in place",
+            )
         raise ModelError(f"{path}: the model file {what}", hint="check the path")
     try:
         skeleton = _skeleton_of(path)

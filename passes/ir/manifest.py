@@ -122,7 +122,7 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
         if not isinstance(getattr(recipe, field), kind):
             raise TypeError(f"{field} is {getattr(recipe, field)!r}")
     if not all(isinstance(key, str) for key in (*recipe.tensors, *recipe.shared)):
-        raise TypeError("the name of a tensor is no text")
+        raise TypeError("the name of a tensor is not a string")
     return recipe
 
 

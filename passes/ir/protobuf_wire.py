@@ -169,7 +169,7 @@ def without_tensors(buffer: Buffer) -> bytes:
         A serialised ModelProto. Offsets count from the start of `buffer`.
 
     Raises:
-        WireError: The buffer is cut short or is no protobuf message.
+        WireError: The buffer is cut short or is not a protobuf message.
     """
     stripped = _message(buffer, 0, len(buffer), "model", 0)
     return bytes(buffer[:]) if stripped is None else stripped

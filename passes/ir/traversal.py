@@ -18,6 +18,7 @@ __all__ = [
     "add_initializer",
     "default_opset",
     "find_initializer",
+    "inherit_notes",
     "initializers",
     "is_default_domain",
     "new_initializer",
@@ -28,6 +29,9 @@ __all__ = [
     "scopes",
     "subgraphs",
 ]
+
+# What the keys of our own notes on nodes start with, see `manifest`.
+_OWN = "onnxcomp"
 
 # Before this IR version every initializer had to be listed as a graph input as well.
 LISTING_IR = 4
@@ -138,11 +142,11 @@ class Names:
         return name
 
     def value(self, wanted: str) -> str:
-        """A value name nobody has: `wanted`, or `wanted` with a number."""
+        """A free name for a value: `wanted`, or `wanted` with a number."""
         return self._fresh(self._values, wanted)
 
     def node(self, wanted: str) -> str:
-        """A node name nobody has: `wanted`, or `wanted` with a number."""
+        """A free name for a node: `wanted`, or `wanted` with a number."""
         return self._fresh(self._nodes, wanted)
 
 
@@ -206,6 +210,15 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
     new.doc_string = new.doc_string or old.doc_string
     new.metadata_props.update(old.metadata_props)
     new.meta.update(old.meta)
+
+
+def inherit_notes(old: ir.Node, new: ir.Node) -> None:
+    """Give a node what users and exporters have noted on the one whose place it takes."""
+    new.doc_string = new.doc_string or old.doc_string
+    for key, note in old.metadata_props.items():
+        if key.partition(".")[0] == _OWN:
+            continue  # what we have noted is about the old node
+        new.metadata_props.setdefault(key, note)
 
 
 def remove_dead(nodes: Iterable[ir.Node]) -> int:

@@ -68,7 +68,7 @@ def _check_names(node: onnx.NodeProto) -> None:
         # Protobuf gives back what is no UTF-8 as bytes.
         if not isinstance(text, str):
             raise ModelError(
-                f"a node or operator has a name that is no text: {text!r}",
+                f"a node or operator has a name that is not a string: {text!r}",
                 hint="the file is damaged; export the model again",
             )
 

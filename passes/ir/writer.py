@@ -180,7 +180,7 @@ def _stream(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
     written = file.tell() - start
     if written != tensor.nbytes:
         raise CompressionError(
-            f"tensor {tensor.name!r} gave {written} bytes where {tensor.nbytes} were announced",
+            f"tensor {tensor.name!r} has {tensor.nbytes} bytes, but {written} were read",
             hint="the input may have changed while it was read",
         )
 
@@ -264,7 +264,7 @@ def save(
         # numpy does not say why it wrote less than it should have.
         reason = error.strerror or f"the disk is full, or a limit is reached ({error})"
         raise UsageError(
-            f"cannot write {path.name}: {reason}", hint="write to a place with enough room"
+            f"cannot write {path.name}: {reason}", hint="choose a folder with enough free space"
         ) from error
     finally:
         staging.discard()

@@ -33,6 +33,7 @@ from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import ELEMENT_TYPES
 from onnxcomp.passes.ir.traversal import (
     Names,
+    inherit_notes,
     initializers,
     new_initializer,
     remove_dead,
@@ -66,7 +67,7 @@ def expand(model: ir.Model) -> Change:
     own_nodes = [node for node in _nodes(model) if node.domain == DOMAIN]
     if own_nodes and not manifest:
         raise ModelError(
-            f"the model has {DOMAIN} operators, but its metadata entry {KEY!r} is gone",
+            f"the model has {DOMAIN} operators, but its metadata entry {KEY!r} is missing",
             hint="expand the file that onnxcomp wrote, before other tools changed it",
         )
     if not manifest:
@@ -107,7 +108,7 @@ def _decode(entry: ManifestEntry, values: Mapping[str, ir.Value]) -> Array:
     try:
         decoded = codec.decode(site, payload)
         if decoded.shape != shape:
-            raise ValueError(f"{decoded.shape} is decoded where {shape} is wanted")
+            raise ValueError(f"the decoded shape is {decoded.shape}, not {shape}")
     except (CompressionError, ValueError, TypeError, KeyError, IndexError) as error:
         raise ModelError(
             f"the tensors of compressed weight {site.name!r} are damaged: {error}", hint=_DAMAGED
@@ -163,7 +164,7 @@ def _operand(node: ir.Node, route: list[int]) -> ir.Value:
         producer = None if value is None else value.producer()
         value = None if producer is None else producer.inputs[index]
     if value is None:
-        raise ValueError(f"its inputs {route} lead nowhere")
+        raise ValueError(f"nothing is connected to its inputs {route}")
     return value
 
 
@@ -228,17 +229,18 @@ class _Expander:
         """Let a result stand for the output of a node, and its producer have the node's name."""
         name, producer = node.name, result.producer()
         assert producer is not None
+        inherit_notes(node, producer)
         replace_value(node.outputs[0], result)
         self._remove(node)
         producer.name = name
 
     def replace(self, node: ir.Node) -> None:
-        """Put the standard operator in the place of one of ours."""
+        """Put the standard operator in the place of a custom one."""
         entry = next(
             (self._owners[v.name] for v in node.inputs if v and v.name in self._owners), None
         )
         if entry is None:
-            raise ModelError(f"node {node.name!r} reads no weight the record knows", hint=_DAMAGED)
+            raise ModelError(f"node {node.name!r} reads no weight of the manifest", hint=_DAMAGED)
         try:
             result = self._standard(node, entry.site)
         except (TypeError, ValueError) as error:  # of attributes

@@ -37,6 +37,7 @@ from onnxcomp.passes.ir.tensors import ELEMENT_TYPES, dtype_name
 from onnxcomp.passes.ir.traversal import (
     LISTING_IR,
     default_opset,
+    inherit_notes,
     initializers,
     remove_dead,
     remove_initializer,
@@ -133,7 +134,7 @@ class _Rewriter:
         """Replace the products and look-ups of one weight; return how many."""
         if placement.site.name not in self.weights:
             raise ModelError(f"the model has no initializer {placement.site.name!r}")
-        if placement.mode not in ("auto", "fused"):
+        if placement.mode not in ("auto", "fused") or placement.site.wide:
             return 0
         kinds = placement.codec.kinds(placement.site)
         uses = [use for use in placement.site.uses if use.need in kinds]
@@ -181,6 +182,7 @@ class _Rewriter:
         """Put a value in the place of a node's output, and its producer in that of the node."""
         producer = result.producer()
         assert producer is not None and node.graph is not None
+        inherit_notes(node, producer)
         replace_value(node.outputs[0], result)
         node.graph.remove(node, safe=True)
         producer.name = node.name
@@ -230,7 +232,7 @@ def _replacement(
 
 
 def _in_parts(codec: Codec, opset: int) -> bool:
-    """Whether a use becomes standard operators, or several of ours, none of which explains it."""
+    """Whether a use becomes standard operators, or several custom ones that do not explain it."""
     return codec.composite or not codec.functions(opset)
 
 
@@ -300,7 +302,7 @@ def _stored_form(placement: Placement, builder: GraphBuilder) -> ir.Value:
         value.shape = ir.Shape(site.shape)
         value.type = ir.TensorType(ELEMENT_TYPES[site.dtype])
         producer.metadata_props[WEIGHT_KEY] = site.name
-    return value
+    return builder.node("Cast", [value], {"to": int(ir.DataType.DOUBLE)}) if site.wide else value
 
 
 def _add_functions(

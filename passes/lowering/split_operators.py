@@ -127,6 +127,6 @@ def join(node: ir.Node, kind: str, x: ir.Value, weight: ir.Value, before: Before
     wanted = "Conv" if kind == "conv" else "ConvTranspose"
     owner = node if kind != "conv" or node.inputs[0] is None else node.inputs[0].producer()
     if node.op_type != wanted or owner is None or owner.op_type != wanted:
-        raise ValueError(f"{node.op_type} is no {kind}")
+        raise ValueError(f"{node.op_type} is not a {kind}")
     inputs = [x, weight, *node.inputs[2:3]]
     return before(wanted, inputs, list(owner.attributes.values()))

@@ -13,6 +13,7 @@ from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.config.policy import HALF
 from onnxcomp.passes.planning.candidates import Estimate, Estimator
 from onnxcomp.passes.planning.error_model import Estimates
+from onnxcomp.passes.planning.exact import exact_forms
 from onnxcomp.passes.planning.measurements import Measurements, observed
 from onnxcomp.passes.planning.rank_goals import with_rank
 from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set
@@ -42,6 +43,9 @@ def candidate_sets(prepared: Prepared, known: Measurements) -> list[CandidateSet
 def _candidate_set(
     site: WeightSite, prepared: Prepared, known: Measurements, estimates: Estimates
 ) -> CandidateSet:
+    exact = exact_forms(site, prepared.policies[site.name])
+    if exact is not None:
+        return exact
     policy = with_rank(prepared.policies[site.name], site, estimates.energies)
     estimator: Estimator = estimates
     if policy.exact_half:
@@ -60,7 +64,7 @@ def _candidate_set(
 def _exact(
     estimator: Estimator, codec: Codec, site: WeightSite, params: Sequence[Params]
 ) -> Sequence[Estimate]:
-    """What is expected, with half precision only where it changes nothing."""
+    """An estimator that allows half precision only where no value changes."""
     found = estimator(codec, site, params)
     if codec.name != HALF:
         return found

@@ -287,7 +287,7 @@ def _facts(site: WeightSite) -> dict[str, Any]:
     return {
         "site": site.name,
         "shape": site.shape,
-        "dtype": site.dtype,
+        "dtype": site.stored_dtype,
         "uses": tuple(use.op_type for use in site.uses),
         "before": site.nbytes,
     }

@@ -164,7 +164,7 @@ def allocate(sets: Sequence[CandidateSet], budget: int) -> list[Candidate]:
 def _searched(
     fronts: Sequence[CandidateSet], picks: list[int], budget: int, price: float
 ) -> list[int]:
-    """A better plan where one is in sight, or the same."""
+    """A better plan where a few exchanges find one, or the same."""
     known = _cost(fronts, picks)
     options = [
         (

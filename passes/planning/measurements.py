@@ -62,7 +62,7 @@ class Measurements:
 def blended(
     prior: Mapping[str, float], measured: Mapping[str, float], doubt: float = _DOUBT
 ) -> dict[str, float]:
-    """Measured sensitivities, drawn towards the prior; the prior where there is no number.
+    """Measured sensitivities, shrunk towards the prior; the prior where nothing was measured.
 
     A few inputs do not show all of a model: a branch that none of them takes is not free.
 

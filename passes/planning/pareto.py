@@ -33,7 +33,7 @@ class FrontierPoint:
         ratio: Bytes of the input over them.
         error: Expected relative error of the outputs; None where it is not known, because there
             are no real inputs.
-        weight_error: Expected relative error of the weights, each in the mean as the objective
+        weight_error: Expected relative error of the weights: a mean, weighted as the objective
             counts it.
     """
 

@@ -147,7 +147,7 @@ class Plan:
     def settle(self, sites: Sequence[WeightSite], estimator: Estimator | None = None) -> Plan:
         """A copy whose bytes and errors are those of the codecs on these sites.
 
-        Sites the plan does not name stay as they are: to delete a line is to leave a weight alone.
+        Sites that the plan does not name stay as they are: deleting a line leaves a weight alone.
 
         Args:
             sites: The weights of the model.
@@ -249,7 +249,8 @@ class Plan:
             return cls.from_json(values)
         except (AttributeError, TypeError, ValueError) as error:
             raise UsageError(
-                f"the plan is not as this release writes it: {error}", hint="make the plan again"
+                f"the plan does not have the form that this release writes: {error}",
+                hint="make the plan again",
             ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""What there is to choose from for each weight, what a choice costs, and equal settings for all."""
+"""The candidates of each weight, their objective, and equal settings for all weights."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ NOISE = 0.003
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CandidateSet:
-    """What there is to choose from for one site.
+    """The candidates of one site.
 
     Attributes:
         site: The weight.
@@ -65,9 +65,9 @@ class CandidateSet:
             scale; None where that was not measured.
         prior: What stands for it in the objective where it is not known, see `sensitivity_prior`;
             None for that of the weight alone.
-        chance: How much of the differences between sensitivities is chance, 0 to 1.
+        chance: Share of the differences between sensitivities that is noise, 0 to 1.
         price: What a second counts in the objective.
-        fastest: Seconds from which on it counts, so that costs are not negative.
+        fastest: Seconds from which time is counted, so that costs are not negative.
         policy: What is asked of the weight.
     """
 
@@ -120,7 +120,7 @@ def keep(site: WeightSite, reason: str) -> Candidate:
 def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Params]:
     """What a codec offers, at a named quality."""
     if codec.qualities is None:
-        raise UsageError(f"codec {codec.name!r} has no qualities", hint="leave quality= away")
+        raise UsageError(f"codec {codec.name!r} has no named qualities", hint="leave out quality=")
     if quality not in codec.qualities.names:
         hint = suggest(str(quality), codec.qualities.names)
         raise UsageError(f"quality {quality!r} of {codec.name} is unknown", hint=hint)
@@ -132,7 +132,7 @@ def _settings_of(
 ) -> list[Params]:
     """Settings a codec offers for a site, with some parameters held fixed.
 
-    A fixed number of bits picks among what is offered; any other value is taken at its word, with
+    A fixed number of bits picks among what is offered; any other value is used as given, with
     the other parameters as offered.
     """
     offered = list(codec.candidates(site))
@@ -184,7 +184,7 @@ def candidate_set(
     scale: float | None = None,
     prior: float | None = None,
 ) -> CandidateSet:
-    """Everything that may be chosen for a site; only to keep it where nothing pays.
+    """All candidates for a site; only the dense weight where nothing makes it smaller.
 
     Args:
         site: The weight.

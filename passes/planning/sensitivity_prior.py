@@ -1,4 +1,4 @@
-"""How much each weight matters, as far as its shape and its place tell."""
+"""The prior of sensitivities: how much each weight matters, by its shape and its place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sensitivity(site: WeightSite) -> float:
     language model, the divergence from the dense distribution is 0.027 nats at ratio 10,
     against 0.082 when all sites count alike.
 
-    The first convolution of a raw signal counts `_RAW` times: see there. Of other convolutions of
+    The first convolution of a raw signal counts `_RAW` times. Of other convolutions of
     one model, small ones count more than that: see `sensitivity_prior`.
     """
     looked_up = all(use.need == "gather" for use in site.uses)

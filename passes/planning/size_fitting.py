@@ -1,4 +1,4 @@
-"""Meeting a size exactly: allocations, measured and corrected."""
+"""Fit a size exactly: allocate, measure the output, correct the budget."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def _surcharged(
 ) -> tuple[dict[int, Candidate], list[CandidateSet], int]:
     """Sets whose candidates count the tensors they share, but for those of other weights' picks.
 
-    Codecs that no pick has are left out: what their operators bring is not known.
+    Codecs that nobody uses yet are left out: the bytes of their operators are not known.
 
     Returns:
         The original of each candidate, by identity, the sets, and the bytes of those tensors of

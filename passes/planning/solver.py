@@ -76,7 +76,7 @@ def choose(
 
 
 def _fast_enough(picks: Sequence[Candidate], seconds: float) -> list[Candidate]:
-    """The picks, those dense that save most time for their bytes, until the rest is fast enough."""
+    """The choices, with weights made dense by time saved per byte until the plan is fast."""
     found = list(picks)
     slow = [number for number, pick in enumerate(found) if pick.time > 0.0]
     slow.sort(key=lambda n: -found[n].time / max(1, found[n].site.nbytes - found[n].bytes))
@@ -185,7 +185,7 @@ def _fixed_bits(candidates: CandidateSet) -> int | None:
 
 
 def _check_bits(bits: int, methods: Sequence[str]) -> None:
-    """Refuse bits per weight that no method offers, not even for a large weight."""
+    """Raise `UsageError` for bits per weight that no method offers, even for a large weight."""
     use = Use("", "MatMul", 1, "matmul")
     sample = WeightSite("", (1024, 1024), "float32", (use,), "", 1024, 1024, False)
     offered: set[int] = set()
@@ -201,7 +201,7 @@ def _check_bits(bits: int, methods: Sequence[str]) -> None:
 
 
 def _worth_it(picks: list[Candidate], total: int, size_of: SizeOf) -> tuple[list[Candidate], int]:
-    """The picks, or nothing at all when what comes with them outweighs what they save."""
+    """The choices, or only dense weights where tables and functions cost more than is saved."""
     if all(pick.reason or pick.codec == "dense" for pick in picks):
         return picks, total
     reason = "what compressed weights bring with them would outweigh what they save"

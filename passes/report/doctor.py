@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onnxcomp.errors import CompressionError
+from onnxcomp.passes.report.load_memory import load_bytes
 from onnxcomp.runtime.doctor import Diagnosis, Finding, environment
 from onnxcomp.runtime.machine import Machine, look
-
-if TYPE_CHECKING:
-    from onnxcomp.passes.weight import Kind
 
 __all__ = ["doctor"]
 
@@ -20,8 +18,6 @@ PathLike = str | os.PathLike[str]
 
 # Share of the available memory that trying to load a model may take.
 _SHARE = 0.8
-# Memory of a process with a session of a small model.
-_SESSION = 80 << 20
 
 
 def doctor(model: PathLike | None = None) -> Diagnosis:
@@ -31,7 +27,7 @@ def doctor(model: PathLike | None = None) -> Diagnosis:
         model: A model to load here, with the operator library and without.
 
     Raises:
-        ModelError: The file is missing or is no ONNX model.
+        ModelError: The file is missing or is not an ONNX model.
     """
     machine = look()
     findings = [*environment(machine), _encoders()]
@@ -150,7 +146,7 @@ def _on_gpu(path: Path, machine: Machine) -> Iterator[Finding]:
     facts = {"nodes": len(nodes), "on_cpu": names}
     if fallen:
         text = f"{len(fallen)} of {len(nodes)} nodes run on the CPU: {', '.join(names)}"
-        yield Finding("on a GPU", "note", text, "each of them costs copies to and fro", facts)
+        yield Finding("on a GPU", "note", text, "each one costs a copy to the CPU and back", facts)
     else:
         yield Finding("on a GPU", "ok", f"all {len(nodes)} nodes have CUDA kernels", facts=facts)
 
@@ -175,7 +171,7 @@ def _loads(path: Path, operators: Mapping[str, int], machine: Machine) -> Iterat
         text = f"no: the file has no definition of {', '.join(absent)}"
         yield Finding(title, "note", text, "compress it again with portable definitions")
         return
-    expected = _expected_bytes(path)
+    expected = load_bytes(path)
     if machine.available is not None and expected > _SHARE * machine.available:
         text = f"not tried: it takes about {expected / 1e9:.1f} GB"
         hint = f"{machine.available / 1e9:.1f} GB are available; register the operator library"
@@ -201,46 +197,3 @@ def _load(
     if expected is not None:
         text += f", {expected / 1e9:.2f} GB expected"
     return Finding(title, "ok", text, facts=found)
-
-
-def _expected_bytes(path: Path) -> int:
-    """Memory at the peak of loading the model without the operator library."""
-    return _SESSION + path.stat().st_size + _folding_bytes(path)
-
-
-def _folding_bytes(path: Path) -> int:
-    """Memory that expanding the weights takes; 0 where the file does not say how they are stored.
-
-    Intermediate results of all weights stay until ONNX Runtime has folded the last one.
-    """
-    from onnxcomp.passes.codecs import CODECS
-    from onnxcomp.passes.config.methods import typed_params
-    from onnxcomp.passes.ir.manifest import own_name, read_manifest
-    from onnxcomp.passes.ir.model import load
-    from onnxcomp.passes.ir.traversal import initializers
-
-    needs = []
-    try:
-        model = load(path)
-        values = initializers(model)
-        for name, record in read_manifest(model).items():
-            codec = CODECS.get(record.recipe.codec)
-            if codec is None or not record.recipe.params or not record.recipe.tensors:
-                continue
-            params = typed_params(codec.params_type, record.recipe.params, codec.name)
-            codec.check(params)
-            value = values.get(own_name(name, record.recipe.tensors[0]))
-            readers = [node.op_type for node, _ in value.uses()] if value is not None else []
-            needs += [
-                codec.load_memory(record.site, params, kind) for kind in map(_kind, readers) if kind
-            ]
-    except CompressionError:  # a damaged record, or one of a newer version
-        return 0
-    return sum(need.kept for need in needs) + max((need.working for need in needs), default=0)
-
-
-def _kind(operator: str) -> Kind | None:
-    """How an operator of ours uses a weight."""
-    endings: Mapping[str, Kind] = {"MatMul": "matmul", "Gather": "gather"}
-    endings = {**endings, "Decode": "weight", "Weight": "weight"}
-    return next((kind for end, kind in endings.items() if operator.endswith(end)), None)

@@ -37,7 +37,7 @@ class Interface:
 
     Attributes:
         name: Its name.
-        dtype: Element type; "" where the model does not say or it is no tensor.
+        dtype: Element type; "" where the model does not say or it is not a tensor.
         shape: Sizes and names of dimensions, "?" where unknown; None for an unknown rank.
     """
 

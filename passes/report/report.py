@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.analysis.constants import EXACT
 from onnxcomp.passes.analysis.weight_sites import COMPRESSED_PART
 
 __all__ = [
@@ -105,14 +106,16 @@ _NO_WEIGHTS = frozenset({"int32", "int64", "uint32", "uint64", "bool", "string"}
 def coverage(sites: Iterable[SiteReport], min_size: int) -> float:
     """Bytes of compressed weight tensors over bytes of all of `min_size` or more; 1 without any.
 
-    Parts of weights that were compressed before are no weights.
+    Parts of weights that were compressed before are not weights. Constants that are kept exactly on
+    purpose count as compressed.
     """
     weights = [
         site for site in sites if site.dtype not in _NO_WEIGHTS and site.reason != COMPRESSED_PART
     ]
     large = [site for site in weights if site.bytes_before >= min_size]
     total = sum(site.bytes_before for site in large)
-    return sum(site.bytes_before for site in large if site.compressed) / total if total else 1.0
+    covered = sum(s.bytes_before for s in large if s.compressed or s.reason.startswith(EXACT))
+    return covered / total if total else 1.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

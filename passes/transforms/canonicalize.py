@@ -1,4 +1,4 @@
-"""Bring a model into the one form the other passes expect.
+"""Bring a model into the form that the other passes expect.
 
 Functions whose bodies hold weights are inlined (`inline_functions`). ``Constant() -> W`` becomes an
 initializer ``W``; two equal initializers become one; ``W2 = transpose(W1)`` becomes

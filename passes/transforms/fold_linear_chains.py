@@ -40,6 +40,7 @@ from onnxcomp.passes.ir.traversal import (
     replace_value,
     scopes,
 )
+from onnxcomp.passes.transforms.folding_cost import affordable
 from onnxcomp.passes.transforms.linear_products import (
     Link,
     extent_of,
@@ -170,6 +171,7 @@ class _Folder:
         self._listed_are_free = model.ir_version >= LISTING_IR and not freeze_inputs
         self._names = Names(model)
         self._held = 0
+        self._asked: dict[str, bool] = {}
 
     def fold_next(self) -> str | None:
         """Fold one pair of maps; what was done, or None where nothing is left to do."""
@@ -177,7 +179,7 @@ class _Folder:
             for node in scope.graph:
                 for first, second in self._pairs(node):
                     # Products are computed last: many pairs do not pay, and all are seen often.
-                    if not self._pays(first, second):
+                    if not self._pays(first, second) or not self._affordable(first, second):
                         continue
                     folded = folded_product(first, second)
                     if folded is not None and holds(second, folded[0]):
@@ -282,6 +284,16 @@ class _Folder:
         if same or tensors[0].dtype != tensors[1].dtype:
             return False
         return is_smaller(first, second, extent) or self._thin(first, second, extent)
+
+    def _affordable(self, first: Link, second: Link) -> bool:
+        """Whether the product takes no more time than it is worth; asked once for each pair."""
+        name = f"{first.constants[0].name} with {second.constants[0].name}"
+        if name not in self._asked:
+            inner = first.matrix.shape[0 if first.product.op_type == "Conv" else 1]
+            rows = first.matrix.size // max(1, inner)
+            columns = second.matrix.size // max(1, inner)
+            self._asked[name] = affordable(name, rows, inner, columns)
+        return self._asked[name]
 
     def _thin(self, first: Link, second: Link, extent: tuple[int, int]) -> bool:
         """Whether two thin maps, needed by nobody else, will be replaced by thinner ones."""

@@ -92,13 +92,13 @@ class Memory:
 
 
 def write_note(model: ir.Model, memories: Sequence[Memory]) -> None:
-    """Leave word of the memories in a model's metadata."""
+    """Record the memories in a model's metadata."""
     entry = {"version": 1, "memories": [dataclasses.asdict(memory) for memory in memories]}
     model.metadata_props[KEY] = json.dumps(entry, separators=(",", ":"))
 
 
 def read_note(model: ir.Model) -> tuple[Memory, ...]:
-    """The memories that a model's metadata tells of; none where there is no word of any.
+    """The memories that a model's metadata names; empty where it names none.
 
     Raises:
         ModelError: The entry is damaged.
@@ -129,7 +129,7 @@ def _memory(values: Mapping[str, Any]) -> Memory:
         raise ValueError("layers overlap in their memory")
     kind = values.get("map", "fold")
     if kind not in ("fold", "roast"):
-        raise ValueError(f"there is no map {kind!r}")
+        raise ValueError(f"map {kind!r} is unknown")
     return Memory(values["slots"], values["seed"], layers, kind)
 
 
@@ -192,7 +192,7 @@ class SharedWeights(GraphPass):
 def _recover(
     model: ir.Model, memory: Memory, sites: Sequence[WeightSite]
 ) -> list[Placement] | None:
-    """Placements of all weights of a memory; None where one of them is not what was trained."""
+    """Placements of all weights of a memory; None where one of them was changed since."""
     uses: list[_Uses] = []
     for layer in memory.layers:
         taken = {use.site.name for use in uses}

@@ -1,4 +1,4 @@
-"""What happens to a graph before its weights are looked for: an ordered list of passes.
+"""The graph passes that run before weights are looked for, in their order.
 
 A pass says what must have run before it, what it visits, and what holds after it. `run_passes`
 checks all three.
@@ -90,7 +90,7 @@ def run_passes(
         if missing:
             raise CompressionError(
                 f"pass {graph_pass.name!r} must come after {missing[0]!r}, which has not run",
-                hint="the pass says so in `requires`",
+                hint="`wanted` of a pass is false where one that it requires is not wanted",
             )
         before = _left_alone(graph_pass, model)
         done[graph_pass.name] = change = graph_pass.run(model, context)

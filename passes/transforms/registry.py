@@ -22,6 +22,7 @@ from onnxcomp.passes.transforms.fold_linear_chains import LinearChains
 from onnxcomp.passes.transforms.lower_shared_weights import SharedWeights
 from onnxcomp.passes.transforms.pass_manager import GraphPass
 from onnxcomp.passes.transforms.prune.graph_pass import Prune
+from onnxcomp.passes.transforms.returned_weights import ReturnedWeights
 
 __all__ = ["GRAPH_PASSES", "GROUP", "graph_passes"]
 
@@ -32,6 +33,7 @@ GROUP = "onnxcomp.passes"
 GRAPH_PASSES: tuple[GraphPass, ...] = (
     IndexedWeights(),
     Canonicalize(),
+    ReturnedWeights(),
     SharedWeights(),
     RepeatedValues(),
     LinearChains(),

@@ -1,4 +1,4 @@
-"""Which compressed weights are to blame for an error of the outputs: a search by bisection."""
+"""Find the compressed weights that cause an error of the outputs, by bisection."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def blame(
         noise: Measures.
         sites: The compressed weights.
         limit: Largest noise power.
-        most: Most bytes of dense weights that may be brought back.
+        most: Most bytes of weights that may become dense.
 
     Returns:
-        The weights, the worst first; None where it would take more than that.
+        The weights, the worst first; None where they have more bytes than `most`.
     """
     blamed: list[WeightSite] = []
     rest = list(sites)

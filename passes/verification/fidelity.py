@@ -1,24 +1,33 @@
 """The fidelity gate: run a compressed model in both its forms and against its original.
 
 The *library* form runs the operators of com.onnxcomp by their kernels, the *portable* form by their
-definitions inside the file. Both decode the same weights, so they may differ by rounding alone.
+definitions inside the file. Both decode the same weights, so with exact arithmetic they may differ
+by rounding alone: that is judged. What activations rounded to int8 add is a number of its own.
+
+Where an output holds integers, texts or as many rows as values decide, and where a comparison
+fails, copies of the models give out the last floats before each decision, and those are compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.errors import ModelError, VerifyError
-from onnxcomp.passes.verification.numerics import (
-    MINIMUM_AGREEMENT,
-    Comparison,
-    Metrics,
-    fidelity_tolerance,
+from onnxcomp.errors import ModelError, UsageError, VerifyError
+from onnxcomp.passes.analysis.taps import Taps, find_taps
+from onnxcomp.passes.verification.copies import INT8, Copy
+from onnxcomp.passes.verification.detections import Detections
+from onnxcomp.passes.verification.forms import (
+    NO_TAPS,
+    Compared,
+    Signature,
+    compare,
+    judge,
+    worst_error,
 )
+from onnxcomp.passes.verification.numerics import Metrics, fidelity_tolerance
 
 if TYPE_CHECKING:
     import onnx
@@ -30,8 +39,7 @@ __all__ = ["Form", "Verification", "verify"]
 
 PathLike = str | os.PathLike[str]
 
-# Attributes of products: TensorProto types and the value of `precision` that means int8.
-_INT8 = 1
+# Attributes of products: TensorProto types.
 _TYPE_NAMES = {1: "float32", 10: "float16", 16: "bfloat16"}
 
 
@@ -42,15 +50,19 @@ class Form:
     Attributes:
         passed: Whether nothing is wrong with it.
         outputs: Metrics by output name.
+        taps: Metrics of the floats in front of decisions, by the names of these values.
     """
 
     passed: bool
     outputs: Mapping[str, Metrics]
+    taps: Mapping[str, Metrics] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         outputs = {name: metrics.to_json() for name, metrics in self.outputs.items()}
-        return {"passed": self.passed, "outputs": outputs}
+        taps = {name: metrics.to_json() for name, metrics in self.taps.items()}
+        found: dict[str, Any] = {"passed": self.passed, "outputs": outputs}
+        return found | ({"before_decisions": taps} if taps else {})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,10 +74,15 @@ class Verification:
             one.
         outputs: Library form against the original, by output name.
         portable: Portable form against the original.
-        agreement: Portable form against the library form.
+        agreement: Portable form against the library form in exact arithmetic.
         fidelity_tolerance: Largest relative difference of the two forms that passes.
         failures: What is wrong, in words; empty when all passed.
         samples: How many inputs were run.
+        taps: Like `outputs`, of the floats in front of decisions.
+        int8: Library form as it is against the same in exact arithmetic: what rounding activations
+            to int8 adds; None where none are rounded.
+        tolerance: Largest accepted difference to the original; None where the loss was not judged.
+        detections: How many of the original's detections are found again; None for other models.
     """
 
     passed: bool
@@ -75,16 +92,32 @@ class Verification:
     fidelity_tolerance: float
     failures: tuple[str, ...]
     samples: int
+    taps: Mapping[str, Metrics] = dataclasses.field(default_factory=dict)
+    int8: Form | None = None
+    tolerance: float | None = None
+    detections: Detections | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``onnxcomp verify``."""
-        return {
-            **Form(self.passed, self.outputs).to_json(),
+        found = {
+            **Form(self.passed, self.outputs, self.taps).to_json(),
             "portable": self.portable.to_json(),
             "agreement": {**self.agreement.to_json(), "tolerance": self.fidelity_tolerance},
             "failures": list(self.failures),
             "samples": self.samples,
+            "tolerance": self.tolerance,
         }
+        if self.int8 is not None:
+            found["int8"] = self.int8.to_json()
+        if self.detections is not None:
+            found["detections"] = self.detections.to_json()
+        return found
+
+    @property
+    def error(self) -> float:
+        """The error that limits are held against: of the worst output and slice, of both forms."""
+        portable = worst_error(self.portable.outputs, self.portable.taps)
+        return max(worst_error(self.outputs, self.taps), portable)
 
     def raise_if_failed(self) -> None:
         """Raise `VerifyError` unless all passed."""
@@ -116,127 +149,168 @@ def verify(
         shapes: Shapes of made-up inputs by name.
         samples: How many inputs to make up; fewer where one is large.
         seed: Of made-up inputs.
-        tolerance: Largest accepted relative L2 difference of an output to the original; None to
-            report it only.
+        tolerance: Largest accepted relative L2 difference of an output, or of one of its slices, to
+            the original; None to report it only.
 
     Raises:
         RuntimeMissingError: ONNX Runtime or the operator library is missing.
         ModelError: The original cannot be loaded or run.
         UsageError: `data` or `shapes` do not fit the model.
     """
+    inputs = _Inputs(data, shapes or {}, samples, seed)
+    if _has_discrete_outputs(reference):
+        taps = _taps(reference)
+        try:
+            return _verify(reference, compressed, inputs, tolerance, taps)
+        except ModelError:
+            if taps is NO_TAPS:
+                raise  # else it is the copy that does not run
+        return _verify(reference, compressed, inputs, tolerance, NO_TAPS)
+    found = _verify(reference, compressed, inputs, tolerance, NO_TAPS)
+    resized = any(metrics.resized for metrics in found.outputs.values())
+    if (found.passed and not resized) or not found.agreement.outputs:
+        return found
+    taps = _taps(reference)
+    return found if taps is NO_TAPS else _verify(reference, compressed, inputs, tolerance, taps)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What models are run on; see `verify`."""
+
+    data: Data | None
+    shapes: Mapping[str, Sequence[int]]
+    samples: int
+    seed: int
+
+    def load(self, model: PathLike, session: Any) -> list[Feed]:
+        """The inputs; made-up ones are tried in a session of the model."""
+        from onnxcomp.runtime.inputs import LARGE, load_inputs, synthesize_inputs
+
+        if self.data is not None:
+            return list(load_inputs(self.data, model))
+        feeds = synthesize_inputs(
+            model, shapes=self.shapes, seed=self.seed, samples=self.samples, session=session
+        )
+        size = sum(array.size for array in feeds[0].values())
+        return list(feeds[: max(1, 2 * LARGE // max(size, 1))])
+
+
+def _has_discrete_outputs(model: PathLike) -> bool:
+    """Whether an output is declared to hold something other than floats."""
+    from onnxcomp.passes.analysis.taps import is_discrete
+    from onnxcomp.passes.ir.model import load
+
+    return any(is_discrete(value) for value in load(model).graph.outputs)
+
+
+def _taps(model: PathLike) -> Taps:
+    """What there is to look at in front of decisions."""
+    from onnxcomp.passes.ir.model import load
+
+    found = find_taps(load(model))
+    return found if found.values else NO_TAPS
+
+
+def _verify(
+    reference: PathLike,
+    compressed: PathLike,
+    inputs: _Inputs,
+    tolerance: float | None,
+    taps: Taps,
+) -> Verification:
+    """`verify` with the values that are looked at in front of decisions."""
     from onnxcomp.runtime.session import needs_library
 
-    feeds, wanted = _reference(reference, data, shapes, samples, seed)
+    feeds, wanted, signature = _reference(reference, inputs, taps)
+    if inputs.data is not None and not any(a.size for run in wanted for a in run.values()):
+        raise UsageError("the given inputs make empty outputs", hint="give inputs with rows")
     two_forms = needs_library(compressed)
+    products = _products(compressed) if two_forms else []
+    int8 = any(product["precision"].i == INT8 for product in products)
+    inner = (tap for tap in taps.all if tap.loop or tap.name not in signature.shapes)
+    copy = Copy(compressed, tuple(inner))
     broken: list[str] = []
-    library = _run(compressed, feeds, broken, "the compressed model", library=True)
-    portable = library
+    library = portable = _run(copy, feeds, broken, "the compressed model", library=True)
+    exact = library
     if two_forms:
-        portable = _run(compressed, feeds, broken, "without the library it", library=False)
-    bound = _fidelity_tolerance(compressed) if two_forms else 0.0
-    outputs, portable_outputs = _compare(wanted, library), _compare(wanted, portable)
-    between = _compare(library, portable)
-    far = _judge(outputs, tolerance, "")
-    portable_far = far or _judge(portable_outputs, tolerance, "without the library, ")
-    apart = _judge(between, bound, "with and without the library, ")
+        portable = _run(copy, feeds, broken, "without the library it", library=False)
+    if int8:
+        exact_copy = dataclasses.replace(copy, exact=True)
+        exact = _run(exact_copy, feeds, broken, "in exact arithmetic it", library=True)
+
+    def compared(first: list[Outputs], second: list[Outputs]) -> Compared:
+        return compare(first, second, feeds, signature, taps)
+
+    loss, portable_loss = compared(wanted, library), compared(wanted, portable)
+    between = compared(exact, portable)
+    bound = _fidelity_tolerance(products) if two_forms else 0.0
+    far = judge(loss.outputs, loss.taps, tolerance, "", slices=True)
+    where = "without the library, "
+    portable_far = far or judge(
+        portable_loss.outputs, portable_loss.taps, tolerance, where, slices=True
+    )
+    apart = judge(between.faithful, between.taps, bound, "with and without the library, ")
     failures = (*broken, *(far or portable_far), *apart)
+    added = compared(exact, library) if int8 else None
     return Verification(
         passed=not failures,
-        outputs=outputs,
-        portable=Form(not (broken or portable_far or apart), portable_outputs),
-        agreement=Form(not (broken or apart), between),
+        outputs=loss.outputs,
+        portable=Form(
+            not (broken or portable_far or apart), portable_loss.outputs, portable_loss.taps
+        ),
+        agreement=Form(not (broken or apart), between.outputs, between.taps),
         fidelity_tolerance=bound,
         failures=failures,
         samples=len(feeds),
+        taps=loss.taps,
+        int8=None if added is None else Form(not broken, added.outputs, added.taps),
+        tolerance=tolerance,
+        detections=loss.detections,
     )
 
 
 def _reference(
-    model: PathLike,
-    data: Data | None,
-    shapes: Mapping[str, Sequence[int]] | None,
-    samples: int,
-    seed: int,
-) -> tuple[list[Feed], list[Outputs]]:
-    """Inputs, and what the original makes of them."""
-    from onnxcomp.runtime.evaluate import run_session
-    from onnxcomp.runtime.inputs import LARGE, load_inputs, synthesize_inputs
-    from onnxcomp.runtime.session import InferenceSession
+    model: PathLike, inputs: _Inputs, taps: Taps
+) -> tuple[list[Feed], list[Outputs], Signature]:
+    """Inputs, what the original makes of them, and what it declares of its outputs."""
+    session, added = Copy(model, taps.all).session(library=True)
+    feeds = inputs.load(model, session)
+    return feeds, [_outputs(session, feed, added) for feed in feeds], Signature.of(session, added)
 
-    session = InferenceSession(model)
-    feeds: Sequence[Feed]
-    if data is not None:
-        feeds = load_inputs(data, model)
-    else:
-        feeds = synthesize_inputs(model, shapes=shapes, seed=seed, samples=samples, session=session)
-        size = sum(array.size for array in feeds[0].values())
-        feeds = feeds[: max(1, 2 * LARGE // max(size, 1))]
-    return list(feeds), [run_session(session, feed) for feed in feeds]
+
+def _outputs(session: Any, feed: Feed, added: Mapping[str, str]) -> Outputs:
+    """Outputs of one run, values that were added by their keys."""
+    from onnxcomp.runtime.evaluate import run_session
+
+    return {added.get(name, name): array for name, array in run_session(session, feed).items()}
 
 
 def _run(
-    model: PathLike, feeds: Iterable[Feed], failures: list[str], what: str, *, library: bool
+    copy: Copy, feeds: Sequence[Feed], failures: list[str], what: str, *, library: bool
 ) -> list[Outputs]:
     """Outputs of one form; a form that does not run is a failure and has no outputs."""
-    from onnxcomp.runtime.evaluate import run_model
-
     try:
-        return run_model(model, feeds, library=library)
+        session, added = copy.session(library=library)
+        return [_outputs(session, feed, added) for feed in feeds]
     except ModelError as error:
         failures.append(f"{what} does not run: {error.message}")
         return []
 
 
-def _compare(reference: Sequence[Outputs], values: Sequence[Outputs]) -> dict[str, Metrics]:
-    """Metrics of every output over all samples; nothing where a form did not run."""
-    comparisons: dict[str, Comparison] = {}
-    missing: set[str] = set()
-    for wanted, found in zip(reference, values, strict=False):
-        for name, array in wanted.items():
-            comparison = comparisons.setdefault(name, Comparison(name))
-            if name in found:
-                comparison.add(array, found[name])
-            else:
-                missing.add(name)
-    result = {name: comparison.result() for name, comparison in comparisons.items()}
-    for name in missing:
-        result[name] = dataclasses.replace(result[name], rel_l2=math.inf, problem="is missing")
-    return result
+def _products(model: PathLike) -> list[dict[str, onnx.AttributeProto]]:
+    """Attributes of the products on codes."""
+    from onnxcomp.runtime.structure import custom_nodes
+
+    return [
+        {attribute.name: attribute for attribute in node.attribute}
+        for node in custom_nodes(model)
+        if node.op_type.endswith("MatMul")
+    ]
 
 
-def _judge(outputs: Mapping[str, Metrics], tolerance: float | None, where: str) -> list[str]:
-    """What is wrong with the outputs, in words."""
-    wrong = []
-    for name, found in outputs.items():
-        subject = f"{where}output {name!r}"
-        if found.problem:
-            wrong.append(f"{subject}: {found.problem}")
-        elif tolerance is None:
-            continue
-        elif found.agreement is not None:
-            if found.agreement < min(MINIMUM_AGREEMENT, 1 - tolerance):
-                wrong.append(f"{subject}: only {found.agreement:.2%} of its elements agree")
-        elif not found.rel_l2 <= tolerance:
-            wrong.append(f"{subject}: relative difference {found.rel_l2:.3g} > {tolerance:.3g}")
-    return wrong
-
-
-def _fidelity_tolerance(model: PathLike) -> float:
+def _fidelity_tolerance(products: Sequence[Mapping[str, onnx.AttributeProto]]) -> float:
     """Tolerance of the two forms, from the operators that compute on codes."""
-    products = list(_products(model))
     terms = max((product["extent"].ints[1] for product in products), default=1)
     kinds = {_TYPE_NAMES[product["dtype"].i] for product in products} or {"float32"}
-    int8 = any(product["precision"].i == _INT8 for product in products)
-    return max(fidelity_tolerance(len(products), terms, kind, int8=int8) for kind in kinds)
-
-
-def _products(model: PathLike) -> Iterator[dict[str, onnx.AttributeProto]]:
-    """Attributes of the products on codes."""
-    from onnxcomp.runtime.structure import DOMAIN, nested_nodes, read_structure
-
-    proto = read_structure(model)
-    bodies = [function.node for function in proto.functions if function.domain != DOMAIN]
-    for nodes in (proto.graph.node, *bodies):
-        for node in nested_nodes(nodes):
-            if node.domain == DOMAIN and node.op_type.endswith("MatMul"):
-                yield {attribute.name: attribute for attribute in node.attribute}
+    return max(fidelity_tolerance(len(products), terms, kind) for kind in kinds)

@@ -14,10 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnxcomp.passes.verification.slices import SliceErrors, WorstSlice
+
 __all__ = [
+    "FEW",
     "MINIMUM_AGREEMENT",
     "Comparison",
     "Metrics",
+    "Sizes",
     "export_tolerance",
     "fidelity_tolerance",
     "metrics",
@@ -43,6 +47,9 @@ _INT8_ERROR, _INT8_GAIN = 8e-3, 4.0
 # turn a comparison or an arg-max over once in a while.
 MINIMUM_AGREEMENT = 0.99
 
+# Elements below which a share of equal ones is no verdict: of 1000, that bound lets ten differ.
+FEW = 1000
+
 _CLASSES = re.compile(r"logit|prob|softmax|label|class|score", re.IGNORECASE)
 
 
@@ -56,10 +63,15 @@ class Metrics:
         max_abs: Largest absolute difference.
         cosine: Cosine of the angle between both; 1 where both are zero, 0 where one is.
         snr_db: ``-20 log10(rel_l2)`` in dB; None where there is no error.
-        agreement: Share of equal elements, of outputs that are not floating point; else None.
+        agreement: Share of equal elements, of outputs that are not floating point; else None. Of
+            outputs that are floats rounded to steps, those one step apart count as equal.
         label_agreement: Share of equal arg-max over the last axis, of outputs that look like
             scores of classes; else None.
         problem: Why the two are not comparable, in words; else empty.
+        resized: How a size differs that depends on values, in words; else empty. The numbers are
+            those of the samples without such a difference then.
+        worst_slice: The slice with the largest error; None where none is judged on its own.
+        elements: How many elements were compared.
     """
 
     rel_l2: float
@@ -69,6 +81,14 @@ class Metrics:
     agreement: float | None = None
     label_agreement: float | None = None
     problem: str = ""
+    resized: str = ""
+    worst_slice: WorstSlice | None = None
+    elements: int = 0
+
+    @property
+    def judged(self) -> float:
+        """The error that limits are held against: that of the whole, or of its worst slice."""
+        return max(self.rel_l2, 0.0 if self.worst_slice is None else self.worst_slice.rel_l2)
 
     def to_json(self) -> dict[str, Any]:
         """The metrics by name; infinite numbers become None, optional ones are left out."""
@@ -85,8 +105,38 @@ class Metrics:
             "agreement": self.agreement,
             "label_agreement": self.label_agreement,
             "problem": self.problem or None,
+            "resized": self.resized or None,
+            "worst_slice": None if self.worst_slice is None else self.worst_slice.to_json(),
         }
         return {**numbers, **{name: value for name, value in extra.items() if value is not None}}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a model declares of the sizes of an output.
+
+    Attributes:
+        dims: Size of each axis, None for one that may depend on values; None where not even the
+            number of axes is known.
+    """
+
+    dims: tuple[int | None, ...] | None = None
+
+    def allow(self, reference: tuple[int, ...], value: tuple[int, ...]) -> bool:
+        """Whether an output that has had one shape may have the other as well."""
+        if self.dims is None:
+            return True
+        if not len(self.dims) == len(reference) == len(value):
+            return False
+        pairs = zip(self.dims, reference, value, strict=True)
+        return all(dim is None or one == other for dim, one, other in pairs)
+
+    @property
+    def fixed(self) -> tuple[int, ...] | None:
+        """Axes of a declared size; None where nothing is known."""
+        if self.dims is None:
+            return None
+        return tuple(axis for axis, dim in enumerate(self.dims) if dim is not None)
 
 
 class Comparison:
@@ -94,21 +144,33 @@ class Comparison:
 
     Args:
         name: Name of the output; tells whether it looks like scores of classes.
+        sizes: Its declared sizes; None where any difference of shape is an error.
+        stepped: Whether integers are floats rounded to steps.
     """
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(
+        self, name: str = "", sizes: Sizes | None = None, *, stepped: bool = False
+    ) -> None:
         self._classes = bool(_CLASSES.search(name))
+        self._sizes, self._stepped = sizes, stepped
+        self._slices = SliceErrors(None if sizes is None else sizes.fixed)
+        self._resized = ""
         self._elements = self._equal = self._discrete = 0
         self._labels = self._same_labels = 0
         self._reference = self._value = self._difference = self._product = 0.0
         self._largest = 0.0
         self._problem = ""
 
-    def add(self, reference: Array, value: Array) -> None:
-        """Add one pair of arrays."""
+    def add(self, reference: Array, value: Array, sizes: Sizes | None = None) -> None:
+        """Add one pair of arrays; `sizes` are those of this pair where they are known."""
+        sizes = self._sizes if sizes is None else sizes
         reference, value = np.asarray(reference), np.asarray(value)
         if reference.shape != value.shape:
-            self._note(f"shape {value.shape} instead of {reference.shape}")
+            text = f"shape {value.shape} instead of {reference.shape}"
+            if sizes is not None and sizes.allow(reference.shape, value.shape):
+                self._resized = self._resized or text
+            else:
+                self._note(text)
             return
         if reference.dtype != value.dtype:
             self._note(f"type {value.dtype} instead of {reference.dtype}")
@@ -116,12 +178,14 @@ class Comparison:
         self._elements += reference.size
         if not _is_float(reference):
             self._discrete += reference.size
-            self._equal += int(np.count_nonzero(reference == value))
+            self._equal += int(np.count_nonzero(_equal(reference, value, stepped=self._stepped)))
         if reference.dtype.kind in "OSUT":
             reference, value = np.ones(reference.shape), (reference == value).astype(np.float64)
         for start in range(0, reference.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             self._sum(reference.reshape(-1)[part], value.reshape(-1)[part])
+        if _is_float(reference):
+            self._slices.add(reference, value)
         self._add_labels(reference, value)
 
     def _sum(self, reference: Array, value: Array) -> None:
@@ -162,7 +226,17 @@ class Comparison:
             agreement=self._equal / self._discrete if self._discrete else None,
             label_agreement=self._same_labels / self._labels if self._labels else None,
             problem=self._problem,
+            resized=self._resized,
+            worst_slice=None if self._problem else self._slices.worst(),
+            elements=self._elements,
         )
+
+
+def _equal(reference: Array, value: Array, *, stepped: bool) -> Array:
+    """Which elements are equal, or a step apart at most."""
+    if stepped and reference.dtype.kind in "iu":
+        return np.asarray(np.abs(reference.astype(np.int64) - value.astype(np.int64)) <= 1)
+    return np.asarray(reference == value)
 
 
 def _is_float(array: Array) -> bool:

@@ -29,7 +29,7 @@ def load_function(text: str) -> Score:
     name, colon, function = text.rpartition(":")
     path = Path(name)
     if not colon or not function.isidentifier():
-        raise UsageError(f"{text!r} names no function", hint="write for example mine.py:accuracy")
+        raise UsageError(f"{text!r} does not name a function", hint="for example mine.py:accuracy")
     if not path.is_file():
         raise UsageError(f"there is no file {name!r}", hint="name a Python file")
     spec = importlib.util.spec_from_file_location(f"onnxcomp_evaluation_{path.stem}", path)
@@ -87,7 +87,7 @@ class Evaluation:
                 text, hint="it gets a function that opens a session, and returns a number"
             ) from error
         if not math.isfinite(value):
-            raise UsageError(f"the evaluation of {os.fspath(path)} is {value}")
+            raise UsageError(f"the score of {os.fspath(path)} is {value}")
         return value
 
     @property

@@ -46,13 +46,13 @@ def package(
         output: The folder to write; for Triton the model repository, which may hold other models.
         kind: "dir", "triton" or "genai".
         portable: Leave the operator library out; the model runs by the definitions inside it.
-        force: Replace a package that is there already. Other folders are never replaced.
+        force: Replace an existing package. Other folders are never replaced.
         data: Example inputs for a plain folder, see `runtime.inputs.load_inputs`; None to make
             them up.
         shapes: Shapes of made-up inputs by name.
         name: Triton: name of the model; None for that of the file.
         mount_prefix: Triton: where the server sees the repository. The path of the library in the
-            configuration begins with it, because Triton resolves none.
+            configuration begins with it, because Triton does not resolve paths.
         max_batch_size: Triton: most rows that requests are joined to; 0 for no batching.
         model_version: Triton: number of the version.
         instances: Triton: how many instances run at once.
@@ -61,12 +61,14 @@ def package(
             tokenizer; None for the folder of `model`.
 
     Raises:
-        UsageError: The folder is there already, or the model cannot be served like that.
+        UsageError: The folder exists already, or the model cannot be served like that.
         ModelError: The model cannot be loaded.
         RuntimeMissingError: ONNX Runtime or the operator library is missing.
     """
     if kind not in KINDS:
-        raise UsageError(f"there is no package {kind!r}", hint=f"choose one of {', '.join(KINDS)}")
+        raise UsageError(
+            f"package kind {kind!r} is unknown", hint=f"choose one of {', '.join(KINDS)}"
+        )
     contents = gather(model, portable=portable)
     if kind == "dir":
         from onnxcomp.runtime.package.folder import write_folder

@@ -70,7 +70,7 @@ class Contents:
     Attributes:
         model: The .onnx file.
         data: Files of external data, as the model names them.
-        library: The operator library; None where the model does not need it or shall do without.
+        library: The operator library; None where the package does without it.
         operators: Calls of operators of com.onnxcomp, by name.
         portable: Whether the model runs without the library.
         inputs: What a session must be given.
@@ -126,7 +126,7 @@ def gather(model: str | os.PathLike[str], *, portable: bool) -> Contents:
 
     Raises:
         ModelError: The model or its data cannot be read or loaded.
-        UsageError: It shall do without the library and has no definitions inside.
+        UsageError: Without the library the model cannot run: it holds no definitions.
         RuntimeMissingError: ONNX Runtime or the operator library is missing.
     """
     path = Path(model)
@@ -136,7 +136,7 @@ def gather(model: str | os.PathLike[str], *, portable: bool) -> Contents:
     runs_alone = operators.keys() <= bodies
     if portable and not runs_alone:
         raise UsageError(
-            f"{path} has no definitions of {', '.join(sorted(operators.keys() - bodies))} inside",
+            f"{path} holds no definitions of {', '.join(sorted(operators.keys() - bodies))}",
             hint="package it with the operator library, or compress it again as portable",
         )
     data = data_files(path)
@@ -173,7 +173,7 @@ def staged(target: Path, *, force: bool) -> Iterator[Path]:
     """A folder to fill that becomes `target` when the block ends without an error.
 
     Raises:
-        UsageError: `target` is there already and may not be replaced, or cannot be written.
+        UsageError: `target` exists already and may not be replaced, or cannot be written.
     """
     _check_target(target, force=force)
     token = secrets.token_hex(4)
@@ -199,24 +199,26 @@ def unwritable(target: Path, error: OSError) -> UsageError:
     """The error of a place that cannot be written to."""
     return UsageError(
         f"cannot write {target}: {error.strerror or error}",
-        hint="choose a place with enough room that you may write to",
+        hint="choose a writable folder with enough free space",
     )
 
 
 def _check_target(target: Path, *, force: bool) -> None:
     if not target.parent.is_dir():
-        raise UsageError(f"the folder {str(target.parent)!r} does not exist", hint="make it first")
+        raise UsageError(
+            f"the folder {str(target.parent)!r} does not exist", hint="create it first"
+        )
     if not target.exists() and not target.is_symlink():
         return
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         return
     if not (target / MANIFEST).is_file() or target.is_symlink():
         raise UsageError(
-            f"{target} is there already and is no package of ours",
+            f"{target} exists already and is not a package of onnxcomp",
             hint="choose another folder, or remove it yourself",
         )
     if not force:
-        raise UsageError(f"{target} is there already", hint="--force replaces it")
+        raise UsageError(f"{target} exists already", hint="--force replaces it")
 
 
 def write_manifest(contents: Contents, folder: Path, kind: str, model: Path) -> dict[str, Any]:
@@ -256,7 +258,7 @@ def template(file: str, /, **values: str) -> str:
 
 
 def without_library(contents: Contents) -> str:
-    """What becomes of the model without the operator library."""
+    """How the model runs without the operator library, for the README of a package."""
     if contents.portable:
         return (
             "Without it the same model runs in any ONNX Runtime, by the definitions inside the "

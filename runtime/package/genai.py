@@ -82,7 +82,7 @@ def _read_config(source: Path) -> dict[str, Any]:
             hint="name the folder of the original model, with its genai_config.json, by --like",
         ) from error
     if not isinstance(config, dict):
-        raise UsageError(f"{path} holds no JSON object")
+        raise UsageError(f"{path} does not hold a JSON object")
     return config
 
 
@@ -91,7 +91,7 @@ def _decoder(config: dict[str, Any], source: Path) -> dict[str, Any]:
     model = config.get("model")
     decoder = model.get("decoder") if isinstance(model, dict) else None
     if not isinstance(decoder, dict):
-        raise UsageError(f"{source / _CONFIG} describes no decoder")
+        raise UsageError(f"{source / _CONFIG} does not describe a decoder")
     if "pipeline" in decoder:
         raise UsageError(
             f"the decoder of {source} is a pipeline of several models",

@@ -64,14 +64,14 @@ class Server:
     def __post_init__(self) -> None:
         if not os.path.isabs(self.mount_prefix):
             raise UsageError(
-                f"the mount prefix {self.mount_prefix!r} is no absolute path",
+                f"the mount prefix {self.mount_prefix!r} is not an absolute path",
                 hint="name the folder where the server sees the repository, such as /models",
             )
         for name, least in (("max_batch_size", 0), ("model_version", 1), ("instances", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} is {getattr(self, name)}", hint=f"at least {least}")
         if self.target not in _KINDS:
-            raise UsageError(f"there is no target {self.target!r}", hint="choose cpu or cuda")
+            raise UsageError(f"target {self.target!r} is unknown", hint="choose cpu or cuda")
 
 
 def write_triton(
@@ -117,7 +117,7 @@ def _checked_name(name: str, *, given: bool) -> str:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "model"
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} is no name for a model",
+            f"{name!r} cannot be the name of a model",
             hint="use letters, digits, underscores, dots and hyphens",
         )
     return name

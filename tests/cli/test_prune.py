@@ -54,7 +54,7 @@ def test_optimize_says_what_was_pruned(onnxcomp: Run, model: Path, tmp_path: Pat
     answer = onnxcomp(*command, "--prune-ratio", "0.3")
     assert answer.code == 0, answer.err
     assert "of parameters pruned" in answer.out
-    assert "no --data: weights alone decided" in answer.out
+    assert "no --data: norms of weights decided" in answer.out
     report = onnxcomp(*command, "--target-flops", "0.5", "--json").json
     schema = json.loads((ROOT / "docs" / "result.schema.json").read_text())
     jsonschema.validate(report, schema)
@@ -110,7 +110,7 @@ def test_a_plan_that_prunes_by_inputs_needs_them_again(
     assert onnxcomp("plan", model, *options).code == 0
     answer = onnxcomp("optimize", model, "-o", tmp_path / "out.onnx", "--plan", plan)
     assert answer.code == 2
-    assert "prunes by inputs" in answer.err
+    assert "prunes by calibration inputs" in answer.err
 
 
 def test_a_plan_that_cannot_prune_as_much_exits_with_3(onnxcomp: Run, model: Path) -> None:

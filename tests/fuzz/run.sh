@@ -34,7 +34,7 @@ tests() {
   LD_PRELOAD="$asan $cxx" ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 \
     UBSAN_OPTIONS=print_stacktrace=1 ONNXCOMP_OPS_LIBRARY="$PWD/$1" \
     ONNXCOMP_ENCODERS_LIBRARY="$PWD/$2" "$PYTHON" -m pytest -q -p no:cacheprovider \
-    tests/ops tests/codecs --deselect tests/ops/test_library.py::test_one_symbol_is_exported
+    tests/ops tests/passes/codecs --deselect tests/ops/test_library.py::test_one_symbol_is_exported
 }
 
 kernels() {

@@ -270,7 +270,7 @@ def test_a_difference_can_be_accepted(perceptron: Any, tmp_path: Path) -> None:
 def test_errors_say_what_to_do(perceptron: Any, tmp_path: Path) -> None:
     x, path = torch.ones(2, 64), tmp_path / "m.onnx"
     usage, model = onnxcomp.errors.UsageError, onnxcomp.errors.ModelError
-    with pytest.raises(usage, match="no exporter 'dynamos'") as caught:
+    with pytest.raises(usage, match="exporter 'dynamos' is unknown") as caught:
         export(perceptron, x, path, exporter="dynamos")
     assert "'dynamo'" in caught.value.hint
     with pytest.raises(usage, match=r"Perceptron\.forward does not take"):

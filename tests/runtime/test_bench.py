@@ -44,7 +44,7 @@ def test_failures_of_a_process_reach_the_caller(
         bench([twins[0]], data={"ids": np.full((1, 1), 99)}, seconds=0.01)
     with pytest.raises(UsageError, match="no model"):
         bench([])
-    with pytest.raises(UsageError, match="no provider 'tpu'") as caught:
+    with pytest.raises(UsageError, match="provider 'tpu' is unknown") as caught:
         bench([twins[0]], provider="tpu")
     assert "cuda" in caught.value.hint
 

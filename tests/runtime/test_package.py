@@ -116,13 +116,13 @@ def test_the_folder_is_replaced_only_when_it_is_ours_and_force_is_given(
     target.mkdir()
     package(twins[0], target)  # an empty folder holds nothing to lose
     (target / "mark").touch()
-    with pytest.raises(UsageError, match="there already") as caught:
+    with pytest.raises(UsageError, match="exists already") as caught:
         package(twins[0], target)
     assert "--force" in caught.value.hint and (target / "mark").exists()
     package(twins[0], target, force=True)
     assert not (target / "mark").exists()
     (target / "onnxcomp.json").unlink()
-    with pytest.raises(UsageError, match="no package of ours"):
+    with pytest.raises(UsageError, match="not a package of onnxcomp"):
         package(twins[0], target, force=True)
     with pytest.raises(UsageError, match="does not exist"):
         package(twins[0], tmp_path / "absent" / "bundle")
@@ -336,11 +336,11 @@ def test_what_triton_cannot_serve_is_refused(save_model: SaveModel, tmp_path: Pa
     onnx.save(unranked, tmp_path / "unranked.onnx")
     with pytest.raises(UsageError, match="how many dimensions 'x' has"):
         package(tmp_path / "unranked.onnx", tmp_path / "r", "triton")
-    with pytest.raises(UsageError, match="no name for a model"):
+    with pytest.raises(UsageError, match="cannot be the name of a model"):
         package(fixed, tmp_path / "r", "triton", name="../up")
-    with pytest.raises(UsageError, match="no absolute path"):
+    with pytest.raises(UsageError, match="not an absolute path"):
         package(fixed, tmp_path / "r", "triton", mount_prefix="models")
-    with pytest.raises(UsageError, match="no package 'tar'"):
+    with pytest.raises(UsageError, match="package kind 'tar' is unknown"):
         package(fixed, tmp_path / "r", "tar")
     assert not (tmp_path / "r").exists()
 
@@ -348,6 +348,6 @@ def test_what_triton_cannot_serve_is_refused(save_model: SaveModel, tmp_path: Pa
 def test_a_repository_takes_several_models(twins: tuple[Path, Path], tmp_path: Path) -> None:
     package(twins[0], tmp_path / "r", "triton", name="a")
     package(twins[0], tmp_path / "r", "triton", name="b")
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="exists already"):
         package(twins[0], tmp_path / "r", "triton", name="a")
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["a", "b"]

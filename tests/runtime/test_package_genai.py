@@ -76,7 +76,7 @@ def test_configurations_that_do_not_fit_are_refused(
         ({"pipeline": [{}]}, "pipeline of several models"),
         ({"session_options": {"custom_ops_library": "other.so"}}, "library already: other.so"),
         ({"filename": "vision/encoder.onnx"}, "'hidden'"),
-        (None, "describes no decoder"),
+        (None, "does not describe a decoder"),
     ):
         if words == "'hidden'":
             model = onnx.load(twins[0])

@@ -1,7 +1,8 @@
 """The codec of hashed parameter sharing: weights are signed copies of the slots of a small memory.
 
-Format: ops/hash/spec.md. Its home are models that were trained with sharing
-(`onnxcomp.models.share`); for other models it is a projection, and mostly worse than `hyper`.
+Format: ops/hash/spec.md. It is meant for models that were trained with sharing
+(`onnxcomp.models.share`). Any other weight is projected on such a memory, which mostly loses more
+than `hyper` at equal bytes.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _memory_of(payload: Payload) -> Array:
     memory = payload.tensors.get("memory")
     memory = next(shared, None) if memory is None else memory
     if memory is None:
-        raise ValueError("there is no memory")
+        raise ValueError("the memory is missing")
     return memory
 
 

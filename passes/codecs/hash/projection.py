@@ -138,7 +138,7 @@ def least_squares(
     codes: Array | None = None,
     cross: Array | None = None,
 ) -> Array:
-    """The memory with the least error of the products: conjugate gradients from a first guess.
+    """The memory with the least error of the products: conjugate gradients from a starting point.
 
     Minimises ``E |W x_ref - W' x|^2``, W' the expanded memory. The normal matrix is never formed:
     one step multiplies the weight's shape by G and sums over the uses of each entry.
@@ -147,7 +147,7 @@ def least_squares(
         weight: ``(rows, length)``.
         geometry: Its sizes.
         sharing: The map.
-        memory: First guess, ``(slots, chunk)``.
+        memory: Starting point, ``(slots, chunk)``.
         moments: ``G = E[x x^T]``, positive definite, float64 ``(length, length)``.
         codes: uint8 (P, B, Q), or None.
         cross: ``E[x_ref x^T]``, with the inputs x_ref for which the weight's products are aimed

@@ -164,7 +164,7 @@ def functions(opset: int) -> tuple[onnx.FunctionProto, ...]:
 
 
 def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None) -> V:
-    """Wire a payload into the graph as one operator of spec.md section 4.
+    """Put a payload into the graph as one operator of spec.md section 4.
 
     Args:
         builder: Makes nodes and initializers.

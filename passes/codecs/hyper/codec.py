@@ -111,7 +111,7 @@ def _stored_geometry(payload: Payload, table: Array) -> GroupLayout:
     ):
         raise ValueError(f"codes {codes.shape}, table {table.shape} and group {group} do not fit")
     if not isinstance(extent, Sequence) or isinstance(extent, str) or len(extent) != 2:
-        raise ValueError(f"extent {extent} is no pair")
+        raise ValueError(f"extent {extent} is not a pair")
     rows, length = (int(size) for size in extent)
     bits = codes.shape[2] * 32 // group
     return GroupLayout(bits, len(table).bit_length() - 1, group, rows, length)
@@ -125,7 +125,7 @@ def _table_of(payload: Payload) -> Array:
     for key, array in payload.shared.items():
         if key.startswith("hyper.table.") and array.ndim == 1:
             return array
-    raise ValueError("there is no table")
+    raise ValueError("the table is missing")
 
 
 class HyperCodec(Codec):

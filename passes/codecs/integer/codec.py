@@ -2,7 +2,7 @@
 
 A product becomes MatMulNBits; eight bits are two of them, one for each half of the integers, so
 that every ONNX Runtime with 4-bit products runs them. Look-ups and dense uses are Cast, Sub and Mul
-on the looked-up rows, or on the weight when a session starts. No operator of ours is in the file.
+on the looked-up rows, or on the weight when a session starts. The file holds no custom operator.
 """
 
 from __future__ import annotations

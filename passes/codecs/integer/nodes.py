@@ -68,7 +68,7 @@ class BlockLayout:
         bits, block = payload.attributes.get("bits"), payload.attributes.get("block")
         extent, scales = payload.attributes.get("extent"), payload.tensors["scales"]
         if not isinstance(extent, Sequence) or isinstance(extent, str) or len(extent) != 2:
-            raise ValueError(f"extent {extent} is no pair")
+            raise ValueError(f"extent {extent} is not a pair")
         if bits not in (4, 8) or not isinstance(block, int) or block < 16:
             raise ValueError(f"there are no integers of {bits} bits in blocks of {block}")
         halves = "high" in payload.tensors
@@ -78,7 +78,7 @@ class BlockLayout:
         shapes = {"scales": (form.rows, form.blocks), **form.byte_shapes()}
         found = {key: tensor.shape for key, tensor in payload.tensors.items()}
         if found != shapes:
-            raise ValueError(f"tensors {found} where {shapes} are wanted")
+            raise ValueError(f"tensors are {found}, expected {shapes}")
         return form
 
     @property
@@ -180,7 +180,7 @@ def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x:
     elif kind in ("weight", "decode"):
         result = nodes.weight()
     else:
-        raise UsageError(f"the codec int has no {kind} without an input")
+        raise UsageError(f"the codec int cannot make nodes of kind {kind} without an input")
     return cast("V", result)
 
 

@@ -251,7 +251,7 @@ def _checked(site: WeightSite, params: Params) -> int:
     if not 1 <= rank <= most:
         raise UsageError(
             f"lowrank: rank={rank} for {site.name!r}, a weight of {site.rows} x {site.length}",
-            hint=f"ranks of 1 to {most} make it smaller" if most else "store it otherwise",
+            hint=f"ranks of 1 to {most} make it smaller" if most else "use another codec",
         )
     return rank
 

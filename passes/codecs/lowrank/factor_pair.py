@@ -98,7 +98,7 @@ class PartBuilder(Generic[V]):
 def _rank_of(payload: Payload) -> int:
     extent = payload.attributes["right_extent"]
     if isinstance(extent, (int, float, str)):
-        raise ValueError(f"extent {extent} is no pair")
+        raise ValueError(f"extent {extent} is not a pair")
     return int(extent[0])
 
 

@@ -77,7 +77,7 @@ def functions(opset: int) -> Sequence[onnx.FunctionProto]:
 
 
 def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind) -> V:
-    """Wire a payload into the graph as one operator of spec.md section 3."""
+    """Put a payload into the graph as one operator of spec.md section 3."""
     roles = {key.split(".")[1]: key for key in payload.shared} | {k: k for k in payload.tensors}
     inputs = [builder.tensor(roles[name]) for name in NODE_INPUTS]
     attributes: dict[str, Attribute] = {

@@ -232,7 +232,7 @@ class WindingCodec(Codec):
         if winding.side and not winding.group and found.error > _WORST_ERROR:
             raise ModelError(
                 f"winding: mean absolute error {found.error:.3g} is above {_WORST_ERROR}, "
-                "where the published method keeps a weight"
+                "at which the published method leaves a weight dense"
             )
         tensors = {
             "codes": winding_format.pack(

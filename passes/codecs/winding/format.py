@@ -96,7 +96,7 @@ def trajectory(grid: str, points: int) -> Trajectory:
     if grid == "lattice":
         best = max(range(1, points // 2 + 1), key=lambda g: _shortest(g, points), default=1)
         return Trajectory(points, (1, best), points)
-    raise ValueError(f"there is no grid {grid!r}")
+    raise ValueError(f"grid {grid!r} is unknown")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def write_page(result: Mapping[str, Any], path: str | os.PathLike[str], **extra:
     """Write `page` to a file.
 
     Raises:
-        UsageError: `result` is no result of optimize.
+        UsageError: `result` is not a result of optimize.
     """
     Path(path).write_text(page(result, **extra), encoding="utf-8")
 

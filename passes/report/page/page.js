@@ -21,11 +21,16 @@ function head() {
     [percent(result.coverage), "of weight bytes compressed"],
   ];
   if (result.verify) {
-    const outputs = Object.values(result.verify.outputs).filter((o) => o.rel_l2 !== null);
-    const most = Math.max(0, ...outputs.map((o) => o.rel_l2));
-    figures.push([outputs.length ? percent(most) : "–", "largest relative difference of an output", most > 0.5 && ["bad"]]);
+    const outputs = [...Object.values(result.verify.outputs), ...Object.values(result.verify.before_decisions || {})]
+      .filter((o) => o.rel_l2 !== null && o.agreement === undefined);
+    const most = Math.max(0, ...outputs.map((o) => Math.max(o.rel_l2, o.worst_slice ? o.worst_slice.rel_l2 : 0)));
+    figures.push([outputs.length ? percent(most) : "–", "largest relative difference of an output or a part of one", most > 0.5 && ["bad"]]);
     const passed = result.verify.passed;
-    figures.push([passed ? "verified" : "FAILED", "with the library and without", [passed ? "good" : "bad"]]);
+    const judged = result.evaluation || (result.verify.tolerance !== null && result.verify.tolerance !== undefined);
+    const word = !passed ? "FAILED" : judged ? "verified" : "runs; loss not judged";
+    figures.push([word, "with the library and without", [!passed ? "bad" : judged ? "good" : "warn"]]);
+    const again = result.verify.detections;
+    if (again && again.reference) figures.push([`${again.found} of ${again.reference}`, `detections found again at IoU ${again.iou}`]);
   } else figures.push(["not verified", "the result was not run", ["warn"]]);
   if (result.evaluation) {
     const score = (value) => (value === null ? "–" : String(Number(value.toPrecision(4)))), { dense, compressed, passed } = result.evaluation;
@@ -95,7 +100,7 @@ function network() {
   const measured = shown.filter((site) => site.output_error > 0);
   const values = [...shown.map((s) => decibels(s.weight_error)), ...measured.map((s) => decibels(s.output_error))];
   const index = new Map(shown.map((site, number) => [site, number + 1]));
-  return section("Signal to noise through the network",
+  return section("Signal-to-noise ratio through the network",
     "Weights in the order of the model, higher is better." + (measured.length ? " Filled: its products on held-out inputs; rings: the weight itself." : ""),
     plot({
       xs: [1, Math.max(2, shown.length)], ys: values, xText: String, yText: (v) => v + " dB", xTitle: "weight", yTitle: "",
@@ -166,6 +171,12 @@ function outputs() {
   if (!result.verify) return null;
   const number = (value, digits) => (value === null || value === undefined ? "–" : Number(value.toPrecision(digits)).toString());
   const classes = Object.values(result.verify.outputs).some((o) => o.label_agreement !== undefined);
+  const slices = Object.values(result.verify.outputs).some((o) => o.worst_slice);
+  const worst = (slice) => {
+    if (!slice) return "–";
+    const first = slice.indices[0], last = slice.indices[slice.indices.length - 1];
+    return `${percent(slice.rel_l2)} (axis ${slice.axis}: ${first === last ? first : first + "–" + last})`;
+  };
   const rows = Object.entries(result.verify.outputs).map(([name, o]) => {
     const portable = (result.verify.portable && result.verify.portable.outputs[name]) || {};
     return html("tr", {}, html("td", { class: "name" }, name),
@@ -174,9 +185,10 @@ function outputs() {
       html("td", { class: "number", "data-label": "SNR" }, o.snr_db === null ? "exact" : o.snr_db.toFixed(1) + " dB"),
       html("td", { class: "number", "data-label": "cosine" }, number(o.cosine, 6)),
       html("td", { class: "number", "data-label": "largest difference" }, number(o.max_abs, 3)),
+      slices && html("td", { class: "number", "data-label": "worst part" }, worst(o.worst_slice)),
       classes && html("td", { class: "number", "data-label": "same class" }, percent(o.label_agreement)));
   });
-  const heads = ["output", "difference", "without library", "SNR", "cosine", "largest difference", ...(classes ? ["same class"] : [])];
+  const heads = ["output", "difference", "without library", "SNR", "cosine", "largest difference", ...(slices ? ["worst part"] : []), ...(classes ? ["same class"] : [])];
   return section("Outputs against the original", `Relative L2 difference over ${result.config && result.config.data ? "the given inputs" : "made-up inputs; real ones may differ less or more"}, with the operator library and without.`,
     html("div", { class: "scroll" }, html("table", { class: "cards" },
       html("thead", {}, html("tr", {}, heads.map((name, i) => html("th", { class: i ? "number" : null }, name)))), html("tbody", {}, rows))));

@@ -1,7 +1,7 @@
 """Which channels of a model stand or fall together.
 
 `analyse` visits the nodes of the main graph in order. Each operator's rule relates the atoms of its
-inputs (see `atoms`), binds axes of weights, and notes what must be written anew when atoms go. What
+inputs (see `atoms`), binds axes of weights, and notes what must be rewritten when atoms go. What
 no rule understands keeps its channels, with the reason. Subgraphs are not entered: what they read
 stays as it is.
 """

@@ -1,4 +1,4 @@
-"""From scores to what goes: the steps that reach a share of parameters or FLOPs."""
+"""From scores to removals: the steps that reach a share of parameters or FLOPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fitting the columns that stay: the kept part of a product makes up for what went.
+"""Fit the remaining columns of a product, so that they compensate for the removed ones.
 
 All fits are least squares in float64 on second moments of the inputs, shrunk towards the original
 weight, so that few data change little.

@@ -27,7 +27,7 @@ def probe_feeds(model: ir.Model, given: Feed | None = None) -> list[Feed]:
         The given or made-up inputs, and where free sizes can be changed a second set.
 
     Raises:
-        UsageError: The model refuses everything that was made up.
+        UsageError: The model fails on all made-up inputs.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = save(model, Path(folder) / "model.onnx").files[0]

@@ -1,4 +1,4 @@
-"""What stays makes up for what goes: products are fitted again, statistics follow."""
+"""Fit the remaining weights after pruning, and update statistics of normalisations."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def list_groups(path: Path) -> dict[str, Any]:
     The model runs once or twice on made-up inputs, which is how sizes become known.
 
     Raises:
-        ModelError: The file is no model, or ONNX Runtime cannot run it.
+        ModelError: The file is not a model, or ONNX Runtime cannot run it.
         UsageError: The model refuses all inputs made up for it.
     """
     model = load(path)

@@ -62,7 +62,7 @@ class Norm:
 
     @property
     def scale(self) -> Array:
-        """Scales of the channels, float64; ones where they are no constants."""
+        """Scales of the channels, float64; ones where they are not constants."""
         value = self.node.inputs[1]
         if value is None or value.const_value is None:
             return np.ones(len(_numbers(self.mean)))

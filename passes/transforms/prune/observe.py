@@ -36,7 +36,7 @@ def _check(consumer: Consumer, *sums: Sums) -> None:
     if not all(np.isfinite(part.gram).all() and np.isfinite(part.mean).all() for part in sums):
         raise ModelError(
             f"inputs of weight {consumer.name!r} are NaN, infinite or too large",
-            hint="correct the calibration data, or leave --data away",
+            hint="correct the calibration data, or leave out --data",
         )
 
 

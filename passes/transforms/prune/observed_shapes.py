@@ -23,7 +23,7 @@ from onnxcomp.runtime.evaluate import Feed, runner
 
 __all__ = ["ObservedShapes", "observe_shapes"]
 
-# Integer values with more elements than this are no shapes, bounds or indices.
+# Integer values with more elements than this are not shapes, bounds or indices.
 _SMALL = 4096
 
 
@@ -32,7 +32,7 @@ class ObservedShapes:
     """What the runs showed.
 
     Attributes:
-        shapes: Shape of each value in the first run; values that are no tensors are missing.
+        shapes: Shape of each value in the first run; values that are not tensors are missing.
         fixed: For each value which of its sizes were equal in all runs.
         integers: Small integer values of the first run.
         steady: Names of integer values that were equal in all runs.
@@ -162,7 +162,7 @@ def _run(model: ir.Model, feeds: Sequence[Feed]) -> list[_Seen]:
         seen |= {n: (tuple(r.tolist()), None) for n, r in zip(shapes, results, strict=False)}
         for name, result in zip(values, results[len(shapes) :], strict=True):
             if not isinstance(result, np.ndarray):
-                raise ModelError(f"value {name!r} is no tensor")
+                raise ModelError(f"value {name!r} is not a tensor")
             seen[name] = (result.shape, _integer(result))
         found.append(seen)
     return found

@@ -50,7 +50,7 @@ class PruneOptions:
         """Raise `UsageError` for values out of range."""
         if (self.ratio is None) == (self.target_flops is None):
             raise UsageError(
-                "pruning needs either a ratio or a target for FLOPs",
+                "pruning needs a ratio or a FLOPs target",
                 hint="give --prune-ratio 0.3 or --target-flops 0.7",
             )
         for name in ("ratio", "target_flops"):
@@ -58,12 +58,10 @@ class PruneOptions:
             if value is not None and not 0.0 < value < 1.0:
                 raise UsageError(f"{name} is {value}", hint="it is a share between 0 and 1")
         if self.score not in SCORES:
-            raise UsageError(
-                f"there is no score {self.score!r}", hint=f"one of {', '.join(SCORES)}"
-            )
+            raise UsageError(f"score {self.score!r} is unknown", hint=f"one of {', '.join(SCORES)}")
 
     def used_score(self, *, calibrated: bool) -> PruneScore:
-        """The score, or what stands for it where there is no calibration data."""
+        """The score, or its replacement where there is no calibration data."""
         return self.score if calibrated else "magnitude"
 
     @property

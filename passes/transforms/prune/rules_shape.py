@@ -76,7 +76,7 @@ def _axes(walk: Walk, node: ir.Node, rank: int) -> list[int] | None:
 
 
 def squeeze(walk: Walk, node: ir.Node) -> None:
-    """Axes of size 1 go."""
+    """Squeeze: axes of size 1 are removed."""
     x = node.inputs[0]
     shape = walk.shape(x)
     given = len(node.inputs) > 1 or "axes" in node.attributes
@@ -89,7 +89,7 @@ def squeeze(walk: Walk, node: ir.Node) -> None:
 
 
 def unsqueeze(walk: Walk, node: ir.Node) -> None:
-    """Axes of size 1 come."""
+    """Unsqueeze: axes of size 1 are added."""
     out = node.outputs[0]
     rank = len(walk.shape(out))
     axes = _axes(walk, node, rank)

@@ -1,4 +1,4 @@
-"""Which candidates go: one knapsack over all groups, or the same share of each.
+"""Select what to remove: one knapsack over all groups, or the same share of each.
 
 `obs` removes greedily inside clusters of groups that share products, always the step with the
 smallest loss for what it saves; the clusters' sequences are then merged by the same measure. Other

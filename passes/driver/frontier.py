@@ -1,4 +1,4 @@
-"""Size against expected error: what the next byte buys."""
+"""Size against expected error."""
 
 from __future__ import annotations
 

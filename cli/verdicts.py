@@ -1,0 +1,103 @@
+"""The last lines of a command: what was judged, and what a user must not miss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from onnxcomp.cli.terminal import percent_text
+
+__all__ = ["judged_text", "warnings_of"]
+
+# Relative L2 difference of an output from which on a result is hardly of use: -6 dB of noise.
+FAR = 0.5
+
+# What int8 activations add from which on it is remarked: eight times what they add to one product.
+_INT8 = 0.064
+
+
+def judged_text(verify: Mapping[str, Any] | None, *, made_up: bool, evaluated: bool = False) -> str:
+    """Whether the loss was judged, and by what it was not.
+
+    Args:
+        verify: JSON of the verification; None where it did not run.
+        made_up: Whether its inputs were made up.
+        evaluated: Whether the user's own measure judged.
+    """
+    if verify is None:
+        return "not verified"
+    if not verify["passed"]:
+        return "FAILED verification"
+    if evaluated or verify.get("tolerance") is not None:
+        return "verified"
+    return "runs; loss not judged" + (" (inputs made up)" if made_up else "")
+
+
+def warnings_of(verify: Mapping[str, Any] | None) -> list[str]:
+    """What a user must not miss, one line each; the worst comes last."""
+    if verify is None:
+        return []
+    return [*_int8_lines(verify), *_far_lines(verify)]
+
+
+def _int8_lines(verify: Mapping[str, Any]) -> Iterable[str]:
+    added = max(_differences(verify.get("int8", {}).get("outputs", {})), default=0.0)
+    if added > _INT8:
+        yield (
+            f"warning: activations rounded to int8 change an output by {100 * added:.1f} %: "
+            "--precision exact leaves them as they are"
+        )
+
+
+def _far_lines(verify: Mapping[str, Any]) -> Iterable[str]:
+    found = [*_worst(verify["outputs"]), *_worst(verify.get("before_decisions", {}))]
+    error, name, where = max(found, default=(0.0, "", ""))
+    if error > FAR:
+        part = f" ({where})" if where else ""
+        yield (
+            f"warning: output {name!r}{part} differs by {100 * error:.0f} % from the original's: "
+            "use more bits, a smaller ratio or --data"
+        )
+
+
+def _worst(outputs: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[float, str, str]]:
+    """Error, name and slice of each output of floats."""
+    for name, metrics in outputs.items():
+        if metrics.get("agreement") is not None or metrics.get("resized"):
+            continue
+        error, worst = metrics["rel_l2"], metrics.get("worst_slice")
+        if error is None:
+            continue
+        if worst is not None and worst["rel_l2"] > max(error, FAR):
+            yield worst["rel_l2"], name, slice_text(worst)
+        else:
+            yield error, name, ""
+
+
+def _differences(outputs: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    return [
+        metrics["rel_l2"]
+        for metrics in outputs.values()
+        if metrics["rel_l2"] is not None and metrics.get("agreement") is None
+    ]
+
+
+def slice_text(worst: Mapping[str, Any] | None) -> str:
+    """A slice in words: ``axis 1: 4-83``."""
+    if worst is None:
+        return "-"
+    first, last, count = worst["indices"][0], worst["indices"][-1], len(worst["indices"])
+    axis = f"axis {worst['axis']}: "
+    if count == 1:
+        return f"{axis}{first}"
+    dense = count == last - first + 1
+    return f"{axis}{first}-{last}" if dense else f"{axis}{count} of {first}-{last}"
+
+
+def detections_text(found: Mapping[str, Any] | None) -> str:
+    """How many detections are found again; empty where the model is no detector."""
+    if found is None or not found["reference"]:
+        return ""
+    again = f"{found['found']} of {found['reference']} detections found again"
+    added = f", {found['added']} others" if found["added"] else ""
+    return f"{again} ({percent_text(found['share'])} at IoU {found['iou']:g}){added}"

@@ -1,0 +1,20 @@
+// The instruction set that kernels run on, chosen once for all families of operators.
+#pragma once
+
+namespace onnxcomp {
+
+enum class InstructionSet {
+  kPlain,
+  kAvx2,
+  kAvx2Vnni,    // AVX2 with AVX-VNNI
+  kAvx2VnniVl,  // AVX2 with the same instructions in their AVX-512 form
+  kAvx512,
+  kNeon,
+  kNeonDot,
+};
+
+// The best of this machine, or the one named by the environment variable ONNXCOMP_ISA, which has
+// to be one that the machine can run.
+InstructionSet SelectInstructionSet();
+
+}  // namespace onnxcomp

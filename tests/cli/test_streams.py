@@ -1,0 +1,123 @@
+"""What the command line reads and writes: pipes, links, closed streams, other locales."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+K = 64
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    weight = np.random.default_rng(0).standard_normal((K, K)).astype(np.float32) / 8
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "Wä"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", K])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b", K])],
+        [numpy_helper.from_array(weight, "Wä")],
+    )
+    imports = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), tmp_path / "m.onnx")
+    return tmp_path / "m.onnx"
+
+
+def shell(line: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell in which ``onnxcomp`` is the command of this tree."""
+    line = line.replace("onnxcomp ", f"{sys.executable} -m onnxcomp ")
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to a file", "dangling link"])
+@pytest.mark.parametrize("verb", ["optimize", "expand"])
+def test_only_regular_files_are_replaced(model: Path, verb: str, kind: str) -> None:
+    output = model.with_name("out.onnx")
+    target = model.with_name("target")
+    if kind == "link to a file":
+        target.write_text("old")
+    elif kind == "link to a pipe":
+        os.mkfifo(target)
+    if kind == "pipe":
+        os.mkfifo(output)
+    else:
+        output.symlink_to(target.name)
+    before = os.lstat(output)
+    done = shell(f"onnxcomp {verb} m.onnx -o out.onnx", model.parent)
+    assert done.returncode == 2, done.stderr
+    assert "link to" in done.stderr or "no regular file" in done.stderr
+    after = os.lstat(output)
+    assert (before.st_mode, before.st_ino) == (after.st_mode, after.st_ino)
+    assert kind != "link to a file" or target.read_text() == "old"
+
+
+def test_a_model_from_a_pipe_says_what_to_do(model: Path) -> None:
+    done = shell("cat m.onnx | onnxcomp inspect /dev/stdin", model.parent)
+    assert done.returncode == 5
+    assert "from a pipe" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["inspect m.onnx", "optimize m.onnx -o o.onnx --min-size 0 --json"]
+)
+def test_a_closed_stdout_is_no_error(model: Path, line: str) -> None:
+    done = shell(f"onnxcomp {line} >&-", model.parent)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    before = model.read_bytes()
+    shell(f"onnxcomp {line} >&- 2>&- <&-", model.parent)
+    assert model.read_bytes() == before
+
+
+def test_a_reader_that_goes_away_is_no_traceback(model: Path) -> None:
+    done = shell("onnxcomp codecs | true; echo ${PIPESTATUS[0]}", model.parent)
+    assert done.stdout.strip() in ("0", "141")
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("json_option", ["", "--json"])
+def test_other_locales_print_what_they_can(model: Path, json_option: str) -> None:
+    variables = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = f"onnxcomp inspect m.onnx {json_option}"
+    done = shell(line, model.parent, **variables, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    if json_option:
+        assert json.loads(done.stdout)
+    else:
+        assert "W\\xe4" in done.stdout
+
+
+@pytest.mark.parametrize("shape", [(0, K), (0, 3, K), (2, 0, K)])
+def test_data_without_rows_is_refused(model: Path, shape: tuple[int, ...]) -> None:
+    np.save(model.with_name("x.npy"), np.zeros(shape, np.float32))
+    done = shell("onnxcomp optimize m.onnx -o o.onnx --min-size 0 --data x=x.npy", model.parent)
+    assert done.returncode == 2, done.stderr
+    assert not model.with_name("o.onnx").exists()
+
+
+def test_the_verdict_says_what_was_judged(model: Path) -> None:
+    run = "onnxcomp optimize m.onnx -o o.onnx --min-size 0"
+    assert "runs; loss not judged (inputs made up)" in shell(run, model.parent).stdout
+    assert shell(f"{run} --tolerance 0.5", model.parent).stdout.strip().endswith("verified")
+    again = shell("onnxcomp optimize o.onnx -o p.onnx --min-size 0", model.parent).stdout
+    assert "already compressed" in again.splitlines()[-1]
+    missed = shell(f"{run} --target-size 300", model.parent)
+    assert missed.returncode == 3
+    assert "target MISSED" in missed.stdout.splitlines()[-1]
