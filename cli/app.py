@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
-from click.utils import PacifyFlushWrapper
 
 from onnxcomp import __version__
 from onnxcomp.cli.streams import prepare_streams
@@ -151,7 +150,7 @@ class App(click.Group):
             code = SIGNAL_CODE + _SIGPIPE
         except BaseException as error:
             # Click turns a broken pipe into an exit of its own, and stdout into this wrapper.
-            gone = isinstance(sys.stdout, PacifyFlushWrapper) and not raised
+            gone = type(sys.stdout).__name__.endswith("PacifyFlushWrapper") and not raised
             code = SIGNAL_CODE + _SIGPIPE if gone else report_error(first(raised, error), words)
         sys.exit(code if isinstance(code, int) else 0)
 

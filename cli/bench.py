@@ -10,8 +10,14 @@ import click
 
 from onnxcomp.cli.options import FILE, input_options, option_of
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
+from onnxcomp.passes.config.kinds import Number
 
 __all__ = ["command", "milliseconds_text", "show_bench"]
+
+
+def seconds(text: str | float) -> float:
+    """A time for each model, finite and above 0."""
+    return Number(above=0.0).read(str(text), "--seconds")  # type: ignore[no-any-return]
 
 
 @click.command("bench")
@@ -25,7 +31,9 @@ __all__ = ["command", "milliseconds_text", "show_bench"]
     "--costs", is_flag=True,
     help="Measure what products cost on this machine, for --max-slowdown; needs no model.",
 )  # fmt: skip
-@click.option("--seconds", type=float, default=2.0, show_default=True, help="Time for each model.")
+@click.option(
+    "--seconds", type=seconds, default=2.0, show_default=True, help="Time for each model."
+)
 @option_of("seed", help="Seed of made-up inputs.")
 @with_terminal
 def command(

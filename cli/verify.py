@@ -92,7 +92,7 @@ def verdict(document: Mapping[str, Any], *, made_up: bool = False) -> str:
     known = [value for value in differences if value is not None]
     worst = f", relative difference to the original at most {max(known):.3g}" if known else ""
     samples = document["samples"]
-    on = f"passed on {samples} {'input' if samples == 1 else 'inputs'}{worst}"
+    on = f"{samples} {'input' if samples == 1 else 'inputs'}{worst}"
     return f"{judged_text(document, made_up=made_up)}: {on}"
 
 

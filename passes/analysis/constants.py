@@ -99,14 +99,14 @@ EXACT = "constant"
 
 
 def mark_constants(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[WeightSite, ...]:
-    """The sites, those marked that are no trained weights; each is read once. Float64 is left out.
+    """The sites, those marked that are no trained weights; each is read once.
 
     Args:
         model: The canonical model.
         sites: Its weights.
     """
     opset = default_opset(model) or 0
-    return tuple(site if site.wide else _marked(model, site, opset) for site in sites)
+    return tuple(_marked(model, site, opset) for site in sites)
 
 
 def _marked(model: ir.Model, site: WeightSite, opset: int) -> WeightSite:
@@ -121,6 +121,8 @@ def _marked(model: ir.Model, site: WeightSite, opset: int) -> WeightSite:
     if not content:
         return site
     form, values = _form(site, weight, opset)
+    if site.wide and not _exact_in_float32(value):
+        form, values = "dense", 0
     kept = {"table": f"stored as {values} values and indices", "range": "stored as its two ends"}
     stored = kept.get(form, "stored in half precision" if form == "half" else "as it is")
     reason = f"{EXACT}: {content}, read by {', '.join(role.operators[:3])}; {stored}, bit for bit"
@@ -301,6 +303,13 @@ def _form(site: WeightSite, weight: Array, opset: int) -> tuple[ConstantForm, in
     return ("half", 0) if best.form == "half" else ("table", best.values)
 
 
+def _exact_in_float32(value: ir.Value | None) -> bool:
+    """Whether float32 holds every element of a float64 tensor, which is read as such."""
+    assert value is not None and value.const_value is not None
+    stored = np.asarray(value.const_value.numpy())
+    return bool((stored.astype(np.float32) == stored).all())
+
+
 def _is_range(stored: Array) -> bool:
     """Whether the elements, one after the other, are ``start + i * step`` in float32 arithmetic."""
     flat = stored.reshape(-1)
@@ -309,4 +318,4 @@ def _is_range(stored: Array) -> bool:
     start, step = flat[0].astype(np.float32), (flat[1:2].astype(np.float32) - flat[0])[0]
     with np.errstate(over="ignore"):
         made = (np.arange(flat.size, dtype=np.float32) * step + start).astype(stored.dtype)
-    return made.tobytes() == flat.tobytes()
+    return bool(np.array_equal(made.view(np.uint8), np.ascontiguousarray(flat).view(np.uint8)))

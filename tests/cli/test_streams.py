@@ -112,6 +112,13 @@ def test_data_without_rows_is_refused(model: Path, shape: tuple[int, ...]) -> No
     assert not model.with_name("o.onnx").exists()
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1", "soon"])
+def test_times_are_finite_and_positive(model: Path, seconds: str) -> None:
+    done = shell(f"onnxcomp bench m.onnx --seconds {seconds}", model.parent)
+    assert done.returncode == 2, done.stderr
+    assert "--seconds" in done.stderr
+
+
 def test_the_verdict_says_what_was_judged(model: Path) -> None:
     run = "onnxcomp optimize m.onnx -o o.onnx --min-size 0"
     assert "runs; loss not judged (inputs made up)" in shell(run, model.parent).stdout

@@ -226,6 +226,23 @@ def test_constants_that_stay_as_they_are_count_as_covered(tmp_path: Path) -> Non
     assert result.report.coverage == 1.0
 
 
+@pytest.mark.parametrize(("scale", "method"), [(1.0, "constant"), (1 / 3, "dense")])
+def test_float64_constants_keep_their_bits(scale: float, method: str, tmp_path: Path) -> None:
+    """Where float32 holds them, they are stored by it; else they stay."""
+    tensor = grid(80, 40).astype(np.float64) * scale
+    onnx.save(one_node("Sub", tensor), tmp_path / "m.onnx")
+    result = oc.optimize(tmp_path / "m.onnx", tmp_path / "o.onnx", bits=2)
+    assert [site.method for site in result.report.sites] == [method]
+    x = RNG.standard_normal(tensor.shape)
+    wanted, found = (
+        onnxruntime.InferenceSession(tmp_path / name, providers=["CPUExecutionProvider"]).run(
+            None, {"x": x}
+        )[0]
+        for name in ("m.onnx", "o.onnx")
+    )
+    assert wanted.tobytes() == found.tobytes()
+
+
 def test_nothing_is_stored_otherwise_where_all_is_to_stay_dense(tmp_path: Path) -> None:
     onnx.save(one_node("Sub", grid(80, 40, 20)), tmp_path / "m.onnx")
     result = oc.optimize(tmp_path / "m.onnx", tmp_path / "o.onnx", method="dense")
