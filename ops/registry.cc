@@ -119,6 +119,19 @@ OrtCustomOpDomain* DomainOf(const Api& api) {
   return BuildDomain(api, domains[api.table()]);
 }
 
+// Session configuration entry of options that have the operators. The runtime ignores its name.
+constexpr const char* kMark = "onnxcomp.library_registered";
+
+// The runtime refuses a domain given twice, and several parts of a program may each see to it that
+// the operators are known: the second time changes nothing.
+void RegisterOnce(const Api& api, OrtSessionOptions* options) {
+  int registered = 0;
+  Check(api, api.HasSessionConfigEntry(options, kMark, &registered));
+  if (registered != 0) return;
+  Check(api, api.AddCustomOpDomain(options, DomainOf(api)));
+  Check(api, api.AddSessionConfigEntry(options, kMark, "1"));
+}
+
 }  // namespace
 }  // namespace onnxcomp
 
@@ -130,7 +143,5 @@ extern "C" ONNXCOMP_EXPORT OrtStatus* ONNXCOMP_ABI RegisterCustomOps(OrtSessionO
     const onnxcomp::Api oldest(base->GetApi(1));
     return oldest.CreateStatus(onnxcomp::kFail, "onnxcomp needs ONNX Runtime 1.18 or newer");
   }
-  return onnxcomp::Guard(api, "onnxcomp", [&] {
-    onnxcomp::Check(api, api.AddCustomOpDomain(options, onnxcomp::DomainOf(api)));
-  });
+  return onnxcomp::Guard(api, "onnxcomp", [&] { onnxcomp::RegisterOnce(api, options); });
 }

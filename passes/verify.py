@@ -161,9 +161,9 @@ def _reference(
     """Inputs, and what the original makes of them."""
     from onnxcomp.runtime.evaluate import run_session
     from onnxcomp.runtime.inputs import LARGE, load_inputs, synthesize_inputs
-    from onnxcomp.runtime.session import InferenceSession
+    from onnxcomp.runtime.session import open_session
 
-    session = InferenceSession(model)
+    session = open_session(model)
     feeds: Sequence[Feed]
     if data is not None:
         feeds = load_inputs(data, model)

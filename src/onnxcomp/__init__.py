@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     )
     from onnxcomp.passes.plan import Plan
     from onnxcomp.passes.report import Report
+    from onnxcomp.runtime.clients.dropin import InferenceSession, patch_onnxruntime
     from onnxcomp.runtime.package import Package, package
-    from onnxcomp.runtime.session import InferenceSession
 
 __all__ = [
     "InferenceSession",
@@ -60,6 +60,7 @@ __all__ = [
     "mend",
     "optimize",
     "package",
+    "patch_onnxruntime",
     "plan",
     "register",
     "save",
@@ -71,7 +72,7 @@ __version__ = "0.1.0"
 
 # Public name -> module and name there.
 _HOMES = {
-    "InferenceSession": ("runtime.session", "InferenceSession"),
+    "InferenceSession": ("runtime.clients.dropin", "InferenceSession"),
     "Package": ("runtime.package", "Package"),
     "Plan": ("passes.plan", "Plan"),
     "RejectedError": ("passes.pipeline", "RejectedError"),
@@ -89,6 +90,7 @@ _HOMES = {
     "mend": ("passes.pipeline", "mend"),
     "optimize": ("passes.pipeline", "optimize"),
     "package": ("runtime.package", "package"),
+    "patch_onnxruntime": ("runtime.clients.dropin", "patch_onnxruntime"),
     "plan": ("passes.pipeline", "plan"),
     "register": ("ops", "register"),
     "save": ("passes.graph", "save"),
