@@ -94,7 +94,7 @@ def open_session(
     if library:
         register(options)
     try:
-        with unpatched():
+        with unpatched(runtime.InferenceSession):
             session = runtime.InferenceSession(
                 os.fspath(path), options, providers=list(providers or ["CPUExecutionProvider"])
             )

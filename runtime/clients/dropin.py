@@ -69,7 +69,8 @@ class InferenceSession(onnxruntime.InferenceSession):  # type: ignore[misc]
             options.intra_op_num_threads = threads
         if library and named:
             _register(options, path_or_bytes)
-        with contextlib.nullcontext() if library else patching.unpatched():
+        base = onnxruntime.InferenceSession
+        with contextlib.nullcontext() if library else patching.unpatched(base):
             try:
                 super().__init__(path_or_bytes, options, providers, provider_options, **kwargs)
             except (TypeError, ValueError):

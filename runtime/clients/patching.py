@@ -34,7 +34,9 @@ _DOMAIN = b"com.onnxcomp"
 # As in onnxcomp.ops and ops/registry.cc.
 _MARK = "onnxcomp.library_registered"
 
-_here = threading.local()
+# Attribute of a patched constructor with what holds in one thread. Wrappers take attributes over,
+# so that it is found whoever has wrapped the constructor since; several patches have one.
+_LOCAL = "_onnxcomp_local"
 
 
 def mentions_operators(model: Any) -> bool:
@@ -77,14 +79,18 @@ def return_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def unpatched() -> Iterator[None]:
+def unpatched(session_class: Any) -> Iterator[None]:
     """Sessions that this thread opens inside the block are as if there were no patch."""
-    before = getattr(_here, "unpatched", False)
-    _here.unpatched = True
+    here = getattr(session_class.__init__, _LOCAL, None)
+    if here is None:
+        yield
+        return
+    before = getattr(here, "unpatched", False)
+    here.unpatched = True
     try:
         yield
     finally:
-        _here.unpatched = before
+        here.unpatched = before
 
 
 class SessionPatch:
@@ -125,12 +131,14 @@ class SessionPatch:
         self.undo()
 
     def _wrapped(self, original: Callable[..., None]) -> Callable[..., None]:
+        here = getattr(original, _LOCAL, None) or threading.local()
+
         # The parameters' names are ONNX Runtime's: callers may use them.
         @functools.wraps(original)
         def __init__(  # noqa: N807
             session: Any, path_or_bytes: Any, sess_options: Any = None, *args: Any, **kwargs: Any
         ) -> None:
-            wanted = self.active and not getattr(_here, "unpatched", False)
+            wanted = self.active and not getattr(here, "unpatched", False)
             if not wanted or not mentions_operators(path_or_bytes):
                 original(session, path_or_bytes, sess_options, *args, **kwargs)
                 return
@@ -138,6 +146,7 @@ class SessionPatch:
             original(session, path_or_bytes, options, *args, **kwargs)
             return_freed_memory()
 
+        setattr(__init__, _LOCAL, here)
         return __init__
 
     def _registered(self, options: Any) -> Any:
