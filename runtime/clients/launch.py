@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from onnxcomp.errors import RuntimeMissingError, UsageError
 from onnxcomp.ops import library_path
 
-__all__ = ["environment", "replace_process", "run_child"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Supervisor", "environment", "replace_process"]
 
 _START = Path(__file__).parent / "start"
 _VARIABLE = "ONNXCOMP_CLIENT"
@@ -27,6 +29,9 @@ _PASSED_ON = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "S
 _SI_KERNEL = 0x80
 
 _SIGNAL_CODE = 128
+
+# Seconds between looks at the child where its end is not told.
+_PATIENCE = 0.2
 
 
 def environment(
@@ -81,65 +86,64 @@ def replace_process(command: Sequence[str], variables: Mapping[str, str]) -> NoR
         raise _not_run(command[0], error) from error
 
 
-def run_child(command: Sequence[str], variables: Mapping[str, str], *, stdout: int = 1) -> int:
-    """Run the application as a child; signals that this process gets are passed on.
+class Supervisor:
+    """Runs the application as a child and passes on the signals that this process gets.
 
-    To be called from the main thread, before other threads are there: they would get the signals.
-
-    Args:
-        command: The program and its arguments.
-        variables: Its environment.
-        stdout: The file descriptor that is its stdout.
-
-    Returns:
-        Its exit code; 128 and the number of the signal where one ended it.
-
-    Raises:
-        UsageError: There is no such program, or it cannot be run.
+    Signals are held back inside its `with` block. It has to begin in the main thread, before
+    libraries are imported that start threads: those would get the signals instead.
     """
-    if not hasattr(signal, "sigwaitinfo"):
-        return _run_child_simply(command, variables, stdout)
-    awaited = {signal.SIGCHLD, *_numbers(_PASSED_ON)}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-    reaper = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        child = os.posix_spawnp(
-            command[0], list(command), dict(variables),
-            file_actions=[(os.POSIX_SPAWN_DUP2, stdout, 1)] if stdout != 1 else [],
-            setsigmask=before, setsigdef=_numbers(_RESET),
-        )  # fmt: skip
-        return _exit_code(_wait(child, awaited))
-    except OSError as error:
-        raise _not_run(command[0], error) from error
-    finally:
-        signal.signal(signal.SIGCHLD, reaper)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def __init__(self) -> None:
+        self._signals = {signal.SIGCHLD, *_numbers(_PASSED_ON)}
 
-def _wait(child: int, awaited: set[signal.Signals]) -> int:
-    """The status of the child when it has ended."""
-    while True:
-        seen = signal.sigwaitinfo(awaited)
-        if seen.si_signo == signal.SIGCHLD:
+    def __enter__(self) -> Self:
+        self._before = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        self._reaper = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGCHLD, self._reaper)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._before)
+
+    def run(self, command: Sequence[str], variables: Mapping[str, str], *, stdout: int = 1) -> int:
+        """Run the application.
+
+        Args:
+            command: The program and its arguments.
+            variables: Its environment.
+            stdout: The file descriptor that is its stdout.
+
+        Returns:
+            Its exit code; 128 and the number of the signal where one ended it.
+
+        Raises:
+            UsageError: There is no such program, or it cannot be run.
+        """
+        try:
+            child = os.posix_spawnp(
+                command[0], list(command), dict(variables),
+                file_actions=[(os.POSIX_SPAWN_DUP2, stdout, 1)] if stdout != 1 else [],
+                setsigmask=self._before, setsigdef=_numbers(_RESET),
+            )  # fmt: skip
+        except OSError as error:
+            raise _not_run(command[0], error) from error
+        try:
+            code = os.waitstatus_to_exitcode(self._status(child))
+        except BaseException:  # a signal that another thread got
+            os.kill(child, signal.SIGTERM)
+            raise
+        return code if code >= 0 else _SIGNAL_CODE - code
+
+    def _status(self, child: int) -> int:
+        """The status of the child when it has ended."""
+        while True:
+            # A thread that was there before may have got the signal of the child's end.
+            seen = signal.sigtimedwait(self._signals, _PATIENCE)
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return status
-        elif seen.si_code != _SI_KERNEL:
-            os.kill(child, seen.si_signo)
-
-
-def _exit_code(status: int) -> int:
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else _SIGNAL_CODE - code
-
-
-def _run_child_simply(command: Sequence[str], variables: Mapping[str, str], stdout: int) -> int:
-    """Where signals cannot be told apart: those of the terminal reach the child by themselves."""
-    try:
-        code = subprocess.run(list(command), env=dict(variables), stdout=stdout).returncode
-    except OSError as error:
-        raise _not_run(command[0], error) from error
-    return code if code >= 0 else _SIGNAL_CODE - code
+            if seen is not None and seen.si_signo != signal.SIGCHLD and seen.si_code != _SI_KERNEL:
+                os.kill(child, seen.si_signo)
 
 
 def _numbers(names: Sequence[str]) -> list[signal.Signals]:

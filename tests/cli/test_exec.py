@@ -1,14 +1,12 @@
 """`onnxcomp exec`: applications whose sessions know the operators, in processes of their own."""
 
-import dataclasses
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -16,6 +14,8 @@ import pytest
 from onnxcomp.errors import RuntimeMissingError
 from onnxcomp.ops import library_path
 from onnxcomp.runtime.clients import launch, patching
+
+Write = Callable[[str], Any]
 
 OPEN = """
     import sys
@@ -29,37 +29,6 @@ OPEN = """
     else:
         print("opened")
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Application:
-    """A script, and how to start it below a command of ours."""
-
-    path: Path
-    folder: Path
-
-    def __call__(
-        self, *words: object, python: str = sys.executable, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Run it with `onnxcomp exec`."""
-        return subprocess.run(
-            [sys.executable, "-m", "onnxcomp", "exec", "--", python, self.path, *map(str, words)],
-            env=self.environment(**variables), cwd=self.folder, capture_output=True, text=True,
-        )  # fmt: skip
-
-    def environment(self, **variables: str) -> dict[str, str]:
-        paths = [variables.pop("PYTHONPATH", ""), *sys.path]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
-
-
-@pytest.fixture
-def application(tmp_path: Path) -> Callable[[str], Application]:
-    def write(program: str) -> Application:
-        path = tmp_path / "application.py"
-        path.write_text(textwrap.dedent(program))
-        return Application(path, tmp_path)
-
-    return write
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +49,7 @@ def bare(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sessions_of_an_application_know_the_operators(
-    application: Callable[[str], Application], bare: Path, small_model: Path
+    application: Write, bare: Path, small_model: Path
 ) -> None:
     run = application(OPEN)
     answer = run(bare)
@@ -93,7 +62,7 @@ def test_sessions_of_an_application_know_the_operators(
 
 
 def test_nothing_of_onnxcomp_or_onnx_runtime_is_imported_for_it(
-    application: Callable[[str], Application], bare: Path
+    application: Write, bare: Path
 ) -> None:
     run = application("""
         import sys
@@ -108,7 +77,7 @@ def test_nothing_of_onnxcomp_or_onnx_runtime_is_imported_for_it(
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "shell"])
 def test_children_of_an_application_know_them_too(
-    method: str, application: Callable[[str], Application], bare: Path
+    method: str, application: Write, bare: Path
 ) -> None:
     run = application(f"""
         import multiprocessing, subprocess, sys
@@ -134,9 +103,7 @@ def test_children_of_an_application_know_them_too(
     assert answer.returncode == 0, answer.stderr
 
 
-def test_the_user_s_own_sitecustomize_runs(
-    application: Callable[[str], Application], bare: Path, tmp_path: Path
-) -> None:
+def test_the_user_s_own_sitecustomize_runs(application: Write, bare: Path, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     own = tmp_path / "own" / "sitecustomize.py"
     own.write_text("import builtins\nbuiltins.mine = __file__\n")
@@ -150,7 +117,7 @@ def test_the_user_s_own_sitecustomize_runs(
     assert "NameError" in answer.stderr  # the application's, which misses `mine`
 
 
-def test_nested_commands_are_one(application: Callable[[str], Application], bare: Path) -> None:
+def test_nested_commands_are_one(application: Write, bare: Path) -> None:
     run = application(OPEN)
     words = [sys.executable, "-m", "onnxcomp", "exec"]
     answer = subprocess.run(
@@ -160,9 +127,7 @@ def test_nested_commands_are_one(application: Callable[[str], Application], bare
     assert (answer.stdout, answer.stderr) == ("opened\n", "")
 
 
-def test_an_application_with_onnxcomp_chooses_for_itself(
-    application: Callable[[str], Application], bare: Path
-) -> None:
+def test_an_application_with_onnxcomp_chooses_for_itself(application: Write, bare: Path) -> None:
     run = application("""
         import sys
         import onnxcomp, onnxruntime
@@ -183,7 +148,7 @@ def test_an_application_with_onnxcomp_chooses_for_itself(
 
 
 def test_a_library_that_does_not_load_is_warned_of_once(
-    application: Callable[[str], Application], small_model: Path, tmp_path: Path
+    application: Write, small_model: Path, tmp_path: Path
 ) -> None:
     import onnxcomp
 
@@ -198,9 +163,7 @@ def test_a_library_that_does_not_load_is_warned_of_once(
     assert "run by their own definitions" in answer.stderr
 
 
-def test_a_missing_library_is_an_error_before_the_start(
-    application: Callable[[str], Application], tmp_path: Path
-) -> None:
+def test_a_missing_library_is_an_error_before_the_start(application: Write, tmp_path: Path) -> None:
     run = application("print('started')")
     answer = run(ONNXCOMP_OPS_LIBRARY=str(tmp_path / "absent.so"))
     assert (answer.returncode, answer.stdout) == (6, "")
@@ -208,7 +171,7 @@ def test_a_missing_library_is_an_error_before_the_start(
 
 
 def test_an_environment_without_our_files_goes_on(
-    application: Callable[[str], Application], bare: Path, tmp_path: Path
+    application: Write, bare: Path, tmp_path: Path
 ) -> None:
     """Another machine's path, or an onnxcomp that was removed while the application runs."""
     shutil.copytree(Path(launch.__file__).parent / "start", tmp_path / "clients" / "start")
@@ -223,16 +186,12 @@ def test_an_environment_without_our_files_goes_on(
 
 
 @pytest.mark.parametrize("code", [0, 3, 255])
-def test_the_exit_code_is_the_application_s(
-    code: int, application: Callable[[str], Application], bare: Path
-) -> None:
+def test_the_exit_code_is_the_application_s(code: int, application: Write, bare: Path) -> None:
     assert application(f"raise SystemExit({code})")().returncode == code
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE])
-def test_signals_reach_the_application(
-    number: int, application: Callable[[str], Application], bare: Path
-) -> None:
+def test_signals_reach_the_application(number: int, application: Write, bare: Path) -> None:
     """The application is the process: what is sent to one is sent to the other."""
     run = application("""
         import signal, sys, time
@@ -257,9 +216,7 @@ def test_signals_reach_the_application(
     assert (process.returncode, out) == (7, f"seen {number}\n")
 
 
-def test_programs_do_not_inherit_what_python_ignores(
-    application: Callable[[str], Application], bare: Path
-) -> None:
+def test_programs_do_not_inherit_what_python_ignores(application: Write, bare: Path) -> None:
     run = application("")
     command = [sys.executable, "-m", "onnxcomp", "exec", "--"]
     shell = ["sh", "-c", "grep SigIgn /proc/$$/status"]
@@ -271,7 +228,7 @@ def test_programs_do_not_inherit_what_python_ignores(
 
 
 def test_options_after_the_command_are_the_command_s(
-    onnxcomp: Callable[..., object], monkeypatch: pytest.MonkeyPatch, bare: Path
+    onnxcomp: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, bare: Path
 ) -> None:
     started: list[tuple[str, ...]] = []
     monkeypatch.setattr(launch, "replace_process", lambda words, _: started.append(words))
@@ -289,7 +246,7 @@ def test_options_after_the_command_are_the_command_s(
     ],
 )
 def test_what_cannot_run_is_said(
-    words: tuple[str, ...], said: str, onnxcomp: Callable[..., object], bare: Path
+    words: tuple[str, ...], said: str, onnxcomp: Callable[..., Any], bare: Path
 ) -> None:
     before = signal.getsignal(signal.SIGPIPE)
     try:
