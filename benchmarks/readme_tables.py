@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/numbers.md, from ``benchmarks/results``.
+"""The tables of README.md, docs/numbers.md and docs/clients.md, from ``benchmarks/results``.
 
 python benchmarks/readme_tables.py            prints them
 python benchmarks/readme_tables.py --write    puts them into the pages
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from client_tables import clients
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from speed_tables import headline_products, products, shared_products
@@ -322,7 +323,12 @@ ALL: Sections = {
     "Presets": presets,
     "Structured pruning": pruning,
 }
-PAGES: Mapping[Path, Sections] = {ROOT / "README.md": HEADLINES, ROOT / "docs" / "numbers.md": ALL}
+CLIENTS: Sections = {"Their answers": clients}
+PAGES: Mapping[Path, Sections] = {
+    ROOT / "README.md": HEADLINES,
+    ROOT / "docs" / "numbers.md": ALL,
+    ROOT / "docs" / "clients.md": CLIENTS,
+}
 
 
 def tables(sections: Sections) -> str:

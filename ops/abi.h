@@ -246,7 +246,7 @@ class Api {
     return At<F>(272)(attribute, kind, out, bytes, needed);
   }
 
- private:
+ protected:
   template <class Signature>
   struct Pointer;
   template <class R, class... Args>
@@ -261,6 +261,7 @@ class Api {
     return reinterpret_cast<typename Pointer<Signature>::Type>(slots[slot]);
   }
 
+ private:
   const OrtApi* table_;
 };
 

@@ -1,5 +1,6 @@
 """`onnxcomp exec`: applications whose sessions know the operators, in processes of their own."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -59,6 +60,36 @@ def test_sessions_of_an_application_know_the_operators(
         [sys.executable, run.path, bare], env=run.environment(), capture_output=True, text=True
     )
     assert alone.stdout == "refused\n"
+
+
+def test_environments_with_other_runtimes_and_without_onnxcomp_are_served(
+    bare: Path, tmp_path: Path
+) -> None:
+    pythons = os.environ.get("ONNXCOMP_ORT_PYTHONS", "")
+    if not pythons:
+        pytest.skip("ONNXCOMP_ORT_PYTHONS names no interpreters with other ONNX Runtime releases")
+    program = """
+import sys
+import numpy as np
+import onnxruntime
+try:
+    import onnxcomp
+except ImportError:
+    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+    print(session.run(None, {"ids": np.zeros((1, 3), np.int64)})[0].shape)
+"""
+    paths = list(filter(None, sys.path))
+    start = f"import sys; sys.path[:0] = {paths!r}; from onnxcomp.cli import main; main()"
+    variables = {**os.environ, "PYTHONPATH": ""}
+    for number, python in enumerate(pythons.split(":")):
+        output = tmp_path / f"{number}.npz"
+        for by in (("exec",), ("record", "-o", output)):
+            command = [sys.executable, "-c", start, *map(str, by), "--", python, "-c", program]
+            done = subprocess.run(
+                [*command, bare], env=variables, capture_output=True, text=True, check=False
+            )
+            assert done.stdout == "(1, 3, 64)\n", done.stderr
+        assert output.is_file()
 
 
 def test_nothing_of_onnxcomp_or_onnx_runtime_is_imported_for_it(
