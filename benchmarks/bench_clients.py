@@ -219,15 +219,15 @@ def judged(result: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     return {**row, "same": same(result["answers"], dense["answers"])}
 
 
-def bench(client: Client, folder: Path) -> dict[str, Any]:
-    """Everything about one client."""
+def bench(client: Client, folder: Path, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Everything about one client: its row again and again, each time with one setting more."""
     environment = Environment(client, folder)
     work = environment.folder / "compressed"
     work.mkdir(exist_ok=True)
     dense = environment.run("test")
     if "failed" in dense:
         raise SystemExit(f"{client.name} does not run as it is: {dense['failed']}")
-    calibration = recorded(environment, work)
+    calibration = recorded(environment, work) if any(SETTINGS[name][1] for name in settings) else {}
     row: dict[str, Any] = {
         "client": client.name,
         "versions": environment.versions,
@@ -237,7 +237,8 @@ def bench(client: Client, folder: Path) -> dict[str, Any]:
         "dense": judged(dense, dense),
         "settings": {},
     }
-    for name, (options, with_data) in SETTINGS.items():
+    for name in settings:
+        options, with_data = SETTINGS[name]
         files, made = {}, []
         for model in environment.models:
             output = work / f"{name.replace(' ', '_').replace(',', '')}-{model.name}"
@@ -254,11 +255,10 @@ def bench(client: Client, folder: Path) -> dict[str, Any]:
             "library": judged(library, dense),
             "portable": judged(portable, dense),
         }
-        show([row], [name])
-    return row
+        yield row
 
 
-def show(rows: Sequence[dict[str, Any]], settings: Sequence[str] = tuple(SETTINGS)) -> None:
+def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
     columns = (
         "client", "setting", "form", "models", "same answers", "right", "load", "memory to load",
@@ -271,7 +271,7 @@ def show(rows: Sequence[dict[str, Any]], settings: Sequence[str] = tuple(SETTING
             entry.get("bytes_before", 0) for entry in next(iter(made.values()))["compiled"]
         )
         cells.append((row["client"], "dense", "-", f"{before / 1e6:.2f} MB", *texts(row["dense"])))
-        for name in settings:
+        for name in SETTINGS:
             if name in made:
                 size = sum(entry.get("bytes", 0) for entry in made[name]["compiled"])
                 for form in ("library", "portable"):
@@ -298,6 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--environments", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[c.name for c in LIST])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     options = parser.parse_args()
     folder = options.environments.resolve()
     if folder.is_relative_to(ROOT):
@@ -311,10 +312,11 @@ def main() -> None:
         if client.data and not os.environ.get("ONNXCOMP_DATA"):
             print(f"{client.name}: skipped, ONNXCOMP_DATA names no folder", file=sys.stderr)
             continue
-        rows[client.name] = bench(client, folder)
-        ordered = [rows[each.name] for each in LIST if each.name in rows]
-        write_results("clients", {"rows": ordered})
-    show(list(rows.values()))
+        for row in bench(client, folder, options.settings):
+            rows[client.name] = row
+            ordered = [rows[each.name] for each in LIST if each.name in rows]
+            write_results("clients", {"rows": ordered})
+        show([rows[client.name]])
 
 
 if __name__ == "__main__":

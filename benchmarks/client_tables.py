@@ -31,7 +31,7 @@ def _rows(client: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     what = f"{client['count']} {client['answers']}"
     before = sum(entry.get("bytes_before", 0) for entry in first)
     yield (f"{name}: {what}", "dense", "", f"{before / 1e6:.2f} MB", *_cells(client["dense"]))
-    for setting, results in settings.items():
+    for setting, results in sorted(settings.items()):
         size = sum(entry.get("bytes", 0) for entry in results["compiled"])
         for form in ("library", "portable"):
             yield ("", setting, form, f"{size / 1e6:.2f} MB", *_cells(results[form]))
