@@ -67,7 +67,7 @@ LIST = (
         "rapidocr-onnxruntime", "run_rapidocr.py", "words read",
         ("rapidocr_onnxruntime/models/*.onnx",),
     ),
-    Client("ddddocr", "run_ddddocr.py", "captchas read", ("ddddocr/common_old.onnx",)),
+    Client("ddddocr", "run_ddddocr.py", "captchas read", ("ddddocr/common.onnx",)),
     Client(
         "nudenet", "run_nudenet.py", "boxes found again", ("nudenet/320n.onnx",), ("pillow",), True
     ),

@@ -54,7 +54,7 @@ def command(
     """Run CMD and keep what its Python processes feed their ONNX Runtime sessions.
 
     CMD's environment needs ONNX Runtime, not onnxcomp. However CMD ends, what was seen until then
-    is written. The exit code is that of CMD. Inputs may be private: so is the file.
+    is written. The exit code is that of CMD. The file holds inputs as they are, private ones too.
     """
     from onnxcomp.runtime.clients.launch import Supervisor, environment
 

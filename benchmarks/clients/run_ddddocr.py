@@ -40,7 +40,7 @@ def captchas(part: str, count: int) -> list[tuple[bytes, str]]:
 def load() -> Any:
     import ddddocr
 
-    return ddddocr.DdddOcr(show_ad=False)
+    return ddddocr.DdddOcr(show_ad=False, beta=True)
 
 
 def work(engine: Any, part: str) -> dict[str, Any]:

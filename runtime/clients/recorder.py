@@ -274,6 +274,8 @@ class Recorder:
             path, content = session._model_path, session._model_bytes
             name = os.path.abspath(path) if path else hashlib.sha256(content or b"").hexdigest()
             if name not in self._models:
+                if not os.path.isdir(self._spool):  # the application has outlived its parent
+                    raise FileNotFoundError(f"{self._spool} is gone")
                 inputs = [{"name": i.name, "rank": len(i.shape)} for i in session.get_inputs()]
                 facts = {"model": name, "path": bool(path), "inputs": inputs}
                 folder = os.path.join(self._folder, f"{len(self._models):03}")

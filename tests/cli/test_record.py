@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,35 @@ def test_a_recording_that_cannot_be_stored_ends_with_a_warning(
     answer = run(small_model, by=("record", "-o", "calib.npz"))
     assert answer.stdout == "done\n"
     assert answer.stderr.count("warning: recording has ended") == 1
+
+
+def test_a_process_that_outlives_the_command_leaves_nothing_behind(
+    application: Write, small_model: Path, tmp_path: Path
+) -> None:
+    run = application("""
+        import os, subprocess, sys, time
+        import numpy as np
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(sys.argv[1])
+        if sys.argv[2:]:
+            while not os.path.exists("calib.npz"):
+                time.sleep(0.05)
+            time.sleep(0.3)
+            open("late", "w").close()
+        session.run(None, {"ids": np.zeros((1, 1), np.int64)})
+        if not sys.argv[2:]:
+            silent = {"stdout": subprocess.DEVNULL, "stderr": open("said", "w")}
+            subprocess.Popen([sys.executable, *sys.argv, "child"], **silent)
+        else:
+            open("done", "w").close()
+    """)
+    assert run(small_model, by=("record", "-o", "calib.npz")).returncode == 0
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "done").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert names(tmp_path) == ["calib.npz", "done", "late", "said"]
+    assert "recording has ended: FileNotFoundError" in (tmp_path / "said").read_text()
 
 
 @pytest.mark.parametrize(
