@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from client_tables import clients
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from size_loss_picture import PICTURE, draw
@@ -345,6 +346,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "README.md": {"": headlines},
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "numbers.md": ALL,
+    ROOT / "docs" / "clients.md": {"Their answers": clients},
 }
 
 

@@ -34,6 +34,8 @@ COMMANDS = {
     "bench": "Measure load time, latency and memory.",
     "expand": "Turn a compressed model back into plain dense ONNX.",
     "package": "Bundle a model: a plain folder, for Triton, or for onnxruntime-genai.",
+    "exec": "Run an application whose ONNX Runtime sessions know the operators.",
+    "record": "Run an application and keep what it feeds its sessions, for --data.",
     "ops": "Find the operator library for ONNX Runtime.",
     "doctor": "Check this machine and its packages, and whether a model runs here.",
     "codecs": "List the ways to store a weight, with their parameters.",

@@ -25,7 +25,7 @@ CUDA_OPERATORS = frozenset(
 )
 
 _VARIABLE = "ONNXCOMP_OPS_LIBRARY"
-# Session configuration entry of options that have the library. ONNX Runtime ignores its name.
+# Session configuration entry that the library leaves in options that have it (registry.cc).
 _MARK = "onnxcomp.library_registered"
 _FILE = "libonnxcomp_ops.so"
 
@@ -97,7 +97,6 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
             f"ONNX Runtime cannot load {path}: {error}",
             hint="onnxcomp needs ONNX Runtime 1.18 or newer on the platform it was built for",
         ) from error
-    session_options.add_session_config_entry(_MARK, "1")
 
 
 def _is_registered(session_options: onnxruntime.SessionOptions) -> bool:

@@ -119,6 +119,15 @@ class Api {
   OrtStatus* AddCustomOpDomain(OrtSessionOptions* options, OrtCustomOpDomain* domain) const {
     return At<OrtStatus*(OrtSessionOptions*, OrtCustomOpDomain*)>(28)(options, domain);
   }
+  OrtStatus* AddSessionConfigEntry(OrtSessionOptions* options, const char* key,
+                                   const char* value) const {
+    using F = OrtStatus*(OrtSessionOptions*, const char*, const char*);
+    return At<F>(130)(options, key, value);
+  }
+  OrtStatus* HasSessionConfigEntry(const OrtSessionOptions* options, const char* key,
+                                   int* out) const {
+    return At<OrtStatus*(const OrtSessionOptions*, const char*, int*)>(237)(options, key, out);
+  }
 
   OrtStatus* GetTensorMutableData(OrtValue* value, void** out) const {
     return At<OrtStatus*(OrtValue*, void**)>(51)(value, out);
@@ -237,7 +246,7 @@ class Api {
     return At<F>(272)(attribute, kind, out, bytes, needed);
   }
 
- private:
+ protected:
   template <class Signature>
   struct Pointer;
   template <class R, class... Args>
@@ -252,6 +261,7 @@ class Api {
     return reinterpret_cast<typename Pointer<Signature>::Type>(slots[slot]);
   }
 
+ private:
   const OrtApi* table_;
 };
 

@@ -1,4 +1,4 @@
-// RegisterCustomOps: the one exported symbol, and the table of operators behind it.
+// RegisterCustomOps, by which most programs load the library, and the table of operators behind it.
 
 #include "common/custom_op.h"
 
@@ -111,12 +111,30 @@ OrtCustomOpDomain* BuildDomain(const Api& api, Domain& domain) {
   return handle;
 }
 
-// Lives as long as the process (the library is never unloaded), because sessions refer to it.
+}  // namespace
+
 OrtCustomOpDomain* DomainOf(const Api& api) {
   static std::mutex& mutex = *new std::mutex;
   static auto& domains = *new std::map<const OrtApi*, Domain>;
   const std::lock_guard<std::mutex> lock(mutex);
   return BuildDomain(api, domains[api.table()]);
+}
+
+namespace {
+
+// Session configuration entry of options that have the operators. The runtime ignores its name.
+constexpr const char* kMark = "onnxcomp.library_registered";
+
+// The runtime refuses a domain given twice, and several parts of a program may each see to it that
+// the operators are known: the second time changes nothing.
+void RegisterOnce(const Api& api, OrtSessionOptions* options) {
+  for (const char* mark : {kMark, kPluginMark}) {
+    int registered = 0;
+    Check(api, api.HasSessionConfigEntry(options, mark, &registered));
+    if (registered != 0) return;
+  }
+  Check(api, api.AddCustomOpDomain(options, DomainOf(api)));
+  Check(api, api.AddSessionConfigEntry(options, kMark, "1"));
 }
 
 }  // namespace
@@ -130,7 +148,5 @@ extern "C" ONNXCOMP_EXPORT OrtStatus* ONNXCOMP_ABI RegisterCustomOps(OrtSessionO
     const onnxcomp::Api oldest(base->GetApi(1));
     return oldest.CreateStatus(onnxcomp::kFail, "onnxcomp needs ONNX Runtime 1.18 or newer");
   }
-  return onnxcomp::Guard(api, "onnxcomp", [&] {
-    onnxcomp::Check(api, api.AddCustomOpDomain(options, onnxcomp::DomainOf(api)));
-  });
+  return onnxcomp::Guard(api, "onnxcomp", [&] { onnxcomp::RegisterOnce(api, options); });
 }

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.errors import ModelError
-from onnxcomp.runtime.session import InferenceSession
+from onnxcomp.runtime.session import open_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -127,7 +127,7 @@ def iterate_model(
         RuntimeMissingError: ONNX Runtime or the library is missing.
         ModelError: ONNX Runtime cannot load or run the model.
     """
-    session = InferenceSession(model, library=library, threads=threads)
+    session = open_session(model, library=None if library else False, threads=threads)
     for feed in feeds:
         yield run_session(session, feed)
 

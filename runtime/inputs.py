@@ -269,13 +269,13 @@ def synthesize_inputs(
         ModelError: The model cannot be read or loaded.
     """
     from onnxcomp.runtime.evaluate import run_session
-    from onnxcomp.runtime.session import InferenceSession
+    from onnxcomp.runtime.session import open_session
 
     specs, known = _fixed(read_signature(model), shapes or {})
     attempts = _attempts(specs, known, seed, samples)
     if not _needs_trial(specs):
         return next(attempts)
-    session = session or InferenceSession(model, library=False)
+    session = session or open_session(model, library=False)
     refusals: list[ModelError] = []
     for feeds in attempts:
         try:

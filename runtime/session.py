@@ -1,8 +1,7 @@
-"""Sessions of ONNX Runtime with the operator library registered."""
+"""Sessions of ONNX Runtime, with the operator library registered and without."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.errors import ModelError, RuntimeMissingError
 from onnxcomp.ops import library_path as get_library_path
 from onnxcomp.ops import register
+from onnxcomp.runtime.clients.patching import return_freed_memory, unpatched
 from onnxcomp.runtime.structure import DOMAIN, custom_operators
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FOLDED",
-    "InferenceSession",
+    "explained",
     "get_library_path",
     "import_runtime",
     "needs_library",
@@ -50,8 +50,8 @@ def import_runtime() -> Any:
     return onnxruntime
 
 
-def needs_library(model: PathLike) -> bool:
-    """Whether the model calls operators that the library has kernels for.
+def needs_library(model: PathLike | bytes) -> bool:
+    """Whether the model, a path or bytes, calls operators that the library has kernels for.
 
     Raises:
         ModelError: The file is missing or is not an ONNX model.
@@ -59,20 +59,21 @@ def needs_library(model: PathLike) -> bool:
     return any(not name.endswith(FOLDED) for name in custom_operators(model))
 
 
-def InferenceSession(  # noqa: N802 - named after the class it makes
-    path: PathLike,
+def open_session(
+    path: PathLike | bytes,
     *,
-    library: bool = True,
+    library: bool | None = None,
     threads: int | None = None,
     providers: Sequence[Any] | None = None,
     session_options: onnxruntime.SessionOptions | None = None,
 ) -> onnxruntime.InferenceSession:
-    """An ordinary `onnxruntime.InferenceSession` that knows the operators of com.onnxcomp.
+    """A session for the compiler itself: quiet, and on the CPU unless told otherwise.
 
     Args:
-        path: The model, compressed or not.
-        library: Whether the operator library is registered when the model needs it. Without it
-            ONNX Runtime falls back to the operators' standard definitions inside the file.
+        path: The model, compressed or not, or its bytes.
+        library: Whether the operator library is registered; None for where the model needs it.
+            Without it ONNX Runtime falls back to the operators' standard definitions inside the
+            file.
         threads: Threads of one operator; None for ONNX Runtime's choice.
         providers: Execution providers; None for the CPU.
         session_options: Options to start from. The library and `threads` are added to them.
@@ -81,25 +82,9 @@ def InferenceSession(  # noqa: N802 - named after the class it makes
         RuntimeMissingError: ONNX Runtime or the needed operator library is missing.
         ModelError: The file is missing, or ONNX Runtime cannot load it.
     """
-    return open_session(
-        path,
-        library=library and needs_library(path),
-        threads=threads,
-        providers=providers,
-        session_options=session_options,
-    )
-
-
-def open_session(
-    path: PathLike | bytes,
-    *,
-    library: bool,
-    threads: int | None = None,
-    providers: Sequence[Any] | None = None,
-    session_options: onnxruntime.SessionOptions | None = None,
-) -> onnxruntime.InferenceSession:
-    """`InferenceSession` for callers who know whether the model needs the library."""
     runtime = import_runtime()
+    if library is None:
+        library = needs_library(path)
     options = session_options
     if options is None:
         options = runtime.SessionOptions()
@@ -109,19 +94,20 @@ def open_session(
     if library:
         register(options)
     try:
-        session = runtime.InferenceSession(
-            path if isinstance(path, bytes) else os.fspath(path),
-            options,
-            providers=list(providers or ["CPUExecutionProvider"]),
-        )
+        with unpatched(runtime.InferenceSession):
+            session = runtime.InferenceSession(
+                path if isinstance(path, bytes) else os.fspath(path),
+                options,
+                providers=list(providers or ["CPUExecutionProvider"]),
+            )
     except Exception as error:  # the classes differ between versions and share no base
-        what = "the model" if isinstance(path, bytes) else path
-        raise _explained(what, error) from error
-    _return_freed_memory()
+        raise explained(path, error) from error
+    return_freed_memory()
     return session
 
 
-def _explained(path: PathLike, error: Exception) -> ModelError:
+def explained(model: PathLike | bytes, error: Exception) -> ModelError:
+    """What ONNX Runtime raised as an error of ours; `except` clauses for either kind catch it."""
     text = str(error)
     hint = "onnxcomp inspect shows what is in the file; export it again if it is damaged"
     if "is not a registered" in text and DOMAIN not in text:
@@ -129,15 +115,9 @@ def _explained(path: PathLike, error: Exception) -> ModelError:
     elif DOMAIN in text:
         hint = f"the model calls operators of {DOMAIN} that it has no definition of"
     line = " ".join(text.split())
-    return ModelError(f"ONNX Runtime cannot load {os.fspath(path)}: {line}", hint=hint)
-
-
-def _return_freed_memory() -> None:
-    """Give memory that folding has freed back to the system.
-
-    The C library keeps freed blocks up to 32 MB: 0.85 GB after loading the portable form of 200
-    weights of 384x384 (118 MB dense). Only glibc has this call.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
+    name = f"{len(model)} bytes" if isinstance(model, bytes) else os.fspath(model)
+    kind: Any = ModelError
+    if type(error).__module__.startswith("onnxruntime"):
+        kind = type(ModelError.__name__, (ModelError, type(error)), {"__module__": __name__})
+    result: ModelError = kind(f"ONNX Runtime cannot load {name}: {line}", hint=hint)
+    return result

@@ -44,12 +44,14 @@ class InputSpec:
         dtype: Element type; object for text.
         dims: Sizes; a name or None where the size is free.
         bound: Indices must be below it, where the input is used as an index; else None.
+        ranked: Whether the model says how many axes it has; `dims` is a guess where it does not.
     """
 
     name: str
     dtype: np.dtype[Any]
     dims: tuple[Dim, ...]
     bound: int | None = None
+    ranked: bool = True
 
     @property
     def text(self) -> str:
@@ -81,6 +83,8 @@ def read_signature(model: PathLike) -> tuple[InputSpec, ...]:
 
 def fits(spec: InputSpec, shape: Sequence[int]) -> bool:
     """Whether an input may have this shape."""
+    if not spec.ranked:
+        return True
     return len(shape) == len(spec.dims) and all(
         size == dim if isinstance(dim, int) else size >= 0
         for size, dim in zip(shape, spec.dims, strict=True)
@@ -107,7 +111,7 @@ def _spec(value: onnx.ValueInfoProto, bound: int | None) -> InputSpec:
     else:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     if not tensor.HasField("shape"):
-        return InputSpec(value.name, dtype, (None, None), bound)
+        return InputSpec(value.name, dtype, (None, None), bound, ranked=False)
     dims = tuple(
         dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else dim.dim_param or None
         for dim in tensor.shape.dim

@@ -5,6 +5,9 @@ An .npz holds arrays by input name; a folder holds .npz files, taken in the orde
 many axes as its input is one sample. An array with one axis more holds one sample for each entry of
 its first axis. Samples of several arrays go together one by one; an array of a single sample goes
 with all of them.
+
+Samples of different shapes are sets in one .npz: ``onnxcomp.sets`` holds their number, and set 0 is
+the arrays ``0/NAME``, each with one axis more for its samples. `onnxcomp record` writes such files.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ import numpy.typing as npt
 from onnxcomp.errors import UsageError
 from onnxcomp.runtime.signature import InputSpec, expected, fits, read_signature
 
-__all__ = ["Data", "load_inputs"]
+__all__ = ["SETS", "Data", "load_inputs"]
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
 PathLike = str | os.PathLike[str]
+
+# Name of the array that says how many sets of arrays a file holds.
+SETS = "onnxcomp.sets"
 
 # Files as `--data` names them, or arrays: one sample or many.
 Data = PathLike | Mapping[str, Array] | Sequence[PathLike | Mapping[str, Array]]
@@ -46,7 +52,11 @@ def load_inputs(data: Data, model: PathLike) -> list[Feed]:
     specs = read_signature(model)
     feeds: list[Feed] = []
     for source, arrays in _sources(data, specs[0].name if len(specs) == 1 else None):
-        feeds += _samples(source, arrays, specs)
+        if SETS in arrays and SETS not in {spec.name for spec in specs}:
+            for name, part in _sets(source, arrays):
+                feeds += _samples(name, part, specs, stacked=True)
+        else:
+            feeds += _samples(source, arrays, specs)
     if not feeds:
         raise UsageError(f"there are no inputs in {data!r}", hint=expected(specs))
     return feeds
@@ -109,17 +119,33 @@ def _read(path: Path) -> Any:
         ) from error
 
 
+def _sets(source: str, arrays: Mapping[str, Array]) -> Iterator[tuple[str, Mapping[str, Array]]]:
+    """The sets of arrays of one file, with words to name them in errors."""
+    if arrays[SETS].shape != () or arrays[SETS].dtype.kind not in "iu":
+        raise UsageError(f"{source}: {SETS} is no number")
+    for number in range(int(arrays[SETS])):
+        mark = f"{number}/"
+        part = {name[len(mark) :]: a for name, a in arrays.items() if name.startswith(mark)}
+        yield f"{source}, set {number}", part
+
+
 def _samples(
-    source: str, arrays: Mapping[str, Array], specs: Sequence[InputSpec]
+    source: str,
+    arrays: Mapping[str, Array],
+    specs: Sequence[InputSpec],
+    *,
+    stacked: bool = False,
 ) -> Iterator[Feed]:
-    """The samples of one set of arrays."""
+    """The samples of one set of arrays; `stacked` ones have an axis for samples in any case."""
     wanted = {spec.name for spec in specs}
     unknown, missing = sorted(set(arrays) - wanted), sorted(wanted - set(arrays))
     if unknown:
         raise UsageError(f"{source}: the model has no input {unknown[0]!r}", hint=expected(specs))
     if missing:
         raise UsageError(f"{source}: input {missing[0]!r} is missing", hint=expected(specs))
-    stacks = {spec.name: _stack(source, np.asarray(arrays[spec.name]), spec) for spec in specs}
+    stacks = {
+        spec.name: _stack(source, np.asarray(arrays[spec.name]), spec, stacked) for spec in specs
+    }
     counts = {name: len(stack) for name, stack in stacks.items() if len(stack) != 1}
     if len(set(counts.values())) > 1:
         raise UsageError(f"{source}: inputs have different numbers of samples: {counts}")
@@ -143,9 +169,9 @@ def _refuse_empty(source: str, sample: Feed, specs: Sequence[InputSpec]) -> None
         )
 
 
-def _stack(source: str, array: Array, spec: InputSpec) -> Sequence[Array]:
+def _stack(source: str, array: Array, spec: InputSpec, stacked: bool) -> Sequence[Array]:
     """The samples of one array, of the input's type."""
-    if fits(spec, array.shape):
+    if not stacked and fits(spec, array.shape):
         samples: Sequence[Array] = [array]
     elif array.ndim and fits(spec, array.shape[1:]):
         samples = list(array)
@@ -160,7 +186,7 @@ def _stack(source: str, array: Array, spec: InputSpec) -> Sequence[Array]:
 def _converted(source: str, array: Array, spec: InputSpec) -> Array:
     """The array in the input's type, if that changes no more than a rounding."""
     if array.dtype == spec.dtype:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")  # np.ascontiguousarray would give scalars an axis
     if spec.dtype.kind == "O" and array.dtype.kind in "US":
         return array.astype(object)
     integers = array.dtype.kind in "iu" and spec.dtype.kind in "iu"
@@ -172,5 +198,5 @@ def _converted(source: str, array: Array, spec: InputSpec) -> Array:
     # Types of ml_dtypes (bfloat16) have the kind V.
     floats = array.dtype.kind == "f" and spec.dtype.kind in "fV"
     if floats or (integers and fitting):
-        return np.ascontiguousarray(array.astype(spec.dtype))
+        return np.asarray(array, spec.dtype, order="C")
     raise UsageError(f"{source}: input {spec.name!r} is {spec.text}, not {array.dtype.name}")

@@ -31,8 +31,8 @@ PathLike = str | os.PathLike[str]
 _NO_MODEL = "download or export the file again; .ort and .tflite files are not supported"
 
 
-def read_structure(model: PathLike) -> onnx.ModelProto:
-    """The model as a message, external data left on disk.
+def read_structure(model: PathLike | bytes) -> onnx.ModelProto:
+    """The model, a path or bytes, as a message; external data is left on disk.
 
     Raises:
         ModelError: The file is missing or is not an ONNX model.
@@ -40,18 +40,23 @@ def read_structure(model: PathLike) -> onnx.ModelProto:
     import onnx
 
     try:
-        proto = onnx.load(os.fspath(model), load_external_data=False)
+        if isinstance(model, bytes):
+            proto = onnx.load_model_from_string(model)
+        else:
+            proto = onnx.load(os.fspath(model), load_external_data=False)
     except Exception as error:  # of the file system or of protobuf, whose classes have no types
         raise _unreadable(model, error) from error
     if not proto.graph.node and not proto.graph.output:
-        raise ModelError(
-            f"{os.fspath(model)} is not an ONNX model: it has no graph", hint=_NO_MODEL
-        )
+        raise ModelError(f"{_name(model)} is not an ONNX model: it has no graph", hint=_NO_MODEL)
     return proto
 
 
-def _unreadable(model: PathLike, error: Exception) -> ModelError:
-    path = os.fspath(model)
+def _name(model: PathLike | bytes) -> str:
+    return f"{len(model)} bytes" if isinstance(model, bytes) else os.fspath(model)
+
+
+def _unreadable(model: PathLike | bytes, error: Exception) -> ModelError:
+    path = _name(model)
     if isinstance(error, OSError):
         return ModelError(f"cannot read {path}: {error.strerror or error}", hint="check the path")
     return ModelError(f"{path}: not an ONNX file, or truncated ({error})", hint=_NO_MODEL)
@@ -67,7 +72,7 @@ def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from nested_nodes(graph.node)
 
 
-def custom_operators(model: PathLike) -> dict[str, int]:
+def custom_operators(model: PathLike | bytes) -> dict[str, int]:
     """How often the model calls each operator of com.onnxcomp, by name.
 
     Calls inside the operators' own bodies do not count. Files without the domain's name in them
@@ -79,9 +84,9 @@ def custom_operators(model: PathLike) -> dict[str, int]:
     return counts
 
 
-def custom_nodes(model: PathLike) -> list[onnx.NodeProto]:
+def custom_nodes(model: PathLike | bytes) -> list[onnx.NodeProto]:
     """The model's calls of operators of com.onnxcomp but those inside the operators' own bodies."""
-    if not _mentions(Path(model), DOMAIN.encode()):
+    if not _mentions(model, DOMAIN.encode()):
         return []
     proto = read_structure(model)
     bodies = [function.node for function in proto.functions if function.domain != DOMAIN]
@@ -93,7 +98,10 @@ def custom_nodes(model: PathLike) -> list[onnx.NodeProto]:
     ]
 
 
-def _mentions(path: Path, text: bytes) -> bool:
+def _mentions(model: PathLike | bytes, text: bytes) -> bool:
+    if isinstance(model, bytes):
+        return text in model
+    path = Path(model)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             return view.find(text) >= 0

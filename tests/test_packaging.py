@@ -41,6 +41,7 @@ def check_contents(names: list[str]) -> None:
         *LIBRARIES,
         "onnxcomp/py.typed",
         "onnxcomp/errors.py",
+        "onnxcomp/runtime/clients/start/sitecustomize.py",
         "onnxcomp/runtime/package/templates/run.py",
         "onnxcomp/runtime/package/templates/triton.md",
         "onnxcomp/passes/report/page/page.html",

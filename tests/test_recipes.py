@@ -275,7 +275,7 @@ def test_a_family_of_operators_is_its_folder_and_three_files(copy: Path) -> None
     onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), model)
     program = (
         "import sys, numpy as np\n"
-        "from onnxcomp.runtime.session import InferenceSession\n"
+        "from onnxcomp import InferenceSession\n"
         "np.save(sys.argv[2], InferenceSession(sys.argv[1]).run(None, {})[0])"
     )
     result = copy.parent / "w.npy"

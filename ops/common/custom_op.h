@@ -121,4 +121,12 @@ struct CustomOp : OrtCustomOp {
   std::vector<size_t> host;
 };
 
+// The domain with all operators, made once for each copy of the runtime in the process. It lives as
+// long as the process (the library is never unloaded), because sessions refer to it.
+OrtCustomOpDomain* DomainOf(const Api& api);
+
+// Session configuration entry that the runtime makes when our execution provider (plugin.cc) is
+// added to options: its prefix for options of that provider, and the name of the one it has.
+constexpr const char* kPluginMark = "ep.onnxcompexecutionprovider.operators";
+
 }  // namespace onnxcomp

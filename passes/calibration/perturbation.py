@@ -79,10 +79,10 @@ class Probe:
         self, model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed], folder: Path
     ) -> None:
         from onnxcomp.runtime.evaluate import run_session
-        from onnxcomp.runtime.session import InferenceSession
+        from onnxcomp.runtime.session import open_session
 
         path = save(_opened(model, sites), folder / "probe.onnx").files[0]
-        self._session = InferenceSession(path)
+        self._session = open_session(path)
         self._run = run_session
         self._feeds = list(feeds)
         self._dtypes = {

@@ -123,13 +123,13 @@ class Chain:
     def _session(self, part: Sequence[int], outputs: Sequence[str], folder: Path) -> Any:
         """A function from held values to the segment's outputs."""
         from onnxcomp.runtime.evaluate import runner
-        from onnxcomp.runtime.session import InferenceSession
+        from onnxcomp.runtime.session import open_session
 
         if not self._held:
             return None
         model = _segment(self._model, part, outputs, self._held[0], self._weights)
         path = save(model, folder / "segment.onnx").files[0]
-        session = InferenceSession(path)
+        session = open_session(path)
         names = [value.name for value in session.get_inputs()]
         call = runner(session)
 

@@ -58,10 +58,10 @@ class Copy:
             ModelError: ONNX Runtime cannot load the copy.
             RuntimeMissingError: ONNX Runtime or the library is missing.
         """
-        from onnxcomp.runtime.session import InferenceSession, needs_library, open_session
+        from onnxcomp.runtime.session import needs_library, open_session
 
         if self.plain:
-            return InferenceSession(self.path, library=library), {}
+            return open_session(self.path, library=None if library else False), {}
         from onnxcomp.runtime.structure import read_structure
 
         library = library and needs_library(self.path)

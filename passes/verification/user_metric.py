@@ -77,10 +77,10 @@ class Evaluation:
         return self.passed
 
     def _measured(self, path: str | os.PathLike[str]) -> float:
-        from onnxcomp.runtime.session import InferenceSession
+        from onnxcomp.runtime.session import open_session
 
         try:
-            value = float(self.score(functools.partial(InferenceSession, path)))
+            value = float(self.score(functools.partial(open_session, path)))
         except Exception as error:
             text = f"the evaluation failed on {os.fspath(path)}: {type(error).__name__}: {error}"
             raise UsageError(

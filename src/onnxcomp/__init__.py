@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from onnxcomp.passes.planning.plan import Plan
     from onnxcomp.passes.report.doctor import doctor
     from onnxcomp.passes.report.report import Report
+    from onnxcomp.runtime.clients.dropin import InferenceSession, patch_onnxruntime
     from onnxcomp.runtime.package import Package, package
-    from onnxcomp.runtime.session import InferenceSession
 
 __all__ = [
     "InferenceSession",
@@ -63,6 +63,7 @@ __all__ = [
     "mend",
     "optimize",
     "package",
+    "patch_onnxruntime",
     "plan",
     "register",
     "save",
@@ -72,7 +73,7 @@ __all__ = [
 
 # Public name -> module and name there.
 _HOMES = {
-    "InferenceSession": ("runtime.session", "InferenceSession"),
+    "InferenceSession": ("runtime.clients.dropin", "InferenceSession"),
     "Package": ("runtime.package", "Package"),
     "Plan": ("passes.planning.plan", "Plan"),
     "RejectedError": ("passes.driver.api", "RejectedError"),
@@ -90,6 +91,7 @@ _HOMES = {
     "mend": ("passes.driver.api", "mend"),
     "optimize": ("passes.driver.api", "optimize"),
     "package": ("runtime.package", "package"),
+    "patch_onnxruntime": ("runtime.clients.dropin", "patch_onnxruntime"),
     "plan": ("passes.driver.api", "plan"),
     "register": ("ops", "register"),
     "save": ("passes.ir.model", "save"),

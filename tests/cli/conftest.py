@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,52 @@ def onnxcomp() -> Callable[..., Answer]:
         return Answer(result.exit_code, result.stdout, result.stderr)
 
     return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Application:
+    """A script, and how to start it below a command of ours.
+
+    Attributes:
+        path: The script.
+        folder: Where it is started.
+    """
+
+    path: Path
+    folder: Path
+
+    def command(self, *words: object, by: Sequence[object] = ("exec",)) -> list[str]:
+        """Words that start it by a command of ours."""
+        return [
+            *(sys.executable, "-m", "onnxcomp", *map(str, by), "--"),
+            *(sys.executable, str(self.path), *map(str, words)),
+        ]
+
+    def __call__(
+        self, *words: object, by: Sequence[object] = ("exec",), **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run it."""
+        return subprocess.run(
+            self.command(*words, by=by), env=self.environment(**variables), cwd=self.folder,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        """Variables with which it finds what the tests find."""
+        paths = [variables.pop("PYTHONPATH", ""), *sys.path]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
+
+
+@pytest.fixture
+def application(tmp_path: Path) -> Callable[[str], Application]:
+    """Writes a script."""
+
+    def write(program: str) -> Application:
+        path = tmp_path / "application.py"
+        path.write_text(textwrap.dedent(program))
+        return Application(path, tmp_path)
+
+    return write
 
 
 @pytest.fixture(scope="session")

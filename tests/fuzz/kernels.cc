@@ -268,6 +268,12 @@ OrtStatus* ReadAttribute(const OrtOpAttr* raw, int kind, void* out, size_t room,
   return nullptr;
 }
 
+OrtStatus* HasEntry(const OrtSessionOptions*, const char*, int* out) {
+  *out = 0;
+  return nullptr;
+}
+OrtStatus* AddEntry(OrtSessionOptions*, const char*, const char*) { return nullptr; }
+
 void Missing() {
   std::fprintf(stderr, "a function of the runtime is called that the driver does not play\n");
   std::abort();
@@ -289,6 +295,7 @@ void FillSlots() {
   std::fill(std::begin(slots), std::end(slots), Missing);
   Set(0, MakeStatus), Set(2, Message), Set(93, Release);
   Set(26, MakeDomain), Set(27, DomainAdd), Set(28, AddDomain);
+  Set(130, AddEntry), Set(237, HasEntry);
   Set(51, MutableData), Set(65, TypeAndShape), Set(57, MakeShape), Set(99, ReleaseShape);
   Set(58, SetType), Set(59, SetDims), Set(60, GetType), Set(61, GetRank), Set(62, GetDims);
   Set(63, GetSymbols), Set(271, SetSymbols);

@@ -40,7 +40,7 @@ def test_a_file_that_is_no_library_is_reported(
         register(onnxruntime.SessionOptions())
 
 
-def test_only_the_registration_and_the_cuda_functions_are_exported(library: Path) -> None:
+def test_only_what_the_runtime_calls_and_the_cuda_functions_are_exported(library: Path) -> None:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("nm (binutils) is not installed")
@@ -48,7 +48,9 @@ def test_only_the_registration_and_the_cuda_functions_are_exported(library: Path
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1] for line in listing.splitlines()}
     assert {name for name in names if not name.startswith("onnxcomp_cuda_")} == {
-        "RegisterCustomOps"
+        "RegisterCustomOps",
+        "CreateEpFactories",
+        "ReleaseEpFactory",
     }
 
 

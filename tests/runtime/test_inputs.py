@@ -1,5 +1,6 @@
 """Made-up inputs mean something, and stored ones are checked."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,38 @@ def test_every_real_model_gets_inputs_it_accepts(data_folder: Path) -> None:
             for name, array in outputs.items():
                 finite = array.dtype.kind != "f" or np.isfinite(array).all()
                 assert finite, f"{path.name}: {name}"
+
+
+def test_sets_of_samples_have_shapes_of_their_own(twins: tuple[Path, Path], tmp_path: Path) -> None:
+    model = twins[0]
+    sets = {
+        "onnxcomp.sets": np.asarray(2),
+        "0/ids": np.arange(6).reshape(2, 1, 3),
+        "1/ids": np.arange(8).reshape(1, 2, 4),
+    }
+    np.savez(tmp_path / "sets.npz", **sets)
+    for data in (tmp_path / "sets.npz", sets):
+        feeds = load_inputs(data, model)
+        assert [feed["ids"].shape for feed in feeds] == [(1, 3), (1, 3), (2, 4)]
+    for damage, said in (
+        ({"onnxcomp.sets": np.asarray([2, 2])}, "is no number"),
+        ({"1/other": np.zeros(1)}, "set 1: the model has no input 'other'"),
+        ({"onnxcomp.sets": np.asarray(3)}, "set 2: input 'ids' is missing"),
+        ({"1/ids": np.zeros((2, 4), np.int64)}, "set 1: input 'ids' is int64"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(said)):
+            load_inputs(sets | damage, model)
+
+
+def test_inputs_without_a_rank_take_any_shape(save_model: SaveModel) -> None:
+    path = save_model(
+        [node("Identity", "x", "y"), node("Identity", "s", "z")],
+        {"x": (TensorProto.FLOAT, None), "s": (TensorProto.FLOAT, [])},
+        {"y": (TensorProto.FLOAT, None), "z": (TensorProto.FLOAT, [])},
+    )  # fmt: skip
+    array = np.ones((2, 3, 4), np.float32)
+    (feed,) = load_inputs({"x": array, "s": np.float32(1)}, path)
+    assert (feed["x"].shape, feed["s"].shape) == ((2, 3, 4), ())
+    sets = {"onnxcomp.sets": np.asarray(1), "0/x": array, "0/s": np.ones(2, np.float32)}
+    feeds = load_inputs(sets, path)
+    assert [(feed["x"].shape, feed["s"].shape) for feed in feeds] == [((3, 4), ())] * 2

@@ -89,18 +89,15 @@ def test_configurations_that_do_not_fit_are_refused(
     assert not target.exists()
 
 
-def test_generation_by_the_compressed_decoder(data_folder: Path, tmp_path: Path) -> None:
-    """onnxruntime-genai loads the library from the folder, and writes the tokens it writes alone.
-
-    Without the definitions inside it runs with the library only.
-    """
-    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+@pytest.fixture
+def compressed(data_folder: Path, tmp_path: Path) -> Path:
+    """A language model without definitions of its operators: it runs with the library only."""
     source = data_folder / "lm" / "tinyllama_ref_kv.onnx"
     if not source.exists():
         pytest.skip(f"no language model at {source}")
     onnxcomp.optimize(source, tmp_path / "small.onnx", bits=4, portable=False, verify=False)
     decoder = {
-        "filename": "model.onnx", "head_size": 32, "hidden_size": 256, "num_attention_heads": 8,
+        "filename": "small.onnx", "head_size": 32, "hidden_size": 256, "num_attention_heads": 8,
         "num_hidden_layers": 6, "num_key_value_heads": 4,
         "inputs": {
             "input_ids": "input_ids", "attention_mask": "attention_mask",
@@ -116,16 +113,45 @@ def test_generation_by_the_compressed_decoder(data_folder: Path, tmp_path: Path)
     model |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     search = {"max_length": 40, "past_present_share_buffer": False, "do_sample": False}
     write_config(tmp_path, {"model": model, "search": search})
-    made = package(tmp_path / "small.onnx", tmp_path / "out", "genai")
-    assert not made.manifest["portable"]
-    loaded = genai.Model(str(made.path))
+    return tmp_path / "small.onnx"
+
+
+def generated(genai: Any, folder: Path) -> list[int]:
+    """Tokens that onnxruntime-genai writes after some others."""
+    loaded = genai.Model(str(folder))
     parameters = genai.GeneratorParams(loaded)
     parameters.set_search_options(max_length=24)
     generator = genai.Generator(loaded, parameters)
     generator.append_tokens([5, 77, 300, 12])
     while not generator.is_done():
         generator.generate_next_token()
-    assert list(generator.get_sequence(0)) == greedy(made.path / "model.onnx", [5, 77, 300, 12], 24)
+    return list(generator.get_sequence(0))
+
+
+def test_generation_by_the_compressed_decoder(compressed: Path, tmp_path: Path) -> None:
+    """onnxruntime-genai loads the library from the folder, and writes what it writes alone."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    made = package(compressed, tmp_path / "out", "genai")
+    assert not made.manifest["portable"]
+    wanted = greedy(made.path / "model.onnx", [5, 77, 300, 12], 24)
+    assert generated(genai, made.path) == wanted
+
+
+def test_generation_by_the_execution_provider(compressed: Path, library: Path) -> None:
+    """The same, where the library is registered as a plugin and named among the providers."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    if not hasattr(genai, "register_execution_provider_library"):
+        pytest.skip("this onnxruntime-genai registers no execution providers")
+    config = read_config(compressed.parent)
+    providers = [{"OnnxCompExecutionProvider": {}}]
+    config["model"]["decoder"]["session_options"] = {"provider_options": providers}
+    write_config(compressed.parent, config)
+    genai.register_execution_provider_library("onnxcomp", str(library))
+    try:
+        found = generated(genai, compressed.parent)
+    finally:
+        genai.unregister_execution_provider_library("onnxcomp")
+    assert found == greedy(compressed, [5, 77, 300, 12], 24)
 
 
 def greedy(model: Path, tokens: list[int], length: int) -> list[int]:

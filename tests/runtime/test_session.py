@@ -9,9 +9,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from onnxcomp import InferenceSession
 from onnxcomp.errors import ModelError, RuntimeMissingError
 from onnxcomp.runtime.session import (
-    InferenceSession,
     get_library_path,
     import_runtime,
     needs_library,
@@ -33,7 +33,7 @@ def operators_after_optimization(path: Path, library: bool, folder: Path) -> set
 
 def test_a_session_is_an_ordinary_session_of_onnx_runtime(twins: tuple[Path, Path]) -> None:
     session = InferenceSession(twins[0], threads=1)
-    assert type(session) is onnxruntime.InferenceSession
+    assert isinstance(session, onnxruntime.InferenceSession)
     assert session.get_providers() == ["CPUExecutionProvider"]
     assert session.get_session_options().intra_op_num_threads == 1
 

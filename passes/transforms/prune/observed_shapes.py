@@ -145,7 +145,7 @@ def _parameters(node: ir.Node) -> list[ir.Value]:
 def _run(model: ir.Model, feeds: Sequence[Feed]) -> list[_Seen]:
     import onnxruntime
 
-    from onnxcomp.runtime.session import InferenceSession
+    from onnxcomp.runtime.session import open_session
 
     copy, shapes, values = _observed(model)
     options = onnxruntime.SessionOptions()
@@ -153,7 +153,7 @@ def _run(model: ir.Model, feeds: Sequence[Feed]) -> list[_Seen]:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory() as folder:
         path = save(copy, Path(folder) / "probe.onnx").files[0]
-        session = InferenceSession(path, session_options=options)
+        session = open_session(path, session_options=options)
     call = runner(session)
     found: list[_Seen] = []
     for feed in feeds:

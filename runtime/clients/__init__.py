@@ -1,0 +1,1 @@
+"""ONNX Runtime as applications use it: sessions that know the operators, and what they are fed."""
