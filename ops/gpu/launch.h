@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "gpu/simt.h"
 
@@ -102,10 +101,10 @@ void Launch(cudaStream_t, const Grid& grid, int64_t shared, const K& kernel) {
   for (int64_t z = 0; z < grid.z; ++z) {
     for (int64_t y = 0; y < grid.y; ++y) {
       for (int64_t x = 0; x < grid.x; ++x) {
-        // Of the exact size, and never clean: sanitizers and wrong results find what goes astray.
-        std::vector<Vector> memory(static_cast<size_t>(shared / 16), Vector{{~0u, ~0u, ~0u, ~0u}});
-        Block block{x, y, z, reinterpret_cast<char*>(memory.data())};
-        kernel(block);
+        emulator::RunBlock(kThreads, shared, [&](char* memory) {
+          Block block{x, y, z, memory};
+          kernel(block);
+        });
       }
     }
   }

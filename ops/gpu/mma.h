@@ -24,29 +24,37 @@ struct Sums {
   float value[kTiles][4];
 };
 
-#if !ONNXCOMP_ON_GPU
+#if ONNXCOMP_IN_EMULATOR
 inline float HalfAt(uint32_t word, int place) {
   return HalfToFloat(static_cast<uint16_t>(word >> (16 * place)));
 }
 
-template <int kTiles>
-inline void EmulateMma(const Warp& warp, PerThread<Fragment>& a, PerThread<Vector>& b, int first,
-                       PerThread<Sums<kTiles>>& sums, int tile) {
-  const int base = warp.index * kWarp;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4;  // of eight; i / 2 says which eight
-      const int column = 2 * (lane % 4) + i % 2;
-      double sum = sums[base + lane].value[tile][i];
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        const Fragment& left = a[base + row * 4 + quarter];
-        const Vector& right = b[base + column * 4 + quarter];
-        for (int term = 0; term < 4; ++term) {
-          const float x = HalfAt(left.word[i / 2 + term / 2 * 2], term % 2);
-          sum += static_cast<double>(x) * HalfAt(right.word[first + term / 2], term % 2);
-        }
+// What a lane brings to a product.
+struct MmaLane {
+  uint32_t a[4], b[2];
+  float* sums;
+};
+
+inline void EmulateMma(void* const* lanes) {
+  float a[16][16];
+  float b[8][16];
+  const auto lane = [&](int l) { return static_cast<MmaLane*>(lanes[l]); };
+  for (int l = 0; l < kWarp; ++l) {
+    for (int word = 0; word < 4; ++word) {
+      for (int e = 0; e < 2; ++e) {
+        const int term = l % 4 * 2 + e + word / 2 * 8;
+        a[l / 4 + word % 2 * 8][term] = HalfAt(lane(l)->a[word], e);
+        if (word % 2 == 0) b[l / 4][term] = HalfAt(lane(l)->b[word / 2], e);
       }
-      sums[base + lane].value[tile][i] = static_cast<float>(sum);
+    }
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      const float* row = a[l / 4 + i / 2 * 8];
+      const float* column = b[2 * (l % 4) + i % 2];
+      double sum = static_cast<double>(lane(l)->sums[i]);
+      for (int term = 0; term < 16; ++term) sum += static_cast<double>(row[term]) * column[term];
+      lane(l)->sums[i] = static_cast<float>(sum);
     }
   }
 }
@@ -54,12 +62,12 @@ inline void EmulateMma(const Warp& warp, PerThread<Fragment>& a, PerThread<Vecto
 
 // sums[tile] += a * (words `first` and `first` + 1 of b), by all threads of a warp.
 template <int kTiles>
-ONNXCOMP_DEVICE void Mma(const Warp& warp, PerThread<Fragment>& a, PerThread<Vector>& b, int first,
+ONNXCOMP_DEVICE void Mma(const Warp&, PerThread<Fragment>& a, PerThread<Vector>& b, int first,
                          PerThread<Sums<kTiles>>& sums, int tile) {
-#if ONNXCOMP_ON_GPU
   const uint32_t* x = a[0].word;
   const uint32_t* y = b[0].word + first;
   float* s = sums[0].value[tile];
+#if ONNXCOMP_ON_GPU
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -74,8 +82,11 @@ ONNXCOMP_DEVICE void Mma(const Warp& warp, PerThread<Fragment>& a, PerThread<Vec
         : "r"(x[2 * half]), "r"(x[2 * half + 1]), "r"(y[half]));
   }
 #endif
+#elif ONNXCOMP_IN_EMULATOR
+  MmaLane lane{{x[0], x[1], x[2], x[3]}, {y[0], y[1]}, s};
+  emulator::MeetWarp("mma", &lane, EmulateMma);
 #else
-  EmulateMma(warp, a, b, first, sums, tile);
+  (void)x, (void)y, (void)s;
 #endif
 }
 

@@ -258,6 +258,7 @@ def exact_bound(x: Array, weight: Weight) -> Array:
 EMULATED = (
     "registry.cc",
     "gpu/call.cu",
+    "gpu/emulator.cc",
     *(f"hash/{name}" for name in ("cuda.cu", "gpu_ops.cc", "weight.cc")),
     *(f"hyper/{name}" for name in ("cuda.cu", "gpu_ops.cc", "levels.cc", "weight.cc")),
     "winding/cpu.cc",
