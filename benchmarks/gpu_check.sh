@@ -27,7 +27,7 @@ else
   # The kernels alone, without operators for ONNX Runtime.
   library=$build/libonnxcomp_kernels.so
   objects=()
-  for source in gpu/call.cu hash/cuda.cu hyper/cuda.cu hyper/levels.cc; do
+  for source in gpu/call.cu hash/cuda.cu hyper/{cuda,decode,few_rows,hopper}.cu hyper/levels.cc; do
     objects+=("$build/${source//\//_}.o")
     "$nvcc" -O3 -std=c++17 "-arch=sm_$arch" "-DONNXCOMP_CUDA_ARCHITECTURES=\"$arch\"" -Iops \
       -Xcompiler -fPIC -c "ops/$source" -o "${objects[-1]}" &

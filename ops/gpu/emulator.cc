@@ -103,6 +103,11 @@ Fiber& Current() { return machine.fibers[static_cast<size_t>(machine.current)]; 
   throw std::runtime_error("emulated GPU: " + text);
 }
 
+std::string& Kernels() {
+  thread_local std::string names;
+  return names;
+}
+
 // Whether this call of the thread is to be left out or done wrongly.
 bool Planted(const char* kind) {
   if (machine.fault != kind) return false;
@@ -287,10 +292,12 @@ void Execute(const Product& product) {
     for (int half = 0; half < 2; ++half) {
       for (int k = 0; k < 16; ++k) {
         const int owner = thread - lane + lane / 4 * 4 + k % 8 / 2;
-        const uint32_t word = product.a[owner][half + k / 8 * 2];
+        const uint32_t* words = product.a[owner];
+        const uint32_t word = words == nullptr ? ~0u : words[half + k / 8 * 2];
         a[half][k] = HalfToFloat(static_cast<uint16_t>(word >> (k % 2 * 16)));
       }
     }
+    if (product.sums[thread] == nullptr) continue;
     for (int i = 0; i < product.columns / 2; ++i) {
       const int column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
       double sum = product.add ? static_cast<double>(product.sums[thread][i]) : 0.0;
@@ -327,6 +334,8 @@ void RunBlock(int threads, int64_t bytes, const std::function<void(char*)>& body
     Wrong("something was written behind shared memory");
   }
 }
+
+void Note(const char* kernel) { Kernels() += std::string(kernel) + "\n"; }
 
 int ThreadIndex() { return machine.current; }
 
@@ -434,11 +443,19 @@ void FenceGroup() {
 void CloseGroup() { Current().products.push_back(Current().issued); }
 
 void AwaitGroup(int open) {
-  if (Planted("tensor")) return;
+  const auto group = static_cast<size_t>(machine.current / kGroup);
+  if (Planted("tensor")) {
+    // The thread goes on, and what it did not wait for never comes to its registers.
+    for (size_t i = machine.executed[group]; i < Current().issued; ++i) {
+      machine.groups[group][i].sums[machine.current % kGroup] = nullptr;
+      machine.groups[group][i].a[machine.current % kGroup] = nullptr;
+    }
+    return;
+  }
   Current().group_fenced = false;
   auto& batches = Current().products;
   for (; batches.size() > static_cast<size_t>(open); batches.pop_front()) {
-    ExecuteUntil(static_cast<size_t>(machine.current / kGroup), batches.front());
+    ExecuteUntil(group, batches.front());
   }
 }
 
@@ -453,3 +470,10 @@ void Fence() {
 }
 
 }  // namespace onnxcomp::gpu::emulator
+
+extern "C" __attribute__((visibility("default"))) const char* onnxcomp_emulated_kernels() {
+  thread_local std::string last;
+  last.swap(onnxcomp::gpu::emulator::Kernels());
+  onnxcomp::gpu::emulator::Kernels().clear();
+  return last.c_str();
+}

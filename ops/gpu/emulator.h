@@ -5,7 +5,8 @@
 // when somebody waits for them, tensor cores read their operands when a wait asks for the sums, and
 // stores to other blocks are seen after a fence. With ONNXCOMP_EMULATED_COPIES=eager it is as early
 // as a GPU may be, which shows memory that is written again too soon. Shared memory starts as NaN
-// and has guards behind it.
+// and has guards behind it. Blocks run one after the other: what orders them among each other does
+// not show, but a fence that is missing does.
 //
 // ONNXCOMP_EMULATED_FAULT plants a fault, for tests of the tests: "wait", "barrier", "warp",
 // "phase", "fence" or "tensor", with ":i" for only the i-th of each thread's calls.
@@ -21,6 +22,10 @@ namespace onnxcomp::gpu::emulator {
 //
 // Throws std::runtime_error where threads wait for each other forever, or what a thread threw.
 void RunBlock(int threads, int64_t bytes, const std::function<void(char* shared)>& body);
+
+// Notes that a kernel was started; onnxcomp_emulated_kernels() gives the names since its last call, a
+// line each.
+void Note(const char* kernel);
 
 // The number of the running thread in its block.
 int ThreadIndex();

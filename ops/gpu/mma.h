@@ -10,7 +10,9 @@
 // and B agree: here the four terms of a lane are four neighbours.
 #pragma once
 
-#include "gpu/simt.h"
+#include <type_traits>
+
+#include "gpu/async.h"
 
 namespace onnxcomp::gpu {
 
@@ -25,38 +27,57 @@ struct Sums {
 };
 
 #if ONNXCOMP_IN_EMULATOR
-inline float HalfAt(uint32_t word, int place) {
-  return HalfToFloat(static_cast<uint16_t>(word >> (16 * place)));
-}
-
 // What a lane brings to a product.
 struct MmaLane {
   uint32_t a[4], b[2];
-  float* sums;
+  void* sums;
 };
 
-inline void EmulateMma(void* const* lanes) {
-  float a[16][16];
-  float b[8][16];
+// Products of all lanes, with `kTerms` terms in a word that `term(word, i)` takes out.
+template <int kTerms, class Sum, class Term>
+void EmulateMmaOf(void* const* lanes, const Term& term) {
+  constexpr int kDepth = 8 * kTerms;
+  Sum a[16][kDepth];
+  Sum b[8][kDepth];
   const auto lane = [&](int l) { return static_cast<MmaLane*>(lanes[l]); };
   for (int l = 0; l < kWarp; ++l) {
     for (int word = 0; word < 4; ++word) {
-      for (int e = 0; e < 2; ++e) {
-        const int term = l % 4 * 2 + e + word / 2 * 8;
-        a[l / 4 + word % 2 * 8][term] = HalfAt(lane(l)->a[word], e);
-        if (word % 2 == 0) b[l / 4][term] = HalfAt(lane(l)->b[word / 2], e);
+      for (int i = 0; i < kTerms; ++i) {
+        const int k = l % 4 * kTerms + i + word / 2 * (kDepth / 2);
+        a[l / 4 + word % 2 * 8][k] = term(lane(l)->a[word], i);
+        if (word % 2 == 0) b[l / 4][k] = term(lane(l)->b[word / 2], i);
       }
     }
   }
+  using Result = std::conditional_t<std::is_same_v<Sum, int>, int, float>;
   for (int l = 0; l < kWarp; ++l) {
+    auto* sums = static_cast<Result*>(lane(l)->sums);
     for (int i = 0; i < 4; ++i) {
-      const float* row = a[l / 4 + i / 2 * 8];
-      const float* column = b[2 * (l % 4) + i % 2];
-      double sum = static_cast<double>(lane(l)->sums[i]);
-      for (int term = 0; term < 16; ++term) sum += static_cast<double>(row[term]) * column[term];
-      lane(l)->sums[i] = static_cast<float>(sum);
+      const Sum* row = a[l / 4 + i / 2 * 8];
+      const Sum* column = b[2 * (l % 4) + i % 2];
+      Sum sum = sums[i];
+      for (int k = 0; k < kDepth; ++k) sum += row[k] * column[k];
+      sums[i] = static_cast<Result>(sum);
     }
   }
+}
+
+inline void EmulateMma(void* const* lanes) {
+  EmulateMmaOf<2, double>(lanes, [](uint32_t word, int i) {
+    return static_cast<double>(HalfToFloat(static_cast<uint16_t>(word >> (16 * i))));
+  });
+}
+
+inline void EmulateMmaBrains(void* const* lanes) {
+  EmulateMmaOf<2, double>(lanes, [](uint32_t word, int i) {
+    return static_cast<double>(BitsToFloat(i == 0 ? word << 16 : word & 0xffff0000u));
+  });
+}
+
+inline void EmulateMmaBytes(void* const* lanes) {
+  EmulateMmaOf<4, int>(lanes, [](uint32_t word, int i) {
+    return static_cast<int>(static_cast<int8_t>(word >> (8 * i)));
+  });
 }
 #endif
 
@@ -87,6 +108,54 @@ ONNXCOMP_DEVICE void Mma(const Warp&, PerThread<Fragment>& a, PerThread<Vector>&
   emulator::MeetWarp("mma", &lane, EmulateMma);
 #else
   (void)x, (void)y, (void)s;
+#endif
+}
+
+// The same on registers, for compute capability 8.0 and newer: sums (4) += a (4 words) * (b0, b1).
+ONNXCOMP_THREAD void MmaHalves(float* s, const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif ONNXCOMP_IN_EMULATOR
+  MmaLane lane{{a[0], a[1], a[2], a[3]}, {b0, b1}, s};
+  emulator::MeetWarp("mma", &lane, EmulateMma);
+#else
+  (void)s, (void)a, (void)b0, (void)b1;
+#endif
+}
+
+// Of bfloat16.
+ONNXCOMP_THREAD void MmaBrains(float* s, const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif ONNXCOMP_IN_EMULATOR
+  MmaLane lane{{a[0], a[1], a[2], a[3]}, {b0, b1}, s};
+  emulator::MeetWarp("mma bf16", &lane, EmulateMmaBrains);
+#else
+  (void)s, (void)a, (void)b0, (void)b1;
+#endif
+}
+
+// m16n8k32 of int8, summed in int32. A word has four neighbouring terms where float16 has two.
+ONNXCOMP_THREAD void MmaBytes(int* s, const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(s[0]), "+r"(s[1]), "+r"(s[2]), "+r"(s[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif ONNXCOMP_IN_EMULATOR
+  MmaLane lane{{a[0], a[1], a[2], a[3]}, {b0, b1}, s};
+  emulator::MeetWarp("mma s8", &lane, EmulateMmaBytes);
+#else
+  (void)s, (void)a, (void)b0, (void)b1;
 #endif
 }
 

@@ -19,9 +19,13 @@
 #if defined(__CUDA_ARCH__)
 #define ONNXCOMP_ON_GPU 1
 #define ONNXCOMP_UNROLL _Pragma("unroll")
+#define ONNXCOMP_UNROLL_TWICE _Pragma("unroll 2")
+#define ONNXCOMP_ROLL _Pragma("unroll 1")
 #else
 #define ONNXCOMP_ON_GPU 0
 #define ONNXCOMP_UNROLL
+#define ONNXCOMP_UNROLL_TWICE
+#define ONNXCOMP_ROLL
 #endif
 #if defined(__CUDACC__)
 #define ONNXCOMP_IN_EMULATOR 0
