@@ -15,7 +15,7 @@ import pytest
 
 # kernel -> the weight, rows and type of x, GPU, and the faults that it could have. A fault with a
 # number is one of one call of each thread.
-PRODUCTS: dict[str, tuple[dict[str, int], int, str, str, str]] = {
+PRODUCTS: dict[str, tuple[dict[str, Any], int, str, str, str]] = {
     "few columns": (
         {"rows": 40, "length": 1500, "bits": 4}, 3, "float32", "80", "barrier:0 barrier:1",
     ),
@@ -47,16 +47,25 @@ PRODUCTS: dict[str, tuple[dict[str, int], int, str, str, str]] = {
         {"rows": 520, "length": 640, "bits": 2}, 260, "bfloat16", "90",
         "wait phase phase:5 tensor fence",
     ),
+    "OneRowBytes": (
+        {"rows": 100, "length": 3000, "memory": "int8"}, 1, "float16", "80",
+        "barrier barrier:0 barrier:1 barrier:2",
+    ),
+    "OneRowHalves": (
+        {"rows": 100, "length": 3000, "memory": "float16"}, 1, "float16", "80",
+        "barrier barrier:0 barrier:1",
+    ),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def error(emulated: Path, benchmarks: Any) -> Callable[..., float]:
-    """The error of a product of the codec hyper, in units of its tolerance."""
+    """The error of a product, in units of its tolerance; infinite for what the emulator refuses."""
     calls = benchmarks.Calls(emulated)
 
-    def error_(rows: int, length: int, batch: int, dtype: str = "float32", **kind: int) -> float:
-        case = benchmarks.hyper_case(rows, length, **kind)
+    def error_(rows: int, length: int, batch: int, dtype: str, **kind: Any) -> float:
+        make = benchmarks.hash_case if "memory" in kind else benchmarks.hyper_case
+        case = make(rows, length, **kind)
         try:
             found: float = benchmarks.product_error(
                 calls, benchmarks.HostMemory(), case, batch, dtype
