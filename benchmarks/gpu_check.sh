@@ -16,6 +16,7 @@ if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2
   exit 6
 fi
 arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+[ "$arch" != 90 ] || arch=90a  # with Hopper's own instructions
 mkdir -p "$build"
 if command -v cmake >/dev/null; then
   cmake -S . -B "$build" -DONNXCOMP_CUDA=ON "-DONNXCOMP_CUDA_ARCHITECTURES=$arch" \
@@ -26,10 +27,12 @@ if command -v cmake >/dev/null; then
 else
   # The kernels alone, without operators for ONNX Runtime.
   library=$build/libonnxcomp_kernels.so
-  objects=()
-  for source in gpu/call.cu hash/cuda.cu hyper/{cuda,decode,few_rows,hopper}.cu hyper/levels.cc; do
+  objects=() options=()
+  sources=(gpu/call.cu hash/cuda.cu hyper/{cuda,decode,few_rows}.cu hyper/levels.cc)
+  if [ "$arch" = 90a ]; then sources+=(hyper/hopper.cu) options+=(-DONNXCOMP_CUDA_HOPPER); fi
+  for source in "${sources[@]}"; do
     objects+=("$build/${source//\//_}.o")
-    "$nvcc" -O3 -std=c++17 "-arch=sm_$arch" "-DONNXCOMP_CUDA_ARCHITECTURES=\"$arch\"" -Iops \
+    "$nvcc" -O3 -std=c++17 "-arch=sm_$arch" "-DONNXCOMP_CUDA_ARCHITECTURES=\"$arch\"" "${options[@]}" -Iops \
       -Xcompiler -fPIC -c "ops/$source" -o "${objects[-1]}" &
   done
   wait

@@ -39,6 +39,20 @@ int64_t SplitsFor(const Task& task, int tiles, int64_t columns, const Device& de
   return DivideUp(task.units, DivideUp(task.units, splits));
 }
 
+// Where a device gets kernels of its own; hyper/pairs.h has the rules for weights.
+std::string KernelsOf(const Device& device) {
+  std::string text = std::to_string(device.capability / 10) + "." +
+                     std::to_string(device.capability % 10) + ": ";
+  if (device.compiled < 80) return text + "one weight by each look-up, for all rows";
+  text += "few rows and decoding by pairs, more rows ";
+  text += device.hopper ? "by wgmma" : "by mma";
+  if (device.compiled < device.capability) {
+    text += " (compiled from PTX for " + std::to_string(device.compiled / 10) + "." +
+            std::to_string(device.compiled % 10) + ")";
+  }
+  return text;
+}
+
 }  // namespace
 
 std::string& LastError() {
@@ -95,6 +109,14 @@ Columns PrepareColumns(const Task& task, const Plan& plan, const void* x, char* 
 extern "C" const char* onnxcomp_cuda_error(void) { return onnxcomp::gpu::LastError().c_str(); }
 
 extern "C" const char* onnxcomp_cuda_architectures(void) { return ONNXCOMP_CUDA_ARCHITECTURES; }
+
+extern "C" int onnxcomp_cuda_kernels(const char** text) {
+  return onnxcomp::gpu::Report([&] {
+    thread_local std::string kernels;
+    kernels = onnxcomp::gpu::KernelsOf(onnxcomp::gpu::CurrentDevice());
+    *text = kernels.c_str();
+  });
+}
 
 extern "C" int onnxcomp_cuda_copy_to_host(const void* from, void* to, size_t bytes) {
   return onnxcomp::gpu::Report([&] { onnxcomp::gpu::CopyToHost(from, to, bytes); });

@@ -64,6 +64,10 @@ ONNXCOMP_CUDA_API const char* onnxcomp_cuda_error(void);
  * "75-real 80-real 120". */
 ONNXCOMP_CUDA_API const char* onnxcomp_cuda_architectures(void);
 
+/* Which kernels the current device gets, in words: "9.0: few rows and decoding by pairs, more rows by
+ * wgmma". The text belongs to the calling thread, until its next call. */
+ONNXCOMP_CUDA_API int onnxcomp_cuda_kernels(const char** text);
+
 /* Copies from device (or host) memory to host memory, and waits for it: for small tables, while a
  * model loads. */
 ONNXCOMP_CUDA_API int onnxcomp_cuda_copy_to_host(const void* from, void* to, size_t bytes);

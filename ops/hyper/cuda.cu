@@ -99,7 +99,7 @@ gpu::Task TaskFor(const Source& source, gpu::Type type) {
 // On Hopper every row beyond four takes longer to rotate in each block than the other kernels take.
 bool PrefersFewRows(const PairTask& task, const gpu::Device& device) {
   constexpr int64_t kFewOnHopper = 4;
-  if (task.batch > kFewOnHopper && ServesHopper(task, device)) return false;
+  if (task.batch > kFewOnHopper && ServesHopper(device)) return false;
   return ServesFewRows(task, device);
 }
 
@@ -109,7 +109,9 @@ int64_t ScratchOf(const GpuWeight& weight, int64_t batch, gpu::Type type) {
   if (ReadPairTask(weight, type, batch, pairs)) {
     const gpu::Device device = gpu::CurrentDevice();
     if (PrefersFewRows(pairs, device)) return 0;
-    if (ServesHopper(pairs, device)) return HopperScratch(pairs, device);
+    if constexpr (gpu::kWithHopper) {
+      if (ServesHopper(device)) return HopperScratch(pairs, device);
+    }
   }
   int64_t bytes = 0;
   WithSource(weight, [&](const auto& source) {
@@ -124,8 +126,8 @@ void Multiply(const GpuWeight& weight, const void* x, void* y, int64_t batch, gp
   if (ReadPairTask(weight, type, batch, pairs)) {
     const gpu::Device device = gpu::CurrentDevice();
     if (PrefersFewRows(pairs, device)) return MultiplyFewRows(pairs, x, y, device, stream);
-    if (ServesHopper(pairs, device)) {
-      return MultiplyHopper(pairs, x, y, device, scratch, stream);
+    if constexpr (gpu::kWithHopper) {
+      if (ServesHopper(device)) return MultiplyHopper(pairs, x, y, device, scratch, stream);
     }
   }
   WithSource(weight, [&](const auto& source) {

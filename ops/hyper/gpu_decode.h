@@ -219,28 +219,34 @@ struct DecodePairs {
 
   ONNXCOMP_THREAD void StoreHalves(int64_t first, int group, int lane, const char* transit) const {
     const int c = lane % 16;
+    const int64_t column = group * int64_t{kPairGroup} + 8 * c;
+    int64_t row = first + lane / 16;
+    auto* to = static_cast<uint16_t*>(out) + row * weight.length + column;
     ONNXCOMP_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const int row = 2 * i + lane / 16;
-      Store<uint16_t>(first + row, group * int64_t{kPairGroup} + 8 * c,
-                      *reinterpret_cast<const Vector*>(transit + HalfPlace(row, c)));
+      const char* from = transit + HalfPlace(2 * i + lane / 16, c);
+      Store(to, row, column, *reinterpret_cast<const Vector*>(from));
+      to += 2 * weight.length;
+      row += 2;
     }
   }
 
   ONNXCOMP_THREAD void StoreFloats(int64_t first, int group, int lane, const char* transit) const {
+    const int64_t column = group * int64_t{kPairGroup} + 4 * lane;
+    auto* to = static_cast<uint32_t*>(out) + first * weight.length + column;
     ONNXCOMP_UNROLL
-    for (int row = 0; row < 8; ++row) {
-      Store<uint32_t>(first + row, group * int64_t{kPairGroup} + 4 * lane,
-                      *reinterpret_cast<const Vector*>(transit + FloatPlace(row, lane)));
+    for (int i = 0; i < 8; ++i) {
+      const char* from = transit + FloatPlace(i, lane);
+      Store(to, first + i, column, *reinterpret_cast<const Vector*>(from));
+      to += weight.length;
     }
   }
 
-  // 16 bytes from `column` of a row on, as far as they are in the weight.
+  // 16 bytes to `to`, which is `column` of a row, as far as they are in the weight.
   template <class Element>
-  ONNXCOMP_THREAD void Store(int64_t row, int64_t column, const Vector& vector) const {
+  ONNXCOMP_THREAD void Store(Element* to, int64_t row, int64_t column, const Vector& vector) const {
     constexpr int kCount = 16 / sizeof(Element);
     if (row >= weight.rows || column >= weight.length) return;
-    auto* to = static_cast<Element*>(out) + row * weight.length + column;
     if (aligned && column + kCount <= weight.length) {
       *reinterpret_cast<Vector*>(to) = vector;
       return;

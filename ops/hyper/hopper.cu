@@ -1,7 +1,7 @@
 // Products with more than a few rows of activations on Hopper: which form of hyper/gpu_some_rows.h and
 // hyper/gpu_many_rows.h a weight and a number of rows get.
 //
-// Compiled for sm_90a only; for other architectures the kernels are empty, and never started.
+// Compiled for sm_90a only, where a library is for it at all (gpu::kWithHopper).
 
 #include "gpu/prepare_group.h"
 #include "hyper/gpu_many_rows.h"
@@ -117,11 +117,6 @@ PairTask Part(PairTask task, int64_t first) {
 }
 
 }  // namespace
-
-bool ServesHopper(const PairTask& task, const gpu::Device& device) {
-  constexpr int64_t kShared = 227 * 1024;
-  return device.hopper && device.shared >= kShared && task.batch >= 1 && task.bits >= 1;
-}
 
 int64_t HopperScratch(const PairTask& task, const gpu::Device& device) {
   int64_t most = 0;

@@ -27,8 +27,11 @@ void MultiplyFewRows(const PairTask& task, const void* x, void* y, const gpu::De
                      cudaStream_t stream);
 
 // Any number of rows, on Hopper: see gpu_some_rows.h and gpu_many_rows.h. Scratch memory is aligned to
-// 256 bytes.
-bool ServesHopper(const PairTask& task, const gpu::Device& device);
+// 256 bytes. Where gpu::kWithHopper is false, the two functions do not exist.
+inline bool ServesHopper(const gpu::Device& device) {
+  constexpr int64_t kShared = 227 * 1024;
+  return device.hopper && device.shared >= kShared;
+}
 int64_t HopperScratch(const PairTask& task, const gpu::Device& device);
 void MultiplyHopper(const PairTask& task, const void* x, void* y, const gpu::Device& device,
                     const gpu::Scratch& scratch, cudaStream_t stream);
