@@ -298,7 +298,14 @@ def benchmarks() -> Any:
         names: dict[str, Any] = {}
         for module in ("gpu_calls", "gpu_memory", "gpu_weights", "gpu_compare"):
             names |= vars(importlib.import_module(module))
-        for module in ("gpu_check", "gpu_models", "gpu_sessions", "gpu_timing", "results"):
+        for module in (
+            "gpu_check",
+            "gpu_decoder",
+            "gpu_models",
+            "gpu_sessions",
+            "gpu_timing",
+            "results",
+        ):
             names[module] = importlib.import_module(module)
     return types.SimpleNamespace(**names)
 
