@@ -1,9 +1,9 @@
 """A decoder of the shape of a 7B model in ONNX Runtime's CUDA execution provider.
 
 Twelve layers with activations between all products, so that nothing is folded: dense float16,
-ONNX Runtime's own MatMulNBits with 4 bits and blocks of 128, and codes of 4 and 2 bits. Layers share their
-weights, which together are larger than every cache; so each model is small enough to be made here.
-Sessions run as CUDA graphs with inputs and outputs on the GPU.
+ONNX Runtime's own MatMulNBits with 4 bits and blocks of 128, and codes of 4 and 2 bits. Layers
+share their weights, which together are larger than every cache; so each model is small enough to be
+made here. Sessions run as CUDA graphs with inputs and outputs on the GPU.
 """
 
 from __future__ import annotations

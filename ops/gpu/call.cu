@@ -55,6 +55,40 @@ std::string KernelsOf(const Device& device) {
 
 }  // namespace
 
+#if defined(__CUDACC__)
+namespace {
+
+struct Probe {
+  static constexpr int kBlocks = 1;
+  ONNXCOMP_DEVICE void operator()(Block&) const {}
+};
+
+Device ReadDevice(int id) {
+  int values[4] = {};
+  const cudaDeviceAttr wanted[4] = {
+      cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+      cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor};
+  for (int i = 0; i < 4; ++i) CheckCuda(cudaDeviceGetAttribute(values + i, wanted[i], id));
+  cudaFuncAttributes code{};
+  CheckCuda(cudaFuncGetAttributes(&code, Enter<Probe>));
+  const int capability = values[2] * 10 + values[3];
+  const bool hopper = kWithHopper && capability == 90 && code.ptxVersion == 90;
+  return {values[0], values[1], capability, code.ptxVersion, hopper};
+}
+
+}  // namespace
+
+Device CurrentDevice() {
+  thread_local int known = -1;
+  thread_local Device device{};
+  int id = 0;
+  CheckCuda(cudaGetDevice(&id));
+  if (id != known) device = ReadDevice(id);
+  known = id;
+  return device;
+}
+#endif
+
 std::string& LastError() {
   thread_local std::string text;
   return text;

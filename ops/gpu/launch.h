@@ -72,33 +72,9 @@ __global__ void __launch_bounds__(ThreadsOf<K>(0), K::kBlocks)
   kernel(block);
 }
 
-struct Probe {
-  static constexpr int kBlocks = 1;
-  ONNXCOMP_DEVICE void operator()(Block&) const {}
-};
-
-inline Device ReadDevice(int id) {
-  int values[4] = {};
-  const cudaDeviceAttr wanted[4] = {
-      cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-      cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor};
-  for (int i = 0; i < 4; ++i) CheckCuda(cudaDeviceGetAttribute(values + i, wanted[i], id));
-  cudaFuncAttributes code{};
-  CheckCuda(cudaFuncGetAttributes(&code, Enter<Probe>));
-  const int capability = values[2] * 10 + values[3];
-  const bool hopper = kWithHopper && capability == 90 && code.ptxVersion == 90;
-  return {values[0], values[1], capability, code.ptxVersion, hopper};
-}
-
-inline Device CurrentDevice() {
-  thread_local int known = -1;
-  thread_local Device device{};
-  int id = 0;
-  CheckCuda(cudaGetDevice(&id));
-  if (id != known) device = ReadDevice(id);
-  known = id;
-  return device;
-}
+// Of the current device. It stands in call.cu: a kernel that two object files with code for different
+// architectures had in common would be taken from either.
+Device CurrentDevice();
 
 // Nothing here allocates or waits: a stream that is being captured into a graph takes it. With
 // `early`, blocks begin while those of the kernel before end, as soon as that kernel calls

@@ -4,9 +4,11 @@
  * Tensors are in device memory and laid out as ops/hyper/spec.md and ops/hash/spec.md say; codes
  * must be aligned to 4 bytes, `scratch` to 256. Work is put on `stream` (a cudaStream_t; null for
  * the default one); nothing waits and nothing is allocated, so that a stream may be under capture
- * for a graph. Shapes are checked, contents are not: any codes decode to something, and no content
- * of codes or tables leads outside the tensors. The same weight and input always give the same bits
- * on the same kind of device.
+ * for a graph. Codes, scales, tables, memories and maps are constants of a model: kernels may read
+ * them before the kernel before on the stream is done, if that one lets others begin early
+ * (programmatic dependent launch); a kernel that writes them must not. Shapes are checked, contents
+ * are not: any codes decode to something, and no content of codes or tables leads outside the
+ * tensors. The same weight and input always give the same bits on the same kind of device.
  *
  * Element types are those of TensorProto: 1 float32, 10 float16, 16 bfloat16.
  */

@@ -139,6 +139,23 @@ def test_what_pairs_do_not_serve_runs_as_before(
     assert kernels() == {"Prepare", "TiledProduct"}
 
 
+def test_codes_that_are_not_aligned_are_read_by_words(
+    calls: Any, benchmarks: Any, device: Any, kernels: Any
+) -> None:
+    device("90")
+    memory, case = benchmarks.HostMemory(), benchmarks.hyper_case(35, 137)
+    weight = case.weight(memory.place)
+    weight.codes = memory.place(np.concatenate([np.zeros(4, np.uint8), case.codes.ravel()])) + 4
+    x = np.random.default_rng(0).normal(size=(3, 137)).astype(np.float16)
+    size = calls.scratch(weight, 3, "float16")
+    scratch, _ = memory.output((size,), np.uint8)
+    y, read = memory.output((3, 35), np.float16)
+    calls.matmul(weight, memory.place(x), y, 3, "float16", (scratch, size))
+    want = x.astype(np.float64) @ case.dense().astype(np.float64).T
+    assert np.abs(read() - want).max() < 2e-3 * np.abs(want).max()
+    assert kernels() == {"Prepare", "SmallProduct"}
+
+
 @pytest.mark.parametrize("scale", [6e-8, 1e-4, 400.0, 60000.0])
 def test_scales_of_any_size_keep_their_precision(
     calls: Any, benchmarks: Any, device: Any, scale: float
