@@ -24,7 +24,7 @@ from results import print_table, write_results
 
 MISSING = 6  # the exit code of onnxcomp for what is missing on a machine
 _LOOKUPS = ("twice", "direct", "leveled", "pairs")
-_FORMS = ("float16 pairs", "singles", "int8 pairs", "biased pairs")
+_FORMS = ("float16 pairs", "singles", "int8 pairs")
 _PRODUCTS = ("HMMA", "IMMA", "HGMMA", "IDP", "FFMA")
 _BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")

@@ -25,22 +25,26 @@ using TwoMoreSingles = FewRows<PairTable<PairForm::kSingles, 2, 8, 5>, 16, 1, 2,
 using One = FewRows<PairTable<kHalves, 1, 8, 5>, 16, 2, 3, 1>;
 using OneLong = FewRows<PairTable<kHalves, 1, 8, 5>, 16, 1, 2, 1>;
 
+// The kernel with as many blocks as run at once or, where the sums of their tiles do not fit shared
+// memory beside the rest, a multiple of them; false where even the sums of one tile do not fit.
 template <class Kernel>
-Kernel Make(const PairTask& task, const gpu::Device& device) {
-  Kernel kernel{};
+bool Make(const PairTask& task, const gpu::Device& device, Kernel& kernel) {
   kernel.weight = task.weight;
   kernel.y = {task.type, nullptr, task.batch, task.weight.rows, 1.0f};
   kernel.tiles = static_cast<int>(gpu::DivideUp(task.weight.panels, Kernel::kPanels));
-  kernel.blocks = std::min(kernel.tiles, device.processors);
-  return kernel;
+  for (int waves = 1;; ++waves) {
+    kernel.blocks = std::min(kernel.tiles, waves * device.processors);
+    if (kernel.Place().bytes <= device.shared) return true;
+    if (kernel.blocks == kernel.tiles) return false;
+  }
 }
 
 // Calls body(kernel) with the first form that fits the device; false where none does.
 template <class Kernel, class... Others, class Body>
 bool WithForm(const PairTask& task, const gpu::Device& device, const Body& body) {
   if (task.weight.states <= Kernel::Table::kStates && task.batch * Kernel::kParts <= 8) {
-    const Kernel kernel = Make<Kernel>(task, device);
-    if (kernel.Place().bytes <= device.shared) {
+    Kernel kernel{};
+    if (Make(task, device, kernel)) {
       body(kernel);
       return true;
     }

@@ -47,7 +47,8 @@ struct FewRows {
 
   // What lies in shared memory, in this order, in bytes from its beginning.
   struct Layout {
-    int rings, activations, factors, staged, partial, bytes;
+    int rings, activations, factors, staged, partial;
+    int64_t bytes;
   };
 
   ONNXCOMP_DEVICE Layout Place() const {
@@ -58,7 +59,8 @@ struct FewRows {
     at.factors = at.activations + weight.groups * batch * kParts * kGroupBytes;
     at.staged = at.factors + (weight.groups * batch + 3) / 4 * 16;
     at.partial = at.staged + Table::kStaged;
-    at.bytes = at.partial + (tiles + blocks - 1) / blocks * kWarpCount * kTileRows * batch * 4;
+    const int64_t own = (tiles + blocks - 1) / blocks;  // tiles of a block
+    at.bytes = at.partial + own * kWarpCount * kTileRows * batch * 4;
     return at;
   }
 

@@ -23,7 +23,6 @@ enum class PairForm {
   kSingles,  // one float16, by L bits; a second table has it in the high half
   kBytes,    // int8: two candidates of two weights, by L + k - 1 bits; the last bit of the window,
              // which is that of the second weight, chooses
-  kBiased,   // the same, each plus 128
 };
 
 // A weight as the kernels of this file's tables take it.
@@ -43,7 +42,7 @@ struct PairTable {
   static constexpr PairForm kKind = kForm;
   static constexpr int kBits = K;
   static constexpr int kStates = L;
-  static constexpr bool kInteger = kForm == PairForm::kBytes || kForm == PairForm::kBiased;
+  static constexpr bool kInteger = kForm == PairForm::kBytes;
   static constexpr int kShift = 2 + kCopyBits;  // where windows begin in a word: bytes of an entry
   static constexpr int kEntryBits = kForm == PairForm::kSingles ? L : kInteger ? L + K - 1 : L + K;
   static constexpr int kSize = 4 << (kEntryBits + kCopyBits);
@@ -139,9 +138,7 @@ struct PairTable {
     };
     if constexpr (kInteger) {
       const int other = entry | 1 << kEntryBits;
-      const uint32_t bytes =
-          byte(entry) | byte(entry >> K) << 8 | byte(other) << 16 | byte(other >> K) << 24;
-      return kForm == PairForm::kBiased ? bytes ^ 0x80808080u : bytes;
+      return byte(entry) | byte(entry >> K) << 8 | byte(other) << 16 | byte(other >> K) << 24;
     }
     const auto half = [&](int state) {
       return static_cast<float>(staged[(state & kLast) >> spare]);

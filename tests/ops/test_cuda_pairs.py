@@ -139,6 +139,15 @@ def test_what_pairs_do_not_serve_runs_as_before(
     assert kernels() == {"Prepare", "TiledProduct"}
 
 
+def test_sums_of_many_tiles_take_more_blocks(
+    calls: Any, benchmarks: Any, device: Any, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device("90")
+    monkeypatch.setenv("ONNXCOMP_EMULATED_SHARED", str(180 * 1024))  # beside 173 KB of the rest
+    check(benchmarks, calls, benchmarks.hyper_case(1000, 300, bits=4), 1, "float16")
+    assert kernels() == {"FewRows"}
+
+
 def test_codes_that_are_not_aligned_are_read_by_words(
     calls: Any, benchmarks: Any, device: Any, kernels: Any
 ) -> None:
