@@ -3,8 +3,8 @@
 Needs no GPU, but cuobjdump and nvdisasm (from CUDA, or `pip install nvidia-cuda-cuobjdump
 nvidia-cuda-nvdisasm`) and a library with machine code for one architecture. A stack means that
 registers did not suffice. The hot loop is the innermost one that multiplies, on tensor cores or by
-bytes, and of several the one that looks up most; beside its instructions stands how many there are
-for each weight that a thread takes.
+bytes, and of several the one that looks up most often; beside its instructions stands how many
+there are for each weight that a thread takes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from results import print_table, write_results
 MISSING = 6  # the exit code of onnxcomp for what is missing on a machine
 _LOOKUPS = ("twice", "direct", "leveled", "pairs")
 _FORMS = ("float16 pairs", "singles", "int8 pairs")
-_PRODUCTS = ("HMMA", "IMMA", "HGMMA", "IDP", "FFMA")
+# Instructions that multiply; those of each line only where there are none of the line before.
+_PRODUCTS = (("HMMA", "IMMA", "HGMMA", "IDP"), ("FFMA",))
 _BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
@@ -130,21 +131,27 @@ def listings(text: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
 
 
 def hot_loop(code: list[tuple[int, str]]) -> list[str]:
-    """Of the innermost loops that multiply the one with most loads from shared memory."""
-    loops = []
+    """Of the innermost loops that multiply the one that loads from shared memory most often."""
+    every = []
     for end, text in code:
         branch = _BRANCH.search(text)
         if branch and int(branch[1], 16) < end:
             start = int(branch[1], 16)
-            body = [one for at, one in code if start <= at <= end]
-            if any(opcode(one) in _PRODUCTS for one in body):
-                loops.append((start, end, body))
-    innermost = [
-        body
-        for start, end, body in loops
-        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b, _ in loops)
-    ]
-    return max(innermost, key=lambda body: sum(opcode(one) == "LDS" for one in body), default=[])
+            every.append((start, end, [one for at, one in code if start <= at <= end]))
+    for kinds in _PRODUCTS:
+        loops = [one for one in every if any(opcode(text) in kinds for text in one[2])]
+        innermost = [
+            body
+            for start, end, body in loops
+            if not any(start <= a and b <= end and (a, b) != (start, end) for a, b, _ in loops)
+        ]
+        if innermost:
+            return max(innermost, key=_density)
+    return []
+
+
+def _density(body: list[str]) -> float:
+    return sum(opcode(one) == "LDS" for one in body) / len(body)
 
 
 def opcode(text: str) -> str:

@@ -217,45 +217,61 @@ struct DecodePairs {
     }
   }
 
+  // 16 rows from `first` on: half a warp writes one.
   ONNXCOMP_THREAD void StoreHalves(int64_t first, int group, int lane, const char* transit) const {
     const int c = lane % 16;
     const int64_t column = group * int64_t{kPairGroup} + 8 * c;
     int64_t row = first + lane / 16;
     auto* to = static_cast<uint16_t*>(out) + row * weight.length + column;
-    ONNXCOMP_UNROLL
+    if (IsWhole(first + 16, group)) {
+      ONNXCOMP_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const char* from = transit + HalfPlace(2 * i + lane / 16, c);
+        *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
+        to += 2 * weight.length;
+      }
+      return;
+    }
+    ONNXCOMP_ROLL
     for (int i = 0; i < 8; ++i) {
-      const char* from = transit + HalfPlace(2 * i + lane / 16, c);
-      Store(to, row, column, *reinterpret_cast<const Vector*>(from));
+      Store(to, row, column, transit + HalfPlace(2 * i + lane / 16, c));
       to += 2 * weight.length;
       row += 2;
     }
   }
 
+  // Eight rows, one after the other.
   ONNXCOMP_THREAD void StoreFloats(int64_t first, int group, int lane, const char* transit) const {
     const int64_t column = group * int64_t{kPairGroup} + 4 * lane;
     auto* to = static_cast<uint32_t*>(out) + first * weight.length + column;
-    ONNXCOMP_UNROLL
+    if (IsWhole(first + 8, group)) {
+      ONNXCOMP_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        *reinterpret_cast<Vector*>(to) =
+            *reinterpret_cast<const Vector*>(transit + FloatPlace(i, lane));
+        to += weight.length;
+      }
+      return;
+    }
+    ONNXCOMP_ROLL
     for (int i = 0; i < 8; ++i) {
-      const char* from = transit + FloatPlace(i, lane);
-      Store(to, first + i, column, *reinterpret_cast<const Vector*>(from));
+      Store(to, first + i, column, transit + FloatPlace(i, lane));
       to += weight.length;
     }
   }
 
+  // Whether rows below `end` and all columns of a group exist, in vectors of 16 bytes.
+  ONNXCOMP_THREAD bool IsWhole(int64_t end, int group) const {
+    return aligned && end <= weight.rows && (group + int64_t{1}) * kPairGroup <= weight.length;
+  }
+
   // 16 bytes to `to`, which is `column` of a row, as far as they are in the weight.
   template <class Element>
-  ONNXCOMP_THREAD void Store(Element* to, int64_t row, int64_t column, const Vector& vector) const {
-    constexpr int kCount = 16 / sizeof(Element);
-    if (row >= weight.rows || column >= weight.length) return;
-    if (aligned && column + kCount <= weight.length) {
-      *reinterpret_cast<Vector*>(to) = vector;
-      return;
-    }
-    ONNXCOMP_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      if (column + i >= weight.length) break;
-      const uint32_t word = vector.word[i * sizeof(Element) / 4];
-      to[i] = static_cast<Element>(sizeof(Element) == 4 ? word : word >> (i % 2 * 16));
+  ONNXCOMP_THREAD void Store(Element* to, int64_t row, int64_t column, const char* from) const {
+    if (row >= weight.rows) return;
+    ONNXCOMP_ROLL
+    for (int i = 0; i < static_cast<int>(16 / sizeof(Element)); ++i) {
+      if (column + i < weight.length) to[i] = reinterpret_cast<const Element*>(from)[i];
     }
   }
 };
