@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds the CUDA kernels for the GPU of this machine, compares every one of them with numpy, times
-# them against cuBLAS, and looks for bad memory accesses and races: one table, and
-# benchmarks/results/gpu_check.json. About five minutes. Needs nvcc, a C++17 compiler, and a Python with
-# torch (CUDA), numpy and onnx; no network. Arguments go to gpu_check.py: --models FOLDER adds sessions
-# of the models that gpu_models.py wrote there (--model FILE: of one), which need onnxruntime-gpu
-# and cmake.
+# them against cuBLAS and other rivals, and looks for bad memory accesses and races: tables, and
+# benchmarks/results/gpu_check.json. What would end more than 150 s after the build is left out
+# (--seconds N). Needs nvcc, a C++17 compiler, and a Python with torch (CUDA), numpy and onnx; no
+# network. Arguments go to gpu_check.py: --models FOLDER adds sessions of the models that
+# gpu_models.py wrote there (--model FILE: of one), which need onnxruntime-gpu and cmake, as does the
+# decoder of 7B shape.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
