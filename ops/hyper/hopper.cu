@@ -15,8 +15,8 @@ constexpr PairForm kHalves = PairForm::kHalves;
 constexpr PairForm kSingles = PairForm::kSingles;
 
 constexpr int kSomeRows = 64;   // the most of SomeRows
-constexpr int kNarrow = 128;    // columns of a tile of ManyRows, up to 256 rows of x
-constexpr int kWide = 256;      // beyond
+constexpr int kNarrow = 128;    // columns of a tile of ManyRows
+constexpr int kWide = 256;      // where so wide ones are enough for most multiprocessors
 constexpr int kLeastGroups = 4;  // of a split
 
 // The table of a product, with the copies that leave room for stages of kColumns columns.
@@ -43,23 +43,32 @@ constexpr auto KernelFor() {
 
 // What a product needs besides its tensors: offsets in the scratch memory, in bytes.
 struct HopperPlan {
+  int columns;  // rows of x in a block
   int64_t row_tiles, column_tiles;
   int splits;
   int64_t factors, counters, partial, bytes;
 };
 
-int ColumnsFor(int64_t batch) {
-  if (batch > 256) return kWide;
-  if (batch > kSomeRows) return kNarrow;
+// Rows of the weight in a block.
+int64_t RowsOf(int columns) { return columns > kSomeRows ? 128 : 256; }
+
+int ColumnsFor(const PairTask& task, const gpu::Device& device) {
+  const int64_t batch = task.batch;
+  if (batch > kSomeRows) {
+    const int64_t wide =
+        gpu::DivideUp(task.weight.rows, RowsOf(kWide)) * gpu::DivideUp(batch, kWide);
+    return batch > kNarrow && 4 * wide >= 3 * int64_t{device.processors} ? kWide : kNarrow;
+  }
   return batch > 32 ? 64 : batch > 16 ? 32 : batch > 8 ? 16 : 8;
 }
 
 int64_t Align(int64_t bytes) { return gpu::DivideUp(bytes, 256) * 256; }
 
 HopperPlan PlanOf(const PairTask& task, const gpu::Device& device) {
-  const int columns = ColumnsFor(task.batch);
-  const int64_t rows = columns > kSomeRows ? 128 : 256;  // of the weight, in a block
+  const int columns = ColumnsFor(task, device);
+  const int64_t rows = RowsOf(columns);
   HopperPlan plan{};
+  plan.columns = columns;
   plan.row_tiles = gpu::DivideUp(task.weight.rows, rows);
   plan.column_tiles = gpu::DivideUp(task.batch, columns);
   const int64_t tiles = plan.row_tiles * plan.column_tiles;
@@ -100,7 +109,7 @@ void LaunchAll(const PairTask& task, const HopperPlan& plan, const void* x, void
 template <int K, int L>
 void LaunchFor(const PairTask& task, const HopperPlan& plan, const void* x, void* y, char* scratch,
                cudaStream_t stream) {
-  switch (ColumnsFor(task.batch)) {
+  switch (plan.columns) {
     case 8: return LaunchAll<K, L, 8>(task, plan, x, y, scratch, stream);
     case 16: return LaunchAll<K, L, 16>(task, plan, x, y, scratch, stream);
     case 32: return LaunchAll<K, L, 32>(task, plan, x, y, scratch, stream);
