@@ -235,7 +235,7 @@ def test_wrong_shapes_are_refused_with_the_values(calls: Any, benchmarks: Any) -
     memory = benchmarks.HostMemory()
     weight = benchmarks.hyper_case(20, 100).weight(memory.place)
     with pytest.raises(RuntimeError, match="scratch has 1 bytes, must have"):
-        calls.matmul(weight, 0, 0, 1, "float16", (0, 1))
+        calls.matmul(weight, 0, 0, 40, "float16", (0, 1))
     weight.group = 48
     with pytest.raises(RuntimeError, match="group must be 32, 64, 128 or 256"):
         calls.decode(weight, 0, "float32")
