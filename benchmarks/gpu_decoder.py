@@ -110,7 +110,7 @@ class _Weights:
             return helper.make_node("MatMul", [x, name], [y])
         if self.form.startswith("MatMulNBits"):
             inputs = [x, f"{name}.codes", f"{name}.scales"]
-            sizes = {"K": length, "N": rows, "bits": 4, "block_size": _BLOCK}
+            sizes: dict[str, Any] = {"K": length, "N": rows, "bits": 4, "block_size": _BLOCK}
             return helper.make_node("MatMulNBits", inputs, [y], domain="com.microsoft", **sizes)
         inputs = [x, *(f"{name}.{key}" for key in hyper_format.NODE_INPUTS)]
         return helper.make_node(
@@ -128,7 +128,7 @@ def _layer(weights: _Weights, x: str, index: int) -> tuple[list[onnx.NodeProto],
         if kind == "product":
             nodes.append(weights.node(output, inputs[0], name))
         else:
-            extra = {"axis": -1} if kind == "LayerNormalization" else {}
+            extra: dict[str, Any] = {"axis": -1} if kind == "LayerNormalization" else {}
             nodes.append(helper.make_node(kind, inputs, [name], **extra))
         return name
 
