@@ -83,6 +83,13 @@ class Calls:
         self._library.onnxcomp_cuda_architectures.restype = ctypes.c_char_p
         self.architectures: str = self._library.onnxcomp_cuda_architectures().decode()
 
+    def kernels(self) -> str:
+        """Which kernels the device gets, in words."""
+        text = ctypes.c_char_p()
+        if self._library.onnxcomp_cuda_kernels(ctypes.byref(text)) != 0 or text.value is None:
+            raise RuntimeError(self._library.onnxcomp_cuda_error().decode())
+        return text.value.decode()
+
     def levels(self, table: Array) -> HyperLevels | None:
         """The levels of a table of more than 256 states; None where it has none."""
         levels, found = HyperLevels(), ctypes.c_int32()

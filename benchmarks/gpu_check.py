@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_compare
+import gpu_decoder
 import gpu_sessions
 import gpu_timing
 from gpu_calls import Calls
@@ -26,6 +27,7 @@ from results import print_table, write_results
 
 NO_GPU = 6  # the exit code of onnxcomp for what is missing on a machine
 _SANITIZERS = ("memcheck", "racecheck")
+_LEAST_FOR_SANITIZERS = 20.0  # seconds
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -38,6 +40,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--model", type=Path, action="append", default=[], help="run it in sessions"
     )
     parser.add_argument("--models", type=Path, help="a folder of models to run in sessions")
+    parser.add_argument(
+        "--seconds", type=float, default=150.0, help="leave out what would end later"
+    )
     parser.add_argument("--name", default="gpu_check", help="of the JSON in benchmarks/results")
     return parser.parse_args(given)
 
@@ -86,7 +91,7 @@ def compare(calls: Calls, memory: Callable[[], Memory], options: argparse.Namesp
     return [dataclasses.asdict(one) for one in worst.values()]
 
 
-def sanitize(library: Path, seed: int) -> dict[str, str]:
+def sanitize(library: Path, seed: int, deadline: float) -> dict[str, str]:
     """Repeat quick comparisons under compute-sanitizer; "clean", or why it did not run."""
     program = shutil.which("compute-sanitizer")
     if program is None:
@@ -95,10 +100,14 @@ def sanitize(library: Path, seed: int) -> dict[str, str]:
     for tool in _SANITIZERS:
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__]
         command += [str(library), "--quick", "--seed", str(seed)]
+        left = deadline - time.monotonic()
+        if left < _LEAST_FOR_SANITIZERS:
+            verdicts[tool] = "no time left"
+            continue
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+            run = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
         except subprocess.TimeoutExpired:
-            verdicts[tool] = "not done after 150 s"
+            verdicts[tool] = f"not done after {left:.0f} s"
             continue
         verdicts[tool] = "clean" if run.returncode == 0 else f"exit {run.returncode}"
         if run.returncode != 0:
@@ -106,25 +115,53 @@ def sanitize(library: Path, seed: int) -> dict[str, str]:
     return verdicts
 
 
-def times(calls: Calls) -> list[gpu_timing.Row]:
-    """All times, as a table."""
+def times(calls: Calls, deadline: float) -> tuple[list[gpu_timing.Row], gpu_timing.Floor]:
+    """All times, as a table; shapes that would be measured after `deadline` are left out."""
     rows = []
+    floor = gpu_timing.floor()
+    launch = "unknown" if floor.launch_us is None else f"{floor.launch_us:.2f} us"
+    print(f"an empty launch: {launch}; a copy moves {floor.copy_bandwidth / 1e6:.2f} TB/s")
     for shape in gpu_timing.SHAPES:
+        if time.monotonic() > deadline:
+            print(f"no time left for weights of {shape[0]}x{shape[1]}")
+            continue
         rows += gpu_timing.matmul_rows(calls, shape, gpu_timing.BATCHES)
         rows += gpu_timing.decode_rows(calls, shape)
-    print_times(rows)
-    return rows
+    print_times(rows, floor)
+    return rows, floor
 
 
-def print_times(rows: list[gpu_timing.Row]) -> None:
+def print_times(rows: list[gpu_timing.Row], floor: gpu_timing.Floor) -> None:
     cells = []
     for row in rows:
         shape = f"{row.shape[0]}x{row.shape[1]}"
         bars = ("-", "-") if row.must is None else (f"{row.must:g}", f"{row.aim:g}")
-        us = (f"{row.us:.1f}", f"{row.rival_us:.1f}")
-        cells.append((row.kernel, shape, row.batch or "-", *us, f"{row.ratio:.2f}", *bars))
-    columns = ("kernel", "weight", "rows of x", "us", "cuBLAS or copy, us", "ratio", "must", "aim")
+        int4 = "-" if row.int4_us is None else f"{row.int4_us:.1f}"
+        us = (f"{row.us:.1f}", f"{row.rival_us:.1f}", int4)
+        share = f"{row.share(floor):.2f}" if row.read else "-"
+        cells.append((row.kernel, shape, row.batch or "-", *us, f"{row.ratio:.2f}", share, *bars))
+    columns = (
+        "kernel", "weight", "rows of x", "us", "cuBLAS or copy, us", "torch int4, us", "ratio",
+        "of bandwidth", "must", "aim",
+    )  # fmt: skip
     print_table(columns, cells)
+
+
+def decoders(options: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+    """A decoder of twelve layers in ONNX Runtime, where that has the CUDA execution provider."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    if gpu_sessions.CUDA not in onnxruntime.get_available_providers():
+        return []
+    rows = gpu_decoder.time_decoders(options.library, deadline)
+    cells = [
+        (row.form, row.batch, f"{row.us:.0f}", f"{row.tokens_per_second:.0f}", f"{row.ratio:.2f}")
+        for row in rows
+    ]
+    print_table(("decoder", "rows of x", "us", "tokens per second", "ratio to dense"), cells)
+    return [dataclasses.asdict(row) for row in rows]
 
 
 def sessions(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,6 +184,7 @@ def sessions(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(given: list[str] | None = None) -> None:
+    start = time.monotonic()
     options = arguments(given)
     gpu = "emulated" if options.emulated else gpu_name()
     calls = Calls(options.library)
@@ -162,11 +200,20 @@ def main(given: list[str] | None = None) -> None:
         "comparisons": comparisons,
     }
     if not options.emulated:
-        rows = times(calls)
-        results["times"] = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
-        results["sanitizers"] = sanitize(options.library, options.seed)
-        print("; ".join(f"{tool}: {verdict}" for tool, verdict in results["sanitizers"].items()))
+        results["kernels"] = calls.kernels()
+        results["date"] = time.strftime("%Y-%m-%d")
+        deadline = start + options.seconds
+        # Of what is left after comparisons: times first, then the decoder, then the sanitizers.
+        rows, floor = times(calls, deadline - 0.4 * options.seconds)
+        results["floor"] = dataclasses.asdict(floor)
+        results["times"] = [
+            {**dataclasses.asdict(row), "ratio": row.ratio, "share": row.share(floor)}
+            for row in rows
+        ]
+        results["decoders"] = decoders(options, deadline - 0.2 * options.seconds)
         results["sessions"] = sessions(options)
+        results["sanitizers"] = sanitize(options.library, options.seed, deadline)
+        print("; ".join(f"{tool}: {verdict}" for tool, verdict in results["sanitizers"].items()))
     print(f"wrote {write_results(options.name, results)}")
 
 

@@ -27,8 +27,8 @@ DTYPES: dict[str, Any] = {
 # largest value and tensor cores cut off as much in every sum; in one part they leave 2^-12; then y
 # is rounded to its type.
 TOLERANCE = {"float32": 2.0**-20, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-# One to eight columns, sixteen, sixty-four and more, in one part or two: every form of the product.
-BATCHES = (1, 4, 5, 9, 33, 70)
+# Few columns, sixteen, sixty-four and more, in one part or two: every form of the product.
+BATCHES = (1, 4, 5, 9, 33, 70, 300)
 _SHAPES = ((1, 1), (35, 137), (300, 129), (40, 1500))
 _HASHED: tuple[dict[str, Any], ...] = (
     {"slots": 5},

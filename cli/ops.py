@@ -57,7 +57,7 @@ def info(terminal: Terminal) -> None:
     import onnxruntime
 
     from onnxcomp import __version__
-    from onnxcomp.ops import cuda_architectures, library_path, register
+    from onnxcomp.ops import cuda_architectures, cuda_kernels, library_path, register
     from onnxcomp.runtime.machine import look
 
     register(onnxruntime.SessionOptions())
@@ -70,6 +70,7 @@ def info(terminal: Terminal) -> None:
         "providers": onnxruntime.get_available_providers(),
         "operators": [entry["name"] for entry in operators()],
         "cuda_architectures": list(cuda_architectures()),
+        "cuda_kernels": cuda_kernels(),
         "cuda_driver": machine.cuda,
         "gpus": list(machine.gpus),
     }
@@ -77,6 +78,7 @@ def info(terminal: Terminal) -> None:
         **facts,
         "bytes": bytes_text(library_path().stat().st_size),
         "cuda_architectures": list(cuda_architectures()) or "no CUDA kernels",
+        "cuda_kernels": facts["cuda_kernels"] or "none",
         "cuda_driver": machine.cuda or "none",
         "gpus": list(machine.gpus) or "none",
     }

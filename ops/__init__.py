@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib.resources
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import RuntimeMissingError
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["CUDA_OPERATORS", "cuda_architectures", "library_path", "register"]
+__all__ = ["CUDA_OPERATORS", "cuda_architectures", "cuda_kernels", "library_path", "register"]
 
 # What a library with CUDA kernels has kernels for; names in Weight are folded when a model loads.
 CUDA_OPERATORS = frozenset(
@@ -60,20 +60,39 @@ def cuda_architectures() -> tuple[str, ...]:
     """
     import ctypes
 
-    path = library_path()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise RuntimeMissingError(
-            f"operator library {path} does not load: {error}", hint="build it on this machine"
-        ) from error
-    try:
-        function = library.onnxcomp_cuda_architectures
-    except AttributeError:
+    function = getattr(_load_library(), "onnxcomp_cuda_architectures", None)
+    if function is None:
         return ()
     function.restype = ctypes.c_char_p
     text: bytes = function()
     return tuple(text.decode().split())
+
+
+def cuda_kernels() -> str | None:
+    """Which kernels the first GPU gets, in words; None without a GPU or without CUDA kernels.
+
+    Raises:
+        RuntimeMissingError: The library is missing or does not load.
+    """
+    import ctypes
+
+    function = getattr(_load_library(), "onnxcomp_cuda_kernels", None)
+    text = ctypes.c_char_p()
+    if function is None or function(ctypes.byref(text)) != 0 or text.value is None:
+        return None
+    return text.value.decode()
+
+
+def _load_library() -> Any:
+    import ctypes
+
+    path = library_path()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeMissingError(
+            f"operator library {path} does not load: {error}", hint="build it on this machine"
+        ) from error
 
 
 def register(session_options: onnxruntime.SessionOptions) -> None:

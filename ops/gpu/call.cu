@@ -39,7 +39,55 @@ int64_t SplitsFor(const Task& task, int tiles, int64_t columns, const Device& de
   return DivideUp(task.units, DivideUp(task.units, splits));
 }
 
+// Where a device gets kernels of its own; hyper/pairs.h has the rules for weights.
+std::string KernelsOf(const Device& device) {
+  std::string text = std::to_string(device.capability / 10) + "." +
+                     std::to_string(device.capability % 10) + ": ";
+  if (device.compiled < 80) return text + "one weight by each look-up, for all rows";
+  text += "few rows and decoding by pairs, more rows ";
+  text += device.hopper ? "by wgmma" : "by mma";
+  if (device.compiled < device.capability) {
+    text += " (compiled from PTX for " + std::to_string(device.compiled / 10) + "." +
+            std::to_string(device.compiled % 10) + ")";
+  }
+  return text;
+}
+
 }  // namespace
+
+#if defined(__CUDACC__)
+namespace {
+
+struct Probe {
+  static constexpr int kBlocks = 1;
+  ONNXCOMP_DEVICE void operator()(Block&) const {}
+};
+
+Device ReadDevice(int id) {
+  int values[4] = {};
+  const cudaDeviceAttr wanted[4] = {
+      cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+      cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor};
+  for (int i = 0; i < 4; ++i) CheckCuda(cudaDeviceGetAttribute(values + i, wanted[i], id));
+  cudaFuncAttributes code{};
+  CheckCuda(cudaFuncGetAttributes(&code, Enter<Probe>));
+  const int capability = values[2] * 10 + values[3];
+  const bool hopper = kWithHopper && capability == 90 && code.ptxVersion == 90;
+  return {values[0], values[1], capability, code.ptxVersion, hopper};
+}
+
+}  // namespace
+
+Device CurrentDevice() {
+  thread_local int known = -1;
+  thread_local Device device{};
+  int id = 0;
+  CheckCuda(cudaGetDevice(&id));
+  if (id != known) device = ReadDevice(id);
+  known = id;
+  return device;
+}
+#endif
 
 std::string& LastError() {
   thread_local std::string text;
@@ -95,6 +143,14 @@ Columns PrepareColumns(const Task& task, const Plan& plan, const void* x, char* 
 extern "C" const char* onnxcomp_cuda_error(void) { return onnxcomp::gpu::LastError().c_str(); }
 
 extern "C" const char* onnxcomp_cuda_architectures(void) { return ONNXCOMP_CUDA_ARCHITECTURES; }
+
+extern "C" int onnxcomp_cuda_kernels(const char** text) {
+  return onnxcomp::gpu::Report([&] {
+    thread_local std::string kernels;
+    kernels = onnxcomp::gpu::KernelsOf(onnxcomp::gpu::CurrentDevice());
+    *text = kernels.c_str();
+  });
+}
 
 extern "C" int onnxcomp_cuda_copy_to_host(const void* from, void* to, size_t bytes) {
   return onnxcomp::gpu::Report([&] { onnxcomp::gpu::CopyToHost(from, to, bytes); });

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "gpu/simt.h"
 
@@ -20,11 +19,31 @@ struct Grid {
   int64_t x, y, z;
 };
 
+// Whether this library has machine code for sm_90a.
+#if defined(ONNXCOMP_CUDA_HOPPER) || !defined(__CUDACC__)
+constexpr bool kWithHopper = true;
+#else
+constexpr bool kWithHopper = false;
+#endif
+
 // What a device offers, as far as the choice of a kernel depends on it.
 struct Device {
-  int processors;     // multiprocessors
-  int64_t shared;     // bytes of shared memory that a block may have
+  int processors;  // multiprocessors
+  int64_t shared;  // bytes of shared memory that a block may have
+  int capability;  // of the device, 90 for 9.0
+  int compiled;    // of the code that runs on it: less where it was compiled from older PTX
+  bool hopper;     // that code may use what only Hopper has (sm_90a)
 };
+
+// Threads of a block of a kernel.
+template <class K>
+constexpr auto ThreadsOf(int) -> decltype(K::kBlockThreads) {
+  return K::kBlockThreads;
+}
+template <class K>
+constexpr int ThreadsOf(...) {
+  return kThreads;
+}
 
 // A call of the CUDA runtime that failed, or a shape that no grid holds.
 class GpuError : public std::runtime_error {
@@ -46,40 +65,42 @@ inline void CheckCuda(cudaError_t error) {
 }
 
 template <class K>
-__global__ void __launch_bounds__(kThreads, K::kBlocks) Enter(const __grid_constant__ K kernel) {
-  extern __shared__ __align__(16) char shared[];
+__global__ void __launch_bounds__(ThreadsOf<K>(0), K::kBlocks)
+    Enter(const __grid_constant__ K kernel) {
+  extern __shared__ __align__(1024) char shared[];
   Block block{blockIdx.x, blockIdx.y, blockIdx.z, shared};
   kernel(block);
 }
 
-// Nothing here allocates or waits: a stream that is being captured into a graph takes it.
+// Of the current device. It stands in call.cu: a kernel that two object files with code for different
+// architectures had in common would be taken from either.
+Device CurrentDevice();
+
+// Nothing here allocates or waits: a stream that is being captured into a graph takes it. With
+// `early`, blocks begin while those of the kernel before end, as soon as that kernel calls
+// StartNextGrid(); then this one must call AwaitPreviousGrid() before it touches what others write
+// or read. Code of older generations has no such call and is never started early.
 template <class K>
-void Launch(cudaStream_t stream, const Grid& grid, int64_t shared, const K& kernel) {
+void Launch(cudaStream_t stream, const Grid& grid, int64_t shared, const K& kernel,
+            bool early = false) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   CheckGrid(grid);
   if (shared > 48 * 1024) {
     CheckCuda(cudaFuncSetAttribute(Enter<K>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(shared)));
   }
-  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                    static_cast<unsigned>(grid.z));
-  Enter<K><<<blocks, kThreads, static_cast<size_t>(shared), stream>>>(kernel);
-  CheckCuda(cudaGetLastError());
-}
-
-inline Device CurrentDevice() {
-  thread_local int known = -1;
-  thread_local Device device{};
-  int id = 0;
-  CheckCuda(cudaGetDevice(&id));
-  if (id == known) return device;
-  int processors = 0;
-  int shared = 0;
-  CheckCuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, id));
-  CheckCuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-  device = {processors, shared};
-  known = id;
-  return device;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                        static_cast<unsigned>(grid.z));
+  launch.blockDim = dim3(ThreadsOf<K>(0));
+  launch.dynamicSmemBytes = static_cast<size_t>(shared);
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = early && CurrentDevice().compiled >= 90 ? 1 : 0;
+  CheckCuda(cudaLaunchKernelEx(&launch, Enter<K>, kernel));
 }
 
 inline void CopyToHost(const void* from, void* to, size_t bytes) {
@@ -88,24 +109,29 @@ inline void CopyToHost(const void* from, void* to, size_t bytes) {
 
 #else
 
-// Few processors, so that small shapes take every way through the kernels; as much shared memory as
-// a test wants.
+// Few processors, so that small shapes take every way through the kernels; of the generation and
+// with as much shared memory as a test wants.
 inline Device CurrentDevice() {
   const char* shared = std::getenv("ONNXCOMP_EMULATED_SHARED");
-  return {4, shared == nullptr ? int64_t{160} * 1024 : std::atoll(shared)};
+  const char* wanted = std::getenv("ONNXCOMP_EMULATED_CAPABILITY");
+  const int capability = wanted == nullptr ? 80 : std::atoi(wanted);
+  const int64_t usual = (capability == 90 ? 227 : 163) * int64_t{1024};
+  return {4, shared == nullptr ? usual : std::atoll(shared), capability, capability,
+          capability == 90};
 }
 
 template <class K>
-void Launch(cudaStream_t, const Grid& grid, int64_t shared, const K& kernel) {
+void Launch(cudaStream_t, const Grid& grid, int64_t shared, const K& kernel, bool = false) {
   CheckGrid(grid);
   if (shared > CurrentDevice().shared) throw GpuError("too much shared memory for this device");
+  emulator::Note(__PRETTY_FUNCTION__);
   for (int64_t z = 0; z < grid.z; ++z) {
     for (int64_t y = 0; y < grid.y; ++y) {
       for (int64_t x = 0; x < grid.x; ++x) {
-        // Of the exact size, and never clean: sanitizers and wrong results find what goes astray.
-        std::vector<Vector> memory(static_cast<size_t>(shared / 16), Vector{{~0u, ~0u, ~0u, ~0u}});
-        Block block{x, y, z, reinterpret_cast<char*>(memory.data())};
-        kernel(block);
+        emulator::RunBlock(ThreadsOf<K>(0), shared, [&](char* memory) {
+          Block block{x, y, z, memory};
+          kernel(block);
+        });
       }
     }
   }

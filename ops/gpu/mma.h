@@ -10,7 +10,9 @@
 // and B agree: here the four terms of a lane are four neighbours.
 #pragma once
 
-#include "gpu/simt.h"
+#include <type_traits>
+
+#include "gpu/async.h"
 
 namespace onnxcomp::gpu {
 
@@ -24,42 +26,69 @@ struct Sums {
   float value[kTiles][4];
 };
 
-#if !ONNXCOMP_ON_GPU
-inline float HalfAt(uint32_t word, int place) {
-  return HalfToFloat(static_cast<uint16_t>(word >> (16 * place)));
-}
+#if ONNXCOMP_IN_EMULATOR
+// What a lane brings to a product.
+struct MmaLane {
+  uint32_t a[4], b[2];
+  void* sums;
+};
 
-template <int kTiles>
-inline void EmulateMma(const Warp& warp, PerThread<Fragment>& a, PerThread<Vector>& b, int first,
-                       PerThread<Sums<kTiles>>& sums, int tile) {
-  const int base = warp.index * kWarp;
-  for (int lane = 0; lane < kWarp; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4;  // of eight; i / 2 says which eight
-      const int column = 2 * (lane % 4) + i % 2;
-      double sum = sums[base + lane].value[tile][i];
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        const Fragment& left = a[base + row * 4 + quarter];
-        const Vector& right = b[base + column * 4 + quarter];
-        for (int term = 0; term < 4; ++term) {
-          const float x = HalfAt(left.word[i / 2 + term / 2 * 2], term % 2);
-          sum += static_cast<double>(x) * HalfAt(right.word[first + term / 2], term % 2);
-        }
+// Products of all lanes, with `kTerms` terms in a word that `term(word, i)` takes out.
+template <int kTerms, class Sum, class Term>
+void EmulateMmaOf(void* const* lanes, const Term& term) {
+  constexpr int kDepth = 8 * kTerms;
+  Sum a[16][kDepth];
+  Sum b[8][kDepth];
+  const auto lane = [&](int l) { return static_cast<MmaLane*>(lanes[l]); };
+  for (int l = 0; l < kWarp; ++l) {
+    for (int word = 0; word < 4; ++word) {
+      for (int i = 0; i < kTerms; ++i) {
+        const int k = l % 4 * kTerms + i + word / 2 * (kDepth / 2);
+        a[l / 4 + word % 2 * 8][k] = term(lane(l)->a[word], i);
+        if (word % 2 == 0) b[l / 4][k] = term(lane(l)->b[word / 2], i);
       }
-      sums[base + lane].value[tile][i] = static_cast<float>(sum);
     }
   }
+  using Result = std::conditional_t<std::is_same_v<Sum, int>, int, float>;
+  for (int l = 0; l < kWarp; ++l) {
+    auto* sums = static_cast<Result*>(lane(l)->sums);
+    for (int i = 0; i < 4; ++i) {
+      const Sum* row = a[l / 4 + i / 2 * 8];
+      const Sum* column = b[2 * (l % 4) + i % 2];
+      Sum sum = sums[i];
+      for (int k = 0; k < kDepth; ++k) sum += row[k] * column[k];
+      sums[i] = static_cast<Result>(sum);
+    }
+  }
+}
+
+inline void EmulateMma(void* const* lanes) {
+  EmulateMmaOf<2, double>(lanes, [](uint32_t word, int i) {
+    return static_cast<double>(HalfToFloat(static_cast<uint16_t>(word >> (16 * i))));
+  });
+}
+
+inline void EmulateMmaBrains(void* const* lanes) {
+  EmulateMmaOf<2, double>(lanes, [](uint32_t word, int i) {
+    return static_cast<double>(BitsToFloat(i == 0 ? word << 16 : word & 0xffff0000u));
+  });
+}
+
+inline void EmulateMmaBytes(void* const* lanes) {
+  EmulateMmaOf<4, int>(lanes, [](uint32_t word, int i) {
+    return static_cast<int>(static_cast<int8_t>(word >> (8 * i)));
+  });
 }
 #endif
 
 // sums[tile] += a * (words `first` and `first` + 1 of b), by all threads of a warp.
 template <int kTiles>
-ONNXCOMP_DEVICE void Mma(const Warp& warp, PerThread<Fragment>& a, PerThread<Vector>& b, int first,
+ONNXCOMP_DEVICE void Mma(const Warp&, PerThread<Fragment>& a, PerThread<Vector>& b, int first,
                          PerThread<Sums<kTiles>>& sums, int tile) {
-#if ONNXCOMP_ON_GPU
   const uint32_t* x = a[0].word;
   const uint32_t* y = b[0].word + first;
   float* s = sums[0].value[tile];
+#if ONNXCOMP_ON_GPU
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -74,8 +103,59 @@ ONNXCOMP_DEVICE void Mma(const Warp& warp, PerThread<Fragment>& a, PerThread<Vec
         : "r"(x[2 * half]), "r"(x[2 * half + 1]), "r"(y[half]));
   }
 #endif
+#elif ONNXCOMP_IN_EMULATOR
+  MmaLane lane{{x[0], x[1], x[2], x[3]}, {y[0], y[1]}, s};
+  emulator::MeetWarp("mma", &lane, EmulateMma);
 #else
-  EmulateMma(warp, a, b, first, sums, tile);
+  (void)x, (void)y, (void)s;
+#endif
+}
+
+// The same on registers, for compute capability 8.0 and newer: sums (4) += a (4 words) * (b0, b1).
+ONNXCOMP_THREAD void MmaHalves(float* s, const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif ONNXCOMP_IN_EMULATOR
+  MmaLane lane{{a[0], a[1], a[2], a[3]}, {b0, b1}, s};
+  emulator::MeetWarp("mma", &lane, EmulateMma);
+#else
+  (void)s, (void)a, (void)b0, (void)b1;
+#endif
+}
+
+// Of bfloat16.
+ONNXCOMP_THREAD void MmaBrains(float* s, const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif ONNXCOMP_IN_EMULATOR
+  MmaLane lane{{a[0], a[1], a[2], a[3]}, {b0, b1}, s};
+  emulator::MeetWarp("mma bf16", &lane, EmulateMmaBrains);
+#else
+  (void)s, (void)a, (void)b0, (void)b1;
+#endif
+}
+
+// m16n8k32 of int8, summed in int32. A word has four neighbouring terms where float16 has two.
+ONNXCOMP_THREAD void MmaBytes(int* s, const uint32_t* a, uint32_t b0, uint32_t b1) {
+#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(s[0]), "+r"(s[1]), "+r"(s[2]), "+r"(s[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif ONNXCOMP_IN_EMULATOR
+  MmaLane lane{{a[0], a[1], a[2], a[3]}, {b0, b1}, s};
+  emulator::MeetWarp("mma s8", &lane, EmulateMmaBytes);
+#else
+  (void)s, (void)a, (void)b0, (void)b1;
 #endif
 }
 

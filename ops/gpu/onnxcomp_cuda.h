@@ -4,9 +4,11 @@
  * Tensors are in device memory and laid out as ops/hyper/spec.md and ops/hash/spec.md say; codes
  * must be aligned to 4 bytes, `scratch` to 256. Work is put on `stream` (a cudaStream_t; null for
  * the default one); nothing waits and nothing is allocated, so that a stream may be under capture
- * for a graph. Shapes are checked, contents are not: any codes decode to something, and no content
- * of codes or tables leads outside the tensors. The same weight and input always give the same bits
- * on the same kind of device.
+ * for a graph. Codes, scales, tables, memories and maps are constants of a model: kernels may read
+ * them before the kernel before on the stream is done, if that one lets others begin early
+ * (programmatic dependent launch); a kernel that writes them must not. Shapes are checked, contents
+ * are not: any codes decode to something, and no content of codes or tables leads outside the
+ * tensors. The same weight and input always give the same bits on the same kind of device.
  *
  * Element types are those of TensorProto: 1 float32, 10 float16, 16 bfloat16.
  */
@@ -63,6 +65,10 @@ ONNXCOMP_CUDA_API const char* onnxcomp_cuda_error(void);
 /* Compute capabilities the library holds machine code for, as CMake names them: "80", or
  * "75-real 80-real 120". */
 ONNXCOMP_CUDA_API const char* onnxcomp_cuda_architectures(void);
+
+/* Which kernels the current device gets, in words: "9.0: few rows and decoding by pairs, more rows by
+ * wgmma". The text belongs to the calling thread, until its next call. */
+ONNXCOMP_CUDA_API int onnxcomp_cuda_kernels(const char** text);
 
 /* Copies from device (or host) memory to host memory, and waits for it: for small tables, while a
  * model loads. */

@@ -12,6 +12,7 @@
 //   Row(r)                        which row of the panel is row r of a fragment
 #pragma once
 
+#include "gpu/async.h"
 #include "gpu/launch.h"
 #include "gpu/mma.h"
 #include "gpu/prepare.h"

@@ -1,11 +1,9 @@
 // Blocks, warps and threads, for a GPU and, emulated, for a CPU.
 //
-// A kernel is a structure whose `operator()(Block&)` is written once. nvcc compiles it for GPUs,
-// where every thread runs it. Any C++ compiler compiles it for CPUs, where one thread runs whole
-// blocks: `EachThread` and `EachLane` become loops, and what a GPU keeps in the registers of each
-// thread becomes an array. So every line of a kernel but the few inside `#if ONNXCOMP_ON_GPU` is
-// executed and compared with the definition by tests that need no GPU. What emulation cannot show
-// is a missing `Sync`, because its loops run one after the other.
+// A kernel is a structure whose `operator()(Block&)` every thread runs. nvcc compiles it for GPUs;
+// any C++ compiler compiles it for CPUs, where threads are fibers (gpu/emulator.h). So every line of
+// a kernel but the few inside `#if ONNXCOMP_ON_GPU` is executed and compared with the definition by
+// tests that need no GPU, and so are its barriers and its waits for asynchronous copies.
 #pragma once
 
 #include <cstddef>
@@ -21,9 +19,19 @@
 #if defined(__CUDA_ARCH__)
 #define ONNXCOMP_ON_GPU 1
 #define ONNXCOMP_UNROLL _Pragma("unroll")
+#define ONNXCOMP_UNROLL_TWICE _Pragma("unroll 2")
+#define ONNXCOMP_ROLL _Pragma("unroll 1")
 #else
 #define ONNXCOMP_ON_GPU 0
 #define ONNXCOMP_UNROLL
+#define ONNXCOMP_UNROLL_TWICE
+#define ONNXCOMP_ROLL
+#endif
+#if defined(__CUDACC__)
+#define ONNXCOMP_IN_EMULATOR 0
+#else
+#define ONNXCOMP_IN_EMULATOR 1
+#include "gpu/emulator.h"
 #endif
 
 namespace onnxcomp::gpu {
@@ -37,87 +45,102 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
-// A variable of each thread: a register on a GPU, an array in the emulation.
+// The thread's number in its block.
+ONNXCOMP_DEVICE int ThreadIndex() {
+#if ONNXCOMP_ON_GPU
+  return static_cast<int>(threadIdx.x);
+#elif ONNXCOMP_IN_EMULATOR
+  return emulator::ThreadIndex();
+#else
+  return 0;
+#endif
+}
+
+// A variable of each thread.
 template <class T>
 class PerThread {
  public:
-#if ONNXCOMP_ON_GPU
   ONNXCOMP_DEVICE T& operator[](int) { return value_; }
 
  private:
   T value_;
-#else
-  ONNXCOMP_DEVICE T& operator[](int thread) { return values_[thread]; }
-
- private:
-  T values_[kThreads];
-#endif
 };
+
+// The value of another lane of the warp.
+template <class T>
+ONNXCOMP_DEVICE T Shuffle(const T& value, int lane) {
+#if ONNXCOMP_ON_GPU
+  return __shfl_sync(0xffffffffu, value, lane);
+#elif ONNXCOMP_IN_EMULATOR
+  return emulator::Shuffle(value, lane);
+#else
+  return lane < 0 ? T{} : value;
+#endif
+}
+
+// That of the lane whose number differs in the bits of `mask`.
+template <class T>
+ONNXCOMP_DEVICE T ShuffleXor(const T& value, int mask) {
+#if ONNXCOMP_ON_GPU
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+#else
+  return Shuffle(value, (ThreadIndex() % kWarp) ^ mask);
+#endif
+}
+
+// What threads of the warp wrote to shared memory before is seen by all of them after.
+ONNXCOMP_DEVICE void SyncWarp() {
+#if ONNXCOMP_ON_GPU
+  __syncwarp();
+#elif ONNXCOMP_IN_EMULATOR
+  emulator::SyncWarp();
+#endif
+}
 
 // 32 threads that run together.
 struct Warp {
   int index;  // in its block
 
-  // Calls body(thread) for the warp's threads; `thread` counts in the block.
+  // Calls body(thread); `thread` counts in the block.
   template <class Body>
   ONNXCOMP_DEVICE void EachLane(const Body& body) const {
-#if ONNXCOMP_ON_GPU
-    body(static_cast<int>(threadIdx.x));
-#else
-    for (int lane = 0; lane < kWarp; ++lane) body(index * kWarp + lane);
-#endif
+    body(ThreadIndex());
   }
 
   // The value of one of the warp's threads.
   template <class T>
   ONNXCOMP_DEVICE T ValueOf(PerThread<T>& values, int lane) const {
-#if ONNXCOMP_ON_GPU
-    return __shfl_sync(0xffffffffu, values[0], lane);
-#else
-    return values[index * kWarp + lane];
-#endif
+    return Shuffle(values[0], lane);
   }
 
   // Every thread receives the value of the thread whose lane differs in the bits of `mask`.
   template <class T>
   ONNXCOMP_DEVICE void Exchange(PerThread<T>& values, int mask) const {
-#if ONNXCOMP_ON_GPU
-    values[0] = __shfl_xor_sync(0xffffffffu, values[0], mask);
-#else
-    T old[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) old[lane] = values[index * kWarp + lane];
-    for (int lane = 0; lane < kWarp; ++lane) values[index * kWarp + lane] = old[lane ^ mask];
-#endif
+    values[0] = ShuffleXor(values[0], mask);
   }
 };
 
-// One block of kThreads threads.
+// One block of threads.
 struct Block {
   int64_t x, y, z;  // its place in the grid
-  char* shared;     // memory of the block, aligned to 16 bytes
+  char* shared;     // memory of the block, aligned to 1024 bytes
 
   template <class Body>
   ONNXCOMP_DEVICE void EachThread(const Body& body) const {
-#if ONNXCOMP_ON_GPU
-    body(static_cast<int>(threadIdx.x));
-#else
-    for (int thread = 0; thread < kThreads; ++thread) body(thread);
-#endif
+    body(ThreadIndex());
   }
 
   template <class Body>
   ONNXCOMP_DEVICE void EachWarp(const Body& body) const {
-#if ONNXCOMP_ON_GPU
-    body(Warp{static_cast<int>(threadIdx.x) / kWarp});
-#else
-    for (int warp = 0; warp < kWarps; ++warp) body(Warp{warp});
-#endif
+    body(Warp{ThreadIndex() / kWarp});
   }
 
   // What threads wrote to shared memory before is seen by all of them after.
   ONNXCOMP_DEVICE void Sync() const {
 #if ONNXCOMP_ON_GPU
     __syncthreads();
+#elif ONNXCOMP_IN_EMULATOR
+    emulator::SyncBlock();
 #endif
   }
 };
@@ -245,37 +268,6 @@ ONNXCOMP_DEVICE void StoreRun(Type type, void* data, int64_t row, int64_t column
   for (int i = 0; i < kCount; ++i) {
     if (column + i < length) StoreElement(type, data, begin + i, values[i]);
   }
-}
-
-// Copies that run while threads go on: from global to shared memory, 16 bytes or 4.
-template <class T>
-ONNXCOMP_DEVICE void CopyLater(T* shared, const T* global) {
-  static_assert(sizeof(T) == 16 || sizeof(T) == 4, "a size that the hardware copies");
-#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
-  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  if constexpr (sizeof(T) == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
-  }
-#else
-  *shared = *global;
-#endif
-}
-
-// Closes a batch of copies.
-ONNXCOMP_DEVICE void CloseCopies() {
-#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits until at most `kOpen` of this thread's batches are still under way.
-template <int kOpen>
-ONNXCOMP_DEVICE void AwaitCopies() {
-#if ONNXCOMP_ON_GPU && __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
-#endif
 }
 
 }  // namespace onnxcomp::gpu

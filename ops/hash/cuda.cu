@@ -4,6 +4,7 @@
 
 #include "gpu/call.h"
 #include "gpu/onnxcomp_cuda.h"
+#include "hash/gpu_one_row.h"
 #include "hash/gpu_rows.h"
 #include "hash/gpu_source.h"
 
@@ -100,6 +101,62 @@ void MultiplyPlain(const GpuWeight& weight, const void* x, void* y, int64_t batc
   }
 }
 
+bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// The kernel for one row of x, where one serves: tiles that are slots, in a memory whose lanes can
+// be read as vectors.
+bool ServesOneRow(const GpuWeight& weight, int64_t batch) {
+  return batch == 1 && weight.chunk == kGpuTile && weight.codes == nullptr &&
+         Aligned(weight.memory) && weight.panels * weight.blocks < kMost &&
+         weight.slots < kMost / 2 && gpu::CurrentDevice().compiled >= 80;
+}
+
+OneRowHalves OneRowKernel(const GpuWeight& weight, gpu::Type type, Halves) {
+  OneRowHalves kernel{};
+  kernel.weight = weight;
+  kernel.y = {type, nullptr, 1, weight.rows, weight.scale};
+  return kernel;
+}
+
+// As many panels to a block as leave a block for each multiprocessor.
+OneRowBytes OneRowKernel(const GpuWeight& weight, gpu::Type type, Bytes) {
+  OneRowBytes kernel{};
+  kernel.weight = weight;
+  kernel.y = {type, nullptr, 1, weight.rows, weight.scale};
+  kernel.panels = 1;
+  const int64_t wanted = gpu::DivideUp(weight.panels, gpu::CurrentDevice().processors);
+  while (kernel.panels < wanted && kernel.panels < OneRowBytes::kWarpCount) kernel.panels *= 2;
+  return kernel;
+}
+
+int64_t BlocksOf(const OneRowHalves& kernel) { return kernel.weight.panels; }
+int64_t BlocksOf(const OneRowBytes& kernel) {
+  return gpu::DivideUp(kernel.weight.panels, kernel.panels);
+}
+
+// Calls body(kernel) where one serves; int8 keeps 16 bits of x, which float32 wants more of.
+template <class Memory, class Body>
+bool WithOneRow(const GpuWeight& weight, int64_t batch, gpu::Type type, Memory memory,
+                const Body& body) {
+  constexpr bool kBytesOf = std::is_same_v<Memory, Bytes>;
+  if (!ServesOneRow(weight, batch) || (kBytesOf && type == gpu::Type::kFloat32)) return false;
+  const auto kernel = OneRowKernel(weight, type, memory);
+  if (kernel.SharedBytes() > gpu::CurrentDevice().shared) return false;
+  body(kernel);
+  return true;
+}
+
+template <class Memory>
+bool MultiplyOneRow(const GpuWeight& weight, const void* x, void* y, int64_t batch, gpu::Type type,
+                    Memory memory, cudaStream_t stream) {
+  return WithOneRow(weight, batch, type, memory, [&](auto kernel) {
+    kernel.x = x;
+    kernel.aligned = Aligned(x) && weight.length % 8 == 0;
+    kernel.y.data = y;
+    gpu::Launch(stream, {BlocksOf(kernel), 1, 1}, kernel.SharedBytes(), kernel, /*early=*/true);
+  });
+}
+
 void MultiplyWeight(const Given& given, const void* x, void* y, int64_t batch, gpu::Type type,
                     const gpu::Scratch& scratch, cudaStream_t stream) {
   const GpuWeight weight = Read(given);
@@ -107,6 +164,7 @@ void MultiplyWeight(const Given& given, const void* x, void* y, int64_t batch, g
     if constexpr (std::is_same_v<decltype(memory), Floats>) {
       MultiplyPlain(weight, x, y, batch, type, stream);
     } else {
+      if (MultiplyOneRow(weight, x, y, batch, type, memory, stream)) return;
       WithSource(weight, memory, [&](const auto& source) {
         const gpu::Task task = TaskFor(source, type);
         gpu::Multiply(task, source, x, y, batch, weight.scale, scratch, stream);
@@ -120,6 +178,7 @@ int64_t ScratchOf(const Given& given, int64_t batch, gpu::Type type) {
   int64_t bytes = 0;
   WithMemory(given, [&](auto memory) {
     if constexpr (!std::is_same_v<decltype(memory), Floats>) {
+      if (WithOneRow(weight, batch, type, memory, [](const auto&) {})) return;
       WithSource(weight, memory, [&](const auto& source) {
         bytes = gpu::ScratchFor(TaskFor(source, type), batch, gpu::SizeOf(source));
       });

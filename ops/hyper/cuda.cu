@@ -7,6 +7,7 @@
 #include "hyper/gpu_rows.h"
 #include "hyper/gpu_source.h"
 #include "hyper/levels.h"
+#include "hyper/pairs.h"
 
 namespace onnxcomp::hyper {
 namespace {
@@ -73,7 +74,7 @@ void WithBits(const GpuWeight& weight, const Body& body) {
 
 template <class Body>
 void WithSource(const GpuWeight& weight, const Body& body) {
-  switch (weight.dwords * 32 / weight.group) {
+  switch (BitsOf(weight)) {
     case 1: return WithBits<1>(weight, body);
     case 2: return WithBits<2>(weight, body);
     case 3: return WithBits<3>(weight, body);
@@ -84,15 +85,54 @@ void WithSource(const GpuWeight& weight, const Body& body) {
 }
 
 template <class Source>
-gpu::Task TaskFor(const Source& source, int32_t type) {
+gpu::Task TaskFor(const Source& source, gpu::Type type) {
   const GpuWeight& weight = source.weight;
   gpu::Task task{};
   task.cut = {weight.length, weight.groups, weight.group, true, gpu::Placement{Source::kRun}};
   task.rows = weight.rows;
   task.panels = source.panels;
   task.units = source.units;
-  task.type = gpu::ReadType(type);
+  task.type = type;
   return task;
+}
+
+// On Hopper every row beyond four takes longer to rotate in each block than the other kernels take.
+bool PrefersFewRows(const PairTask& task, const gpu::Device& device) {
+  constexpr int64_t kFewOnHopper = 4;
+  if (task.batch > kFewOnHopper && ServesHopper(device)) return false;
+  return ServesFewRows(task, device);
+}
+
+// Scratch memory of a product, and the product, by the fastest kernel that serves it.
+int64_t ScratchOf(const GpuWeight& weight, int64_t batch, gpu::Type type) {
+  PairTask pairs{};
+  if (ReadPairTask(weight, type, batch, pairs)) {
+    const gpu::Device device = gpu::CurrentDevice();
+    if (PrefersFewRows(pairs, device)) return 0;
+    if constexpr (gpu::kWithHopper) {
+      if (ServesHopper(device)) return HopperScratch(pairs, device);
+    }
+  }
+  int64_t bytes = 0;
+  WithSource(weight, [&](const auto& source) {
+    bytes = gpu::ScratchFor(TaskFor(source, type), batch, gpu::SizeOf(source));
+  });
+  return bytes;
+}
+
+void Multiply(const GpuWeight& weight, const void* x, void* y, int64_t batch, gpu::Type type,
+              const gpu::Scratch& scratch, cudaStream_t stream) {
+  PairTask pairs{};
+  if (ReadPairTask(weight, type, batch, pairs)) {
+    const gpu::Device device = gpu::CurrentDevice();
+    if (PrefersFewRows(pairs, device)) return MultiplyFewRows(pairs, x, y, device, stream);
+    if constexpr (gpu::kWithHopper) {
+      if (ServesHopper(device)) return MultiplyHopper(pairs, x, y, device, scratch, stream);
+    }
+  }
+  WithSource(weight, [&](const auto& source) {
+    gpu::Multiply(TaskFor(source, type), source, x, y, batch, 1.0f, scratch, stream);
+  });
 }
 
 template <int K, int kRun>
@@ -105,8 +145,13 @@ void Decode(const GpuWeight& weight, void* out, gpu::Type type, cudaStream_t str
 }
 
 void DecodeWeight(const GpuWeight& weight, void* out, gpu::Type type, cudaStream_t stream) {
+  PairWeight pairs{};
+  if (ReadPairWeight(weight, pairs) &&
+      DecodeByPairs(pairs, BitsOf(weight), out, type, gpu::CurrentDevice(), stream)) {
+    return;
+  }
   const bool small = weight.group < 128;
-  switch (weight.dwords * 32 / weight.group) {
+  switch (BitsOf(weight)) {
     case 1: return (small ? Decode<1, 8> : Decode<1, 32>)(weight, out, type, stream);
     case 2: return (small ? Decode<2, 8> : Decode<2, 32>)(weight, out, type, stream);
     case 3: return (small ? Decode<3, 8> : Decode<3, 32>)(weight, out, type, stream);
@@ -142,11 +187,8 @@ extern "C" int onnxcomp_cuda_hyper_scratch(const OnnxcompHyperWeight* weight, in
                                            int32_t type, size_t* bytes) {
   return onnxcomp::gpu::Report([&] {
     const GpuWeight read = onnxcomp::hyper::Read(*weight);
-    onnxcomp::hyper::WithSource(read, [&](const auto& source) {
-      const auto task = onnxcomp::hyper::TaskFor(source, type);
-      *bytes = static_cast<size_t>(
-          onnxcomp::gpu::ScratchFor(task, batch, onnxcomp::gpu::SizeOf(source)));
-    });
+    *bytes = static_cast<size_t>(
+        onnxcomp::hyper::ScratchOf(read, batch, onnxcomp::gpu::ReadType(type)));
   });
 }
 
@@ -155,12 +197,9 @@ extern "C" int onnxcomp_cuda_hyper_matmul(const OnnxcompHyperWeight* weight, con
                                           void* stream) {
   return onnxcomp::gpu::Report([&] {
     const GpuWeight read = onnxcomp::hyper::Read(*weight);
-    onnxcomp::hyper::WithSource(read, [&](const auto& source) {
-      const auto task = onnxcomp::hyper::TaskFor(source, type);
-      onnxcomp::gpu::Multiply(task, source, x, y, batch, 1.0f,
+    onnxcomp::hyper::Multiply(read, x, y, batch, onnxcomp::gpu::ReadType(type),
                               {static_cast<char*>(scratch), static_cast<int64_t>(bytes)},
                               static_cast<cudaStream_t>(stream));
-    });
   });
 }
 

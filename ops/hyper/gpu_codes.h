@@ -51,6 +51,9 @@ struct GpuWeight {
   }
 };
 
+// k of spec.md.
+inline int BitsOf(const GpuWeight& weight) { return weight.dwords * 32 / weight.group; }
+
 // A table in shared memory, at most 32 times and as often as 32 KB (or 16) hold it, so that threads
 // of a warp rarely or never ask the same bank for different words. Entry e is words e * copies .. e
 // * copies + copies - 1. Small tables lie there twice, for weights that go to the low half of a

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -106,5 +105,7 @@ def patch_onnxruntime() -> patching.SessionPatch:
     global _patch
     library = str(library_path())
     if _patch is None or not _patch.active:
-        _patch = patching.SessionPatch(importlib.import_module(patching.SESSIONS), library)
+        from onnxruntime.capi import onnxruntime_inference_collection as sessions
+
+        _patch = patching.SessionPatch(sessions, library)
     return _patch

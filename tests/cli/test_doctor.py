@@ -36,4 +36,5 @@ def test_ops_info_says_which_gpus_the_library_and_the_machine_have(onnxcomp: Run
     assert answer.code == 0 and "cuda_architectures" in answer.out
     document = onnxcomp("ops", "info", "--json").json
     assert isinstance(document["cuda_architectures"], list) and isinstance(document["gpus"], list)
+    assert document["cuda_kernels"] is None or "rows" in document["cuda_kernels"]
     assert document["cuda_driver"] is None or isinstance(document["cuda_driver"], str)

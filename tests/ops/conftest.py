@@ -258,8 +258,10 @@ def exact_bound(x: Array, weight: Weight) -> Array:
 EMULATED = (
     "registry.cc",
     "gpu/call.cu",
+    "gpu/emulator.cc",
     *(f"hash/{name}" for name in ("cuda.cu", "gpu_ops.cc", "weight.cc")),
-    *(f"hyper/{name}" for name in ("cuda.cu", "gpu_ops.cc", "levels.cc", "weight.cc")),
+    *(f"hyper/{name}.cu" for name in ("cuda", "decode", "few_rows", "hopper")),
+    *(f"hyper/{name}.cc" for name in ("gpu_ops", "levels", "weight")),
     "winding/cpu.cc",
 )
 
@@ -270,6 +272,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
+    prebuilt = os.environ.get("ONNXCOMP_EMULATED_LIBRARY")
+    if prebuilt is not None:  # for work on kernels: compiled before
+        return Path(prebuilt)
     library = tmp_path_factory.mktemp("cuda") / "emulated.so"
     ops = ROOT / "ops"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{ops}"]
@@ -293,7 +298,14 @@ def benchmarks() -> Any:
         names: dict[str, Any] = {}
         for module in ("gpu_calls", "gpu_memory", "gpu_weights", "gpu_compare"):
             names |= vars(importlib.import_module(module))
-        for module in ("gpu_check", "gpu_models", "gpu_sessions", "gpu_timing", "results"):
+        for module in (
+            "gpu_check",
+            "gpu_decoder",
+            "gpu_models",
+            "gpu_sessions",
+            "gpu_timing",
+            "results",
+        ):
             names[module] = importlib.import_module(module)
     return types.SimpleNamespace(**names)
 

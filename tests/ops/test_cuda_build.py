@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,10 +40,36 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_hot_loop_is_the_innermost_one_with_a_product(report: Any) -> None:
     ((name, code),) = report.listings(LISTING)
-    assert report.readable(name) == "hyper k=4 twice, 128 columns"
+    assert report.named(name) == ("hyper k=4 twice, 128 columns", 64)
     loop = report.hot_loop(code)
     assert [report.opcode(text) for text in loop] == ["SHF", "LDS", "BRA", "HMMA", "IMAD", "BRA"]
     assert report.usages(USAGE) == {"_Z4name": (80, 16)}
+
+
+def test_kernels_are_named_by_what_they_do(report: Any) -> None:
+    enter, table = "_ZN8onnxcomp3gpu5EnterINS_5hyper", "9PairTableILNS2_8PairFormE"
+    for inside, name, weights in (
+        (
+            f"7FewRowsINS2_{table}2ELi4ELi7ELi5EEELi20ELi1ELi2ELi2EEEEEvT_",
+            "hyper k=4 L=7 int8 pairs x32, few rows, 20 warps, 1 panels, 2 stages",
+            128,
+        ),
+        (
+            f"8SomeRowsINS2_{table}0ELi2ELi8ELi5EEELi64ELi3ELi3EEEEEvT_",
+            "hyper k=2 L=8 float16 pairs x32, 64 columns, Hopper",
+            128,
+        ),
+        (
+            f"11DecodePairsINS2_{table}0ELi4ELi7ELi3EEELi4EEEEEvT_",
+            "hyper k=4 L=7 float16 pairs x8, decode, 4 stages",
+            64,
+        ),
+    ):
+        assert report.named(enter + inside) == (name, weights)
+    assert report.named("_ZN8onnxcomp3gpu5EnterINS0_12PrepareGroupILi16EEEEEvT_") == (
+        "PrepareGroup 16 columns",
+        0,
+    )
 
 
 def test_a_missing_disassembler_exits_6(
@@ -93,3 +120,24 @@ def test_a_library_with_cuda_kernels_needs_no_cuda_to_load(library: Path) -> Non
         pytest.skip("needs ldd and a library with CUDA kernels")
     needed = subprocess.run([ldd, str(library)], capture_output=True, text=True, check=True).stdout
     assert "libcuda" not in needed and "libnv" not in needed
+
+
+def test_hopper_kernels_compile_without_warnings(tmp_path: Path) -> None:
+    """The library that is built by default has none of them."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    command = [
+        *(nvcc, "-std=c++17", "-gencode", "arch=compute_90a,code=sm_90a"),
+        *("-DONNXCOMP_CUDA_HOPPER", f"-I{ROOT / 'ops'}", "-Xcompiler=-Wall,-Wextra"),
+        *("-Werror=all-warnings", "-Xptxas=-v", "-O3", "-c", "-o", str(tmp_path / "hopper.o")),
+    ]
+    source = str(ROOT / "ops" / "hyper" / "hopper.cu")
+    run = subprocess.run([*command, source], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes spill stores", run.stderr)
+    assert len(spills) > 30
+    assert set(spills) == {"0"}
+    assert (
+        "serialized" not in run.stderr
+    )  # what ptxas says of wgmma that it could not leave running

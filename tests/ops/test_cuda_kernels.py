@@ -131,6 +131,36 @@ def test_hash_products_of_any_shape(
         check_product(benchmarks, calls, benchmarks.hash_case(rows, length), batch, dtype)
 
 
+@pytest.mark.parametrize("memory", ["float16", "int8"])
+@pytest.mark.parametrize("copies", ["late", "eager"])
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (16, 16), (300, 129), (40, 3000), (35, 8192)])
+def test_hash_products_of_one_row(
+    calls: Any,
+    benchmarks: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: int,
+    length: int,
+    copies: str,
+    memory: str,
+) -> None:
+    monkeypatch.setenv("ONNXCOMP_EMULATED_COPIES", copies)
+    for dtype in ("float16", "bfloat16"):
+        for options in list(MAPS.values())[:5]:
+            case = benchmarks.hash_case(rows, length, memory=memory, **options)
+            assert calls.scratch(case.weight(benchmarks.HostMemory().place), 1, dtype) == 0
+            check_product(benchmarks, calls, case, 1, dtype)
+
+
+def test_a_hash_product_of_one_row_that_is_not_finite_is_nan(calls: Any, benchmarks: Any) -> None:
+    for memory in ("float16", "int8"):
+        case = benchmarks.hash_case(33, 200, memory=memory)
+        for dtype, value in (("float16", np.inf), ("bfloat16", np.nan), ("bfloat16", -np.inf)):
+            x = np.ones((1, 200), DTYPES[dtype])
+            x[0, 137] = value
+            y = benchmarks.multiply(calls, benchmarks.HostMemory(), case, x, dtype)
+            assert not np.isfinite(y).any()
+
+
 @pytest.mark.parametrize("family", ["hyper", "hash"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_decoding_rounds_once(calls: Any, benchmarks: Any, family: str, dtype: str) -> None:
@@ -205,7 +235,7 @@ def test_wrong_shapes_are_refused_with_the_values(calls: Any, benchmarks: Any) -
     memory = benchmarks.HostMemory()
     weight = benchmarks.hyper_case(20, 100).weight(memory.place)
     with pytest.raises(RuntimeError, match="scratch has 1 bytes, must have"):
-        calls.matmul(weight, 0, 0, 1, "float16", (0, 1))
+        calls.matmul(weight, 0, 0, 40, "float16", (0, 1))
     weight.group = 48
     with pytest.raises(RuntimeError, match="group must be 32, 64, 128 or 256"):
         calls.decode(weight, 0, "float32")

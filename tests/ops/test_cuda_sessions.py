@@ -198,10 +198,17 @@ def test_a_library_says_which_gpus_it_is_for(
     emulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from onnxcomp.errors import RuntimeMissingError
-    from onnxcomp.ops import cuda_architectures
+    from onnxcomp.ops import cuda_architectures, cuda_kernels
 
     monkeypatch.setenv("ONNXCOMP_OPS_LIBRARY", str(emulated))
     assert cuda_architectures() == ("emulated",)
+    for capability, kernels in (
+        ("75", "7.5: one weight by each look-up, for all rows"),
+        ("86", "8.6: few rows and decoding by pairs, more rows by mma"),
+        ("90", "9.0: few rows and decoding by pairs, more rows by wgmma"),
+    ):
+        monkeypatch.setenv("ONNXCOMP_EMULATED_CAPABILITY", capability)
+        assert cuda_kernels() == kernels
     (tmp_path / "broken.so").write_bytes(b"not a library")
     monkeypatch.setenv("ONNXCOMP_OPS_LIBRARY", str(tmp_path / "broken.so"))
     with pytest.raises(RuntimeMissingError, match="does not load"):

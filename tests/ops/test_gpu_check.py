@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,58 @@ def test_guard_bytes_find_what_is_written_outside(benchmarks: Any) -> None:
 
 def test_times_are_shown_beside_what_was_asked_for(benchmarks: Any, capsys: Any) -> None:
     timing = benchmarks.gpu_timing
+    floor = timing.Floor(0.7, 4.0e6)
     rows = [
-        timing.Row("hyper k=4", (8192, 8192), 1, 10.0, 30.0, 2.2, 3.7),
-        timing.Row("hyper k=4", (8192, 8192), 4, 20.0, 30.0),
+        timing.Row("hyper k=4", (8192, 8192), 1, 10.0, 30.0, 2.2, 3.7, 20.0, 20_000_000),
+        timing.Row("hash int8", (8192, 8192), 4, 20.0, 30.0),
     ]
-    benchmarks.gpu_check.print_times(rows)
+    benchmarks.gpu_check.print_times(rows, floor)
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in capsys.readouterr().out.splitlines()[2:]
     ]
     assert lines == [
-        ["hyper k=4", "8192x8192", "1", "10.0", "30.0", "3.00", "2.2", "3.7"],
-        ["hyper k=4", "8192x8192", "4", "20.0", "30.0", "1.50", "-", "-"],
+        ["hyper k=4", "8192x8192", "1", "10.0", "30.0", "20.0", "3.00", "0.50", "2.2", "3.7"],
+        ["hash int8", "8192x8192", "4", "20.0", "30.0", "-", "1.50", "-", "-", "-"],
     ]
+
+
+def test_sanitizers_are_left_out_when_no_time_is_left(
+    benchmarks: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    check = benchmarks.gpu_check
+    now = time.monotonic()
+    clean = {"memcheck": "clean", "racecheck": "clean"}
+    assert check.sanitize(Path("library.so"), 1, now + 100) == clean
+    left_out = dict.fromkeys(clean, "no time left")
+    assert check.sanitize(Path("library.so"), 1, now + 5) == left_out
+
+
+@pytest.mark.parametrize("form", [0, 1, 2, 3])
+def test_decoders_have_twelve_layers_and_run(benchmarks: Any, emulated: Path, form: int) -> None:
+    import onnxruntime
+
+    decoder = benchmarks.gpu_decoder
+    shape = decoder.Shape(256, 384, 2)
+    model = decoder.make_decoder(decoder.FORMS[form], shape)
+    onnx.checker.check_model(model)
+    kinds = [node.op_type for node in model.graph.node]
+    product = ("MatMul", "MatMulNBits", "HyperMatMul", "HyperMatMul")[form]
+    assert kinds.count(product) == 7 * shape.layers
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(emulated))
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float16)
+    (y,) = session.run(None, {"input": x})
+    assert y.shape == (3, 256)
+    # Residual branches are as large as what they are added to: every product counts, none drowns.
+    assert 1.0 < y.astype(np.float32).std() < 5.0
 
 
 def test_a_profile_tells_copies_and_nodes_that_ran_elsewhere(benchmarks: Any) -> None:
