@@ -19,10 +19,9 @@ import numpy as np
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.codecs.hyper_format import Geometry, pack, pack_scales, signs
+from onnxcomp.passes.codecs.hyper_tables import PASSES
 
 __all__ = ["PASSES", "encode", "out_of_range"]
-
-PASSES = 3
 
 # Targets carry four bits after the point, in table units.
 _FRACTION = 16

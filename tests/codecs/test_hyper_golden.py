@@ -10,7 +10,7 @@ import pytest
 from onnxcomp.passes.codecs import hyper_format, hyper_viterbi, native
 from onnxcomp.passes.codecs.codec import Array
 from onnxcomp.passes.codecs.hyper_format import Geometry
-from onnxcomp.passes.codecs.hyper_tables import spread, table
+from onnxcomp.passes.codecs.hyper_structured import Code, code
 
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("hyper_*.npz"))
 
@@ -24,6 +24,12 @@ def load(path: Path) -> tuple[dict[str, Array], Geometry]:
     return golden, Geometry(bits, state_bits, group, *golden["weight"].shape)
 
 
+def code_of(path: Path, geometry: Geometry) -> Code:
+    """The code that a file was made with."""
+    kind = "structured" if "structured" in path.stem else "winding"
+    return code(geometry.bits, geometry.state_bits, kind)
+
+
 def same(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
@@ -35,7 +41,7 @@ def test_there_are_files_for_every_bit_width() -> None:
 @FILE
 def test_the_table_is_unchanged(path: Path) -> None:
     golden, geometry = load(path)
-    assert same(golden["table"], table(geometry.bits, geometry.state_bits))
+    assert same(golden["table"], code_of(path, geometry).table)
 
 
 @FILE
@@ -52,9 +58,11 @@ def test_golden_files_decode_to_the_bit(path: Path) -> None:
 @FILE
 def test_golden_weights_encode_to_the_byte(path: Path) -> None:
     golden, geometry = load(path)
-    reach = spread(geometry.bits, geometry.state_bits)
+    made = code_of(path, geometry)
     forms = [hyper_viterbi.encode] + ([native.hyper_encode] if native.available() else [])
     for encode in forms:
-        codes, scales = encode(golden["weight"], geometry, golden["table"], reach)
+        codes, scales = encode(
+            golden["weight"], geometry, golden["table"], made.spread, passes=made.passes
+        )
         assert same(codes, golden["codes"])
         assert same(scales, golden["scales"])
