@@ -31,6 +31,7 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.def_use import qualified_type
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs.constant import ConstantCodec, ConstantParams
+from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.ir.traversal import default_opset, find_initializer, is_default_domain
 from onnxcomp.passes.weight import DTYPES, Array, Constant, ConstantForm, WeightSite
 
@@ -74,8 +75,9 @@ _STEP, _REACH = 16.0, float(1 << 15)
 # to the largest element: tables are computed from angles in float32, and an angle of 4096 is off
 # by 2.4e-4; learned positions are smooth as well, but not better than some percent.
 _SHORTEST, _RECURRENCE = 16, 2e-3
-# Lines that are tested, and the share of them that must pass.
-_LINES, _MOST = 256, 0.99
+# Lines that are tested, the share of them that must pass, and how much of a line is read: memory
+# must not grow with the weight. A transform over more than that is not written as a product.
+_LINES, _MOST, _LONGEST = 256, 0.99, 1 << 13
 
 # A Fourier row: this share of its energy is in this many frequencies, of at least 64. Window
 # functions spread one frequency over three, both signs over six; a window that fills four fifths of
@@ -115,7 +117,7 @@ def _marked(model: ir.Model, site: WeightSite, opset: int) -> WeightSite:
     if role is None:
         return site
     weight = read_weight(model, site)
-    if not np.isfinite(weight).all():
+    if not_finite(weight):
         return site
     content = role.rotary or _content(weight, role)
     if not content:
@@ -208,10 +210,10 @@ def _on_lattice(weight: Array, parts: float) -> bool:
 
 def _selection(weight: Array) -> str:
     """Zeros and one other value, at most one of these in each row or in each column."""
-    held = weight != 0
-    count = int(np.count_nonzero(held))
+    count = int(np.count_nonzero(weight))
     if not count or count > max(weight.shape):
         return ""
+    held = weight != 0
     if len(np.unique(weight[held])) != 1:
         return ""
     single = held.sum(axis=1).max() == 1 or held.sum(axis=0).max() == 1
@@ -224,7 +226,7 @@ def _sequences(weight: Array) -> str:
         count, length = lines.shape
         if length < _SHORTEST or count < 2:
             continue
-        chosen = lines[np.linspace(0, count - 1, min(count, _LINES)).astype(int)]
+        chosen = lines[:, :_LONGEST][np.linspace(0, count - 1, min(count, _LINES)).astype(int)]
         if _follow(np.asarray(chosen, np.float64)):
             return "sequences that follow a rule"
     return ""
@@ -248,7 +250,7 @@ def _fourier(weight: Array) -> str:
     """Rows or columns of few frequencies, different ones: a transform written as a product."""
     for lines in (weight, weight.T):
         count, length = lines.shape
-        if length < _SHORTEST_ROW or count < _FREQUENCIES:
+        if not _SHORTEST_ROW <= length <= _LONGEST or count < _FREQUENCIES:
             continue
         chosen = lines[np.linspace(0, count - 1, min(count, _LINES)).astype(int)]
         power = np.square(np.abs(np.fft.fft(np.asarray(chosen, np.float64), axis=1)))
@@ -264,9 +266,9 @@ def _fourier(weight: Array) -> str:
 
 def _bands(weight: Array) -> str:
     """Rows or columns of one stretch without negative values each, one behind the other."""
-    held = weight != 0
-    if (weight < 0).any() or held.mean() > 1.0 - _EMPTY:
+    if weight.min() < 0.0 or np.count_nonzero(weight) > (1.0 - _EMPTY) * weight.size:
         return ""
+    held = weight != 0
     for lines in (held, held.T):
         alive = lines[lines.any(axis=1)]
         count, length = alive.shape

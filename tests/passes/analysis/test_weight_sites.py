@@ -269,12 +269,11 @@ def test_every_other_tensor_has_its_reason(tools):
     assert why == {
         "codes": "quantised already (DequantizeLinear)",
         "scale": "quantised already (DequantizeLinear)",
-        "wide": "type float64, which no codec stores",
         "target": "integers int64, which no codec stores",
         "numbers": "integers int64, which no codec stores",
     }
     # Small integers, such as shapes, are not worth a line.
-    assert set(reasons(proto, min_size=64)) == {"codes", "scale", "wide", "numbers"}
+    assert set(reasons(proto, min_size=64)) == {"codes", "scale", "numbers"}
 
 
 def test_a_weight_given_to_a_function_is_a_site(tools):
