@@ -69,11 +69,12 @@ LIST = (
     ),
     Client("ddddocr", "run_ddddocr.py", "captchas read", ("ddddocr/common.onnx",)),
     Client(
-        "nudenet", "run_nudenet.py", "boxes found again", ("nudenet/320n.onnx",), ("pillow",), True
+        "nudenet", "run_nudenet.py", "photographs (boxes)",
+        ("nudenet/320n.onnx",), ("pillow",), data=True,
     ),
     Client("magika", "run_magika.py", "types of files", ("magika/models/*/model.onnx",)),
     Client(
-        "faster-whisper", "run_faster_whisper.py", "speech, every 32 ms",
+        "faster-whisper", "run_faster_whisper.py", "frames of 32 ms",
         ("faster_whisper/assets/silero_vad*.onnx",), data=True,
     ),
 )  # fmt: skip

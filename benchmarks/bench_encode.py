@@ -21,7 +21,8 @@ from results import print_table, write_results
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.codecs.hyper import native
 from onnxcomp.passes.codecs.hyper.format import GroupLayout
-from onnxcomp.passes.codecs.hyper.tables import WINDINGS, spread, table
+from onnxcomp.passes.codecs.hyper.structured import STRUCTURES, code
+from onnxcomp.passes.codecs.hyper.tables import WINDINGS
 from onnxcomp.passes.weight import Array
 
 # What the project promises for 2^7 states: million weights per second and core, by bits.
@@ -30,11 +31,15 @@ STATE_BITS = (6, 7, 8, 10, 12)
 ISAS = ("avx512", "avx2", "baseline")
 
 
-def encoder(weight: Array, bits: int, state_bits: int, isa: str, threads: int) -> Callable[[], Any]:
+def encoder(
+    weight: Array, bits: int, state_bits: int, isa: str, threads: int, kind: str = "winding"
+) -> Callable[[], Any]:
     """A call that encodes."""
-    geometry = GroupLayout(bits, state_bits, 128, *weight.shape)
-    values, reach = table(bits, state_bits), spread(bits, state_bits)
-    return lambda: native.hyper_encode(weight, geometry, values, reach, threads=threads, isa=isa)
+    values, reach, passes, _ = code(bits, state_bits, kind)
+    geometry = GroupLayout(bits, len(values).bit_length() - 1, 128, *weight.shape)
+    return lambda: native.hyper_encode(
+        weight, geometry, values, reach, passes=passes, threads=threads, isa=isa
+    )
 
 
 def runs(isa: str) -> bool:
@@ -58,7 +63,7 @@ def fastest(calls: list[Callable[[], Any]], repeat: int, clock: Callable[[], flo
 
 
 def encoding(weights: int, repeat: int) -> list[dict[str, Any]]:
-    """One row for each (state_bits, bits, isa)."""
+    """One row for each (state_bits, bits, isa); no state bits for structured tables."""
     rows, calls = [], []
     for state_bits in STATE_BITS:
         # As much work for each: more states take more time.
@@ -69,6 +74,11 @@ def encoding(weights: int, repeat: int) -> list[dict[str, Any]]:
                     {"state_bits": state_bits, "bits": bits, "isa": isa, "weights": part.size}
                 )
                 calls.append(encoder(part, bits, state_bits, isa, 1))
+    for bits in STRUCTURES:
+        for isa in filter(runs, ISAS):
+            part = sample("normal", weights)
+            rows.append({"state_bits": 0, "bits": bits, "isa": isa, "weights": part.size})
+            calls.append(encoder(part, bits, 7, isa, 1, "structured"))
     for row, seconds in zip(rows, fastest(calls, repeat, time.thread_time), strict=True):
         row["speed"] = row["weights"] / seconds / 1e6
     return rows
@@ -89,8 +99,9 @@ def decoding(weights: int, repeat: int) -> list[dict[str, Any]]:
     """Speed of the compiler's decoder."""
     weight, rows = sample("normal", weights), []
     for bits in (2, 3, 4):
-        geometry, values = GroupLayout(bits, 7, 128, *weight.shape), table(bits, 7)
-        codes, scales = native.hyper_encode(weight, geometry, values, spread(bits, 7))
+        geometry, made = GroupLayout(bits, 7, 128, *weight.shape), code(bits, 7)
+        values = made.table
+        codes, scales = native.hyper_encode(weight, geometry, values, made.spread)
 
         def call(c: Array = codes, s: Array = scales, t: Array = values, g: Any = geometry) -> Any:
             return native.hyper_decode(c, s, t, g)
@@ -108,10 +119,10 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         print(f"\nencoder, {isa}, million weights per second and core, by bits per weight")
         cells = [
             [
-                f"2^{s}",
+                f"2^{s}" if s else "structured",
                 *(f"{found[s, b, isa]:.1f}" if (s, b, isa) in found else "" for b in range(1, 7)),
             ]
-            for s in STATE_BITS
+            for s in (*STATE_BITS, 0)
         ]
         print_table(("states", *map(str, range(1, 7))), cells)
     held = [

@@ -63,6 +63,10 @@ class Forms:
         for bits in (4, 3, 2):
             yield f"hyper {bits}", self.hyper(bits, "")
             yield f"hyper {bits}, calibrated", self.hyper(bits, "", calibrated=True)
+            table = self.hyper(bits, "table=structured")
+            yield f"hyper {bits}, structured", table
+            table = self.hyper(bits, "table=structured", calibrated=True)
+            yield f"hyper {bits}, structured, calibrated", table
             best = self.hyper(bits, "state_bits=12", calibrated=True)
             yield f"hyper {bits}, calibrated, 12 state bits", best
         for bits in (5, 6):

@@ -99,9 +99,12 @@ def rivals(bits: int) -> Iterator[tuple[str, Callable[[Array], Restored]]]:
     }
     for name, params in winding.items():
         yield name, lambda w, params=params: coded(w, "winding", params)
-    for state_bits in (7, 12):
-        settings = HyperParams(bits, state_bits)
-        name = f"hyper, 2^{state_bits} states"
+    hyper = {
+        "hyper, 2^7 states": HyperParams(bits, 7),
+        "hyper, structured": HyperParams(bits, table="structured"),
+        "hyper, 2^12 states": HyperParams(bits, 12),
+    }
+    for name, settings in hyper.items():
         yield name, lambda w, settings=settings: coded(w, "hyper", settings)
 
 

@@ -18,7 +18,7 @@ from client_tables import clients
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from size_loss_picture import PICTURE, draw
-from speed_tables import headline_speed, products, shared_products
+from speed_tables import headline_speed, products, shared_products, structured_products
 
 __all__ = ["stale_pages", "tables"]
 
@@ -234,11 +234,14 @@ def restored() -> Iterator[str]:
         f"The encoder ({isa}), million weights per second of one core, by states (first column)\n"
         "and bits per weight: `benchmarks/bench_encode.py`.\n"
     )
-    states = sorted({key[0] for key in speeds})
+    states = sorted({key[0] for key in speeds}, key=lambda s: s or 99)  # structured tables last
     yield markdown(
         ("states", *map(str, range(1, 7))),
         [
-            (f"2^{s}", *(_one_digit(speeds.get((s, bits, isa))) for bits in range(1, 7)))
+            (
+                f"2^{s}" if s else "structured",
+                *(_one_digit(speeds.get((s, bits, isa))) for bits in range(1, 7)),
+            )
             for s in states
         ],
     )
@@ -334,6 +337,7 @@ ALL: Sections = {
     "A language model": language_model,
     "Weights": restored,
     "Products": products,
+    "Products with structured tables": structured_products,
     "Products with shared weights": shared_products,
     "Training with shared weights": shared_training,
     "The model of the demo": demo,

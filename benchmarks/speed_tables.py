@@ -7,7 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read
 
-__all__ = ["headline_speed", "products", "shared_products"]
+__all__ = ["headline_speed", "products", "shared_products", "structured_products"]
 
 SPEED_NAMES = {
     "fp32": "ONNX Runtime MatMul, float32",
@@ -17,11 +17,16 @@ SPEED_NAMES = {
     "nbits2-b128": "MatMulNBits int2, block 128, accuracy level 4",
 }
 
+# Instruction sets that a variant's name begins with.
+ISAS = {"avx2": "AVX2 only", "avx2vnni": "AVX2 with VNNI"}
+
 
 def speed_name(variant: str) -> str:
     """A row's name."""
-    narrow = variant.removeprefix("avx2-")
-    return SPEED_NAMES.get(variant, narrow + (", AVX2 only" if narrow != variant else ""))
+    isa, _, rest = variant.partition("-")
+    if isa in ISAS:
+        return f"{rest}, {ISAS[isa]}"
+    return SPEED_NAMES.get(variant, variant)
 
 
 def speed_rows(records: Sequence[Any], cells: Sequence[tuple[int, int, int]]) -> list[list[str]]:
@@ -86,6 +91,33 @@ def headline_speed() -> Iterator[str]:
         f"at 128 rows, {wide[1]} and {narrow[1]} times (one thread of an\n"
         f"{results['cpu']}, ONNX Runtime {results['onnxruntime']}):\n"
         "`benchmarks/bench_matmul.py`.\n"
+    )
+
+
+def structured_products() -> Iterator[str]:
+    """Speed of one product with a structured table."""
+    results = read("matmul_avx2")
+    records = results["records"]
+    loads = [row["load_average"] for row in records]
+    yield (
+        "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
+        f"in ONNX Runtime {results['onnxruntime']} (1.00): CPU time of one thread of an\n"
+        f"{results['cpu']}, a machine with a load of {min(loads):.0f} to {max(loads):.0f}.\n"
+        "ONNX Runtime uses AVX-512 there, so that rows with AVX2 only are compared with rivals\n"
+        "that have more; `structured` are the tables for such machines:\n"
+        "`benchmarks/bench_matmul.py`.\n"
+    )
+    heights = sorted({row["m"] for row in records})
+    cells = [(4096, 4096, m) for m in heights]
+    columns = ("product", *(f"{m} row" + "s" * (m > 1) for m in heights))
+    yield markdown(columns, speed_rows(records, cells))
+    missed = [bar for bar in results["bars"] if not bar["met"]]
+    texts = [
+        f"{bar['what']}: {bar['found']:.2f} where {bar['must']} was the goal" for bar in missed
+    ]
+    yield (
+        f"Of {len(results['bars'])} goals (`bars` in `results/matmul_avx2.json`), missed:\n"
+        f"{'; '.join(texts) or 'none'}.\n"
     )
 
 

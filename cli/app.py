@@ -135,6 +135,7 @@ class App(click.Group):
         """Run and exit with the code of the error tree."""
         words = list(sys.argv[1:] if args is None else args)
         prepare_streams()
+        stdout = sys.stdout
         # What other libraries log is no output of ours; see --debug.
         logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
         raised: list[Interruption] = []
@@ -151,8 +152,8 @@ class App(click.Group):
             _drop_output()
             code = SIGNAL_CODE + _SIGPIPE
         except BaseException as error:
-            # Click turns a broken pipe into an exit of its own, and stdout into this wrapper.
-            gone = type(sys.stdout).__name__.endswith("PacifyFlushWrapper") and not raised
+            # Click turns a broken pipe into an exit of its own, and puts a wrapper around stdout.
+            gone = getattr(sys.stdout, "wrapped", None) is stdout and not raised
             code = SIGNAL_CODE + _SIGPIPE if gone else report_error(first(raised, error), words)
         sys.exit(code if isinstance(code, int) else 0)
 

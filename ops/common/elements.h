@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <new>
 
 #include "abi.h"
@@ -48,6 +49,43 @@ class Scratch {
 
  private:
   T* data_;
+};
+
+// Uninitialised memory of one run, kept for the next one on the same thread: small runs allocate
+// nothing and find it in the cache. Only one at a time may live on a thread; large ones are not kept.
+class ThreadScratch {
+ public:
+  ThreadScratch() = default;
+  ThreadScratch(const ThreadScratch&) = delete;
+  ThreadScratch& operator=(const ThreadScratch&) = delete;
+
+  void Reserve(int64_t bytes) {
+    if (bytes > kKept) {
+      own_ = std::make_unique<Scratch<char>>(bytes);
+      data_ = own_->get();
+      return;
+    }
+    thread_local std::unique_ptr<Scratch<char>> kept;
+    thread_local int64_t size = 0;
+    if (bytes > size) {
+      size = 0;
+      kept.reset();
+      kept = std::make_unique<Scratch<char>>(bytes);
+      size = bytes;
+    }
+    data_ = kept == nullptr ? nullptr : kept->get();
+  }
+
+  template <class T>
+  T* As(int64_t offset) const {
+    return reinterpret_cast<T*>(data_ + offset);
+  }
+
+ private:
+  static constexpr int64_t kKept = int64_t{1} << 22;  // bytes
+
+  std::unique_ptr<Scratch<char>> own_;
+  char* data_ = nullptr;
 };
 
 }  // namespace onnxcomp

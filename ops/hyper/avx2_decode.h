@@ -22,6 +22,18 @@ inline __m256i LoadDword(const uint8_t* codes) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
 }
 
+inline __m256i Broadcast(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+// Scales of eight rows times 2^-12, exact.
+inline __m256 LoadScales(const uint16_t* scales) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+  return _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(0x1p-12f));
+}
+
 // Bits [Start, Start + 32) of the string whose dword 0 is dwords[1]; Start may be negative.
 template <int Start, int Needed>
 inline __m256i Funnel(const __m256i* dwords) {

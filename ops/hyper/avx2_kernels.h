@@ -8,24 +8,11 @@
 #pragma once
 
 #include "hyper/avx2_decode.h"
+#include "hyper/avx2_structured_products.h"
 #include "hyper/f16c.h"
 
 namespace onnxcomp::hyper {
 namespace {
-
-constexpr int kTile = 4;  // 4 rows times 16 lanes: 8 accumulators, of 16 registers
-
-inline __m256i Broadcast(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, sizeof four);
-  return _mm256_set1_epi32(four);
-}
-
-// Scales of eight rows times 2^-12, exact.
-inline __m256 LoadScales(const uint16_t* scales) {
-  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
-  return _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(0x1p-12f));
-}
 
 // One tile of M rows over one decoded group of one panel.
 template <int M>
@@ -60,6 +47,9 @@ void MultiplyInt8(const uint8_t* w, int group, const int8_t* x, const int32_t* b
 
 void ProductInt8(const Weight& weight, const Activations& x, int64_t panel, int panels,
                  int64_t first, int64_t rows, float* out) {
+  if (weight.structure != nullptr) {
+    return ProductStructured(weight, x, panel, panels, first, rows, out);
+  }
   using Fn = void (*)(const uint8_t*, int, const int8_t*, const int32_t*, const float*,
                       const uint16_t*, float*);
   static constexpr Fn kByRows[kTile] = {MultiplyInt8<1>, MultiplyInt8<2>, MultiplyInt8<3>,
@@ -73,13 +63,19 @@ void ProductInt8(const Weight& weight, const Activations& x, int64_t panel, int 
       DecodeBytes<kBias>(weight, entries, panel + p, g, w);
       for (int64_t m = 0; m < rows; m += kTile) {
         const Tile tile = TileAt(x, first + m);
-        const int64_t unit = tile.base + g * tile.rows;
+        const int64_t unit = tile.unit(g);
         kByRows[tile.rows - 1](w, format.group, x.codes + unit * format.group, x.biases + unit,
                                x.scales + unit, weight.scale(panel + p, g),
                                out + m * 2 * kLanes + p * kLanes);
       }
     }
   }
+}
+
+// Isa::position.
+int Position(const Weight& weight, int t) {
+  return weight.structure != nullptr ? StructuredPosition(weight.format, t)
+                                     : CutPosition(weight.format, t);
 }
 
 // Byte `j` of every dword times 2^24, as float.
@@ -89,10 +85,14 @@ inline __m256 Widen(__m256i bytes, int j) {
 }
 
 // One panel's group as floats times 2^24: w[t * 16 + lane].
-void DecodeFloats(const Weight& weight, const Entries& entries, int64_t panel, int64_t group,
+void DecodeFloats(const Weight& weight, const Entries* entries, int64_t panel, int64_t group,
                   const int16_t* places, float* w) {
   alignas(64) uint8_t bytes[kMaxGroup * kLanes];
-  DecodeBytes<0>(weight, entries, panel, group, bytes);
+  if (weight.structure != nullptr) {
+    DispatchStructured<DecodeWhole>(weight, weight, panel, group, bytes);
+  } else {
+    DecodeBytes<0>(weight, *entries, panel, group, bytes);
+  }
   for (int v = 0; v < weight.format.group / 4; ++v) {
     for (int half = 0; half < 2; ++half) {
       const __m256i four = LoadDword(bytes + v * kLine + half * 32);
@@ -144,14 +144,14 @@ void ProductExact(const Weight& weight, const Activations& x, int64_t panel, int
   const Entries entries(weight);
   alignas(64) float w[kMaxGroup * kLanes];
   int16_t places[kMaxGroup];
-  for (int t = 0; t < format.group; ++t) places[CutPosition(format, t)] = static_cast<int16_t>(t);
+  for (int t = 0; t < format.group; ++t) places[Position(weight, t)] = static_cast<int16_t>(t);
   std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   for (int p = 0; p < panels; ++p) {
     for (int64_t g = 0; g < format.groups; ++g) {
-      DecodeFloats(weight, entries, panel + p, g, places, w);
+      DecodeFloats(weight, &entries, panel + p, g, places, w);
       for (int64_t m = 0; m < rows; m += kTile) {
         const Tile tile = TileAt(x, first + m);
-        const float* values = x.values + (tile.base + g * tile.rows) * format.group;
+        const float* values = x.values + tile.unit(g) * format.group;
         kByRows[tile.rows - 1](w, format.group, values, weight.scale(panel + p, g),
                                out + m * 2 * kLanes + p * kLanes);
       }
@@ -179,19 +179,43 @@ inline __m256 SignBits(int t) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_cvtepi16_epi32(signs), top));
 }
 
+// Stride `stride`, a multiple of eight.
+inline void TransformOnce(float* x, int stride, int group) {
+  for (int i = 0; i < group; i += 8) {
+    if ((i & stride) != 0) continue;
+    const __m256 a = _mm256_loadu_ps(x + i);
+    const __m256 b = _mm256_loadu_ps(x + i + stride);
+    _mm256_storeu_ps(x + i, _mm256_add_ps(a, b));
+    _mm256_storeu_ps(x + i + stride, _mm256_sub_ps(a, b));
+  }
+}
+
+// Strides `stride` and twice that, on the way through registers once.
+inline void TransformTwice(float* x, int stride, int group) {
+  for (int i = 0; i < group; i += 8) {
+    if ((i & (3 * stride)) != 0) continue;
+    const __m256 a = _mm256_loadu_ps(x + i);
+    const __m256 b = _mm256_loadu_ps(x + i + stride);
+    const __m256 c = _mm256_loadu_ps(x + i + 2 * stride);
+    const __m256 d = _mm256_loadu_ps(x + i + 3 * stride);
+    const __m256 ab = _mm256_add_ps(a, b);
+    const __m256 ba = _mm256_sub_ps(a, b);
+    const __m256 cd = _mm256_add_ps(c, d);
+    const __m256 dc = _mm256_sub_ps(c, d);
+    _mm256_storeu_ps(x + i, _mm256_add_ps(ab, cd));
+    _mm256_storeu_ps(x + i + stride, _mm256_add_ps(ba, dc));
+    _mm256_storeu_ps(x + i + 2 * stride, _mm256_sub_ps(ab, cd));
+    _mm256_storeu_ps(x + i + 3 * stride, _mm256_sub_ps(ba, dc));
+  }
+}
+
 void Rotate(const float* from, float* to, int group) {
   for (int t = 0; t < group; t += 8) {
     _mm256_storeu_ps(to + t, TransformEight(_mm256_xor_ps(_mm256_loadu_ps(from + t), SignBits(t))));
   }
-  for (int stride = 8; stride < group; stride *= 2) {
-    for (int i = 0; i < group; i += 8) {
-      if ((i & stride) != 0) continue;
-      const __m256 a = _mm256_loadu_ps(to + i);
-      const __m256 b = _mm256_loadu_ps(to + i + stride);
-      _mm256_storeu_ps(to + i, _mm256_add_ps(a, b));
-      _mm256_storeu_ps(to + i + stride, _mm256_sub_ps(a, b));
-    }
-  }
+  int stride = 8;
+  for (; 2 * stride < group; stride *= 4) TransformTwice(to, stride, group);
+  if (stride < group) TransformOnce(to, stride, group);
 }
 
 float Quantize(const float* values, int group, int8_t* codes, int32_t* total) {
@@ -228,15 +252,88 @@ float Quantize(const float* values, int group, int8_t* codes, int32_t* total) {
   return amax / 127.0f;
 }
 
+// 32 codes in the order of their positions.
+class Mover {
+ public:
+  explicit Mover(const Layout& layout) {
+    uint8_t here[32];
+    uint8_t there[32];
+    for (int p = 0; p < 32; ++p) {
+      const bool crosses = (layout.order[p] ^ p) >= 16;  // comes from the register's other half
+      here[p] = crosses ? 0x80 : layout.order[p] % 16;
+      there[p] = crosses ? layout.order[p] % 16 : 0x80;
+    }
+    here_ = LoadDword(here);
+    there_ = LoadDword(there);
+  }
+
+  __m256i Load(const int8_t* codes) const {
+    const __m256i row = LoadDword(reinterpret_cast<const uint8_t*>(codes));
+    const __m256i turned = _mm256_permute2x128_si256(row, row, 1);
+    return _mm256_or_si256(_mm256_shuffle_epi8(row, here_), _mm256_shuffle_epi8(turned, there_));
+  }
+
+ private:
+  __m256i here_;
+  __m256i there_;
+};
+
+inline void StoreCodes(int8_t* out, __m256i codes) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes);
+}
+
+// Both registers, the dwords of a and b in turn.
+inline void StoreTwo(__m256i a, __m256i b, int8_t* out) {
+  const __m256i low = _mm256_unpacklo_epi32(a, b);
+  const __m256i high = _mm256_unpackhi_epi32(a, b);
+  StoreCodes(out, _mm256_permute2x128_si256(low, high, 0x20));
+  StoreCodes(out + 32, _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+// Four registers, a dword of each in turn.
+inline void StoreFour(__m256i a, __m256i b, __m256i c, __m256i d, int8_t* out) {
+  const __m256i ac0 = _mm256_unpacklo_epi32(a, c);
+  const __m256i ac1 = _mm256_unpackhi_epi32(a, c);
+  const __m256i bd0 = _mm256_unpacklo_epi32(b, d);
+  const __m256i bd1 = _mm256_unpackhi_epi32(b, d);
+  const __m256i first = _mm256_unpacklo_epi32(ac0, bd0);
+  const __m256i second = _mm256_unpackhi_epi32(ac0, bd0);
+  const __m256i third = _mm256_unpacklo_epi32(ac1, bd1);
+  const __m256i fourth = _mm256_unpackhi_epi32(ac1, bd1);
+  StoreCodes(out, _mm256_permute2x128_si256(first, second, 0x20));
+  StoreCodes(out + 32, _mm256_permute2x128_si256(third, fourth, 0x20));
+  StoreCodes(out + 64, _mm256_permute2x128_si256(first, second, 0x31));
+  StoreCodes(out + 96, _mm256_permute2x128_si256(third, fourth, 0x31));
+}
+
+// Isa::place.
+void Place(const int8_t* codes, int count, int group, const Layout& layout, int8_t* out) {
+  if (count == 3) return PlaceCodes(codes, count, group, layout, out);
+  const Mover mover(layout);
+  for (int t = 0; t < group; t += 32, codes += 32, out += 32 * count) {
+    const __m256i first = mover.Load(codes);
+    if (count == 1) {
+      StoreCodes(out, first);
+    } else if (count == 2) {
+      StoreTwo(first, mover.Load(codes + group), out);
+    } else {
+      StoreFour(first, mover.Load(codes + group), mover.Load(codes + 2 * group),
+                mover.Load(codes + 3 * group), out);
+    }
+  }
+}
+
 const Isa& ThisIsa() {
   static const Isa isa{
       kIsaName,
       kTile,
-      CutPosition,
+      Position,
+      StructuredBias,
       Rotate,
       FromHalfF16c,
       ToHalfF16c,
       Quantize,
+      Place,
       ProductInt8,
       ProductExact,
       DecodePanelRows,

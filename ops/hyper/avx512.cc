@@ -87,6 +87,16 @@ float Quantize(const float* values, int group, int8_t* codes, int32_t* total) {
   return amax / 127.0f;
 }
 
+// A constant number of rows lets the compiler unroll.
+void PlaceTiles(const int8_t* codes, int count, int group, const Layout& layout, int8_t* out) {
+  constexpr int kRows = kMaxTile;
+  if (count != kRows) return PlaceCodes(codes, count, group, layout, out);
+  for (int t = 0; t < group; t += 4, out += 4 * kRows) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) std::memcpy(out + 4 * i, codes + i * group + t, 4);
+  }
+}
+
 // 64 weights of one row are eight units in one register: each unit's two dwords go to its qword.
 struct RowCut {
   uint32_t dwords[16];  // source dword of every dword, counted from the one before the first
@@ -230,12 +240,14 @@ void DecodeRowAvx512(const Weight& weight, int64_t row, int64_t group, int width
 const Isa& Avx512Isa() {
   static const Isa isa{
       "avx512",
-      12,
+      kMaxTile,
       IdentityPosition,
+      UnsignedBias,
       Rotate,
       FromHalfF16c,
       ToHalfF16c,
       Quantize,
+      PlaceTiles,
       ProductInt8Avx512,
       ProductExactAvx512,
       DecodePanelAvx512,

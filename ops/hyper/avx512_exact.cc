@@ -63,7 +63,7 @@ inline void StreamPanel(const Table& lookup, const Weight& weight, const Activat
     __m512 sums[M * 4];
 #pragma GCC unroll 16
     for (int i = 0; i < M * 4; ++i) sums[i] = _mm512_setzero_ps();
-    const float* values = x.values + (tile.base + g * M) * format.group;
+    const float* values = x.values + tile.unit(g) * format.group;
     SumGroup<K, M>(lookup, weight.block(panel, g), format.group, values, sums);
     const uint16_t* stored = weight.scale(panel, g);
     _mm_prefetch(reinterpret_cast<const char*>(stored + 16 * kLanes), _MM_HINT_T0);
@@ -204,7 +204,7 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
     }
     for (int64_t m = 0; m < rows; m += kTile) {
       const Tile tile = TileAt(x, first + m);
-      const float* values = x.values + (tile.base + g * tile.rows) * format.group;
+      const float* values = x.values + tile.unit(g) * format.group;
       const MultiplyFn multiply =
           panels == 2 ? MultiplyOf<2>(tile.rows) : MultiplyOf<1>(tile.rows);
       multiply(w, format.group, values, scales, sofar, out + m * 2 * kLanes);

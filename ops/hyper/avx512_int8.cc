@@ -88,7 +88,7 @@ inline void StreamPanel(const Table& lookup, const Weight& weight, const Activat
   __m512 y[M];
   for (int i = 0; i < M; ++i) y[i] = _mm512_setzero_ps();
   for (int64_t g = 0; g < format.groups; ++g) {
-    const int64_t unit = tile.base + g * M;
+    const int64_t unit = tile.unit(g);
     const int8_t* codes = x.codes + unit * format.group;
     __m512i sums[M];
 #pragma GCC unroll 8
@@ -224,7 +224,7 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
     for (int p = 0; p < panels; ++p) scales[p] = LoadScales(weight.scale(panel + p, g));
     for (int64_t m = 0; m < rows; m += kTile) {
       const Tile tile = TileAt(x, first + m);
-      const int64_t unit = tile.base + g * tile.rows;
+      const int64_t unit = tile.unit(g);
       const MultiplyFn multiply =
           panels == 2 ? MultiplyOf<2>(tile.rows) : MultiplyOf<1>(tile.rows);
       multiply(w, format.group, x.codes + unit * format.group, x.biases + unit, x.scales + unit,

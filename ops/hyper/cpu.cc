@@ -16,6 +16,8 @@ namespace {
 
 // Weights decoded or multiplied by one task, roughly: some ten microseconds of work.
 constexpr int64_t kTaskWork = int64_t{1} << 18;
+// A product of fewer weights is one task: to wake a thread takes as long.
+constexpr int64_t kUndivided = int64_t{1} << 19;
 // Rows of activations that are prepared at once, which bounds the scratch memory.
 constexpr int64_t kBatchBlock = 8 * kRowBlock;
 
@@ -39,23 +41,36 @@ inline void Store(const Isa&, const float* values, int64_t count, Brain* y) {
   for (int64_t i = 0; i < count; ++i) y[i].bits = FloatToBfloat(values[i]);
 }
 
+// What the int8 products of a weight want of the activations.
+Layout LayoutOf(const Isa& isa, const Weight& weight) {
+  Layout layout{};
+  for (int t = 0; t < weight.format.group; ++t) {
+    const int position = isa.position(weight, t);
+    layout.positions[t] = static_cast<int16_t>(position);
+    layout.moved = layout.moved || position != t;
+    if (position < 32) layout.order[position] = static_cast<uint8_t>(t);
+  }
+  layout.bias = isa.bias(weight);
+  return layout;
+}
+
 // Rotates rows of x and lays them out as Activations, on all threads.
 template <class T>
 class Prepared {
  public:
-  Prepared(const Isa& isa, const Format& format, const T* x, int64_t rows, bool int8)
-      : isa_(isa),
-        format_(format),
-        x_(x),
-        rows_(rows),
-        int8_(int8),
-        codes_(int8 ? rows * format.padded() : 0),
-        scales_(int8 ? rows * format.groups : 0),
-        biases_(int8 ? rows * format.groups : 0),
-        values_(int8 ? 0 : rows * format.padded()) {
-    for (int t = 0; t < format.group; ++t) {
-      positions_[t] = static_cast<int16_t>(isa.position(format, t));
-      permuted_ = permuted_ || positions_[t] != t;
+  Prepared(const Isa& isa, const Format& format, const Layout& layout, const T* x, int64_t rows,
+           bool int8)
+      : isa_(isa), format_(format), layout_(layout), x_(x), rows_(rows), int8_(int8) {
+    const int64_t elements = rows * format.padded();
+    const int64_t units = rows * format.groups;
+    if (int8) {
+      scratch_.Reserve(elements + units * static_cast<int64_t>(sizeof(float) + sizeof(int32_t)));
+      codes_ = scratch_.As<int8_t>(0);
+      scales_ = scratch_.As<float>(elements);  // whole groups: a multiple of 32 bytes
+      biases_ = scratch_.As<int32_t>(elements + units * static_cast<int64_t>(sizeof(float)));
+    } else {
+      scratch_.Reserve(elements * static_cast<int64_t>(sizeof(float)));
+      values_ = scratch_.As<float>(0);
     }
   }
 
@@ -63,15 +78,15 @@ class Prepared {
   int64_t pieces() const { return CeilDiv(rows_, isa_.tile) * format_.groups; }
 
   Activations view() const {
-    return {rows_,         format_.groups, format_.group,  isa_.tile,
-            codes_.get(), scales_.get(),  biases_.get(), values_.get()};
+    return {rows_,  format_.groups, format_.group, isa_.tile,
+            codes_, scales_,        biases_,       values_};
   }
 
   void Run(int64_t piece) const {
     const int64_t g = piece % format_.groups;
     const int64_t first = piece / format_.groups * isa_.tile;
     const int count = static_cast<int>(std::min<int64_t>(isa_.tile, rows_ - first));
-    const int64_t unit = first * format_.groups + g * count;
+    const int64_t unit = g * rows_ + first;
     alignas(64) float rotated[kMaxTile * kMaxGroup];
     for (int i = 0; i < count; ++i) Rotate(first + i, g, rotated + i * format_.group);
     if (int8_) {
@@ -96,7 +111,7 @@ class Prepared {
   }
 
   void PlaceExact(const float* rotated, int64_t unit, int count) const {
-    float* out = values_.get() + unit * format_.group;
+    float* out = values_ + unit * format_.group;
     for (int t = 0; t < format_.group; ++t) {
       for (int i = 0; i < count; ++i) *out++ = rotated[i * format_.group + t];
     }
@@ -106,45 +121,24 @@ class Prepared {
     const int group = format_.group;
     int8_t codes[kMaxTile * kMaxGroup];
     for (int i = 0; i < count; ++i) {
-      int8_t* row = codes + i * group;
       int32_t sum = 0;
-      scales_.get()[unit + i] = isa_.quantize(rotated + i * group, group, row, &sum);
-      biases_.get()[unit + i] = -128 * sum;
-      if (permuted_) Permute(row);
+      scales_[unit + i] = isa_.quantize(rotated + i * group, group, codes + i * group, &sum);
+      biases_[unit + i] = layout_.bias * sum;
     }
-    int8_t* out = codes_.get() + unit * group;
-    switch (count) {
-      case 1: std::memcpy(out, codes, static_cast<size_t>(group)); break;
-      case kMaxTile: Interleave(codes, group, std::integral_constant<int, kMaxTile>(), out); break;
-      default: Interleave(codes, group, count, out); break;
-    }
-  }
-
-  // Four codes of each of `count` rows in turn; a constant count lets the compiler unroll.
-  template <class Count>
-  static void Interleave(const int8_t* codes, int group, Count count, int8_t* out) {
-    for (int t = 0; t < group; t += 4, out += 4 * count) {
-      for (int i = 0; i < count; ++i) std::memcpy(out + 4 * i, codes + i * group + t, 4);
-    }
-  }
-
-  void Permute(int8_t* row) const {
-    int8_t moved[kMaxGroup];
-    for (int t = 0; t < format_.group; ++t) moved[positions_[t]] = row[t];
-    std::memcpy(row, moved, static_cast<size_t>(format_.group));
+    isa_.place(codes, count, group, layout_, codes_ + unit * group);
   }
 
   const Isa& isa_;
   const Format& format_;
+  const Layout& layout_;
   const T* x_;
   int64_t rows_;
   bool int8_;
-  Scratch<int8_t> codes_;
-  Scratch<float> scales_;
-  Scratch<int32_t> biases_;
-  Scratch<float> values_;
-  bool permuted_ = false;
-  int16_t positions_[kMaxGroup];
+  ThreadScratch scratch_;
+  int8_t* codes_ = nullptr;
+  float* scales_ = nullptr;
+  int32_t* biases_ = nullptr;
+  float* values_ = nullptr;
 };
 
 // y (rows, out) = x W^T over a grid of tasks: pairs of panels times blocks of activation rows.
@@ -161,7 +155,9 @@ class Product {
     row_blocks_ = CeilDiv(x.rows, kRowBlock);
     const int64_t work = 2 * kLanes * format.padded() * std::min<int64_t>(x.rows, kRowBlock);
     pairs_ = std::clamp<int64_t>(kTaskWork / std::max<int64_t>(work, 1), 1, 64);
-    panel_blocks_ = CeilDiv(format.panels, 2 * pairs_);
+    const int64_t pairs = CeilDiv(format.panels, 2);
+    if (pairs * work <= kUndivided) pairs_ = std::max<int64_t>(pairs, 1);
+    panel_blocks_ = CeilDiv(pairs, pairs_);
   }
 
   size_t tasks() const { return static_cast<size_t>(panel_blocks_ * row_blocks_); }
@@ -220,6 +216,7 @@ class MatMulKernel : public Kernel {
   explicit MatMulKernel(const NodeInfo& node)
       : api_(node.api()), reader_(node, 1), isa_(SelectIsa()) {
     int8_ = ReadInt8<T>(node);
+    if (reader_.constant()) layout_ = LayoutOf(isa_, reader_.Known());
   }
 
   void Compute(OrtKernelContext* context) const override {
@@ -241,7 +238,9 @@ class MatMulKernel : public Kernel {
  private:
   void Run(OrtKernelContext* context, const Weight& weight, const T* x, int64_t rows, T* y) const {
     const Format& format = weight.format;
-    const Prepared<T> prepared(isa_, format, x, rows, int8_);
+    const Layout found = reader_.constant() ? Layout{} : LayoutOf(isa_, weight);
+    const Layout& layout = reader_.constant() ? layout_ : found;
+    const Prepared<T> prepared(isa_, format, layout, x, rows, int8_);
     const int64_t per_task = kTaskWork / (isa_.tile * format.group * 8);
     ParallelPieces(api_, context, prepared.pieces(), per_task,
                    [&](int64_t piece) { prepared.Run(piece); });
@@ -253,6 +252,7 @@ class MatMulKernel : public Kernel {
   Api api_;
   WeightReader reader_;
   const Isa& isa_;
+  Layout layout_{};  // where the weight is constant
   bool int8_ = false;
 };
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "hyper/levels.h"
+#include "hyper/structure.h"
 
 namespace onnxcomp::hyper {
 
@@ -38,6 +39,7 @@ struct Weight {
   const uint16_t* scales;
   const int8_t* table;
   const Levels* levels;  // of the table, or null where it has more or is small
+  const Structure* structure;  // of the table, or null where it has none
 
   // The dwords of 16 rows in one group, `format.dwords` times 64 bytes.
   const uint8_t* block(int64_t panel, int64_t group) const {
@@ -48,14 +50,23 @@ struct Weight {
   }
 };
 
+// What the int8 products of an instruction set want of the activations for one weight.
+struct Layout {
+  int16_t positions[kMaxGroup];  // of weight t of a group in the order in which they are met
+  uint8_t order[32];             // weight at each position; what follows repeats it
+  bool moved;                    // positions are not the order of weights
+  int32_t bias;                  // what the sum of the codes of a group is multiplied by
+};
+
 // Rotated rows of activations, laid out for a product.
 //
-// Rows are interleaved in tiles: tile T holds n = min(tile, rows - T * tile) rows. In units of one
-// row's group g, element t of row i is stored at
-//   int8   ((T * tile * groups + group * n) * g) + (t' / 4 * n + i) * 4 + t' mod 4, t' the position
-//          that the instruction set gives to weight t
-//   float  ((T * tile * groups + group * n) * g) + t * n + i
-// and scale and bias of row i at T * tile * groups + group * n + i.
+// A group of all rows lies together, because products go through the weights group by group. Rows are
+// interleaved in tiles: tile T holds n = min(tile, rows - T * tile) rows. In units of one row's group
+// g, element t of row i of the tile is stored at
+//   int8   ((group * rows + T * tile) * g) + (t' / 4 * n + i) * 4 + t' mod 4, t' the position that the
+//          instruction set gives to weight t
+//   float  ((group * rows + T * tile) * g) + t * n + i
+// and its scale and bias at group * rows + T * tile + i.
 struct Activations {
   int64_t rows;
   int64_t groups;
@@ -63,7 +74,7 @@ struct Activations {
   int tile;
   const int8_t* codes;   // precision 1
   const float* scales;   // precision 1
-  const int32_t* biases; // precision 1: -128 times the sum of the codes
+  const int32_t* biases; // precision 1: Layout::bias times the sum of the codes
   const float* values;   // precision 0
 };
 
@@ -72,8 +83,12 @@ struct Isa {
   const char* name;
   int tile;
 
-  // The position of weight t of a group in the order in which `product_int8` meets the weights.
-  int (*position)(const Format& format, int t);
+  // The position of weight t of a group in the order in which `product_int8` meets the weights:
+  // a permutation within every 32 of them, the same for all.
+  int (*position)(const Weight& weight, int t);
+
+  // What `product_int8` wants the sum of the codes of a group multiplied by, as `biases`.
+  int32_t (*bias)(const Weight& weight);
 
   // One group: to = H (sign * from), in float32, strides 1, 2, 4, ...; `to` may be `from`.
   void (*rotate)(const float* from, float* to, int group);
@@ -85,6 +100,10 @@ struct Isa {
   // Rounds one rotated group to int8: codes (group,), returns the scale; see spec.md. `total` is
   // the sum of the codes.
   float (*quantize)(const float* values, int group, int8_t* codes, int32_t* total);
+
+  // Lays the codes of one group of `count` rows out as Activations: four codes of each row in turn,
+  // by their positions.
+  void (*place)(const int8_t* codes, int count, int group, const Layout& layout, int8_t* out);
 
   // out[i * 32 + lane] = sum over groups, for rows [first, first + rows) of the activations and the
   // 16 * panels lanes from panel on; `panels` is 1 or 2, `first` a multiple of the tile.

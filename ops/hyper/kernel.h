@@ -31,6 +31,12 @@ class WeightReader {
   int64_t rows() const { return rows_; }
   int64_t length() const { return length_; }
 
+  // Whether the weight's shapes and table are known before a run.
+  bool constant() const { return constant_; }
+
+  // What is known of a constant weight: everything but its tensors.
+  Weight Known() const;
+
   // The weight as the runtime holds it now. Throws Error when its tensors do not fit together.
   Weight Read(const OrtKernelContext* context) const;
 
@@ -45,8 +51,10 @@ class WeightReader {
   int group_ = 0;
   bool constant_ = false;  // shapes and table were checked at creation
   bool leveled_ = false;
+  bool structured_ = false;
   Format format_{};
   Levels levels_{};
+  Structure structure_{};
 };
 
 }  // namespace onnxcomp::hyper

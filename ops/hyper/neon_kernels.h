@@ -5,10 +5,22 @@
 // the number of rows of activations.
 #pragma once
 
-#include "hyper/neon_decode.h"
+#include "hyper/neon_structured.h"
 
 namespace onnxcomp::hyper {
 namespace {
+
+// The bytes of one panel's group in the order of Position.
+inline void DecodeAny(const Weight& weight, int64_t panel, int64_t group, uint8_t* out) {
+  if (weight.structure != nullptr) return DecodeStructuredBytes(weight, panel, group, out);
+  DecodeBytes(weight, panel, group, out);
+}
+
+// Isa::position.
+int Position(const Weight& weight, int t) {
+  return weight.structure != nullptr ? StructuredPosition(weight.format, t)
+                                     : CutPosition(weight.format, t);
+}
 
 constexpr int kTile = 4;  // 4 rows times 16 lanes: 16 accumulators, of 32 registers
 
@@ -71,10 +83,10 @@ void ProductInt8(const Weight& weight, const Activations& x, int64_t panel, int 
   std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   for (int p = 0; p < panels; ++p) {
     for (int64_t g = 0; g < format.groups; ++g) {
-      DecodeBytes(weight, panel + p, g, w);
+      DecodeAny(weight, panel + p, g, w);
       for (int64_t m = 0; m < rows; m += kTile) {
         const Tile tile = TileAt(x, first + m);
-        const int64_t unit = tile.base + g * tile.rows;
+        const int64_t unit = tile.unit(g);
         kByRows[tile.rows - 1](w, format.group, x.codes + unit * format.group, x.scales + unit,
                                weight.scale(panel + p, g), out + m * 2 * kLanes + p * kLanes);
       }
@@ -95,7 +107,7 @@ inline float32x4_t Widen(uint8x16_t bytes) {
 void DecodeFloats(const Weight& weight, int64_t panel, int64_t group, const int16_t* places,
                   float* w) {
   alignas(64) uint8_t bytes[kMaxGroup * kLanes];
-  DecodeBytes(weight, panel, group, bytes);
+  DecodeAny(weight, panel, group, bytes);
   for (int t = 0; t < weight.format.group; t += 4) {
     for (int q = 0; q < kQuarters; ++q) {
       const uint8x16_t four = vld1q_u8(bytes + t / 4 * kLine + 16 * q);
@@ -149,14 +161,14 @@ void ProductExact(const Weight& weight, const Activations& x, int64_t panel, int
   const Format& format = weight.format;
   alignas(64) float w[kMaxGroup * kLanes];
   int16_t places[kMaxGroup];
-  for (int t = 0; t < format.group; ++t) places[CutPosition(format, t)] = static_cast<int16_t>(t);
+  for (int t = 0; t < format.group; ++t) places[Position(weight, t)] = static_cast<int16_t>(t);
   std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
   for (int p = 0; p < panels; ++p) {
     for (int64_t g = 0; g < format.groups; ++g) {
       DecodeFloats(weight, panel + p, g, places, w);
       for (int64_t m = 0; m < rows; m += kTile) {
         const Tile tile = TileAt(x, first + m);
-        const float* values = x.values + (tile.base + g * tile.rows) * format.group;
+        const float* values = x.values + tile.unit(g) * format.group;
         kByRows[tile.rows - 1](w, format.group, values, weight.scale(panel + p, g),
                                out + m * 2 * kLanes + p * kLanes);
       }
@@ -229,15 +241,47 @@ void ToHalfNeon(const float* values, int64_t count, uint16_t* out) {
   ToHalf(values + i, count - i, out + i);
 }
 
+// 32 codes in the order of their positions.
+inline int8x16x2_t Moved(const int8_t* codes, const uint8x16x2_t& order) {
+  const int8x16x2_t row = vld1q_s8_x2(codes);
+  return {{vqtbl2q_s8(row, order.val[0]), vqtbl2q_s8(row, order.val[1])}};
+}
+
+inline int32x4_t Dwords(int8x16_t codes) { return vreinterpretq_s32_s8(codes); }
+
+// Isa::place.
+void Place(const int8_t* codes, int count, int group, const Layout& layout, int8_t* out) {
+  if (count == 3) return PlaceCodes(codes, count, group, layout, out);
+  const uint8x16x2_t order = vld1q_u8_x2(layout.order);
+  for (int t = 0; t < group; t += 32, codes += 32, out += 32 * count) {
+    int8x16x2_t rows[kTile];
+    for (int i = 0; i < count; ++i) rows[i] = Moved(codes + i * group, order);
+    for (int half = 0; half < 2; ++half) {
+      auto* target = reinterpret_cast<int32_t*>(out + 16 * count * half);
+      const int32x4_t first = Dwords(rows[0].val[half]);
+      if (count == 1) {
+        vst1q_s32(target, first);
+      } else if (count == 2) {
+        vst2q_s32(target, {{first, Dwords(rows[1].val[half])}});
+      } else {
+        vst4q_s32(target, {{first, Dwords(rows[1].val[half]), Dwords(rows[2].val[half]),
+                            Dwords(rows[3].val[half])}});
+      }
+    }
+  }
+}
+
 const Isa& ThisIsa() {
   static const Isa isa{
       kIsaName,
       kTile,
-      CutPosition,
+      Position,
+      UnsignedBias,
       Rotate,
       FromHalfNeon,
       ToHalfNeon,
       Quantize,
+      Place,
       ProductInt8,
       ProductExact,
       DecodePanelRows,

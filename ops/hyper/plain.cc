@@ -74,7 +74,7 @@ void Product(const Weight& weight, const Activations& x, int64_t panel, int pane
       DecodeBlock(weight, panel + p, g, q);
       LoadScales(weight, panel + p, g, scales);
       for (int64_t m = 0; m < rows; ++m) {
-        const int64_t unit = (first + m) * groups + g;
+        const int64_t unit = g * x.rows + first + m;
         float* y = out + m * 2 * kLanes + p * kLanes;
         if constexpr (Int8) {
           AddGroup(q, x.codes + unit * group, group, scales, x.scales[unit], y);
@@ -93,10 +93,12 @@ const Isa& PlainIsa() {
       "plain",
       1,
       IdentityPosition,
+      UnsignedBias,
       Rotate,
       FromHalf,
       ToHalf,
       QuantizeGroup,
+      PlaceCodes,
       Product<true>,
       Product<false>,
       DecodePanelRows,

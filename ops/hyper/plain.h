@@ -157,7 +157,31 @@ inline void DecodeOneRow(const Weight& weight, int64_t row, int64_t group, int w
               width, out);
 }
 
-inline int IdentityPosition(const Format&, int t) { return t; }
+inline int IdentityPosition(const Weight&, int t) { return t; }
+
+// Isa::bias of forms whose weights' bytes are unsigned, 128 too large.
+inline int32_t UnsignedBias(const Weight&) { return -128; }
+
+// Isa::place.
+inline void PlaceCodes(const int8_t* codes, int count, int group, const Layout& layout,
+                       int8_t* out) {
+  if (!layout.moved) {
+    if (count == 1) {
+      std::memcpy(out, codes, static_cast<size_t>(group));
+      return;
+    }
+    for (int t = 0; t < group; t += 4, out += 4 * count) {
+      for (int i = 0; i < count; ++i) std::memcpy(out + 4 * i, codes + i * group + t, 4);
+    }
+    return;
+  }
+  for (int i = 0; i < count; ++i, codes += group) {
+    for (int t = 0; t < group; ++t) {
+      const int position = layout.positions[t];
+      out[(position / 4 * count + i) * 4 + position % 4] = codes[t];
+    }
+  }
+}
 
 // Isa::position of forms that cut four windows of each row into the bytes of a dword: where k
 // divides 8, windows 8 bits apart are cut by one shift; in order otherwise.
@@ -215,15 +239,19 @@ inline float QuantizeGroup(const float* values, int group, int8_t* codes, int32_
   return amax / 127.0f;
 }
 
-// Where the rows of one tile start; see Activations.
+// Some rows of activations that lie interleaved; see Activations.
 struct Tile {
-  int64_t base;  // in groups: multiply by the group for elements
+  int64_t first;
+  int64_t all;  // rows of the activations
   int rows;
+
+  // Where group g of the first row lies, in groups: multiply by their size for elements.
+  int64_t unit(int64_t g) const { return g * all + first; }
 };
 
 inline Tile TileAt(const Activations& x, int64_t first) {
   const int64_t left = x.rows - first;
-  return {first * x.groups, static_cast<int>(left < x.tile ? left : x.tile)};
+  return {first, x.rows, static_cast<int>(left < x.tile ? left : x.tile)};
 }
 
 }  // namespace

@@ -64,6 +64,7 @@ WeightReader::WeightReader(const NodeInfo& node, size_t first, bool readable)
   const auto* table = DataOf<int8_t>(api_, values[2]);
   CheckTable(table, int64_t{1} << format_.states);
   leveled_ = levels_.Find(table, format_.states);
+  structured_ = structure_.Find(table, format_.states, format_.bits);
   constant_ = true;
 }
 
@@ -99,12 +100,19 @@ Format WeightReader::Validate(const Dims& codes, const Dims& scales, const Dims&
   return format;
 }
 
+Weight WeightReader::Known() const {
+  return {format_, nullptr, nullptr, nullptr, leveled_ ? &levels_ : nullptr,
+          structured_ ? &structure_ : nullptr};
+}
+
 Weight WeightReader::Read(const OrtKernelContext* context) const {
   const OrtValue* codes = InputOf(api_, context, first_);
   const OrtValue* scales = InputOf(api_, context, first_ + 1);
   const OrtValue* table = InputOf(api_, context, first_ + 2);
-  Weight weight{format_, DataOf<uint8_t>(api_, codes), DataOf<uint16_t>(api_, scales),
-                DataOf<int8_t>(api_, table), leveled_ ? &levels_ : nullptr};
+  Weight weight = Known();
+  weight.codes = DataOf<uint8_t>(api_, codes);
+  weight.scales = DataOf<uint16_t>(api_, scales);
+  weight.table = DataOf<int8_t>(api_, table);
   if (!constant_) {
     weight.format = Validate(DimsOf(api_, codes), DimsOf(api_, scales), DimsOf(api_, table));
     if (readable_) CheckTable(weight.table, int64_t{1} << weight.format.states);

@@ -19,6 +19,9 @@ __all__ = ["Options", "cheapest"]
 # States that are kept from weight to weight.
 _STATES = 1024
 
+# Relative error of a sum of costs, with room for many weights.
+_ROUNDING = 1e-12
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -43,7 +46,12 @@ def cheapest(
     known = sum(float(cost[pick]) for (_, cost), pick in zip(options, picks, strict=True))
     priced = [cost + price * size for size, cost in options]
     gap = known - sum(float(values.min()) for values in priced) + price * budget
-    able = [np.flatnonzero(values <= values.min() + gap) for values in priced]
+    # Sums of costs are rounded: without this a bound could rule out the plan that it came from.
+    gap += _ROUNDING * (abs(known) + price * budget)
+    able = [
+        np.flatnonzero((values <= values.min() + gap) | (np.arange(len(values)) == pick))
+        for values, pick in zip(priced, picks, strict=True)
+    ]
     free = [number for number, left in enumerate(able) if len(left) > 1]
     free.sort(key=lambda number: -int(options[number][0][able[number]].max()))
     room = budget - sum(

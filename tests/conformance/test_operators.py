@@ -160,6 +160,35 @@ def test_weights_are_compressed_and_both_forms_run(case: str, mode: Any, tmp_pat
     np.testing.assert_allclose(portable["y"], wanted["y"], rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_structured_tables_go_through_the_whole_compiler(bits: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(bits)
+    weights = {"v": (96, 128), "w": (128, 80)}
+    graph = onnx.parser.parse_graph(
+        "g (float[4, 96] x) => (float y) { a = MatMul (x, v) r = Relu (a) y = MatMul (r, w) }"
+    )
+    graph.output[0].type.tensor_type.ClearField("shape")
+    for name, shape in weights.items():
+        values = rng.standard_normal(shape).astype(np.float32) / 10
+        graph.initializer.append(numpy_helper.from_array(values, name))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    dense, small = tmp_path / "dense.onnx", tmp_path / "small.onnx"
+    onnx.save(model, dense)
+    result = oc.optimize(
+        dense, small, method="hyper", bits=bits, min_size=1024, set_=".*:table=structured"
+    )
+    assert result.verify is not None and result.verify.passed
+    assert [site.params["table"] for site in result.report.sites] == ["structured"] * 2
+    oc.apply(dense, result.plan, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == small.read_bytes()
+    oc.expand(small, tmp_path / "expanded.onnx")
+    feed = {"x": rng.standard_normal((4, 96)).astype(np.float32)}
+    (wanted,), (portable,) = (
+        run_model(path, [feed], library=False) for path in (tmp_path / "expanded.onnx", small)
+    )
+    np.testing.assert_allclose(portable["y"], wanted["y"], rtol=0, atol=1e-4)
+
+
 def sample(case: str) -> Array:
     kind, rest = CASES[case][0].split("[")
     shape = [int(size) for size in rest.split("]")[0].split(",")]

@@ -11,14 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp.passes.codecs.hyper import (
-    format as hyper_format,
-)
-from onnxcomp.passes.codecs.hyper import (
-    viterbi as hyper_viterbi,
-)
+from onnxcomp.passes.codecs.hyper import format as hyper_format
+from onnxcomp.passes.codecs.hyper import viterbi as hyper_viterbi
 from onnxcomp.passes.codecs.hyper.format import GroupLayout
-from onnxcomp.passes.codecs.hyper.tables import spread, table
+from onnxcomp.passes.codecs.hyper.structured import STRUCTURES, code
 from onnxcomp.passes.weight import Array
 
 FOLDER = Path(__file__).parent
@@ -38,6 +34,9 @@ CASES = (
     (6, 10, 32, 19, 33),
 )
 
+# The same with structured tables: (bits, group, rows, length).
+STRUCTURED = ((2, 64, 18, 130), (3, 32, 5, 100), (4, 128, 17, 128))
+
 
 def weight_of(rows: int, length: int, seed: int) -> Array:
     """Heavy tails, and one row of zeros where there are more than two."""
@@ -47,12 +46,14 @@ def weight_of(rows: int, length: int, seed: int) -> Array:
     return weight * np.float32(0.02)
 
 
-def make(bits: int, state_bits: int, group: int, rows: int, length: int) -> dict[str, Array]:
+def make(
+    bits: int, state_bits: int, group: int, rows: int, length: int, kind: str = "winding"
+) -> dict[str, Array]:
     """Everything a golden file holds, by name."""
     weight = weight_of(rows, length, seed=bits * 100 + state_bits)
-    values = table(bits, state_bits)
+    values, reach, passes, _ = code(bits, state_bits, kind)
     geometry = GroupLayout(bits, state_bits, group, rows, length)
-    codes, scales = hyper_viterbi.encode(weight, geometry, values, spread(bits, state_bits))
+    codes, scales = hyper_viterbi.encode(weight, geometry, values, reach, passes=passes)
     decoded = hyper_format.decode(codes, scales, values, (rows, length), group)
     parameters = np.array([bits, state_bits, group], np.int64)
     return {
@@ -72,6 +73,12 @@ def main() -> None:
         bits, state_bits, group, rows, length = case
         path = FOLDER / f"hyper_k{bits}_L{state_bits}_g{group}_{rows}x{length}.npz"
         np.savez_compressed(path, allow_pickle=False, **make(*case))
+        print(f"{path.name}: {path.stat().st_size} bytes")
+    for bits, group, rows, length in STRUCTURED:
+        state_bits = STRUCTURES[bits].state_bits
+        path = FOLDER / f"hyper_structured_k{bits}_L{state_bits}_g{group}_{rows}x{length}.npz"
+        content = make(bits, state_bits, group, rows, length, "structured")
+        np.savez_compressed(path, allow_pickle=False, **content)
         print(f"{path.name}: {path.stat().st_size} bytes")
 
 

@@ -22,8 +22,8 @@ using namespace onnxcomp::hyper;
 namespace {
 
 // What a table is like; forms of kernels depend on it.
-enum Kind { kAny, kOdd, kLeveled };
-constexpr const char* kKinds[] = {"any", "odd", "leveled"};
+enum Kind { kAny, kOdd, kLeveled, kFalling, kSloped, kTwisted, kTurned, kKinds };
+constexpr const char* kNames[] = {"any", "odd", "leveled", "falling", "sloped", "twisted", "turned"};
 
 struct Case {
   int bits, states, group;
@@ -34,7 +34,7 @@ struct Case {
 [[noreturn]] void Differs(const Isa& isa, const Case& c, const char* what, int64_t m) {
   std::printf("%s: %s differs at k=%d L=%d g=%d, weight %lldx%lld, %s table, m=%lld\n", isa.name,
               what, c.bits, c.states, c.group, static_cast<long long>(c.rows),
-              static_cast<long long>(c.length), kKinds[c.kind], static_cast<long long>(m));
+              static_cast<long long>(c.length), kNames[c.kind], static_cast<long long>(m));
   std::exit(1);
 }
 
@@ -44,6 +44,7 @@ struct Payload {
   std::vector<uint16_t> scales;
   std::vector<int8_t> table;
   Levels levels{};
+  Structure structure{};
   Weight weight{};
 
   Payload(const Case& c, std::mt19937& random) {
@@ -71,12 +72,58 @@ struct Payload {
         table[table.size() - 1 - s] = static_cast<int8_t>(-table[s]);
       }
     }
+    if (c.kind >= kFalling) Build(c, random);
     const bool leveled = levels.Find(table.data(), c.states);
-    weight = Weight{f, codes.data(), scales.data(), table.data(), leveled ? &levels : nullptr};
+    const bool structured = structure.Find(table.data(), c.states, c.bits);
+    weight = Weight{f,
+                    codes.data(),
+                    scales.data(),
+                    table.data(),
+                    leveled ? &levels : nullptr,
+                    structured ? &structure : nullptr};
     if (leveled != (c.kind == kLeveled)) Differs(PlainIsa(), c, "Levels::Find", 0);
+    if (structured != (c.kind >= kFalling)) Differs(PlainIsa(), c, "Structure::Find", 0);
+    if (structured && structure.kind != KindOf(c)) Differs(PlainIsa(), c, "Structure::kind", 0);
+  }
+
+  // What is found: with six or seven state bits, G of a falling table falls in several classes, and
+  // twists are not looked for with six.
+  static Structure::Kind KindOf(const Case& c) {
+    switch (c.kind) {
+      case kFalling: return c.states == 8 ? Structure::kFalling : Structure::kSloped;
+      case kSloped: return Structure::kSloped;
+      case kTwisted: return c.states > 6 ? Structure::kTwisted : Structure::kTurned;
+      default: return Structure::kTurned;
+    }
   }
 
  private:
+  // F[(N + P[c]) mod 16] + G[c] times a power of two, over a range of odd middle.
+  void Build(const Case& c, std::mt19937& random) {
+    const bool narrow = c.group % 64 != 0;
+    const int limit = narrow ? 31 : 63;
+    const int shift = static_cast<int>(random() % 3);
+    int cells[16];
+    int turns[16];
+    int steps[16];
+    for (int i = 0; i < 16; ++i) {
+      cells[i] = static_cast<int>(random() % static_cast<unsigned>(limit - 14));
+      turns[i] = c.kind >= kTwisted ? static_cast<int>(random() % 16) : i;
+      const bool tied = c.kind == kFalling || c.kind == kTwisted;
+      steps[i] = tied ? 15 - turns[i] : static_cast<int>(random() % 16);
+    }
+    cells[3] = limit - 15;
+    cells[5] = 1;
+    cells[7] = 0;
+    const int middle = -(limit << shift) / 2;
+    for (size_t s = 0; s < table.size(); ++s) {
+      const int top = static_cast<int>(s) >> (c.states - 4);
+      const int low = static_cast<int>(s) & 15;
+      const int sum = cells[(top + turns[low]) % 16] + steps[low];
+      table[s] = static_cast<int8_t>(sum * (1 << shift) + middle);
+    }
+  }
+
   // Neighbours on a winding share a value.
   void Level(int states, uint32_t multiplier) {
     int8_t values[256];
@@ -100,22 +147,24 @@ struct Laid {
   std::vector<float> values;
   Activations view{};
 
-  Laid(const Isa& isa, const Format& f, const std::vector<float>& x, int64_t rows) {
+  Laid(const Isa& isa, const Weight& weight, const std::vector<float>& x, int64_t rows) {
+    const Format& f = weight.format;
     const auto units = static_cast<size_t>(rows * f.groups);
     codes.resize(units * static_cast<size_t>(f.group));
     values.resize(codes.size());
     scales.resize(units);
     biases.resize(units);
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t g = 0; g < f.groups; ++g) Place(isa, f, x.data(), rows, row, g);
+      for (int64_t g = 0; g < f.groups; ++g) Place(isa, weight, x.data(), rows, row, g);
     }
     view = Activations{rows,         f.groups,      f.group,       isa.tile,
                        codes.data(), scales.data(), biases.data(), values.data()};
   }
 
  private:
-  void Place(const Isa& isa, const Format& f, const float* x, int64_t rows, int64_t row,
+  void Place(const Isa& isa, const Weight& weight, const float* x, int64_t rows, int64_t row,
              int64_t g) {
+    const Format& f = weight.format;
     float rotated[kMaxGroup];
     int8_t rounded[kMaxGroup];
     int32_t total = 0;
@@ -124,11 +173,11 @@ struct Laid {
     const int64_t first = row / isa.tile * isa.tile;
     const int64_t count = rows - first < isa.tile ? rows - first : isa.tile;
     const int64_t i = row - first;
-    const int64_t unit = first * f.groups + g * count;
+    const int64_t unit = g * rows + first;
     scales[static_cast<size_t>(unit + i)] = scale;
-    biases[static_cast<size_t>(unit + i)] = -128 * total;
+    biases[static_cast<size_t>(unit + i)] = isa.bias(weight) * total;
     for (int t = 0; t < f.group; ++t) {
-      const int64_t place = isa.position(f, t);
+      const int64_t place = isa.position(weight, t);
       codes[static_cast<size_t>(unit * f.group + (place / 4 * count + i) * 4 + place % 4)] =
           rounded[t];
       values[static_cast<size_t>(unit * f.group + t * count + i)] = rotated[t];
@@ -204,8 +253,8 @@ void CompareProducts(const Isa& isa, const Case& c, const Weight& weight, std::m
     std::vector<float> x(static_cast<size_t>(rows * f.padded()));
     for (float& value : x) value = normal(random);
     for (int64_t t = 0; t < f.padded(); ++t) x[static_cast<size_t>((rows / 2) * f.padded() + t)] = 0;
-    const Laid here(isa, f, x, rows);
-    const Laid there(plain, f, x, rows);
+    const Laid here(isa, weight, x, rows);
+    const Laid there(plain, weight, x, rows);
     if (!Same(Multiply(isa.product_int8, weight, here.view),
               Multiply(plain.product_int8, weight, there.view))) {
       Differs(isa, c, "product_int8", rows);
@@ -272,8 +321,10 @@ int Compare(const Isa& isa) {
     for (int states : {6, 7, 8, 10, 12}) {
       for (int group : {32, 64, 128, 256}) {
         if (states < bits + 2) continue;
-        for (Kind kind : {kAny, kOdd, kLeveled}) {
+        for (int number = kAny; number < kKinds; ++number) {
+          const Kind kind = static_cast<Kind>(number);
           if (kind == kLeveled && states <= 8) continue;
+          if (kind >= kFalling && !Structure::Known(states, bits)) continue;
           const Case c{bits, states, group, kind == kAny ? 45 : 20, 2 * group, kind};
           const Payload payload(c, random);
           const std::vector<float> w = Decode(isa, payload.weight);

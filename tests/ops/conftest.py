@@ -70,8 +70,12 @@ def random_weight(
     seed: int = 0,
     odd: bool = False,
     leveled: bool = False,
+    structured: str = "",
 ) -> Weight:
-    """Random payload; `odd` and `leveled` make the table so, as the encoder's tables are."""
+    """Random payload; `odd` and `leveled` make the table so, as the encoder's tables are.
+
+    With `structured` it is structured: "falling", "sloped", "twisted" or "turned".
+    """
     rng = np.random.default_rng([seed, rows, length, bits, states, group])
     geometry = hyper_format.GroupLayout(bits, states, group, rows, length)
     table = rng.integers(-127, 128, 1 << states).astype(np.int8)
@@ -80,6 +84,8 @@ def random_weight(
         places = multiplier * np.arange(1 << states) + (multiplier - 1) // 2
         values = np.concatenate([-table[:128], table[127::-1]])
         table = values[(places % (1 << states)) >> (states - 8)]
+    if structured:
+        table = structured_table(rng, states, structured)
     if odd:
         table[table.size // 2 :] = -table[: table.size // 2][::-1]
     return Weight(
@@ -92,6 +98,18 @@ def random_weight(
         rng.normal(0.0, 0.5, geometry.scales_shape).astype(np.float16),
         table,
     )
+
+
+def structured_table(rng: np.random.Generator, states: int, kind: str) -> Array:
+    """A random table of spec.md section 3 with all that a kind leaves free."""
+    limit, shift = (31, 2) if rng.random() < 0.5 else (63, 1)
+    turns = rng.integers(0, 16, 16) if kind in ("twisted", "turned") else np.arange(16)
+    steps = rng.integers(0, 16, 16) if kind in ("sloped", "turned") else 15 - turns
+    cells = rng.permutation([0, limit - 15, *rng.integers(0, limit - 14, 14)])
+    state = np.arange(1 << states)
+    low = state & 15
+    sums = cells[((state >> (states - 4)) + turns[low]) & 15] + steps[low]
+    return np.asarray((sums << shift) - (limit << shift) // 2, np.int8)
 
 
 def make_model(
@@ -261,7 +279,7 @@ EMULATED = (
     "gpu/emulator.cc",
     *(f"hash/{name}" for name in ("cuda.cu", "gpu_ops.cc", "weight.cc")),
     *(f"hyper/{name}.cu" for name in ("cuda", "decode", "few_rows", "hopper")),
-    *(f"hyper/{name}.cc" for name in ("gpu_ops", "levels", "weight")),
+    *(f"hyper/{name}.cc" for name in ("gpu_ops", "levels", "structure", "weight")),
     "winding/cpu.cc",
 )
 

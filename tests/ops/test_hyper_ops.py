@@ -83,6 +83,44 @@ def test_int8_product_equals_its_formula_bit_by_bit(
         np.testing.assert_array_equal(np.concatenate(results), want)
 
 
+@pytest.mark.parametrize("kind", ["falling", "sloped", "twisted", "turned"])
+@pytest.mark.parametrize(("bits", "states"), [(2, 6), (2, 8), (3, 7), (4, 8), (4, 7)])
+def test_products_of_structured_tables_are_those_of_any_table(
+    hyper: Any, run_on_all: RunOnAll, bits: int, states: int, kind: str
+) -> None:
+    for group in (32, 128):
+        weight = hyper.random_weight(
+            35, 2 * group + 9, bits=bits, states=states, group=group, structured=kind
+        )
+        rng = np.random.default_rng(bits + states + group)
+        inputs = [rng.normal(size=(m, weight.length)).astype(np.float32) for m in BATCHES]
+        x = np.concatenate(inputs)
+        dense = x.astype(np.float64) @ weight.dense().astype(np.float64).T
+        for precision in (0, 1):
+            attributes = {"precision": precision}
+            model = hyper.make_model(
+                "HyperMatMul", weight, (F32, [None, None]), attributes=attributes
+            )
+            want = hyper.product_int8(x, weight) if precision == 1 else dense
+            bound = 0.0 if precision == 1 else hyper.exact_bound(x, weight)
+            for _, results in run_on_all(model, [{"x": one} for one in inputs]):
+                assert np.all(np.abs(np.concatenate(results) - want) <= bound)
+
+
+def test_structured_tables_that_are_fed_at_run_time_are_served_as_any(
+    hyper: Any, run_on_all: RunOnAll
+) -> None:
+    weight = hyper.random_weight(35, 300, bits=4, states=8, structured="falling")
+    attributes = {"precision": 1}
+    model = hyper.make_model(
+        "HyperMatMul", weight, (F32, [None, None]), attributes=attributes, fed=["table"]
+    )
+    x = np.random.default_rng(3).normal(size=(5, 300)).astype(np.float32)
+    want = hyper.product_int8(x, weight)
+    for _, (y,) in run_on_all(model, [{"x": x, "table": weight.table}]):
+        np.testing.assert_array_equal(y, want)
+
+
 @pytest.mark.parametrize(("bits", "states", "group"), SETTINGS)
 def test_exact_product_is_within_float32_rounding(
     hyper: Any, run_on_all: RunOnAll, bits: int, states: int, group: int

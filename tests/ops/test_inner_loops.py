@@ -53,15 +53,24 @@ def count(loop: Loop, pattern: re.Pattern[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def kernels(library: Path) -> list[tuple[str, Loop]]:
-    """Inner loops that multiply or look up eight vectors and more, with their function's name."""
+def every_loop(library: Path) -> list[tuple[str, Loop]]:
+    """Inner loops of the hyper kernels, with their function's name."""
     if shutil.which("objdump") is None or platform.machine() != "x86_64":
         pytest.skip("needs objdump (binutils) and x86-64")
-    loops = [
+    return [
         (name, loop)
         for name, code in functions(library)
         if "onnxcomp::hyper::" in name
         for loop in inner_loops(code)
+    ]
+
+
+@pytest.fixture(scope="module")
+def kernels(every_loop: list[tuple[str, Loop]]) -> list[tuple[str, Loop]]:
+    """Those that multiply or look up eight vectors and more."""
+    loops = [
+        (name, loop)
+        for name, loop in every_loop
         if max(count(loop, _PRODUCT), count(loop, _LOOKUP)) >= 8
     ]
     if not loops:
@@ -75,6 +84,7 @@ TILES = [
     ("Multiply<12, 2>(float const", 24, 1),
     ("MultiplyInt8<4>", 8, 3),
     ("MultiplyExact<4>", 8, 3),
+    ("MultiplySmall<4>", 16, 3),
 ]
 
 
@@ -103,6 +113,22 @@ def test_streams_for_one_row_of_activations_spill_nothing(
     ]
     assert one_row
     for loop in one_row:
+        assert count(loop, _STACK_STORE) == 0
+
+
+@pytest.mark.parametrize("sizes", ["4, 1", "3, 1", "2, 1", "2, 2"])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_streams_of_structured_tables_spill_nothing(
+    every_loop: list[tuple[str, Loop]], sizes: str, rows: int
+) -> None:
+    name = re.compile(rf"StreamPanel<{sizes}, [24], {rows}, .*StructuredLookup")
+    streams = [
+        loop for title, loop in every_loop if name.search(title) and count(loop, _LOOKUP) >= 2
+    ]
+    # Three kinds of tables in three forms, for both halves of a panel.
+    assert len(streams) >= 18
+    for loop in streams:
+        assert count(loop, _PRODUCT) >= 2
         assert count(loop, _STACK_STORE) == 0
 
 

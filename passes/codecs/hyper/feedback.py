@@ -18,21 +18,13 @@ import dataclasses
 
 import numpy as np
 
-from onnxcomp.passes.codecs.hyper import (
-    format as hyper_format,
-)
-from onnxcomp.passes.codecs.hyper import (
-    native,
-)
-from onnxcomp.passes.codecs.hyper import (
-    survivors as hyper_survivors,
-)
-from onnxcomp.passes.codecs.hyper import (
-    viterbi as hyper_viterbi,
-)
+from onnxcomp.passes.codecs.hyper import format as hyper_format
+from onnxcomp.passes.codecs.hyper import native
+from onnxcomp.passes.codecs.hyper import survivors as hyper_survivors
+from onnxcomp.passes.codecs.hyper import viterbi as hyper_viterbi
 from onnxcomp.passes.codecs.hyper.format import LANES, GroupLayout
+from onnxcomp.passes.codecs.hyper.structured import Code, code
 from onnxcomp.passes.codecs.hyper.survivors import Prices
-from onnxcomp.passes.codecs.hyper.tables import spread, table
 from onnxcomp.passes.weight import Array
 
 __all__ = ["Coder", "encode"]
@@ -59,17 +51,24 @@ class Coder:
         state_bits: Bits of a state.
         group: Weights of a group.
         threads: Threads of the native encoder.
+        kind: Kind of table.
     """
 
     bits: int
     state_bits: int
     group: int
     threads: int = 1
+    kind: str = "winding"
+
+    @property
+    def code(self) -> Code:
+        """The table and how it is used."""
+        return code(self.bits, self.state_bits, self.kind)
 
     @property
     def table(self) -> Array:
         """Values of the states."""
-        return table(self.bits, self.state_bits)
+        return self.code.table
 
     def geometry(self, rows: int, length: int) -> GroupLayout:
         """Sizes of a matrix."""
@@ -78,10 +77,12 @@ class Coder:
     def encode(self, weight: Array) -> tuple[Array, Array]:
         """Codes and scales of ``(rows, length)`` float32; equal with and without native code."""
         geometry = self.geometry(*weight.shape)
-        reach = spread(self.bits, self.state_bits)
+        table, reach, passes, _ = self.code
         if native.available():
-            return native.hyper_encode(weight, geometry, self.table, reach, threads=self.threads)
-        return hyper_viterbi.encode(weight, geometry, self.table, reach)
+            return native.hyper_encode(
+                weight, geometry, table, reach, passes=passes, threads=self.threads
+            )
+        return hyper_viterbi.encode(weight, geometry, table, reach, passes=passes)
 
     def search(self, targets: Array, stems: Array, prices: Prices) -> Array:
         """`hyper_survivors.search`; equal with and without native code."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxcomp.passes.codecs.hyper.tables import table
+from onnxcomp.passes.codecs.hyper.structured import code, kind_of
 from onnxcomp.passes.weight import Array
 
 __all__ = [
@@ -269,15 +269,18 @@ def _ends(geometry: GroupLayout) -> tuple[int, int]:
     return rows, length
 
 
-def shared_keys(bits: int, state_bits: int, group: int, rows: int, length: int) -> dict[str, str]:
+def shared_keys(
+    bits: int, state_bits: int, group: int, rows: int, length: int, kind: str = "winding"
+) -> dict[str, str]:
     """Key in ``payload.shared`` of every shared node input, by input name in the spec's order.
 
     Equal keys mean equal content, in any model.
     """
     geometry = GroupLayout(bits, state_bits, group, rows, length)
+    suffix = "" if kind_of(bits, kind) == "winding" else f".{kind}"
     ends = "x".join("all" if end == _NO_END else str(end) for end in _ends(geometry))
     return {
-        "table": f"hyper.table.k{bits}.L{state_bits}",
+        "table": f"hyper.table.k{bits}.L{state_bits}{suffix}",
         "extent": f"hyper.extent.{ends}",
         "blocks": f"hyper.blocks.{geometry.groups}x{geometry.block_bytes}.g{group}",
         "taps": f"hyper.taps.k{bits}.g{group}",
@@ -288,13 +291,13 @@ def shared_keys(bits: int, state_bits: int, group: int, rows: int, length: int) 
 
 
 def shared_tensors(
-    bits: int, state_bits: int, group: int, rows: int, length: int
+    bits: int, state_bits: int, group: int, rows: int, length: int, kind: str = "winding"
 ) -> Mapping[str, Array]:
     """Shared tensors of a weight by the keys of `shared_keys`, in the spec's order."""
     geometry = GroupLayout(bits, state_bits, group, rows, length)
     width = geometry.groups * group
     content = {
-        "table": table(bits, state_bits),
+        "table": code(bits, state_bits, kind).table,
         "extent": np.array(_ends(geometry), np.int64),
         "blocks": np.array([-1, geometry.groups, geometry.block_bytes, width], np.int64),
         "taps": _taps(bits, group),
@@ -302,5 +305,5 @@ def shared_tensors(
         "left": _left(group),
         "right": _right(),
     }
-    keys = shared_keys(bits, state_bits, group, rows, length)
+    keys = shared_keys(bits, state_bits, group, rows, length, kind)
     return {keys[name]: content[name] for name in keys}

@@ -14,6 +14,7 @@ from onnxcomp.passes.weight import Array
 __all__ = [
     "GROUP_GAIN",
     "NORMAL_SQNR",
+    "PASSES",
     "WINDINGS",
     "Winding",
     "level_bits",
@@ -38,6 +39,9 @@ class Winding(NamedTuple):
     quantum: float
     spread: float
 
+
+# Searches of the encoder: an open one, then two that close the cycle.
+PASSES = 3
 
 # (bits, state_bits) -> winding; found by benchmarks/search_hyper_tables.py.
 WINDINGS: Mapping[tuple[int, int], Winding] = {

@@ -8,6 +8,9 @@
 //
 // Names: state s has L bits; its K top bits are the symbol, its L - K low bits are the `stem`, the
 // part shared with the previous state. Each stem has 2^K predecessors, (stem << K) | j.
+//
+// `store_history` keeps the low bytes of the costs of four stems, which end in the indices; what is
+// above these does not matter. `history_at` is where the byte of a stem lies.
 
 namespace ONNXCOMP_ISA {
 
@@ -24,9 +27,12 @@ inline Lanes min(Lanes a, Lanes b) { return {_mm512_maskz_min_epi32(0xFFFF, a.v,
 inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Lanes sub(Lanes a, Lanes b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline Lanes bit_and(Lanes a, Lanes b) { return {_mm512_and_si512(a.v, b.v)}; }
-inline void store_octets(uint8_t* p, Lanes a) {
-  _mm_store_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xFFFF, a.v));
+inline void store_history(uint8_t* p, const int32_t* costs) {
+  for (int i = 0; i < 4; ++i, p += kLanes, costs += kLanes)
+    _mm_store_si128(reinterpret_cast<__m128i*>(p),
+                    _mm512_maskz_cvtepi32_epi8(0xFFFF, load(costs).v));
 }
+inline int history_at(int32_t stem, int lane) { return stem * kLanes + lane; }
 inline Lanes advance(Lanes cost, Lanes target, const StateCost& state) {
   return {_mm512_dpwssd_epi32(cost.v, target.v, _mm512_set1_epi32(state.pair))};
 }
@@ -58,14 +64,20 @@ inline Lanes sub(Lanes x, Lanes y) {
 inline Lanes bit_and(Lanes x, Lanes y) {
   return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
 }
-inline void store_octets(uint8_t* p, Lanes x) {
+// Costs of one stem as words with the low bytes, lanes 0-3 8-11 4-7 12-15.
+inline __m256i low_bytes(const int32_t* costs) {
   const __m256i octet = _mm256_set1_epi32(0xFF);
-  const __m256i words =
-      _mm256_packs_epi32(_mm256_and_si256(x.a, octet), _mm256_and_si256(x.b, octet));
-  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xD8);
-  const __m128i octets = _mm_packus_epi16(_mm256_castsi256_si128(ordered),
-                                          _mm256_extracti128_si256(ordered, 1));
-  _mm_store_si128(reinterpret_cast<__m128i*>(p), octets);
+  const Lanes x = load(costs);
+  return _mm256_packs_epi32(_mm256_and_si256(x.a, octet), _mm256_and_si256(x.b, octet));
+}
+inline void store_history(uint8_t* p, const int32_t* costs) {
+  for (int i = 0; i < 2; ++i, p += 2 * kLanes, costs += 2 * kLanes) {
+    const __m256i two = _mm256_packus_epi16(low_bytes(costs), low_bytes(costs + kLanes));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(two, 0xD8));
+  }
+}
+inline int history_at(int32_t stem, int lane) {
+  return stem * kLanes + ((lane & 4) << 1 | (lane & 8) >> 1 | (lane & 3));
 }
 inline Lanes advance(Lanes cost, Lanes target, const StateCost& state) {
   const __m256i pair = _mm256_set1_epi32(state.pair);
@@ -106,9 +118,10 @@ inline Lanes sub(const Lanes& a, const Lanes& b) {
 inline Lanes bit_and(const Lanes& a, const Lanes& b) {
   return each([&](int i) { return a.v[i] & b.v[i]; });
 }
-inline void store_octets(uint8_t* p, const Lanes& a) {
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(a.v[i / 4][i % 4]);
+inline void store_history(uint8_t* p, const int32_t* costs) {
+  for (int i = 0; i < 4 * kLanes; ++i) p[i] = static_cast<uint8_t>(costs[i]);
 }
+inline int history_at(int32_t stem, int lane) { return stem * kLanes + lane; }
 inline Lanes advance(const Lanes& cost, const Lanes& target, const StateCost& state) {
   return each([&](int i) { return cost.v[i] + state.square - target.v[i] * state.slope; });
 }
@@ -186,7 +199,7 @@ struct Trellis {
       step(targets + (start + t) * kLanes, trial.states, costs, next);
       std::swap(costs, next);
       uint8_t* history = trial.history + size_t(t) * kStems * kLanes;
-      for (int i = 0; i < kStems * kLanes; i += kLanes) store_octets(history + i, load(costs + i));
+      for (int i = 0; i < kStems * kLanes; i += 4 * kLanes) store_history(history + i, costs + i);
     }
     if (open) cheapest(costs, stem);
     trace(trial, start, stem);
@@ -198,7 +211,7 @@ struct Trellis {
       const uint8_t* history = trial.history + size_t(t) * kStems * kLanes;
       uint16_t* path = trial.path + (start + t) % trial.group * kLanes;
       for (int lane = 0; lane < kLanes; ++lane) {
-        const int32_t index = history[stem[lane] * kLanes + lane] & kIndex;
+        const int32_t index = history[history_at(stem[lane], lane)] & kIndex;
         const int32_t state = (stem[lane] << K) | index;
         path[lane] = static_cast<uint16_t>(state);
         stem[lane] = state & (kStems - 1);

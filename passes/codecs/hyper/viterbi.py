@@ -18,11 +18,10 @@ import numpy as np
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs.hyper.format import GroupLayout, pack, pack_scales, signs
+from onnxcomp.passes.codecs.hyper.tables import PASSES
 from onnxcomp.passes.weight import Array
 
 __all__ = ["PASSES", "encode", "out_of_range"]
-
-PASSES = 3
 
 # Targets carry four bits after the point, in table units.
 _FRACTION = 16

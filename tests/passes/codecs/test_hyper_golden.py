@@ -7,17 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxcomp.passes.codecs.hyper import (
-    format as hyper_format,
-)
-from onnxcomp.passes.codecs.hyper import (
-    native,
-)
-from onnxcomp.passes.codecs.hyper import (
-    viterbi as hyper_viterbi,
-)
+from onnxcomp.passes.codecs.hyper import format as hyper_format
+from onnxcomp.passes.codecs.hyper import native
+from onnxcomp.passes.codecs.hyper import viterbi as hyper_viterbi
 from onnxcomp.passes.codecs.hyper.format import GroupLayout
-from onnxcomp.passes.codecs.hyper.tables import spread, table
+from onnxcomp.passes.codecs.hyper.structured import Code, code
 from onnxcomp.passes.weight import Array
 
 FILES = sorted((Path(__file__).parents[2] / "golden").glob("hyper_*.npz"))
@@ -32,6 +26,12 @@ def load(path: Path) -> tuple[dict[str, Array], GroupLayout]:
     return golden, GroupLayout(bits, state_bits, group, *golden["weight"].shape)
 
 
+def code_of(path: Path, geometry: GroupLayout) -> Code:
+    """The code that a file was made with."""
+    kind = "structured" if "structured" in path.stem else "winding"
+    return code(geometry.bits, geometry.state_bits, kind)
+
+
 def same(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
@@ -43,7 +43,7 @@ def test_there_are_files_for_every_bit_width() -> None:
 @FILE
 def test_the_table_is_unchanged(path: Path) -> None:
     golden, geometry = load(path)
-    assert same(golden["table"], table(geometry.bits, geometry.state_bits))
+    assert same(golden["table"], code_of(path, geometry).table)
 
 
 @FILE
@@ -60,9 +60,11 @@ def test_golden_files_decode_to_the_bit(path: Path) -> None:
 @FILE
 def test_golden_weights_encode_to_the_byte(path: Path) -> None:
     golden, geometry = load(path)
-    reach = spread(geometry.bits, geometry.state_bits)
+    made = code_of(path, geometry)
     forms = [hyper_viterbi.encode] + ([native.hyper_encode] if native.available() else [])
     for encode in forms:
-        codes, scales = encode(golden["weight"], geometry, golden["table"], reach)
+        codes, scales = encode(
+            golden["weight"], geometry, golden["table"], made.spread, passes=made.passes
+        )
         assert same(codes, golden["codes"])
         assert same(scales, golden["scales"])

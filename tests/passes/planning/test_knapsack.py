@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
@@ -35,6 +35,8 @@ def size(found: Sequence[Options], picks: Sequence[int]) -> int:
 
 
 @settings(deadline=None, max_examples=200)
+@example([[(32, 0)], [(47, 0)], [(19, 2), (20, 0)], [(47, 0)], [(48, 0)]], 193, 1.0462799)
+@example([[(19, 24)], [(32, 0)], [(47, 32)], [(48, 0)], [(47, 0)]], 193, 2.0462799)
 @given(st.lists(points, min_size=1, max_size=5), st.integers(5, 250), st.floats(0.0, 10.0))
 def test_of_few_weights_the_best_combination_is_found_at_any_price(
     offers: list[list[tuple[int, int]]], budget: int, price: float
