@@ -23,6 +23,7 @@ A look-up or a product reaches through Slice, Cast, Concat and the like to what 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -31,7 +32,6 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.def_use import qualified_type
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs.constant import ConstantCodec, ConstantParams
-from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.ir.traversal import default_opset, find_initializer, is_default_domain
 from onnxcomp.passes.weight import DTYPES, Array, Constant, ConstantForm, WeightSite
 
@@ -75,9 +75,8 @@ _STEP, _REACH = 16.0, float(1 << 15)
 # to the largest element: tables are computed from angles in float32, and an angle of 4096 is off
 # by 2.4e-4; learned positions are smooth as well, but not better than some percent.
 _SHORTEST, _RECURRENCE = 16, 2e-3
-# Lines that are tested, the share of them that must pass, and how much of a line is read: memory
-# must not grow with the weight. A transform over more than that is not written as a product.
-_LINES, _MOST, _LONGEST = 256, 0.99, 1 << 13
+# Lines that are tested, and the share of them that must pass.
+_LINES, _MOST = 256, 0.99
 
 # A Fourier row: this share of its energy is in this many frequencies, of at least 64. Window
 # functions spread one frequency over three, both signs over six; a window that fills four fifths of
@@ -116,9 +115,9 @@ def _marked(model: ir.Model, site: WeightSite, opset: int) -> WeightSite:
     role = None if value is None else _role(value)
     if role is None:
         return site
-    weight = read_weight(model, site)
-    if not_finite(weight):
+    if not role.rotary and not _may_be(_sample(_stored(value, site)), role):
         return site
+    weight = read_weight(model, site)
     content = role.rotary or _content(weight, role)
     if not content:
         return site
@@ -129,6 +128,55 @@ def _marked(model: ir.Model, site: WeightSite, opset: int) -> WeightSite:
     stored = kept.get(form, "stored in half precision" if form == "half" else "as it is")
     reason = f"{EXACT}: {content}, read by {', '.join(role.operators[:3])}; {stored}, bit for bit"
     return dataclasses.replace(site, constant=Constant(reason, form, values))
+
+
+def _stored(value: ir.Value | None, site: WeightSite) -> Array:
+    """The canonical matrix ``(rows, length)`` in the stored type, as a view of its file."""
+    assert value is not None and value.const_value is not None
+    array = np.asarray(value.const_value.numpy())
+    if site.transposed:
+        return array.reshape(site.length, site.rows).T
+    return array.reshape(site.rows, site.length)
+
+
+def _sample(matrix: Array) -> tuple[Array, Array]:
+    """Some rows and some columns of a matrix in float32, as rows."""
+    return _lines(matrix), _lines(matrix.T)
+
+
+def _lines(matrix: Array) -> Array:
+    """Rows at equal distances, few enough that a large weight is not held again."""
+    count, length = matrix.shape
+    wanted = max(2 * _FREQUENCIES, min(_LINES, _SAMPLE // max(1, length)))
+    chosen = np.linspace(0, count - 1, min(count, wanted)).astype(int)
+    return np.asarray(matrix[chosen], np.float32)
+
+
+def _may_be(sample: tuple[Array, Array], role: _Role) -> bool:
+    """Whether a part of a tensor looks like a constant, so that all of it is looked at."""
+    rows, columns = sample
+    if role.kind == "product":
+        dense = min(float((part != 0).mean()) for part in sample) > 1.0 - _EMPTY
+        same = rows.min() == rows.max()
+        return same or not dense or any(_sequence(p) or _is_fourier(p) for p in (rows, columns))
+    few = _distinct(rows, _FEW) is not None
+    return few or _on_lattice(rows, _STEP) or _sequence(rows) or _sequence(columns)
+
+
+def _distinct(values: Array, most: int) -> int | None:
+    """How many distinct values there are; None for more than `most`. Reads in pieces."""
+    known = np.empty(0, values.dtype)
+    for part in _pieces(values):
+        known = np.union1d(known, part)
+        if len(known) > most:
+            return None
+    return len(known)
+
+
+def _pieces(values: Array) -> Iterator[Array]:
+    """A matrix in pieces of some rows, or a vector in pieces."""
+    step = max(1, _SAMPLE * len(values) // max(1, values.size))
+    return (values[start : start + step] for start in range(0, len(values), step))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,28 +229,30 @@ def _ends(
 
 def _content(weight: Array, role: _Role) -> str:
     """What a tensor holds that only constants hold, in words; empty for a trained weight."""
-    sample = weight.reshape(-1)[:_SAMPLE]
-    distinct = len(np.unique(sample))
-    if distinct == 1 and weight.min() == weight.max():
+    if weight.min() == weight.max():
         return "one value"
+    rows, columns = _sample(weight)
+    sequences = "sequences that follow a rule" if _sequence(rows) or _sequence(columns) else ""
     if role.kind == "product":
-        return _selection(weight) or _sequences(weight) or _fourier(weight) or _bands(weight)
-    few = distinct <= _FEW and distinct * _REPEATS <= weight.size
-    if few and (role.kind == "elementwise" or distinct <= 2):
-        count = len(np.unique(weight))
-        if count <= _FEW:
-            return "two values" if count == 2 else f"{count} distinct values"
-    if _on_lattice(sample, 1.0) and _on_lattice(weight, 1.0):
+        fourier = "rows of a Fourier transform" if _is_fourier(rows) or _is_fourier(columns) else ""
+        return _selection(weight) or sequences or fourier or _bands(weight)
+    count = _distinct(weight, min(_FEW, weight.size // _REPEATS))
+    if count is not None and (role.kind == "elementwise" or count <= 2):
+        return "two values" if count == 2 else f"{count} distinct values"
+    # Values of -1, 0 and 1 alone are those of ternary weights.
+    spread = max(-float(weight.min()), float(weight.max())) > 1.0
+    if spread and all(map(functools.partial(_on_lattice, parts=1.0), _pieces(weight))):
         return "integers"
-    if role.kind == "elementwise" and _on_lattice(sample, _STEP) and _on_lattice(weight, _STEP):
+    points = spread and all(map(functools.partial(_on_lattice, parts=_STEP), _pieces(weight)))
+    if role.kind == "elementwise" and points:
         return "points of a lattice"
-    return _sequences(weight)
+    return sequences
 
 
 def _on_lattice(weight: Array, parts: float) -> bool:
-    """Whether all elements are multiples of a part of one, and more than -1, 0 and 1."""
+    """Whether all elements are multiples of a part of one, and none is too large for a lattice."""
     largest = max(-float(weight.min()), float(weight.max()))
-    if not 1.0 < largest < _REACH:
+    if largest >= _REACH:
         return False
     scaled = weight * np.float32(parts)
     return bool((scaled == np.rint(scaled)).all())
@@ -210,26 +260,20 @@ def _on_lattice(weight: Array, parts: float) -> bool:
 
 def _selection(weight: Array) -> str:
     """Zeros and one other value, at most one of these in each row or in each column."""
-    count = int(np.count_nonzero(weight))
+    held = weight != 0
+    count = int(np.count_nonzero(held))
     if not count or count > max(weight.shape):
         return ""
-    held = weight != 0
     if len(np.unique(weight[held])) != 1:
         return ""
     single = held.sum(axis=1).max() == 1 or held.sum(axis=0).max() == 1
     return "a selection of elements" if single else ""
 
 
-def _sequences(weight: Array) -> str:
-    """Lines along one axis that are ramps, sines or exponentials."""
-    for lines in (weight, weight.T):
-        count, length = lines.shape
-        if length < _SHORTEST or count < 2:
-            continue
-        chosen = lines[:, :_LONGEST][np.linspace(0, count - 1, min(count, _LINES)).astype(int)]
-        if _follow(np.asarray(chosen, np.float64)):
-            return "sequences that follow a rule"
-    return ""
+def _sequence(lines: Array) -> bool:
+    """Whether lines are ramps, sines or exponentials."""
+    count, length = lines.shape
+    return count >= 2 and length >= _SHORTEST and _follow(np.asarray(lines, np.float64))
 
 
 def _follow(lines: Array) -> bool:
@@ -246,29 +290,26 @@ def _follow(lines: Array) -> bool:
     return bool(alive.any() and passed.mean() >= _MOST and varied.mean() >= 0.5)
 
 
-def _fourier(weight: Array) -> str:
-    """Rows or columns of few frequencies, different ones: a transform written as a product."""
-    for lines in (weight, weight.T):
-        count, length = lines.shape
-        if not _SHORTEST_ROW <= length <= _LONGEST or count < _FREQUENCIES:
-            continue
-        chosen = lines[np.linspace(0, count - 1, min(count, _LINES)).astype(int)]
-        power = np.square(np.abs(np.fft.fft(np.asarray(chosen, np.float64), axis=1)))
-        total = power.sum(axis=1)
-        alive = total > 0.0
-        largest = np.sort(power[alive], axis=1)[:, -_FREQUENCIES:].sum(axis=1)
-        pure = largest >= _ENERGY * total[alive]
-        peaks = power[alive, : length // 2 + 1].argmax(axis=1)
-        if alive.any() and pure.mean() >= _MOST and len(set(peaks)) >= _DISTINCT * alive.sum():
-            return "rows of a Fourier transform"
-    return ""
+def _is_fourier(lines: Array) -> bool:
+    """Whether lines have few frequencies, and different ones: a transform written as a product."""
+    count, length = lines.shape
+    if length < _SHORTEST_ROW or count < _FREQUENCIES:
+        return False
+    power = np.square(np.abs(np.fft.rfft(np.asarray(lines, np.float64), axis=1)))
+    power[:, 1 : (length + 1) // 2] *= 2  # both signs
+    total = power.sum(axis=1)
+    alive = total > 0.0
+    largest = np.sort(power[alive], axis=1)[:, -_FREQUENCIES // 2 :].sum(axis=1)
+    pure = largest >= _ENERGY * total[alive]
+    different = len(set(power[alive].argmax(axis=1))) >= _DISTINCT * alive.sum()
+    return bool(alive.any() and pure.mean() >= _MOST and different)
 
 
 def _bands(weight: Array) -> str:
     """Rows or columns of one stretch without negative values each, one behind the other."""
-    if weight.min() < 0.0 or np.count_nonzero(weight) > (1.0 - _EMPTY) * weight.size:
-        return ""
     held = weight != 0
+    if (weight < 0).any() or held.mean() > 1.0 - _EMPTY:
+        return ""
     for lines in (held, held.T):
         alive = lines[lines.any(axis=1)]
         count, length = alive.shape
@@ -284,16 +325,14 @@ def _bands(weight: Array) -> str:
 
 def _form(site: WeightSite, weight: Array, opset: int) -> tuple[ConstantForm, int]:
     """The smallest way to keep every bit, and how many distinct values a table has."""
-    stored = np.ascontiguousarray(weight.astype(DTYPES[site.dtype]))
+    stored = np.ascontiguousarray(weight.astype(DTYPES[site.dtype], copy=False))
     if opset >= _RANGE_OPSET and _is_range(stored):
         return "range", 0
     codec = ConstantCodec()
     found: list[ConstantParams] = []
-    bits = stored.view(np.uint16 if site.itemsize == 2 else np.uint32).reshape(-1)
-    if (
-        len(np.unique(bits[:_SAMPLE])) <= _SAMPLE // 2
-        and (values := len(np.unique(bits))) <= _INDEX
-    ):
+    bits = stored.view(np.uint16 if stored.itemsize == 2 else np.uint32).reshape(-1)
+    values = _distinct(bits, _INDEX)
+    if values is not None:
         found.append(ConstantParams("table", values))
     with np.errstate(over="ignore"):
         half = weight.astype(np.float16).astype(np.float32)

@@ -32,6 +32,9 @@ _FORMS = ("table", "range", "half")
 _LARGEST_TABLE = 1 << 16
 _HALF = np.dtype(np.float16)
 
+# Codes that are made at a time.
+_PIECE = 1 << 17
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ConstantParams(Params):
@@ -164,15 +167,22 @@ def _bits(array: Array) -> Array:
 
 
 def _table(stored: Array, values: int) -> dict[str, Array]:
-    bits, codes = np.unique(_bits(stored), return_inverse=True)
+    """Distinct values, sorted by their bits, and packed indices into them."""
+    flat, each = _bits(stored), digits(values)
+    pieces = [flat[start : start + _PIECE * each] for start in range(0, flat.size, _PIECE * each)]
+    bits = np.empty(0, flat.dtype)
+    for piece in pieces:
+        bits = np.union1d(bits, piece)
     if len(bits) != values:
         raise ModelError(f"the tensor has {len(bits)} distinct values, {values} were planned")
-    each = digits(values)
-    padded = np.zeros(-(-codes.size // each) * each, np.int64)
-    padded[: codes.size] = codes.reshape(-1)
-    packed = padded.reshape(-1, each) @ _powers(values).astype(np.int64)
-    kind = np.uint8 if values <= 256 else np.uint16
-    return {"values": bits.view(stored.dtype), "codes": packed.astype(kind)}
+    codes = np.empty(-(-flat.size // each), np.uint8 if values <= 256 else np.uint16)
+    powers = _powers(values).astype(np.int64)
+    for number, piece in enumerate(pieces):
+        padded = np.zeros(-(-piece.size // each) * each, np.int64)
+        padded[: piece.size] = np.searchsorted(bits, piece)
+        packed = padded.reshape(-1, each) @ powers
+        codes[number * _PIECE : number * _PIECE + packed.size] = packed
+    return {"values": bits.view(stored.dtype), "codes": codes}
 
 
 def _powers(values: int) -> Array:

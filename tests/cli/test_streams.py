@@ -128,3 +128,11 @@ def test_the_verdict_says_what_was_judged(model: Path) -> None:
     missed = shell(f"{run} --target-size 300", model.parent)
     assert missed.returncode == 3
     assert "target MISSED" in missed.stdout.splitlines()[-1]
+
+
+def test_bisection_says_what_it_wrote(model: Path) -> None:
+    shell("onnxcomp optimize m.onnx -o o.onnx --min-size 0 --bits 2", model.parent)
+    line = "onnxcomp verify m.onnx o.onnx --bisect --tolerance 0.05 -o fixed.onnx"
+    last = shell(line, model.parent).stdout.splitlines()[-1]
+    assert last.startswith("wrote fixed.onnx: ")
+    assert last.endswith("1 weight dense again")

@@ -157,6 +157,7 @@ FORMS: dict[str, tuple[str, Callable[[], Array]]] = {
     "two values": ("Add", lambda: np.triu(np.full((130, 127), -1e4, np.float32), 1)),
     "zeros of both signs": ("Add", lambda: np.where(np.eye(128) > 0, -0.0, 0.0).astype(np.float32)),
     "six values": ("Mul", lambda: (np.arange(20001) % 6).astype(np.float32).reshape(3, 6667)),
+    "several pieces": ("Mul", lambda: RNG.integers(0, 3, (1100, 701)).astype(np.float32)),
     "many values": ("Sub", lambda: grid(64, 32)),
     "a range": ("Mul", lambda: ramp(9000).reshape(90, 100) * np.float32(0.1)),
     "half precision": ("Add", lambda: np.float32([0.5, 1])[:, None] * ramp(2048)),

@@ -177,3 +177,33 @@ def test_products_that_take_too_long_are_not_folded(caplog: pytest.LogCaptureFix
     assert not caplog.text
     assert not affordable("A with B", 1 << 20, 1 << 20, 1 << 20)
     assert f"more than {LIMIT:.0f} s" in caplog.text
+
+
+def test_bisection_of_a_model_of_labels_looks_at_what_they_are_decided_on(tmp_path: Path) -> None:
+    tensors = {"A": weight(K, N, dtype=np.float32), "B": weight(N, K, dtype=np.float32)}
+    model = save(
+        tmp_path / "m.onnx",
+        helper.make_graph(
+            [
+                helper.make_node("MatMul", ["x", "A"], ["a"]),
+                helper.make_node("Relu", ["a"], ["r"]),
+                helper.make_node("MatMul", ["r", "B"], ["s"]),
+                helper.make_node("ArgMax", ["s"], ["label"], axis=1, keepdims=0),
+            ],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["b", K])],
+            [helper.make_tensor_value_info("label", TensorProto.INT64, ["b"])],
+            [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
+        ),
+    )
+    small = tmp_path / "s.onnx"
+    options = {"min_size": 0, "set_": ("A:bits=2", "B:bits=6")}
+    first = oc.optimize(model, small, precision="exact", **options)
+    assert first.verify is not None and first.verify.taps["s"].rel_l2 > 0.15
+    mended = oc.mend(model, small, tmp_path / "fixed.onnx", tolerance=0.1)
+    assert mended.blamed == ("A",)
+    assert mended.verification.passed
+    gated = oc.optimize(model, tmp_path / "g.onnx", tolerance=0.1, **options)
+    assert gated.verify is not None and gated.verify.taps["s"].rel_l2 < 0.1
+    methods = {site.name: site.method for site in gated.report.sites}
+    assert methods == {"A": "dense", "B": "hyper"}

@@ -271,3 +271,64 @@ def test_few_labels_without_floats_are_no_verdict(tmp_path: Path) -> None:
     found = verify(*paths, tolerance=0.01, shapes={"x": [4, K]})
     assert found.passed
     assert found.outputs["y"].agreement is not None
+
+
+def test_data_files_are_read_where_they_lie(tmp_path: Path) -> None:
+    """A copy with more outputs holds no weights of its own where these are in another file."""
+    tail, output, constants = CASES["largest"]
+    paths = []
+    for name, noise in (("a", 0.0), ("b", 0.1)):
+        path = save(tmp_path / f"{name}.onnx", tail, output, constants, noise)
+        model = onnx.load(path)
+        onnx.save(
+            model,
+            path,
+            save_as_external_data=True,
+            location=f"{name}.data",
+            size_threshold=64,
+        )
+        assert path.stat().st_size < K * N
+        paths.append(path)
+    found = verify(*paths)
+    assert found.passed, found.failures
+    assert 0.05 < found.taps["s"].rel_l2 < 0.13
+
+
+def test_a_scan_is_compared_step_by_step(tmp_path: Path) -> None:
+    """The state is one-hot of the best class: a decision that feeds the next step."""
+    paths = []
+    for name, noise in (("a", 0.0), ("b", 0.1)):
+        body = helper.make_graph(
+            [
+                node("Add", ["state", "row"], ["h"]),
+                node("MatMul", ["h", "W"], ["logits"]),
+                node("ArgMax", ["logits"], ["best"], axis=1, keepdims=0),
+                node("OneHot", ["best", "depth", "values"], ["next"]),
+                node("Identity", ["best"], ["label"]),
+            ],
+            "body",
+            [info("state", TensorProto.FLOAT, [1, K]), info("row", TensorProto.FLOAT, [1, K])],
+            [info("next", TensorProto.FLOAT, [1, K]), info("label", TensorProto.INT64, [1])],
+        )
+        tensors = {
+            "W": weight(noise)[:, :K].copy(),
+            "depth": np.array(K),
+            "values": np.float32([0, 1]),
+            "start": np.zeros((1, K), np.float32),
+        }
+        graph = helper.make_graph(
+            [node("Scan", ["start", "x"], ["last", "labels"], body=body, num_scan_inputs=1)],
+            "g",
+            [info("x", TensorProto.FLOAT, [6, 1, K])],
+            [info("labels", TensorProto.INT64, [6, 1])],
+            [numpy_helper.from_array(np.asarray(value), key) for key, value in tensors.items()],
+        )
+        imports = [helper.make_opsetid("", 17)]
+        onnx.save(
+            helper.make_model(graph, opset_imports=imports, ir_version=8), tmp_path / f"{name}.onnx"
+        )
+        paths.append(tmp_path / f"{name}.onnx")
+    found = verify(*paths)
+    assert found.passed, found.failures
+    assert 0.05 < found.taps["last/logits"].rel_l2 < 0.3
+    assert not verify(*paths, tolerance=0.01).passed

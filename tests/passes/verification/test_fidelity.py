@@ -223,3 +223,30 @@ def test_outputs_that_are_no_tensors_are_compared(data_folder: Path) -> None:
     assert result.passed
     assert result.outputs["output_label"].agreement == 1.0
     assert result.outputs["output_probability.0"].rel_l2 == 0.0
+
+
+def test_what_int8_adds_is_told_and_not_judged(twins: tuple[Path, Path], library: None) -> None:
+    """A difference of large numbers makes much of the rounding of activations."""
+    x = np.random.default_rng(3).standard_normal((5, LENGTH)).astype(np.float32)
+    dense = numpy_helper.to_array(onnx.load(twins[0]).graph.initializer[0])
+    offset = (0.97 * x @ dense).astype(np.float32)
+
+    def close(model: onnx.ModelProto) -> None:
+        model.graph.node[0].output[0] = "product"
+        for attribute in model.graph.node[0].attribute:
+            if attribute.name == "precision":
+                attribute.i = 1
+        model.graph.initializer.append(numpy_helper.from_array(offset, "offset"))
+        model.graph.node.insert(1, helper.make_node("Sub", ["product", "offset"], ["logits"]))
+
+    reference, small = (changed(path, close) for path in twins)
+    found = verify(reference, small, data={"x": x})
+    assert found.passed, found.failures
+    assert found.int8 is not None
+    assert found.int8.outputs["logits"].rel_l2 > 0.1
+    assert found.agreement.outputs["logits"].rel_l2 < 1e-5
+    assert found.outputs["logits"].rel_l2 == pytest.approx(
+        found.int8.outputs["logits"].rel_l2, 0.01
+    )
+    assert found.to_json()["int8"]["outputs"]["logits"]["rel_l2"] > 0.1
+    assert not verify(reference, small, data={"x": x}, tolerance=0.05).passed
