@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcomp.passes.codecs import hyper_format
+from onnxcomp.passes.codecs.hyper import format as hyper_format
 
 __all__ = ["FORMS", "SHAPE", "DecoderRow", "Shape", "make_decoder", "time_decoders"]
 
@@ -92,7 +92,7 @@ class _Weights:
             self._add_hyper(name, rows, length, int(self.form[-1]))
 
     def _add_hyper(self, name: str, rows: int, length: int, bits: int) -> None:
-        geometry = hyper_format.Geometry(bits, _STATES, _BLOCK, rows, length)
+        geometry = hyper_format.GroupLayout(bits, _STATES, _BLOCK, rows, length)
         shared = hyper_format.shared_tensors(bits, _STATES, _BLOCK, rows, length)
         made = dict(zip(hyper_format.NODE_INPUTS[2:], shared.values(), strict=True))
         # A weight is the sum of a group's table values, times scale * 2^-12.
