@@ -276,6 +276,18 @@ def test_every_other_tensor_has_its_reason(tools):
     assert set(reasons(proto, min_size=64)) == {"codes", "scale", "numbers"}
 
 
+def test_float64_weights_are_read_as_float32_and_told_apart(tools):
+    proto = tools.build(
+        "g (double[N, 16] x) => (double[N, 8] y) { y = MatMul (x, w) }",
+        {"w": np.random.default_rng(0).standard_normal((16, 8))},
+    )
+    model, found = found_in(proto)
+    (site,) = found.sites
+    assert (site.dtype, site.stored_dtype, site.nbytes) == ("float32", "float64", 16 * 8 * 8)
+    assert [use.need for use in site.uses] == ["dense"]
+    assert read_weight(model, site).dtype == np.float32
+
+
 def test_a_weight_given_to_a_function_is_a_site(tools):
     body = onnx.parser.parse_function(
         '<opset_import: ["" : 17], domain: "test"> Linear (x, w) => (y) { y = MatMul (x, w) }'
