@@ -91,7 +91,9 @@ def interruptions() -> Iterator[list[Interruption]]:
             raised.append(Interruption(number))
             raise raised[-1]
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    # What a shell's background job or nohup ignores stays ignored, for programs we start, too.
+    asked = (signal.SIGINT, signal.SIGTERM)
+    numbers = [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield raised

@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# Files of other packages and of recipes, which tests put into trees of their own.
+collect_ignore = ["plugins", "recipes"]
+
 
 def existing_path(variable: str, *candidates: Path) -> Path | None:
     """The path named by an environment variable, else the first candidate that exists."""

@@ -151,7 +151,7 @@ def test_stdout_that_is_full_or_closed(spawn: Callable[..., Any], small: Path) -
     os.close(reader)
     done = spawn("inspect", small, "--json", "-q", stdout=writer)
     os.close(writer)
-    assert done.code == 141 and not done.err.strip()  # as shells report SIGPIPE
+    assert done.code == 141 and not done.err.strip()
 
 
 def test_two_runs_into_one_output_leave_a_whole_model(
