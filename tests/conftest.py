@@ -5,6 +5,7 @@ the reason, where it is absent.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ ROOT = Path(__file__).parents[1]
 
 # Files of other packages and of recipes, which tests put into trees of their own.
 collect_ignore = ["plugins", "recipes"]
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C, as programs of a terminal do, also where a shell started the tests behind it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def existing_path(variable: str, *candidates: Path) -> Path | None:

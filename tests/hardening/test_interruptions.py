@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,6 @@ def test_an_older_output_survives_an_interrupted_run(
     assert tools.contents(tmp_path) == before
 
 
-@pytest.fixture
-def heard() -> Iterator[None]:
-    """SIGINT as a terminal's programs have it, whatever started the tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heard")
 def test_uninterrupted_blocks_are_finished_first() -> None:
     from onnxcomp.passes.ir.atomic import uninterrupted
 
