@@ -83,7 +83,7 @@ def test_two_commands_near_the_top_do_all_their_own_set_up() -> None:
     commands = re.findall(r"^python3 -m venv .*$", TEXT, re.MULTILINE)
     assert len(commands) == 2
     assert commands[0].endswith(".venv/bin/onnxcomp demo")
-    assert commands[1].endswith(".venv/bin/pytest")
+    assert commands[1].endswith(".venv/bin/pytest -n auto")
     assert TEXT.index(commands[1]) < 2000
     assert all("pip install" in command for command in commands)
 
