@@ -41,7 +41,7 @@ _GAIN = 16.0
 
 # Relative error of a product of activations rounded to int8 by groups of 128 (measured: 0.005 to
 # 0.008 for Gaussian activations), and the factor allowed for the network behind it.
-_INT8_ERROR, _INT8_GAIN = 8e-3, 4.0
+_INT8_ERROR, _ROUNDED_GAIN = 8e-3, 4.0
 
 # Share of equal elements asked of integer, boolean and text outputs. A difference of rounding may
 # turn a comparison or an arg-max over once in a while.
@@ -292,6 +292,8 @@ def fidelity_tolerance(
     random walk: ``d = sqrt(n) * 2^-24`` relative to the norm of the result. Where a result is
     rounded to a narrower type of unit roundoff u, a share ``d / u`` of the results falls on the
     other side of a rounding boundary and moves by u: the root mean square is ``sqrt(d * u)``.
+    The weights that the portable form multiplies with are of the narrower type as well, while the
+    kernels decode to float32: rounding them is an error of up to u of each product.
     Errors of m operators add up like ``sqrt(m)``, and the network between magnifies them.
 
     Args:
@@ -300,11 +302,12 @@ def fidelity_tolerance(
         dtype: Type of their results.
         int8: Whether one form rounds activations to int8.
     """
-    step = math.sqrt(max(terms, 1)) * UNIT_ROUNDOFF["float32"]
+    step, weights = math.sqrt(max(terms, 1)) * UNIT_ROUNDOFF["float32"], 0.0
     if UNIT_ROUNDOFF[dtype] > UNIT_ROUNDOFF["float32"]:
-        step = math.sqrt(step * UNIT_ROUNDOFF[dtype])
+        step, weights = math.sqrt(step * UNIT_ROUNDOFF[dtype]), UNIT_ROUNDOFF[dtype]
     depth = math.sqrt(max(operators, 1))
-    return max(_GAIN * depth * step, _INT8_GAIN * depth * _INT8_ERROR if int8 else 0.0)
+    rounded = _ROUNDED_GAIN * depth * max(weights, _INT8_ERROR if int8 else 0.0)
+    return max(_GAIN * depth * step, rounded)
 
 
 def export_tolerance(products: int, terms: int, dtype: str = "float32") -> float:

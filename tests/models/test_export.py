@@ -203,7 +203,7 @@ def test_other_precisions(perceptron: Any, dtype: str, tmp_path: Path) -> None:
     result = export(perceptron.to(kind), x, path, exporter="torchscript", bits=5, min_size=4096)
     assert result.torch is not None
     assert result.torch.exported["output"].rel_l2 <= result.torch.tolerance
-    assert result.report.coverage == (0 if dtype == "float64" else 1)
+    assert result.report.coverage == 1
 
 
 class Branches(nn.Module):
