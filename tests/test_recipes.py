@@ -21,6 +21,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxcomp.ops import library_path
+from onnxcomp.passes.codecs.hyper import native
+
 ROOT = Path(__file__).parents[1]
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -151,25 +154,28 @@ FAMILY = Recipe(
 )
 
 
+# What .gitignore names, and git's own folder.
+_BUILT = (
+    *(".git", ".cache", ".venv", ".*_cache", ".hypothesis", "__pycache__"),
+    *("build", "dist", "*.egg-info", "*.so"),
+)
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of what git has of the tree, and of what it does not ignore."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        pytest.skip("not a git checkout: there is no list of files to copy")
+    """A copy of the sources, without what was built or installed beside them."""
     tree = tmp_path / "tree"
-    for name in filter(None, listed.stdout.split("\0")):
-        source, target = ROOT / name, tree / name
-        if source.is_symlink() or source.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target, follow_symlinks=False)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*_BUILT))
     return tree
 
 
 def run(tree: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Python in a copy of the tree, with its own onnxcomp."""
-    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), **variables}
+    """Python in a copy of the tree, with its own onnxcomp and the libraries of this one."""
+    libraries = {
+        "ONNXCOMP_OPS_LIBRARY": str(library_path()),
+        "ONNXCOMP_ENCODERS_LIBRARY": str(native.library_path() or ""),
+    }
+    environment = {**os.environ, **libraries, "PYTHONPATH": str(tree / "src"), **variables}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=tree, capture_output=True, text=True, check=False, env=environment,

@@ -57,25 +57,25 @@ def every_loop(library: Path) -> list[tuple[str, Loop]]:
     """Inner loops of the hyper kernels, with their function's name."""
     if shutil.which("objdump") is None or platform.machine() != "x86_64":
         pytest.skip("needs objdump (binutils) and x86-64")
-    return [
+    loops = [
         (name, loop)
         for name, code in functions(library)
         if "onnxcomp::hyper::" in name
         for loop in inner_loops(code)
     ]
+    if not loops:
+        pytest.skip("the library is stripped of local symbols: build it without stripping")
+    return loops
 
 
 @pytest.fixture(scope="module")
 def kernels(every_loop: list[tuple[str, Loop]]) -> list[tuple[str, Loop]]:
     """Those that multiply or look up eight vectors and more."""
-    loops = [
+    return [
         (name, loop)
         for name, loop in every_loop
         if max(count(loop, _PRODUCT), count(loop, _LOOKUP)) >= 8
     ]
-    if not loops:
-        pytest.skip("the library is stripped of local symbols: build it without stripping")
-    return loops
 
 
 # Tiles over decoded weights, by the products of one step.
