@@ -34,8 +34,8 @@ _MARGIN = 0.95
 # An output that is fast enough is small enough where one this much smaller was too slow.
 _CLOSE = 1.05
 
-# Share of the weight bytes that may become dense again, and share of the weights above which it is
-# no single weight is the cause, but the plan.
+# Share of the weight bytes that may become dense again, and share of the weights above which the
+# plan is the cause and no single weight.
 _MOST, _FEW = 0.5, 0.2
 
 
