@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from client_tables import clients
+from export_tables import exports
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from size_loss_picture import PICTURE, draw
@@ -351,6 +352,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "numbers.md": ALL,
     ROOT / "docs" / "clients.md": {"Their answers": clients},
+    ROOT / "docs" / "pytorch.md": {"": exports},
 }
 
 
