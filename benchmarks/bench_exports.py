@@ -1,11 +1,11 @@
 """Architectures of transformers through the exporters: exported, compressed, fused, and generating.
 
-    python benchmarks/bench_exports.py [--only NAME ...] [--smollm2 FOLDER] [--bits 4]
+    python benchmarks/bench_exports.py [--only NAME ...] [--exporters NAME ...] [--smollm2 FOLDER]
 
-Needs torch and transformers. Models are small, with random weights: what is shown is which graphs
-the exporters make of each architecture and what becomes of them. FOLDER holds model.onnx of
-SmolLM2-135M-Instruct, whose weights go into a module of transformers again. For each architecture
-and way out of torch:
+Needs torch and transformers, and optimum for the exporter of that name. Models are small, with
+random weights: what is shown is which graphs the exporters make of each architecture and what
+becomes of them. FOLDER holds model.onnx of SmolLM2-135M-Instruct, whose weights go into a module of
+transformers again. For each architecture and way out of torch:
 
 * `exported`: relative L2 difference of the graph to the module, on inputs of three sizes;
 * `weights`: share of the bytes of weights that are compressed, and `ratio`: bytes before and after;
@@ -41,6 +41,9 @@ from onnxcomp.models import decoder_example, export
 WIDTH, HEADS, LAYERS, TOKENS, STEPS = 96, 4, 2, 256, 16
 PROMPT = (3, 14, 15, 92, 65, 35, 89)
 EXPORTERS = ("dynamo", "torchscript")
+
+# Tasks of optimum's exporter, for other models than decoders.
+TASKS = {"ViT": "image-classification", "CLIP": "zero-shot-image-classification"}
 
 Row = dict[str, Any]
 
@@ -274,6 +277,26 @@ def fused(dense: Path, folder: Path, options: Row) -> Row:
     return found
 
 
+def by_optimum(name: str, folder: Path, options: Row) -> Row:
+    """One architecture through optimum's own exporter, which writes a file by itself."""
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    make, arguments = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    row: Row = {"model": name, "exporter": "optimum"}
+    task = TASKS.get(name, "text-generation-with-past")
+    try:
+        onnx_export_from_model(model, folder, task=task, do_validation=False, device="cpu")
+    except Exception as error:  # of every kind: it runs the module's own code
+        return {**row, "failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+    dense = folder / "model.onnx"
+    row |= compressed(dense, folder / "small.onnx", **options)
+    if arguments is decoder_example:
+        row["tokens"] = tokens_of(model, dense, folder / "exact.onnx", PROMPT, options)
+    return {**row, "fused": fused(dense, folder, options)}
+
+
 def measure(name: str, exporter: str, folder: Path, options: Row) -> Row:
     """One architecture through one exporter."""
     make, arguments = MODELS[name]
@@ -346,7 +369,7 @@ def print_rows(rows: Sequence[Row]) -> None:
         both = f"{tokens['library_and_portable']} of {tokens['of']}" if tokens else ""
         after = {name: found.get("ratio", "failed") for name, found in row.get("fused", {}).items()}
         return (
-            row["model"], row["exporter"], f"{row['exported']:.1e}", f"{row['weights']:.1%}",
+            row["model"], row["exporter"], row.get("exported", ""), f"{row['weights']:.1%}",
             row["ratio"], both, after,
         )  # fmt: skip
 
@@ -358,6 +381,7 @@ def main() -> None:
     """Measure the models that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=list(MODELS))
+    parser.add_argument("--exporters", nargs="*", default=list(EXPORTERS))
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--bits", type=float, default=4)
     given = parser.parse_args()
@@ -367,9 +391,12 @@ def main() -> None:
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = {(row["model"], row["exporter"]): row for row in known}
     for name in given.only:
-        for exporter in EXPORTERS:
+        for exporter in given.exporters:
             with tempfile.TemporaryDirectory() as folder:
-                rows[name, exporter] = measure(name, exporter, Path(folder), options)
+                if exporter == "optimum":
+                    rows[name, exporter] = by_optimum(name, Path(folder), options)
+                else:
+                    rows[name, exporter] = measure(name, exporter, Path(folder), options)
             write(rows, given.bits)
     if given.smollm2 is not None:
         with tempfile.TemporaryDirectory() as folder:

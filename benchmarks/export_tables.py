@@ -39,7 +39,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["model"],
         row["exporter"],
-        f"{row['exported']:.1e}",
+        f"{row['exported']:.1e}" if "exported" in row else "",
         f"{100 * row['weights']:.1f} %",
         f"{row['ratio']:.2f}",
         f"{tokens['library_and_portable']} of {tokens['of']}" if tokens else "",
