@@ -200,6 +200,13 @@ class ByteOptions(Options):
         "Train what weights share (method hash) for N steps towards the model's outputs on the "
         "data; needs torch.",
     )  # fmt: skip
+    logits_to_keep: int | None = option(
+        None, Number(whole=True, least=1, metavar="N"), "output",
+        "Decoders: compute and return the logits of the last N positions only.",
+        "Generation needs 1, and a prompt takes less time. The logits then have N positions, or as "
+        "many as there are. Everything is calibrated and judged with the logits of all positions.",
+        example="1",
+    )  # fmt: skip
 
 
 @table
