@@ -115,22 +115,39 @@ class Bench:
 
     def predictions(self, row: Row) -> dict[str, Any]:
         """Perplexity, divergence and same token on every text."""
+        self._keep_dense_logits()
         found = {}
-        file = str(self.maker.work / f"logits.{os.getpid()}.npy")
-
-        def logits(worker: Worker, tokens: Any) -> Any:
-            worker.ask(do="logits", tokens=tokens.tolist(), file=file)
-            return np.load(file)
-
-        with self.open(ROWS[DENSE], row) as (dense, worker):
+        file = self.maker.work / f"logits.{os.getpid()}.npy"
+        with self.open(row) as (worker,):
             for name, tokens in self.texts.items():
                 sums = Divergence()
-                for fed, wanted in windows(tokens, self.amount.windows):
-                    sums.add(logits(worker, fed), wanted, logits(dense, fed))
+                for index, (fed, wanted) in enumerate(windows(tokens, self.amount.windows)):
+                    worker.ask(do="logits", tokens=fed.tolist(), file=str(file))
+                    sums.add(np.load(file), wanted, np.load(self._dense_logits(name, index)))
                 score = sums.score(len(fed)).to_json()
                 found[name] = {k: v for k, v in score.items() if k not in ("model", "reference")}
-        Path(file).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         return found
+
+    def _dense_logits(self, text: str, index: int) -> Path:
+        return self.maker.work / "dense" / f"{text}_{index}.npy"
+
+    def _keep_dense_logits(self) -> None:
+        """Write what the dense model says of all windows, 50 MB each, where it is not there."""
+        wanted = [
+            (self._dense_logits(name, index), fed)
+            for name, tokens in self.texts.items()
+            for index, (fed, _) in enumerate(windows(tokens, self.amount.windows))
+        ]
+        wanted = [(path, fed) for path, fed in wanted if not path.exists()]
+        if not wanted:
+            return
+        (self.maker.work / "dense").mkdir(exist_ok=True)
+        with self.open(ROWS[DENSE]) as (worker,):
+            for path, fed in wanted:
+                partial = path.with_name(f"partial.{path.name}")
+                worker.ask(do="logits", tokens=fed.tolist(), file=str(partial))
+                partial.rename(path)
 
     def continuations(self, row: Row) -> dict[str, float]:
         """How long greedy continuations are those of the dense model, and how they repeat."""

@@ -92,8 +92,11 @@ def quantized(model: onnx.ModelProto, kind: str, windows: Any) -> Any:
         settings["nodes_to_exclude"] = [
             n.name for n in model.graph.node if n.op_type == "Gather" and n.input[0] != TABLE
         ]
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
     quantizer = tools.MatMulNBitsQuantizer(model, accuracy_level=4, **settings)
     quantizer.process()
+    for opset in quantizer.model.model.opset_import:  # raised without changing any node for it
+        opset.version = opsets.get(opset.domain, opset.version)
     return quantizer.model.model
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.attempts import attempt
-from onnxcomp.passes.driver.last_logits import with_last_logits
 from onnxcomp.passes.driver.plan_model import plan_subject
 from onnxcomp.passes.driver.publish import publish
 from onnxcomp.passes.driver.result import Result, judged
@@ -78,10 +77,9 @@ def compile_model(
         planned = plan_subject(subject, settings, given, run)
         done = attempt(planned, folder / output.name, run)
         accepted = done.verdict.passed or run.force
-        chosen = done.planned.plan.settings
-        saved = with_last_logits(done.written.saved, chosen, verify=run.verify)
-        published = publish(saved, output, accepted=accepted)
-    small = output_file(published, saved.bytes)
+        saved, chosen = done.written.saved, done.planned.plan.settings
+        published = publish(saved, output, chosen, accepted=accepted, verify=run.verify)
+    small = output_file(published.files, published.bytes)
     report = run_report(done.planned, small, done.written.sites, run, done.verdict)
-    result = Result(published[0], done.planned.plan, report, done.verdict.verification)
+    result = Result(published.files[0], done.planned.plan, report, done.verdict.verification)
     return judged(result, "" if accepted else done.verdict.failure)
