@@ -7,6 +7,7 @@ winding through the normal distribution; the encoder is a tail-biting Viterbi se
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -94,22 +95,26 @@ _OFFERED = tuple(
 )
 
 
-def _views(site: WeightSite, params: HyperParams) -> list[GroupLayout]:
-    """Ways to cut a weight into groups; among equally small ones the first is preferred.
-
-    A weight that is only ever used dense may also be read flat, as rows of one group each: short
-    rows, such as those of depthwise convolutions, then need no padding.
-    """
-    groups = [g for g in sorted(hyper_format.GROUPS, reverse=True) if g <= params.group]
-    extents = [(g, site.rows, site.length) for g in groups]
-    if not site.fusable:
-        extents += [(g, site.size // g, g) for g in groups if site.size % g == 0]
-    return [GroupLayout(params.bits, params.states, *extent) for extent in extents]
-
-
 def _geometry(site: WeightSite, params: HyperParams) -> GroupLayout:
     """The smallest view of the weight."""
-    return min(_views(site, params), key=lambda view: view.nbytes)
+    return _smallest(site.rows, site.length, site.fusable, params)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _smallest(rows: int, length: int, fusable: bool, params: HyperParams) -> GroupLayout:
+    """The smallest way to cut a weight into groups; of equally small ones the largest groups.
+
+    A weight that is only ever used dense may also be read flat, as rows of one group each: short
+    rows, such as those of depthwise convolutions, then need no padding. Models have many weights
+    of few shapes, and planning asks for each setting of each several times.
+    """
+    size = rows * length
+    groups = [g for g in sorted(hyper_format.GROUPS, reverse=True) if g <= params.group]
+    extents = [(g, rows, length) for g in groups]
+    if not fusable:
+        extents += [(g, size // g, g) for g in groups if size % g == 0]
+    views = [GroupLayout(params.bits, params.states, *extent) for extent in extents]
+    return min(views, key=lambda view: view.nbytes)
 
 
 def _stored_geometry(payload: Payload, table: Array) -> GroupLayout:
