@@ -119,7 +119,11 @@ def verdict(result: Result) -> str:
 
 def last_lines(result: Result) -> list[str]:
     """What must not be missed: a large loss, and a target that was not met."""
+    from onnxcomp.passes.report.form import INLINED
+
     report, lines = result.report, warnings_of(result.report.verify)
+    if report.config["functions"] != "local" and result.path is not None:
+        lines.append(f"note: {INLINED}")
     if report.target is not None and not report.target["met"]:
         size, wanted = bytes_text(report.output.bytes), bytes_text(report.target["bytes"])
         lines.append(f"target MISSED: {size}, {wanted} were asked for")

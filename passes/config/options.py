@@ -32,6 +32,7 @@ from onnxcomp.passes.config.option import Options, option, table
 from onnxcomp.passes.config.values import (
     CalibrationMode,
     ExternalData,
+    Functions,
     ModeChoice,
     Precision,
     PruneScore,
@@ -199,6 +200,13 @@ class ByteOptions(Options):
         0, Number(whole=True, least=0, metavar="N"), "method",
         "Train what weights share (method hash) for N steps towards the model's outputs on the "
         "data; needs torch.",
+    )  # fmt: skip
+    functions: Functions = option(
+        "local", Choice(Functions), "output",
+        "Definitions of the operators: as model-local functions, or inlined at the nodes.",
+        "Engines that refuse such functions (OpenVINO, tract, MNN) run the inlined form, which "
+        "the operator library cannot speed up. `inline-unfoldable` keeps other tools from folding "
+        "codes to dense weights: they are decoded at every run, slowly and in little memory.",
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "SCORES",
     "CalibrationMode",
     "ExternalData",
+    "Functions",
     "ModeChoice",
     "Precision",
     "PruneScore",
@@ -28,6 +29,7 @@ __all__ = [
 
 CalibrationMode = Literal["sequential", "parallel", "off"]
 ExternalData = Literal["auto", "always", "never"]
+Functions = Literal["local", "inline", "inline-unfoldable"]
 ModeChoice = Literal["auto", "fused", "folded", "decode"]
 Precision = Literal["int8", "exact"]
 PruneScore = Literal["obs", "numerical", "wanda", "flap", "magnitude"]

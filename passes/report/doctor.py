@@ -65,6 +65,7 @@ def _model(path: Path, machine: Machine, *, runnable: bool) -> Iterator[Finding]
         f"{path}: {size / 1e6:.1f} MB, opset {opsets.get('', '-')}, IR {proto.ir_version}, {kind}"
     )
     yield Finding("model", "ok", text, facts=facts)
+    yield _form(path)
     if not runnable:
         return
     yield from _formats(opsets.get("", 1), proto.ir_version)
@@ -88,6 +89,20 @@ def _compressed_text(path: Path) -> str:
     return (
         f"{len(records)} compressed weights ({', '.join(codecs)})" if records else "not compressed"
     )
+
+
+def _form(path: Path) -> Finding:
+    """Which engines read the file."""
+    from onnxcomp.passes.ir.model import load
+    from onnxcomp.passes.report.form import ENGINES, form_of
+
+    try:
+        form = form_of(load(path))
+    except CompressionError as error:
+        return Finding("form", "note", error.message, error.hint)
+    text = f"{form.name}; read by {ENGINES[form.name]}"
+    facts = {"form": form.name, "undone": len(form.undone)}
+    return Finding("form", "note" if form.notes else "ok", text, "; ".join(form.notes), facts)
 
 
 def _formats(opset: int, ir_version: int) -> Iterator[Finding]:
