@@ -32,6 +32,7 @@ COMMANDS = {
     "inspect": "Show what is in a model: weights, uses, bytes, reasons.",
     "verify": "Compare a compressed model with its original.",
     "bench": "Measure load time, latency and memory.",
+    "retarget": "Encode a compressed model for another class of machines.",
     "expand": "Turn a compressed model back into plain dense ONNX.",
     "package": "Bundle a model: a plain folder, for Triton, or for onnxruntime-genai.",
     "exec": "Run an application whose ONNX Runtime sessions know the operators.",

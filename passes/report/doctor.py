@@ -10,7 +10,7 @@ from typing import Any
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.report.load_memory import load_bytes
 from onnxcomp.runtime.doctor import Diagnosis, Finding, environment
-from onnxcomp.runtime.machine import Machine, look
+from onnxcomp.runtime.machine import Machine, current_isa, look, target_of
 
 __all__ = ["doctor"]
 
@@ -70,6 +70,7 @@ def _model(path: Path, machine: Machine, *, runnable: bool) -> Iterator[Finding]
     yield from _formats(opsets.get("", 1), proto.ir_version)
     if operators:
         yield _kernels(operators)
+        yield from _codes(path, machine)
         yield from _on_gpu(path, machine)
         yield from _loads(path, operators, machine)
     else:
@@ -88,6 +89,26 @@ def _compressed_text(path: Path) -> str:
     return (
         f"{len(records)} compressed weights ({', '.join(codecs)})" if records else "not compressed"
     )
+
+
+def _codes(path: Path, machine: Machine) -> Iterator[Finding]:
+    """Whether other codes would run faster here."""
+    from onnxcomp.passes.lowering.targets import better_weights
+
+    target = target_of(current_isa(machine))
+    if target is None:
+        return
+    try:
+        better, total = better_weights(path, target)
+    except CompressionError:
+        return  # said of the model already
+    facts = {"target": target, "weights": total, "better": better}
+    if better:
+        text = f"{len(better)} of {total} weights have codes that run slower here than others"
+        hint = f"onnxcomp retarget {path} --target {target} --original DENSE.onnx -o NEW.onnx"
+        yield Finding("codes", "note", text, hint, facts)
+    elif total:
+        yield Finding("codes", "ok", f"all suit this machine ({target})", facts=facts)
 
 
 def _formats(opset: int, ir_version: int) -> Iterator[Finding]:
