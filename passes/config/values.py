@@ -15,6 +15,7 @@ from onnxcomp.passes.suggest import suggest
 __all__ = [
     "MODES",
     "SCORES",
+    "TARGET_NAMES",
     "CalibrationMode",
     "ExternalData",
     "Functions",
@@ -22,6 +23,7 @@ __all__ = [
     "Precision",
     "PruneScore",
     "Rest",
+    "Target",
     "check_pattern",
     "one_of",
     "parse_size",
@@ -34,8 +36,10 @@ ModeChoice = Literal["auto", "fused", "folded", "decode"]
 Precision = Literal["int8", "exact"]
 PruneScore = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
 Rest = Literal["keep", "fp16", "exact"]
+Target = Literal["any", "avx2", "avx512", "neon", "cuda"]
 
 MODES: tuple[ModeChoice, ...] = get_args(ModeChoice)
+TARGET_NAMES: tuple[Target, ...] = get_args(Target)
 SCORES: tuple[PruneScore, ...] = get_args(PruneScore)
 
 _UNITS = {

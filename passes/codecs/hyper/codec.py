@@ -27,7 +27,13 @@ from onnxcomp.passes.codecs.hyper import (
 )
 from onnxcomp.passes.codecs.hyper.feedback import Coder
 from onnxcomp.passes.codecs.hyper.format import GroupLayout
-from onnxcomp.passes.codecs.hyper.structured import KINDS, TARGETS, code, state_bits_of
+from onnxcomp.passes.codecs.hyper.structured import (
+    KINDS,
+    TARGETS,
+    code,
+    kind_of,
+    state_bits_of,
+)
 from onnxcomp.passes.codecs.hyper.tables import GROUP_GAIN, WINDINGS
 from onnxcomp.passes.codecs.moments import anchored, damped, with_weight_error
 from onnxcomp.passes.codecs.params import Params
@@ -217,7 +223,7 @@ class HyperCodec(Codec):
         """The settings with the kind of table that suits a class of machines.
 
         Args:
-            params: Settings of this codec.
+            params: Settings of this codec; other numbers of states than the usual ones stay.
             target: A key of `TARGETS`: ``any``, ``avx2``, ``avx512``, ``neon`` or ``cuda``.
 
         Raises:
@@ -225,7 +231,20 @@ class HyperCodec(Codec):
         """
         if target not in TARGETS:
             raise UsageError(f"hyper: target {target!r}", hint=f"targets are {', '.join(TARGETS)}")
-        return dataclasses.replace(HyperParams.of(params), table=TARGETS[target])
+        hyper = HyperParams.of(params)
+        if hyper.state_bits != (8 if hyper.bits == 6 else 7):
+            return hyper
+        return dataclasses.replace(hyper, table=kind_of(hyper.bits, TARGETS[target]))
+
+    def kind(self, params: Params) -> str:
+        """Kind of the table that there is."""
+        hyper = HyperParams.of(params)
+        return kind_of(hyper.bits, hyper.table)
+
+    def cost_key(self, params: Params) -> str | None:
+        """Codec, bits and kind of table."""
+        kind = self.kind(params)
+        return f"{super().cost_key(params)}" + ("" if kind == "winding" else f" {kind}")
 
     def candidates(self, site: WeightSite) -> Sequence[HyperParams]:
         """Settings smaller than the dense tensor, from most to fewest bytes."""
