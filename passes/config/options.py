@@ -242,6 +242,12 @@ class PlanOptions(ByteOptions):
 class OptimizeOptions(PlanOptions):
     """Options of `onnxcomp.optimize`: those of a plan, and how the run goes about its work."""
 
+    tune: int = option(
+        2, Number(whole=True, least=0, metavar="N"), "data",
+        "Tune the scales of codes for the model's outputs in N passes over the data; 0 for none.",
+        "It takes memory for the dense model twice and for its activations, and float32 models of "
+        "opset 13 or newer; others, and those above 1 GiB, are left as they are.",
+    )  # fmt: skip
     shapes: Mapping[str, Sequence[int]] | None = option(
         None, Shapes(), "data", "Shapes of made-up inputs by name.",
         cli=("--shape", "shapes"), example="{input_ids: [1, 128]}",

@@ -44,6 +44,7 @@ from onnxcomp.passes.codecs.protocol import (
     LoadMemory,
     Payload,
     Qualities,
+    Scaling,
     TensorLayout,
 )
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
@@ -157,6 +158,28 @@ def _table_of(payload: Payload) -> Array:
     raise ValueError("the table is missing")
 
 
+def _group_of(site: WeightSite, payload: Payload) -> int:
+    """Columns of a group."""
+    return _stored_geometry(payload, _table_of(payload)).group
+
+
+def _scales_of(site: WeightSite, payload: Payload) -> Array:
+    """Scales ``(rows, groups)``, float32."""
+    panels = payload.tensors["scales"][..., 0].transpose(0, 2, 1)
+    return panels.reshape(-1, panels.shape[-1])[: site.rows].astype(np.float32)
+
+
+def _rescaled(site: WeightSite, payload: Payload, scales: Array) -> Payload:
+    """The payload with scales ``(rows, groups)``, rounded to float16."""
+    stored = payload.tensors["scales"]
+    panels, groups, lanes, _ = stored.shape
+    padded = np.zeros((panels * lanes, groups), np.float16)
+    padded[: site.rows] = np.minimum(scales, float(np.finfo(np.float16).max))
+    turned = padded.reshape(panels, lanes, groups).transpose(0, 2, 1)[..., None]
+    tensors = {**payload.tensors, "scales": np.ascontiguousarray(turned)}
+    return dataclasses.replace(payload, tensors=tensors)
+
+
 class HyperCodec(Codec):
     """HyperMatMul, HyperGather, HyperDecode and HyperWeight of ops/hyper/spec.md."""
 
@@ -171,7 +194,14 @@ class HyperCodec(Codec):
     @property
     def calibration(self) -> CalibratedEncoding:
         """For inputs with known moments, towards the outputs of the dense model."""
-        return CalibratedEncoding(self.encode_calibrated, self.calibrates, anchored=True)
+        return CalibratedEncoding(
+            self.encode_calibrated, self.calibrates, anchored=True, streams=True
+        )
+
+    @property
+    def scaling(self) -> Scaling:
+        """The scales of groups."""
+        return Scaling(self.calibrates, _group_of, _scales_of, _rescaled)
 
     @property
     def qualities(self) -> Qualities:
@@ -314,8 +344,8 @@ class HyperCodec(Codec):
     ) -> Payload:
         """Encode for inputs with the second moments of `stats`, with feedback between groups.
 
-        With moments beside those of the dense model, errors of earlier weights are made up for in
-        part. Rows that are looked up as well count a little for themselves, too.
+        With moments beside those of the dense model, errors of earlier weights are made up for.
+        Rows that are looked up as well count a little for themselves, too.
 
         Raises:
             ModelError: Values too large for float16 scales.
