@@ -33,6 +33,7 @@ COMMANDS = {
     "verify": "Compare a compressed model with its original.",
     "eval": "Judge a language model: divergence from its original, perplexity.",
     "bench": "Measure load time, latency and memory.",
+    "retarget": "Encode a compressed model for another class of machines.",
     "expand": "Turn a compressed model back into plain dense ONNX.",
     "package": "Bundle a model: a plain folder, for Triton, or for onnxruntime-genai.",
     "exec": "Run an application whose ONNX Runtime sessions know the operators.",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         mend,
         optimize,
         plan,
+        retarget,
         verify,
     )
     from onnxcomp.passes.ir.graphsurgeon import to_gs
@@ -68,6 +69,7 @@ __all__ = [
     "patch_onnxruntime",
     "plan",
     "register",
+    "retarget",
     "save",
     "to_gs",
     "verify",
@@ -97,6 +99,7 @@ _HOMES = {
     "patch_onnxruntime": ("runtime.clients.dropin", "patch_onnxruntime"),
     "plan": ("passes.driver.api", "plan"),
     "register": ("ops", "register"),
+    "retarget": ("passes.driver.api", "retarget"),
     "save": ("passes.ir.model", "save"),
     "to_gs": ("passes.ir.graphsurgeon", "to_gs"),
     "verify": ("passes.driver.api", "verify"),
