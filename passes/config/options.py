@@ -232,8 +232,10 @@ class PlanOptions(ByteOptions):
 
     data: Any = option(
         None, Data(), "data",
-        "Inputs: an .npz file, a folder of them, or name=file.npy; without, they are made up.",
-        "A model with one input takes file.npy, too; Python takes arrays as well, see "
+        "Inputs: an .npz file, a folder of them, name=file.npy, or a text for a language model; "
+        "without, they are made up.",
+        "A model with one input takes file.npy, too, and a language model text.txt, which it reads "
+        "in windows by the tokenizer.json beside it. Python takes arrays as well, see "
         "`runtime.inputs.load_inputs`. They calibrate the codes and check the result; without "
         "them weights are encoded by their values alone.",
         key="path", example="calibration/*.npz",
