@@ -390,6 +390,23 @@ class Codec(Protocol):
         """Raise `UsageError` when the parameters are out of range."""
         self.params_type.of(params)
 
+    def targeted(self, params: Params, target: str) -> Params:
+        """The settings, with what suits a class of machines better at equal bytes.
+
+        Args:
+            params: Settings of this codec.
+            target: A value of the option `target`.
+        """
+        return params
+
+    def kind(self, params: Params) -> str:
+        """Kind of the codes, for a codec that has several; else its name."""
+        return self.name
+
+    def cost_key(self, params: Params) -> str | None:
+        """What products with these settings have in common in time; None where it is not known."""
+        return None if self.width is None else f"{self.name} {getattr(params, self.width)}"
+
     def candidates(self, site: WeightSite) -> Sequence[Params]:
         """The settings a planner may choose from, from most to fewest bytes."""
         return [] if self.refuse(site) else [self.params_type()]

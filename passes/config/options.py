@@ -32,10 +32,12 @@ from onnxcomp.passes.config.option import Options, option, table
 from onnxcomp.passes.config.values import (
     CalibrationMode,
     ExternalData,
+    Functions,
     ModeChoice,
     Precision,
     PruneScore,
     Rest,
+    Target,
 )
 
 if TYPE_CHECKING:
@@ -199,6 +201,21 @@ class ByteOptions(Options):
         0, Number(whole=True, least=0, metavar="N"), "method",
         "Train what weights share (method hash) for N steps towards the model's outputs on the "
         "data; needs torch.",
+    )  # fmt: skip
+    functions: Functions = option(
+        "local", Choice(Functions), "output",
+        "Definitions of the operators: as model-local functions, or inlined at the nodes.",
+        "Engines that refuse such functions (OpenVINO, tract, MNN) run the inlined form, which "
+        "the operator library cannot speed up. `inline-unfoldable` keeps other tools from folding "
+        "codes to dense weights: they are decoded at every run, slowly and in little memory.",
+    )  # fmt: skip
+    target: Target = option(
+        "any", Choice(Target), "method",
+        "Class of machines that the output is to be fast on; it runs on all of them.",
+        "`avx2` and `neon` choose tables that processors without AVX-512 run two to three times as "
+        "fast, for 3 % more error power at 4 and 3 bits (hyper: `table=structured`). `any` chooses "
+        "what `avx512` and `cuda` do. `onnxcomp doctor MODEL` says what would suit a machine.",
+        key="machines", example="avx2",
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
-__all__ = ["CostTable", "cached_costs", "costs_path", "machine", "measure_costs", "settings_key"]
+__all__ = ["CostTable", "cached_costs", "costs_path", "machine", "measure_costs"]
 
 VERSION = 1
 
@@ -39,11 +39,6 @@ _SECONDS, _RUNS = 0.02, 5
 
 # Told what is measured next, and how much of the work is done.
 Told = Callable[[str, int, int], None]
-
-
-def settings_key(codec: Codec, params: Params) -> str | None:
-    """What the time of a setting depends on: codec and bits; None where bits are not counted."""
-    return None if codec.width is None else f"{codec.name} {getattr(params, codec.width)}"
 
 
 def _features(height: float, rows: float, length: float) -> list[float]:
@@ -84,7 +79,7 @@ class CostTable:
         found = 0.0
         for height in heights:
             dense = self.seconds("dense", height, site.rows, site.length)
-            key = settings_key(codec, params)
+            key = codec.cost_key(params)
             if dense is None or (key is None and not codec.stock):
                 return None
             # Factors of low rank are dense products that are smaller as their bytes are.
@@ -146,10 +141,11 @@ def measure_costs(told: Told | None = None, *, save: bool = True) -> CostTable:
     """
     work: dict[str, tuple[Codec, Params] | None] = {"dense": None}
     for codec in CODECS.values():
-        for params in reversed(codec.candidates(_site(1024, 1024)) if codec.automatic else ()):
-            key = settings_key(codec, params)
-            if key is not None:
-                work.setdefault(key, (codec, params))
+        for offered in reversed(codec.candidates(_site(1024, 1024)) if codec.automatic else ()):
+            for params in (offered, codec.targeted(offered, "avx2")):
+                key = codec.cost_key(params)
+                if key is not None:
+                    work.setdefault(key, (codec, params))
     found = {}
     for number, (key, setting) in enumerate(work.items()):
         if told is not None:
