@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 RATE, _MEMORY = 2e-3, (0.9, 0.95)
 
 # Elements of the largest input up to which samples run together.
-_PIECE = 512
+_PIECE = 256
 
 # Bytes of initializers above which a model is not tuned: it is in memory twice.
 _LARGEST = 1 << 30

@@ -24,6 +24,9 @@ _PADDING = 1e-3
 # How often the diagonal is raised when the moments cannot be factored.
 _ESCALATIONS = 5
 
+# Smallest pivot over the mean diagonal; below it, pivots of a singular matrix are rounding errors.
+_LEAST_PIVOT = 1e-9
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metric:
@@ -122,13 +125,16 @@ def _rotated(cost: Array, group: int) -> Array:
 
 def _factored(moments: Array) -> tuple[Array, Array]:
     """A positive definite matrix near the given one, and its upper factor R."""
-    raised = float(np.trace(moments)) / len(moments) * 1e-6
+    mean = float(np.trace(moments)) / len(moments)
+    raised = mean * 1e-6
     for _ in range(_ESCALATIONS):
         try:
             # The upper factor is the lower one of the matrix read backwards.
-            return moments, np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
+            factor = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
+            if np.square(np.diag(factor)).min() >= mean * _LEAST_PIVOT:
+                return moments, factor
         except np.linalg.LinAlgError:
-            moments = moments + raised * np.eye(len(moments))
-            raised *= 10.0
-    mean = float(np.trace(moments)) / len(moments)
+            pass  # the diagonal is raised as for pivots of rounding errors
+        moments = moments + raised * np.eye(len(moments))
+        raised *= 10.0
     return np.eye(len(moments)) * mean, np.eye(len(moments)) * np.sqrt(mean)
