@@ -228,7 +228,7 @@ def measure(bench: Bench, rows: Sequence[Row], tasks: Sequence[str], again: bool
             print(f"{row.name}: left out, its tool is not given", flush=True)
             continue
         result = document["rows"].setdefault(row.name, {})
-        for task in tasks:
+        for task in filter(row.can, tasks):
             amount = dataclasses.asdict(bench.amount)
             if result.get(task, {}).get("amount") == amount and not again:
                 continue

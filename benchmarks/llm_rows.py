@@ -54,6 +54,10 @@ class Row:
     kind: tuple[str, ...] = ()
     data: bool = False
 
+    def can(self, task: str) -> bool:
+        """Whether a task makes sense: predictions need the logits of all positions."""
+        return task != "predictions" or "--logits-to-keep" not in self.kind
+
 
 def _rows() -> list[Row]:
     rows = [Row("float32", "dense")]
@@ -64,6 +68,8 @@ def _rows() -> list[Row]:
         rows.append(Row(f"llama.cpp {kind}, importance matrix", "llama", (kind,), True))
     for bits in ("4", "3", "2"):
         rows.append(Row(f"onnxcomp {bits} bits", "onnxcomp", ("--bits", bits)))
+    last = ("--bits", "4", "--logits-to-keep", "1")
+    rows.append(Row("onnxcomp 4 bits, last logits", "onnxcomp", last))
     for bits in ("4", "3", "2"):
         rows.append(Row(f"onnxcomp {bits} bits, calibrated", "onnxcomp", ("--bits", bits), True))
     for ratio in ("8", "10"):

@@ -26,9 +26,9 @@ _CHOSEN = (
 
 
 def _measured() -> dict[str, dict[str, Any]]:
-    """Rows of which the loss is known, in the order of the benchmark."""
+    """Rows of which something is known, in the order of the benchmark."""
     rows = read("llm")["rows"]
-    return {name: rows[name] for name in ROWS if "predictions" in rows.get(name, {})}
+    return {name: rows[name] for name in ROWS if name in rows}
 
 
 def _speed(row: dict[str, Any], task: str) -> str:
@@ -40,19 +40,24 @@ def _speed(row: dict[str, Any], task: str) -> str:
     return rate if row["speed"]["is_dense"] else f"{rate} ({found['speed_up']:.1f}x)"
 
 
+def _number(found: dict[str, Any] | None, name: str, form: str) -> str:
+    return "" if found is None else format(found[name], form)
+
+
 def _cells(name: str, row: dict[str, Any]) -> dict[str, str]:
     """Everything that is told of a row, by column."""
-    texts = row["predictions"]
+    texts = row.get("predictions", {})
+    wikitext, shakespeare = texts.get("wikitext"), texts.get("shakespeare")
     written = row.get("continuations")
     row = {**row, "speed": {**row.get("speed", {}), "is_dense": name == "float32"}}
     memory = row["speed"].get("rss_bytes")
     return {
         "weights": name,
         "file": f"{row['bytes'] / 1e6:.1f} MB",
-        "KL": f"{texts['wikitext']['kl']:.3f}",
-        "same token": share(texts["wikitext"]["same_token"]),
-        "perplexity": f"{texts['wikitext']['perplexity']:.1f}",
-        "KL, Shakespeare": f"{texts['shakespeare']['kl']:.3f}",
+        "KL": _number(wikitext, "kl", ".3f"),
+        "same token": share(wikitext["same_token"] if wikitext else None),
+        "perplexity": _number(wikitext, "perplexity", ".1f"),
+        "KL, Shakespeare": _number(shakespeare, "kl", ".3f"),
         "same text": "" if written is None else f"{written['common_prefix']:.1f}",
         "repeated": "" if written is None else share(written["repetition"]),
         "prompt": _speed(row, "prompt_128"),
