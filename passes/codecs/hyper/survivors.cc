@@ -5,11 +5,8 @@
 #include <cstdint>
 #include <exception>
 
+#include "common/processor.h"
 #include "jobs.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define ONNXCOMP_X86 1
-#endif
 
 namespace {
 
@@ -61,8 +58,9 @@ ONNXCOMP_LOOPS(avx512, __attribute__((target("avx512f"))))
 
 Loops best_loops() {
 #ifdef ONNXCOMP_X86
-  if (__builtin_cpu_supports("avx512f")) return {extend_avx512, price_avx512};
-  if (__builtin_cpu_supports("avx2")) return {extend_avx2, price_avx2};
+  using onnxcomp::X86;
+  if (onnxcomp::HasX86({X86::kAvx512F})) return {extend_avx512, price_avx512};
+  if (onnxcomp::HasX86({X86::kAvx2})) return {extend_avx2, price_avx2};
 #endif
   return {extend_baseline, price_baseline};
 }
