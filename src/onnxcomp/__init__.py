@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from onnxcomp.passes.report.report import Report
     from onnxcomp.runtime.clients.dropin import InferenceSession, patch_onnxruntime
     from onnxcomp.runtime.package import Package, package
+    from onnxcomp.runtime.weight_sharing import share_weights
 
 __all__ = [
     "InferenceSession",
@@ -67,6 +68,7 @@ __all__ = [
     "plan",
     "register",
     "save",
+    "share_weights",
     "to_gs",
     "verify",
 ]
@@ -95,6 +97,7 @@ _HOMES = {
     "plan": ("passes.driver.api", "plan"),
     "register": ("ops", "register"),
     "save": ("passes.ir.model", "save"),
+    "share_weights": ("runtime.weight_sharing", "share_weights"),
     "to_gs": ("passes.ir.graphsurgeon", "to_gs"),
     "verify": ("passes.driver.api", "verify"),
 }
