@@ -17,6 +17,7 @@ from typing import Any
 from client_tables import clients
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
+from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
 from speed_tables import headline_speed, products, shared_products, structured_products
 
@@ -351,6 +352,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "numbers.md": ALL,
     ROOT / "docs" / "clients.md": {"Their answers": clients},
+    ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
 }
 
 

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -167,7 +168,8 @@ def check(tools: Path, wheel: Path, target: str) -> None:
     command = [str(tools), "-m", "auditwheel", "show", str(wheel)]
     said = subprocess.run(command, capture_output=True, text=True)
     text = " ".join((said.stdout + said.stderr).split())
-    if f'"manylinux_{GLIBC.replace(".", "_")}_' not in text and '"manylinux_2_17_' not in text:
+    found = re.search(r'platform tag: "manylinux_(\d+)_(\d+)_', text)
+    if found is None or f"{int(found[1])}.{int(found[2]):02}" > GLIBC:
         sys.exit(f"auditwheel does not take {wheel.name} for what it is:\n{text}")
 
 
