@@ -18,6 +18,7 @@ from client_tables import clients
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
+from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
 from speed_tables import headline_speed, products, shared_products, structured_products
 
@@ -354,6 +355,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
     ROOT / "docs" / "clients.md": {"Their answers": clients},
+    ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
 }
 
 
