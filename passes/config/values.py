@@ -19,6 +19,7 @@ __all__ = [
     "CalibrationMode",
     "ExternalData",
     "ModeChoice",
+    "Objective",
     "Precision",
     "PruneScore",
     "Rest",
@@ -31,6 +32,7 @@ __all__ = [
 CalibrationMode = Literal["sequential", "parallel", "off"]
 ExternalData = Literal["auto", "always", "never"]
 ModeChoice = Literal["auto", "fused", "folded", "decode"]
+Objective = Literal["size", "latency"]
 Precision = Literal["int8", "exact"]
 PruneScore = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
 Rest = Literal["keep", "fp16", "exact"]
