@@ -41,7 +41,9 @@ def apart(rng: np.random.Generator, i: int, length: int, rows: Sequence[int], ki
     return Product([node for part in parts for node in part.nodes], tensors)
 
 
-def merged(rng: np.random.Generator, i: int, length: int, rows: Sequence[int], kind: str) -> Product:
+def merged(
+    rng: np.random.Generator, i: int, length: int, rows: Sequence[int], kind: str
+) -> Product:
     """One product and a Split."""
     product = hyper_product(4, 7, 128, 1, kind)(rng, 10 * i, length, sum(rows))
     product.nodes[0].output[0] = f"all{i}"

@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "Show what optimize would do, with exact bytes, without doing it.",
     "inspect": "Show what is in a model: weights, uses, bytes, reasons.",
     "verify": "Compare a compressed model with its original.",
+    "eval": "Judge a language model: divergence from its original, perplexity.",
     "bench": "Measure load time, latency and memory.",
     "retarget": "Encode a compressed model for another class of machines.",
     "expand": "Turn a compressed model back into plain dense ONNX.",

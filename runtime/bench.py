@@ -24,7 +24,7 @@ from onnxcomp.runtime.session import needs_library
 from onnxcomp.runtime.signature import fits, read_signature
 from onnxcomp.runtime.structure import model_bytes
 
-__all__ = ["bench", "load_model"]
+__all__ = ["PROVIDERS", "Worker", "bench", "check_request", "forms_of", "load_model"]
 
 PathLike = str | os.PathLike[str]
 
@@ -74,19 +74,14 @@ def bench(
         RuntimeMissingError: ONNX Runtime or the operator library is missing.
         UsageError: `data` or `shapes` do not fit the first model.
     """
-    if not models:
-        raise errors.UsageError("no model is given to measure")
-    if provider not in PROVIDERS:
-        raise errors.UsageError(
-            f"provider {provider!r} is unknown", hint=f"choose one of {', '.join(PROVIDERS)}"
-        )
+    check_request(models, provider)
     feeds = _feeds(models[0], data, shapes, seed)
-    forms = [(model, form) for model in models for form in _forms(model, portable)]
+    forms = [(model, form) for model in models for form in forms_of(model, portable)]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = [
             stack.enter_context(
-                _Worker(model, form, _stored(model, feeds, folder, number, seed), threads, provider)
+                Worker(model, form, _stored(model, feeds, folder, number, seed), threads, provider)
             )
             for number, (model, form) in enumerate(forms)
         ]
@@ -100,6 +95,16 @@ def bench(
     }
 
 
+def check_request(models: Sequence[PathLike], provider: str) -> None:
+    """Refuse to measure nothing, or somewhere unknown."""
+    if not models:
+        raise errors.UsageError("no model is given to measure")
+    if provider not in PROVIDERS:
+        raise errors.UsageError(
+            f"provider {provider!r} is unknown", hint=f"choose one of {', '.join(PROVIDERS)}"
+        )
+
+
 def load_model(model: PathLike, *, library: bool) -> dict[str, float]:
     """Load a model in a process of its own.
 
@@ -110,7 +115,7 @@ def load_model(model: PathLike, *, library: bool) -> dict[str, float]:
         ModelError: It does not load, or ends the process.
         RuntimeMissingError: ONNX Runtime or the operator library is missing.
     """
-    with _Worker(model, "library" if library else "portable", [], None, "cpu") as worker:
+    with Worker(model, "library" if library else "portable", [], None, "cpu") as worker:
         return worker.loading()
 
 
@@ -125,7 +130,8 @@ def _feeds(
     return synthesize_inputs(model, shapes=shapes, seed=seed)
 
 
-def _forms(model: PathLike, portable: bool) -> tuple[str, ...]:
+def forms_of(model: PathLike, portable: bool) -> tuple[str, ...]:
+    """The forms in which a model is measured."""
     if not needs_library(model):
         return ("standard",)
     return ("library", "portable") if portable else ("library",)
@@ -156,7 +162,7 @@ def _stored(
     return result
 
 
-def _take_turns(workers: Sequence[_Worker], seconds: float) -> None:
+def _take_turns(workers: Sequence[Worker], seconds: float) -> None:
     for worker in workers:
         worker.run(1)
         worker.forget()  # the first run allocates
@@ -167,7 +173,7 @@ def _take_turns(workers: Sequence[_Worker], seconds: float) -> None:
         pending = [worker for worker in pending if not worker.done(seconds)]
 
 
-class _Worker(contextlib.AbstractContextManager["_Worker"]):
+class Worker(contextlib.AbstractContextManager["Worker"]):
     """A process that has loaded one model and runs it when told to."""
 
     def __init__(
@@ -214,7 +220,12 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, command: str) -> Any:
+    def ask(self, command: str) -> Any:
+        """What the process answers to a command.
+
+        Raises:
+            ModelError: It failed, or has ended; errors of other kinds pass, too.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
@@ -233,13 +244,22 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
             raise kind(answer["message"], hint=answer["hint"])
         return answer
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The model, its form, and what loading took."""
+        return {
+            "path": os.fspath(self._model),
+            "form": self._form,
+            "load_ms": round(self._loaded["load_ms"], 3),
+        }
+
     def loading(self) -> dict[str, float]:
         """What loading took."""
-        return {**self._loaded, **self._ask("memory")}
+        return {**self._loaded, **self.ask("memory")}
 
     def run(self, count: int) -> None:
         """Run the model that many times."""
-        answer = self._ask(f"run {count}")
+        answer = self.ask(f"run {count}")
         times = [by_clock for by_clock, _ in answer]
         self._last = sum(times) / len(times)
         self._times += times
@@ -262,13 +282,11 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
         """What was measured."""
         low, median, high = np.quantile(self._times, [0.1, 0.5, 0.9]) * 1e3
         return {
-            "path": os.fspath(self._model),
-            "form": self._form,
-            "load_ms": round(self._loaded["load_ms"], 3),
+            **self.about,
             "median_ms": round(float(median), 4),
             "p10_ms": round(float(low), 4),
             "p90_ms": round(float(high), 4),
             "cpu_ms": round(float(np.median(self._spent)) * 1e3, 4),
-            **self._ask("memory"),
+            **self.ask("memory"),
             "file_bytes": model_bytes(self._model),
         }

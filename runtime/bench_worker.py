@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxcomp.errors import CompressionError, RuntimeMissingError
 from onnxcomp.runtime.evaluate import Feed, runner
+from onnxcomp.runtime.language.steps import GENERATION
 from onnxcomp.runtime.memory import peak_rss
 from onnxcomp.runtime.session import import_runtime, open_session
 
@@ -52,6 +53,8 @@ def _serve(setting: dict[str, Any], answer: Any) -> None:
         command, *arguments = line.split()
         if command == "memory":
             answer(resident_bytes())
+        elif command in GENERATION:
+            answer(GENERATION[command](session, *map(int, arguments)))
         else:
             answer([_timed(run, next(feeds)) for _ in range(int(arguments[0]))])
 

@@ -34,6 +34,7 @@ __all__ = [
     "Payload",
     "Qualities",
     "RankGoals",
+    "Scaling",
     "SharedValues",
     "TensorLayout",
     "ValueSharing",
@@ -196,11 +197,31 @@ class CalibratedEncoding:
         anchored: Whether it aims at the outputs of the dense model, errors of earlier weights
             included. Then it is given `Stats.cross`, and judged by how far its products are from
             those of the dense model.
+        streams: Whether it also makes up for what is missing in the stream that the products are
+            added to. Then it is given `Stats.missing`, and judged by it.
     """
 
     encode: EncodeForInputs
     suits: Callable[[WeightSite, Params], bool] = _every
     anchored: bool = False
+    streams: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scaling:
+    """Access to the scales of a payload, which its decoded weight is proportional to.
+
+    Attributes:
+        suits: Whether columns of the stored form are those of the weight.
+        width: Columns that share a scale in a row; the last ones may be fewer.
+        read: The scales, ``(rows, groups)``.
+        replace: The payload with other scales, rounded to how they are stored.
+    """
+
+    suits: Callable[[WeightSite, Params], bool]
+    width: Callable[[WeightSite, Payload], int]
+    read: Callable[[WeightSite, Payload], Array]
+    replace: Callable[[WeightSite, Payload, Array], Payload]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -323,6 +344,11 @@ class Codec(Protocol):
     @property
     def calibration(self) -> CalibratedEncoding | None:
         """How weights are encoded for the inputs they have."""
+        return None
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Scales that weights are proportional to."""
         return None
 
     @property

@@ -32,6 +32,7 @@ from onnxcomp.passes.config.option import Options, option, table
 from onnxcomp.passes.config.values import (
     CalibrationMode,
     ExternalData,
+    Functions,
     ModeChoice,
     Objective,
     Precision,
@@ -203,6 +204,13 @@ class ByteOptions(Options):
         "Train what weights share (method hash) for N steps towards the model's outputs on the "
         "data; needs torch.",
     )  # fmt: skip
+    functions: Functions = option(
+        "local", Choice(Functions), "output",
+        "Definitions of the operators: as model-local functions, or inlined at the nodes.",
+        "Engines that refuse such functions (OpenVINO, tract, MNN) run the inlined form, which "
+        "the operator library cannot speed up. `inline-unfoldable` keeps other tools from folding "
+        "codes to dense weights: they are decoded at every run, slowly and in little memory.",
+    )  # fmt: skip
     target: Target = option(
         "any", Choice(Target), "method",
         "Class of machines that the output is to be fast on; it runs on all of them.",
@@ -243,6 +251,12 @@ class PlanOptions(ByteOptions):
 class OptimizeOptions(PlanOptions):
     """Options of `onnxcomp.optimize`: those of a plan, and how the run goes about its work."""
 
+    tune: int = option(
+        2, Number(whole=True, least=0, metavar="N"), "data",
+        "Tune the scales of codes for the model's outputs in N passes over the data; 0 for none.",
+        "It takes memory for the dense model twice and for its activations, and float32 models of "
+        "opset 13 or newer; others, and those above 1 GiB, are left as they are.",
+    )  # fmt: skip
     shapes: Mapping[str, Sequence[int]] | None = option(
         None, Shapes(), "data", "Shapes of made-up inputs by name.",
         cli=("--shape", "shapes"), example="{input_ids: [1, 128]}",

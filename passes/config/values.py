@@ -18,6 +18,7 @@ __all__ = [
     "TARGET_NAMES",
     "CalibrationMode",
     "ExternalData",
+    "Functions",
     "ModeChoice",
     "Objective",
     "Precision",
@@ -31,6 +32,7 @@ __all__ = [
 
 CalibrationMode = Literal["sequential", "parallel", "off"]
 ExternalData = Literal["auto", "always", "never"]
+Functions = Literal["local", "inline", "inline-unfoldable"]
 ModeChoice = Literal["auto", "fused", "folded", "decode"]
 Objective = Literal["size", "latency"]
 Precision = Literal["int8", "exact"]

@@ -165,8 +165,21 @@ def apply(model: Any, plan: Plan | PathLike, output: PathLike, **options: Any) -
     return optimize(model, output, plan=plan, **options)
 
 
-def expand(model: Any, output: PathLike, *, external_data: ExternalData = "auto") -> Saved:
-    """Turn a compressed model back into plain dense ONNX.
+def expand(
+    model: Any,
+    output: PathLike,
+    *,
+    external_data: ExternalData = "auto",
+    keep_codes: bool = False,
+) -> Saved:
+    """Turn a compressed model back into plain ONNX.
+
+    Args:
+        model: What `optimize` accepts.
+        output: Path of the new model.
+        external_data: Whether large tensors go into a file of their own.
+        keep_codes: Leave the weights compressed: definitions are inlined where operators of
+            onnxcomp were called.
 
     Returns:
         The files that were written, and their bytes.
@@ -176,11 +189,15 @@ def expand(model: Any, output: PathLike, *, external_data: ExternalData = "auto"
         ModelError: The input is not a model.
     """
     from onnxcomp.passes.lowering.expand import expand as expand_model
+    from onnxcomp.passes.lowering.inline_bodies import inline_bodies
 
     path = Path(output)
     loaded = read(model)
     refuse_overwriting(loaded.files, path)
-    expand_model(loaded.model)
+    if keep_codes:
+        inline_bodies(loaded.model)
+    else:
+        expand_model(loaded.model)
     with workspace(path) as folder:
         saved = save(loaded.model, folder / path.name, external_data=external_data)
         return dataclasses.replace(saved, files=publish(saved.files, path.parent))

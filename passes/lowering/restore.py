@@ -12,7 +12,7 @@ from onnxcomp.passes.ir.manifest import ManifestEntry
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.expand import stored_payload
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
-from onnxcomp.passes.weight import WeightSite
+from onnxcomp.passes.weight import DOMAIN, WeightSite
 
 __all__ = ["place_stored", "stored_placement"]
 
@@ -38,7 +38,8 @@ def place_stored(
     by_name = {site.name: site for site in sites}
     placements = [stored_placement(by_name[n], record, values) for n, record in records.items()]
     if placements:
-        rewrite(model, placements, portable=bool(compressed.functions))
+        alone = not any(node.domain == DOMAIN for node in compressed.graph.all_nodes())
+        rewrite(model, placements, portable=bool(compressed.functions) or alone)
 
 
 def stored_placement(

@@ -45,6 +45,10 @@ FRAMING = 768
 # offered.
 _RAW_BITS = 3
 
+# Relative error of normal weights in integers of b bits, over 2^-b: 0.101 with 4 bits and a scale
+# for every 128 of them.
+_INTEGERS = 1.62
+
 # Key of a rule that stands for named settings of a codec.
 QUALITY = "quality"
 
@@ -263,7 +267,8 @@ def uniform(candidates: CandidateSet, bits: int) -> Candidate:
     """The candidate of the first codec that offers `bits` bits per weight.
 
     Of its settings with that width it is the smallest that is no worse than the default. Where
-    settings are not counted in bits, it is the largest with at most `bits` bits for each weight.
+    settings are not counted in bits, it is the largest with at most `bits` bits for each weight;
+    see `_no_worse_than` for codecs that suit some weights only.
     """
     options = [c for c in candidates.options if _width(c) == bits]
     if options:
@@ -272,7 +277,30 @@ def uniform(candidates: CandidateSet, bits: int) -> Candidate:
     uncounted = [c for c in candidates.options if _width(c) is None]
     if not uncounted:
         return keep(candidates.site, f"with {bits} bits per weight it would not be smaller")
-    return _largest_within(uncounted, bits * candidates.site.size // 8)
+    largest = _largest_within(uncounted, bits * candidates.site.size // 8)
+    if CODECS[largest.codec].measure is None or candidates.policy.params:
+        return largest
+    return _no_worse_than(bits, largest, uncounted)
+
+
+def _no_worse_than(bits: int, largest: Candidate, options: Sequence[Candidate]) -> Candidate:
+    """A candidate of a codec whose errors are measured that loses no more than integers do.
+
+    Nobody asked for a rank, and a weight without a low one must not be spoilt: what has the bytes
+    of `bits` bits serves if it is good enough, else the smallest that is, else the dense weight.
+    """
+    limit = _INTEGERS * 2.0**-bits
+    if largest.harm <= limit:
+        return largest
+    good = [c for c in options if c.codec == largest.codec and c.harm <= limit]
+    if good:
+        return min(good, key=lambda c: c.bytes)
+    best = min((c for c in options if c.codec == largest.codec), key=lambda c: c.harm)
+    return keep(
+        largest.site,
+        f"{largest.codec} loses {best.harm:.2g} of it even in {best.bytes} of {best.site.nbytes} "
+        f"bytes, {bits} bits per weight lose {limit:.2g}; a rule or a size decides otherwise",
+    )
 
 
 def uniform_bits(candidates: CandidateSet, bits: int) -> int:

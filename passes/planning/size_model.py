@@ -15,7 +15,8 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import output_size
-from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes, rewrite
+from onnxcomp.passes.lowering.lower import lower
+from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Kind, WeightSite
 
@@ -56,8 +57,7 @@ def planned_size(
         for site, choice in zip(sites, choices, strict=True)
         if not choice.kept
     ]
-    if placements:
-        rewrite(copy, placements, portable=settings.portable)
+    lower(copy, placements, portable=settings.portable, functions=settings.functions)
     return output_size(copy, external_data=settings.external_data, name=name)
 
 

@@ -20,6 +20,7 @@ from onnxcomp.passes.ir.manifest import ManifestEntry, Recipe, own_name, read_ma
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.tensors import dtype_name
 from onnxcomp.passes.ir.traversal import initializers, scopes
+from onnxcomp.passes.report.form import form_of
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 from onnxcomp.passes.weight import DOMAIN, WeightSite
 
@@ -167,7 +168,8 @@ def inspect_model(path: str | os.PathLike[str], *, min_size: int = MIN_SIZE) -> 
     operators, functions = _operators(model), tuple(f"{k[0]}::{k[1]}" for k in model.functions)
     interface = _interfaces(model.graph.inputs), _interfaces(model.graph.outputs)
     compressed = tuple(_compressed(model))
-    notes = canonicalize(model).notes
+    form = form_of(model)
+    notes = (*form.notes, *canonicalize(model).notes)
     found = find_sites(model, min_size=min_size)
     files: frozenset[str] = model.graph.meta.get(metadata.SOURCE, frozenset())
     return Inspection(
@@ -211,6 +213,8 @@ def _compressed(model: ir.Model) -> Iterable[CompressedWeight]:
     values = initializers(model)
     for name, record in read_manifest(model).items():
         own = [values[n] for n in _own_names(record) if n in values]
+        if not own:
+            continue  # undone by another tool, see `form_of`
         readers = {node.op_type: None for value in own for node, _ in value.uses()}
         recipe, site = record.recipe, record.site
         yield CompressedWeight(

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from onnxcomp.passes.report.doctor import doctor
     from onnxcomp.passes.report.report import Report
     from onnxcomp.runtime.clients.dropin import InferenceSession, patch_onnxruntime
+    from onnxcomp.runtime.language.evaluation import evaluate_lm
     from onnxcomp.runtime.package import Package, package
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "apply",
     "doctor",
     "errors",
+    "evaluate_lm",
     "expand",
     "from_gs",
     "frontier",
@@ -84,6 +86,7 @@ _HOMES = {
     "TargetMissedError": ("passes.driver.api", "TargetMissedError"),
     "apply": ("passes.driver.api", "apply"),
     "doctor": ("passes.report.doctor", "doctor"),
+    "evaluate_lm": ("runtime.language.evaluation", "evaluate_lm"),
     "expand": ("passes.driver.api", "expand"),
     "from_gs": ("passes.ir.loader", "from_gs"),
     "frontier": ("passes.driver.api", "frontier"),
