@@ -34,6 +34,7 @@ from onnxcomp.passes.config.values import (
     ExternalData,
     Functions,
     ModeChoice,
+    Objective,
     Precision,
     PruneScore,
     Rest,
@@ -107,7 +108,8 @@ class ByteOptions(Options):
         None, Number(above=0), "target",
         "How many times as long as the original the output may run, as measured.",
         "One thread; 0.5 asks for twice the speed. Plans are made with what products cost on this "
-        "machine, which `bench --costs` measures, or the first run that needs it.",
+        "machine, which `bench --costs` measures, or the first run that needs it; with a `target` "
+        "that is another class of machines, of one of those, and then nothing is measured.",
         example="1.5",
     )  # fmt: skip
     min_size: Converted[int | str, int] = option(
@@ -223,6 +225,13 @@ class ByteOptions(Options):
         "Generation needs 1, and a prompt takes less time. The logits then have N positions, or as "
         "many as there are. Everything is calibrated and judged with the logits of all positions.",
         example="1",
+    )  # fmt: skip
+    objective: Objective = option(
+        "size", Choice(Objective), "target",
+        "What is made small where the other wishes leave a choice: bytes, or the time of a run.",
+        "`latency` takes the form of each weight that is expected to be fastest, dense among them, "
+        "of those that are no less accurate than what it would get otherwise; with a size, the "
+        "fastest plan of that size. Expected times are those that `--max-slowdown` uses.",
     )  # fmt: skip
 
 
