@@ -23,7 +23,9 @@ def exports() -> Iterator[str]:
         "are compressed,\nratio of the files, greedy tokens that the library and the portable "
         "form have in common\n(`--precision exact`), and the ratio behind ONNX Runtime's own "
         "optimizers, which fuse operators.\nModels are small: graphs weigh more than in real "
-        "ones (`benchmarks/bench_exports.py`).\n"
+        "ones, and so do the rotary caches of 131,072\npositions that the optimizer adds to graphs "
+        "of optimum, which stay exact. Optimum writes its file\nby itself "
+        "(`benchmarks/bench_exports.py`).\n"
     )
     columns = (
         "model", "exporter", "difference", "weights", "ratio", "tokens",
