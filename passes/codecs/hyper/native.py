@@ -40,6 +40,9 @@ _FILE = "libonnxcomp_encoders.so"
 # Instruction sets of the encoder by number; "auto" takes the best one of the machine.
 ISAS = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}
 
+# Forces an instruction set upon the operators, and upon "auto" here.
+_FORCED = "ONNXCOMP_ISA"
+
 # Steps of the search, one for each weight and state, in one call: less than a second, because
 # signals are heard between calls only.
 _STEPS_AT_ONCE = 1 << 31
@@ -48,6 +51,12 @@ _STEPS_AT_ONCE = 1 << 31
 _WEIGHTS_AT_ONCE = 1 << 20
 
 _INVALID, _OUT_OF_RANGE, _NO_MEMORY = -1, -2, -3
+
+
+def _isa(name: str) -> int:
+    """Number of an instruction set."""
+    forced = os.environ.get(_FORCED, "")
+    return ISAS[forced if name == "auto" and forced in ISAS else name]
 
 
 def library_path() -> Path | None:
@@ -180,7 +189,7 @@ def hyper_encode(
         status = _library().onnxcomp_hyper_encode(
             *(rows.ctypes.data, len(rows), geometry.length, row_stride, column_stride),
             *(geometry.bits, geometry.state_bits, geometry.group, table.ctypes.data, spread),
-            *(passes, threads, ISAS[isa], codes[panel:].ctypes.data, scales[panel:].ctypes.data),
+            *(passes, threads, _isa(isa), codes[panel:].ctypes.data, scales[panel:].ctypes.data),
         )
         _check(status, "hyper encoder")
     return codes, scales
@@ -240,7 +249,7 @@ def hyper_survivors(
     status = _library().onnxcomp_hyper_survivors(
         *(targets.ctypes.data, prices.pull.ctypes.data, prices.prices.ctypes.data),
         *(stems.ctypes.data, table.ctypes.data, count, bits, len(table).bit_length() - 1),
-        *(group, threads, ISAS[isa], path.ctypes.data),
+        *(group, threads, _isa(isa), path.ctypes.data),
     )
     _check(status, "hyper encoder")
     return path
@@ -288,7 +297,7 @@ def hyper_feedback(
         status = _library().onnxcomp_hyper_feedback(
             *(rows.ctypes.data, len(rows), geometry.length),
             *(geometry.bits, geometry.state_bits, geometry.group, pointers),
-            *(code.table.ctypes.data, code.spread, code.passes, sweeps, threads, ISAS[isa]),
+            *(code.table.ctypes.data, code.spread, code.passes, sweeps, threads, _isa(isa)),
             *(codes[panel:].ctypes.data, scales[panel:].ctypes.data),
         )
         _check(status, "hyper encoder")
@@ -314,6 +323,6 @@ def add_moments(
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
     status = _library().onnxcomp_add_moments(
         *(a.ctypes.data, b.ctypes.data, len(a), a.shape[1], b.shape[1]),
-        *(lower, threads, ISAS[isa], total.ctypes.data),
+        *(lower, threads, _isa(isa), total.ctypes.data),
     )
     _check(status, "moments")
