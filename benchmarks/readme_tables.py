@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from client_tables import clients
+from export_tables import exports
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
@@ -356,6 +357,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "numbers.md": ALL,
     ROOT / "docs" / "clients.md": {"Their answers": clients},
     ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
+    ROOT / "docs" / "pytorch.md": {"": exports},
 }
 
 
