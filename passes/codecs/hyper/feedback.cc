@@ -142,6 +142,7 @@ struct Kernels {
 }  // namespace
 
 #define ONNXCOMP_ISA feedback_baseline
+#include "product.h"
 #include "survivors.h"
 #include "panel.h"
 #undef ONNXCOMP_ISA
@@ -151,6 +152,7 @@ struct Kernels {
 #pragma GCC target("avx2")
 #define ONNXCOMP_ISA feedback_avx2
 #define ONNXCOMP_AVX2
+#include "product.h"
 #include "survivors.h"
 #include "panel.h"
 #undef ONNXCOMP_AVX2
@@ -161,6 +163,7 @@ struct Kernels {
 #pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
 #define ONNXCOMP_ISA feedback_avx512
 #define ONNXCOMP_AVX512
+#include "product.h"
 #include "survivors.h"
 #include "panel.h"
 #undef ONNXCOMP_AVX512

@@ -1,4 +1,4 @@
-"""The compiler's native code, loaded through ctypes: encoder and decoder of the hyper codec.
+"""The compiler's native code, loaded through ctypes: the hyper codec's, and sums of moments.
 
 The library is optional. Without it the numpy forms give the same bytes, only slower.
 """
@@ -23,6 +23,7 @@ from onnxcomp.passes.weight import Array
 
 __all__ = [
     "ISAS",
+    "add_moments",
     "available",
     "check",
     "hyper_decode",
@@ -100,6 +101,10 @@ def _load(path: Path) -> ctypes.CDLL:
     library.onnxcomp_hyper_feedback.argtypes = (
         *(pointer, i64, i64, i32, i32, i32, pointer, pointer),
         *(f64, i32, i32, i32, i32, pointer, pointer),
+    )
+    library.onnxcomp_add_moments.argtypes = (
+        *(pointer, pointer, i64, i64, i64),
+        *(i32, i32, i32, pointer),
     )
     return library
 
@@ -288,3 +293,27 @@ def hyper_feedback(
         )
         _check(status, "hyper encoder")
     return codes, scales
+
+
+def add_moments(
+    total: Array, a: Array, b: Array, *, lower: bool, threads: int = 1, isa: str = "auto"
+) -> None:
+    """Add ``a.T @ b`` to `total`: products are float32, their sums from 256 vectors on float64.
+
+    Args:
+        total: float64 ``(p, q)``, contiguous.
+        a: float32 ``(n, p)``.
+        b: float32 ``(n, q)``.
+        lower: Whether values above the diagonal may be left out.
+        threads: Worker threads; the result does not depend on it.
+        isa: A key of `ISAS`; the result does not depend on it.
+
+    Raises:
+        RuntimeMissingError: The library is not there.
+    """
+    a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
+    status = _library().onnxcomp_add_moments(
+        *(a.ctypes.data, b.ctypes.data, len(a), a.shape[1], b.shape[1]),
+        *(lower, threads, ISAS[isa], total.ctypes.data),
+    )
+    _check(status, "moments")
