@@ -108,6 +108,7 @@ def _lean_session(path: Path) -> Any:
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return open_session(path, session_options=options)
 
 
