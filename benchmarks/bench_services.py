@@ -12,6 +12,7 @@ reason.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -180,12 +181,18 @@ def run(kind: str, model: Path, home: Path, work: Path) -> dict[str, Any]:
         print(text[-3000:], file=sys.stderr)
         row = {"failed": f"{error}: {' '.join(text.splitlines()[-1:])}"}
     finally:
+        stop(process)
+    return {**row, "version": installed(programs, service)}
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and what it started."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-    return {**row, "version": installed(programs, service)}
 
 
 def installed(programs: Path, service: Service) -> str:
