@@ -130,17 +130,22 @@ def environment(home: Path, name: str) -> Path:
     if not done.is_file():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(home / name)], check=True)
         command = [str(python), "-m", "pip", "install", "-q", *PYTHON[name]]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        # Packages on the path would count as installed.
+        subprocess.run(command, check=True, capture_output=True, text=True, env=own_variables())
         done.touch()
     return python
 
 
+def own_variables() -> dict[str, str]:
+    """The variables of this process without its path for packages."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
 def run(command: list[str], folder: Path, wanted: np.ndarray) -> dict[str, Any]:
     """Run a program in the package and compare what it says."""
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     done = subprocess.run(
-        command, cwd=folder, env={**kept, **offline}, capture_output=True, text=True
+        command, cwd=folder, env={**own_variables(), **offline}, capture_output=True, text=True
     )
     if done.returncode != 0:
         return {"failed": " ".join(done.stderr.strip().splitlines()[-2:])[-400:]}

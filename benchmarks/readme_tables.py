@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from client_tables import clients
+from client_tables import clients, hub
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from serving_tables import services, sessions
@@ -351,7 +351,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "README.md": {"": headlines},
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "numbers.md": ALL,
-    ROOT / "docs" / "clients.md": {"Their answers": clients},
+    ROOT / "docs" / "clients.md": {"Their answers": clients, "Libraries around the hub": hub},
     ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
 }
 
