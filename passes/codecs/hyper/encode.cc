@@ -7,32 +7,10 @@
 
 #include <cmath>
 
-#include "common/processor.h"
+#include "encode.h"
+#include "instruction_sets.h"
 #include "jobs.h"
-
-#ifdef ONNXCOMP_X86
-#include <immintrin.h>
-#endif
-
-// Functions between these two are compiled for an instruction set that the rest does not need.
-#if defined(__clang__)
-#define ONNXCOMP_PRAGMA(text) _Pragma(#text)
-#define ONNXCOMP_TARGET(set) \
-  ONNXCOMP_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
-#define ONNXCOMP_END_TARGET _Pragma("clang attribute pop")
-#else
-#define ONNXCOMP_PRAGMA(text) _Pragma(#text)
-#define ONNXCOMP_TARGET(set) \
-  _Pragma("GCC push_options") ONNXCOMP_PRAGMA(GCC target(set))
-#define ONNXCOMP_END_TARGET _Pragma("GCC pop_options")
-#endif
-
-#define ONNXCOMP_EACH_TRELLIS(CASE)                                                          \
-  CASE(1, 6) CASE(2, 6) CASE(3, 6) CASE(4, 6)                                                \
-  CASE(1, 7) CASE(2, 7) CASE(3, 7) CASE(4, 7) CASE(5, 7)                                     \
-  CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8) CASE(5, 8) CASE(6, 8)                          \
-  CASE(1, 10) CASE(2, 10) CASE(3, 10) CASE(4, 10) CASE(5, 10) CASE(6, 10)                    \
-  CASE(1, 12) CASE(2, 12) CASE(3, 12) CASE(4, 12) CASE(5, 12) CASE(6, 12)
+#include "trellis.h"
 
 namespace {
 
@@ -146,6 +124,9 @@ class Encoder {
            history_.get();
   }
 
+  // States of the last block, [t][lane].
+  const uint16_t* path() const { return kept_.get(); }
+
   // Returns false when a scale does not fit float16.
   bool run(int64_t job) {
     read(job);
@@ -248,34 +229,16 @@ class Encoder {
       }
   }
 
+  // A block without a scale has codes of zeros.
   void write(int64_t job) {
-    const int bits = task_.format.bits, stem_bits = task_.format.state_bits - bits;
-    uint8_t* codes = task_.codes + job * task_.format.block_bytes() * kLanes;
-    uint32_t used[kLanes], dword[kLanes] = {};
+    uint16_t used[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       task_.scales[job * kLanes + lane] = chosen_[lane];
-      used[lane] = chosen_[lane] ? (1u << bits) - 1 : 0;
+      used[lane] = chosen_[lane] ? 0xFFFF : 0;
     }
-    int filled = 0;
-    for (int t = 0; t < group_; ++t) {
-      uint32_t symbol[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        symbol[lane] = (kept_.get()[t * kLanes + lane] >> stem_bits) & used[lane];
-        dword[lane] |= symbol[lane] << filled;
-      }
-      filled += bits;
-      if (filled < 32) continue;
-      filled -= 32;
-      put(codes, dword);
-      codes += 4 * kLanes;
-      for (int lane = 0; lane < kLanes; ++lane) dword[lane] = symbol[lane] >> (bits - filled);
-    }
-  }
-
-  static void put(uint8_t* codes, const uint32_t* dword) {
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; i < 4; ++i)
-        codes[lane * 4 + i] = static_cast<uint8_t>(dword[lane] >> (8 * i));
+    for (int i = 0; i < group_ * kLanes; ++i) kept_.get()[i] &= used[i % kLanes];
+    if (!task_.codes) return;
+    pack(task_.format, kept_.get(), task_.codes + job * task_.format.block_bytes() * kLanes);
   }
 
   const EncodeTask& task_;
@@ -307,8 +270,46 @@ std::vector<StateCost> state_costs(const int8_t* table, const Format& format) {
 
 }  // namespace
 
+namespace hyper {
+
+// One block, read as a matrix of sixteen rows whose columns lie one after the other.
+class BlockEncoder::Block {
+ public:
+  Block(const Format& format, const PlainCode& code)
+      : states(state_costs(code.table, format)),
+        x(size_t(format.group) * kLanes),
+        task(make_task(format, code)),
+        encoder(task) {}
+
+  std::vector<StateCost> states;
+  Aligned<float> x;
+  uint16_t scales[kLanes];
+  EncodeTask task;
+  Encoder encoder;
+
+ private:
+  EncodeTask make_task(const Format& format, const PlainCode& code) {
+    const Format block = {kLanes, format.group, format.bits, format.state_bits, format.group};
+    const Kernels* kernels = kernels_of(code.isa);
+    return {block,   x.get(), 1, kLanes, code.spread, code.passes, code.table, states.data(),
+            kernels, kernels->find_search(format.bits, format.state_bits), nullptr, scales};
+  }
+};
+
+BlockEncoder::BlockEncoder(const Format& format, const PlainCode& code)
+    : block_(new Block(format, code)) {}
+BlockEncoder::~BlockEncoder() = default;
+bool BlockEncoder::supports(int32_t isa) { return kernels_of(isa) != nullptr; }
+bool BlockEncoder::ok() const { return block_->x.get() && block_->encoder.ok(); }
+float* BlockEncoder::targets() { return block_->x.get(); }
+bool BlockEncoder::run() { return block_->encoder.run(0); }
+const uint16_t* BlockEncoder::path() const { return block_->encoder.path(); }
+const uint16_t* BlockEncoder::scales() const { return block_->scales; }
+
+}  // namespace hyper
+
 // Version of this interface.
-ONNXCOMP_EXPORT int32_t onnxcomp_encoders_version() { return 1; }
+ONNXCOMP_EXPORT int32_t onnxcomp_encoders_version() { return 2; }
 
 // Encode weight[row * row_stride + column * column_stride], strides in elements. `spread` is the
 // root mean square of the targets in table units that the start scale aims at; `passes` is the
