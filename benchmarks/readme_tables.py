@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from client_tables import clients
+from client_tables import clients, hub
 from export_tables import exports
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
@@ -355,7 +355,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
-    ROOT / "docs" / "clients.md": {"Their answers": clients},
+    ROOT / "docs" / "clients.md": {"Their answers": clients, "Libraries around the hub": hub},
     ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
     ROOT / "docs" / "pytorch.md": {"": exports},
 }
