@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from client_tables import clients
+from latency_tables import merged_products, whole_models
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from size_loss_picture import PICTURE, draw
@@ -338,6 +339,8 @@ ALL: Sections = {
     "Weights": restored,
     "Products": products,
     "Products with structured tables": structured_products,
+    "Products that share their input": merged_products,
+    "Whole models": whole_models,
     "Products with shared weights": shared_products,
     "Training with shared weights": shared_training,
     "The model of the demo": demo,
