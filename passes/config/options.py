@@ -219,6 +219,13 @@ class ByteOptions(Options):
         "what `avx512` and `cuda` do. `onnxcomp doctor MODEL` says what would suit a machine.",
         key="machines", example="avx2",
     )  # fmt: skip
+    logits_to_keep: int | None = option(
+        None, Number(whole=True, least=1, metavar="N"), "output",
+        "Decoders: compute and return the logits of the last N positions only.",
+        "Generation needs 1, and a prompt takes less time. The logits then have N positions, or as "
+        "many as there are. Everything is calibrated and judged with the logits of all positions.",
+        example="1",
+    )  # fmt: skip
     objective: Objective = option(
         "size", Choice(Objective), "target",
         "What is made small where the other wishes leave a choice: bytes, or the time of a run.",
@@ -234,8 +241,10 @@ class PlanOptions(ByteOptions):
 
     data: Any = option(
         None, Data(), "data",
-        "Inputs: an .npz file, a folder of them, or name=file.npy; without, they are made up.",
-        "A model with one input takes file.npy, too; Python takes arrays as well, see "
+        "Inputs: an .npz file, a folder of them, name=file.npy, or a text for a language model; "
+        "without, they are made up.",
+        "A model with one input takes file.npy, too, and a language model text.txt, which it reads "
+        "in windows by the tokenizer.json beside it. Python takes arrays as well, see "
         "`runtime.inputs.load_inputs`. They calibrate the codes and check the result; without "
         "them weights are encoded by their values alone.",
         key="path", example="calibration/*.npz",

@@ -43,6 +43,10 @@ PathLike = str | os.PathLike[str]
 # Attributes of products: TensorProto types.
 _TYPE_NAMES = {1: "float32", 10: "float16", 16: "bfloat16"}
 
+# Bytes of outputs that are kept of one form; up to four forms are compared. A language model's
+# logits of one window are 50 MB.
+_KEPT = 256 << 20
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
@@ -147,7 +151,8 @@ def verify(
 ) -> Verification:
     """Compare a compressed model with its original, with and without the operator library.
 
-    One session at a time is open; outputs of the samples are kept in memory.
+    One session at a time is open; outputs of the samples are kept in memory, of so many samples as
+    take 256 MiB.
 
     Args:
         reference: The original model.
@@ -284,14 +289,18 @@ def _verify(
 def _reference(
     model: PathLike, inputs: _Inputs, taps: Taps, clock: Clock
 ) -> tuple[list[Feed], list[Outputs], Signature]:
-    """Inputs, what the original makes of them, and what it declares of its outputs."""
+    """Inputs, what the original makes of them, and what it declares of its outputs.
+
+    Where all outputs would take more than `_KEPT`, samples spread over the given ones are run.
+    """
     session, added = Copy(model, taps.all).session(library=True)
     feeds = inputs.load(model, session)
-    return (
-        feeds,
-        [_outputs(session, feed, added, clock) for feed in feeds],
-        Signature.of(session, added),
-    )
+    wanted = [_outputs(session, feeds[0], added, clock)]
+    size = sum(array.nbytes for array in wanted[0].values())
+    count = min(len(feeds), max(1, _KEPT // max(size, 1)))
+    feeds = [feeds[number * len(feeds) // count] for number in range(count)]
+    wanted += [_outputs(session, feed, added, clock) for feed in feeds[1:]]
+    return feeds, wanted, Signature.of(session, added)
 
 
 def _outputs(session: Any, feed: Feed, added: Mapping[str, str], clock: Clock) -> Outputs:
