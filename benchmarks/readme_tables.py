@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from client_tables import clients
-from latency_tables import merged_products, whole_models
+from latency_tables import headline_latency, merged_products, whole_models
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
@@ -357,6 +357,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
+    ROOT / "docs" / "planning.md": {"": headline_latency},
     ROOT / "docs" / "clients.md": {"Their answers": clients},
     ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
 }
