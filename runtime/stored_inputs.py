@@ -128,7 +128,7 @@ def _read(path: Path) -> Any:
             return loaded
         with loaded:
             return dict(loaded)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UsageError(
             f"cannot read {path}: {error}", hint="arrays are .npy or .npz files without objects"
         ) from error

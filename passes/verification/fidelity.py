@@ -236,8 +236,11 @@ def _verify(
 
     clock = Clock()
     feeds, wanted, signature = _reference(reference, inputs, taps, clock)
-    if inputs.data is not None and not any(a.size for run in wanted for a in run.values()):
-        raise UsageError("the given inputs make empty outputs", hint="give inputs with rows")
+    given = inputs.data is not None or inputs.shapes
+    if given and not any(array.size for run in wanted for array in run.values()):
+        raise UsageError(
+            "the given inputs or shapes make empty outputs", hint="give inputs with rows"
+        )
     two_forms = needs_library(compressed)
     products = _products(compressed) if two_forms else []
     int8 = any(product["precision"].i == INT8 for product in products)
