@@ -66,11 +66,12 @@ def whole_models() -> Iterator[str]:
     """Speed and memory of whole models on each class of machine."""
     yield (
         "Speed of whole models against float32 in ONNX Runtime (1.00), without calibration:\n"
-        "processor time of one thread, and with two threads the best tenth by the clock. Forms\n"
-        "are ONNX Runtime's dynamic int8, MatMulNBits with blocks of 128 and int8 activations\n"
-        "(look-ups and a tied head stay dense there), and codes of 4, 3 and 2 bits. ViT and\n"
-        "Whisper have random weights of the real shapes; convolutions and recurrent layers are\n"
-        "dense while they run: `benchmarks/bench_latency.py`.\n"
+        "processor time of one thread, or with two the best tenth by the clock. Forms are ONNX\n"
+        "Runtime's dynamic int8, MatMulNBits with blocks of 128 and int8 activations (look-ups\n"
+        "and a tied head stay dense there), and codes of 4, 3 and 2 bits. ViT and Whisper have\n"
+        "random weights of the real shapes; convolutions and recurrent layers are dense while\n"
+        "they run:\n"
+        "`benchmarks/bench_latency.py`.\n"
     )
     for name in CLASSES:
         results = read(name)
