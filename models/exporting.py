@@ -148,7 +148,7 @@ def export(
             with multiplied_out(module):
                 graph = export_graph(
                     exporter, module, call, folder, input_names=inputs, output_names=outputs,
-                    dynamic_shapes=dynamic_shapes, opset=opset,
+                    dynamic_shapes=dynamic_shapes, opset=opset, compared=len(calls) > 1,
                 )  # fmt: skip
         if shared := memories(module):
             write_note(graph, shared)

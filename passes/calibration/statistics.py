@@ -22,6 +22,11 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.im2col import Patches, patches, windows
 from onnxcomp.passes.calibration.notices import warn_of_few_vectors
+from onnxcomp.passes.calibration.residual_streams import (
+    MissingSums,
+    missing_vectors,
+    stream_of,
+)
 from onnxcomp.passes.calibration.segmented_run import Chain
 from onnxcomp.passes.weight import Array, Feed, Stats, Use, WeightSite
 
@@ -54,7 +59,8 @@ class _Source:
     Attributes:
         value: Name of the value.
         kind: "rows" where the last axis holds a vector, "columns" where the one before it does,
-            "patches" for convolutions, "indices" for look-ups.
+            "patches" for convolutions, "indices" for look-ups, "stream" for what the product is
+            added to.
         patches: Of a convolution.
     """
 
@@ -109,6 +115,14 @@ def unobservable(model: ir.Model, site: WeightSite, *, convolutions: bool = True
     return _sources(model, site, convolutions)[1]
 
 
+def _stream(model: ir.Model, site: WeightSite, sources: Sequence[_Source]) -> tuple[_Source, ...]:
+    """The stream that the only product of a weight is added to."""
+    if len(sources) != 1 or sources[0].kind not in ("rows", "patches"):
+        return ()
+    name = stream_of(model, site)
+    return (_Source(name, "stream", sources[0].patches),) if name else ()
+
+
 def _names(sources: Sequence[_Source]) -> list[str]:
     return list(dict.fromkeys(source.value for source in sources))
 
@@ -153,6 +167,54 @@ def _vectors(array: Array, source: _Source) -> Array:
     return np.asarray(array.reshape(-1, array.shape[-1]))
 
 
+class _Lost:
+    """What the stream behind a weight's product lacks, summed up.
+
+    Args:
+        source: The stream.
+        site: The weight.
+    """
+
+    def __init__(self, source: _Source, site: WeightSite) -> None:
+        self._source, self._rows = source, site.rows
+        self._seen = MissingSums(site.rows, site.length, held=False)
+        self._kept = MissingSums(site.rows, site.length, held=True)
+
+    @classmethod
+    def of(cls, site: WeightSite, sources: Sequence[_Source]) -> _Lost | None:
+        """For the stream among the sources; None where there is none."""
+        found = [source for source in sources if source.kind == "stream"]
+        return cls(found[0], site) if found else None
+
+    def add(
+        self,
+        values: Mapping[str, Array],
+        exact: Mapping[str, Array],
+        inputs: tuple[Array, Array],
+        parts: Sequence[tuple[slice, bool]],
+    ) -> None:
+        """Add one calibration input.
+
+        Args:
+            values: Of the compressed model, by name.
+            exact: Of the dense model.
+            inputs: Vectors that the product reads in the two models.
+            parts: Which of them are held back.
+        """
+        name = self._source.value
+        lost = missing_vectors(exact[name], values[name], self._source.patches, self._rows)
+        for part, held in parts:
+            some = None if lost is None or len(lost) != len(inputs[0]) else lost[part]
+            (self._kept if held else self._seen).add(some, inputs[0][part], inputs[1][part])
+
+    def beside(self, stats: Stats) -> Stats:
+        """The statistics with what is missing, where it is known for all inputs."""
+        seen, kept = self._seen.means(), self._kept.means()
+        if seen is None or kept is None:
+            return stats
+        return dataclasses.replace(stats, missing=seen, held_missing=kept)
+
+
 class Calibration:
     """Statistics of weights, in the order in which the model uses them.
 
@@ -163,6 +225,7 @@ class Calibration:
         feeds: Inputs by name.
         sites: Weights to observe.
         reference: A model of the same structure to take `Stats.cross` from.
+        streams: Whether to take `Stats.missing`, too, where there is a reference.
         convolutions: Whether convolutions are observed.
         folder: Where pieces of the model are written for ONNX Runtime.
     """
@@ -174,10 +237,15 @@ class Calibration:
         sites: Sequence[WeightSite],
         *,
         reference: ir.Model | None = None,
+        streams: bool = False,
         convolutions: bool = True,
         folder: Path | None = None,
     ) -> None:
         found = {site.name: _sources(model, site, convolutions) for site in sites}
+        if streams and reference is not None:
+            for site in sites:
+                sources, reason = found[site.name]
+                found[site.name] = (*sources, *_stream(model, site, sources)), reason
         self.reasons = {name: reason for name, (_, reason) in found.items() if reason}
         self._feeds = list(feeds)
         by_sources: dict[tuple[_Source, ...], list[WeightSite]] = {}
@@ -213,36 +281,43 @@ class Calibration:
         paired = self._dense is not None
         kept = _Moments(site.length, cross=paired, reference=paired)
         counts = np.zeros(site.rows) if any(s.kind == "indices" for s in sources) else None
+        lost = _Lost.of(site, sources)
         names = _names(sources)
         found = self._chain.advance(names)
         dense = self._dense.advance(names) if self._dense else [{}] * len(self._feeds)
         for number, (values, exact) in enumerate(zip(found, dense, strict=True)):
             for source in sources:
+                if source.kind == "stream":
+                    continue
                 if source.kind == "indices":
                     assert counts is not None
                     counts += np.bincount(values[source.value].ravel() % site.rows, None, site.rows)
                     continue
                 x = _vectors(values[source.value], source)
                 reference = _vectors(exact[source.value], source) if exact else None
-                self._share(number, x, reference, seen, kept)
+                for part, held in self._parts(number, len(x)):
+                    other = None if reference is None else reference[part]
+                    (kept if held else seen).add(x[part], other)
+                if lost is not None and reference is not None:
+                    lost.add(values, exact, (x, reference), self._parts(number, len(x)))
             if not (seen.finite and kept.finite):
                 raise ModelError(
                     f"inputs of weight {site.name!r} are NaN, infinite or too large "
                     f"(calibration input {number + 1} of {len(self._feeds)})",
                     hint="correct the calibration data, or leave out --data",
                 )
-        return _stats(site, seen, kept, counts)
+        stats = _stats(site, seen, kept, counts)
+        return stats if lost is None else lost.beside(stats)
 
-    def _share(
-        self, number: int, x: Array, reference: Array | None, seen: _Moments, kept: _Moments
-    ) -> None:
-        """Keep every tenth input back, or of a few inputs the last tenth of their vectors."""
+    def _parts(self, number: int, count: int) -> tuple[tuple[slice, bool], ...]:
+        """Which vectors of an input are held back.
+
+        All of every tenth input, or of a few inputs the last tenth of each.
+        """
         if len(self._feeds) >= HELD_OUT:
-            (kept if number % HELD_OUT == HELD_OUT - 1 else seen).add(x, reference)
-            return
-        cut = len(x) - len(x) // HELD_OUT
-        seen.add(x[:cut], None if reference is None else reference[:cut])
-        kept.add(x[cut:], None if reference is None else reference[cut:])
+            return ((slice(None), number % HELD_OUT == HELD_OUT - 1),)
+        cut = count - count // HELD_OUT
+        return ((slice(None, cut), False), (slice(cut, None), True))
 
 
 def _stats(site: WeightSite, seen: _Moments, kept: _Moments, counts: Array | None) -> Stats:
@@ -298,7 +373,9 @@ def collect(
             yield dataclasses.replace(stats, site=site)
 
 
-def split_batches(feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]]) -> list[Feed]:
+def split_batches(
+    feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]], *, most: int = _BATCH
+) -> list[Feed]:
     """Cut inputs with many samples along a batch axis that all inputs share.
 
     The axis is the first one where it is free in every input, under one name, and of one size.
@@ -306,6 +383,7 @@ def split_batches(feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]]) -> l
     Args:
         feeds: Inputs by name.
         dims: Declared sizes of each input; a name or None where a size is free.
+        most: Samples of a part, at most.
     """
     first = {next(iter(sizes)) if len(sizes) else 0 for sizes in dims.values()}
     free = len(first) == 1 and not isinstance(next(iter(first)), int)
@@ -313,7 +391,7 @@ def split_batches(feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]]) -> l
     for feed in feeds:
         sizes = {len(array) for array in feed.values()} if free else {1}
         count = next(iter(sizes)) if len(sizes) == 1 else 1
-        step = _BATCH if len(feeds) >= HELD_OUT else max(1, min(_BATCH, count // HELD_OUT))
+        step = most if len(feeds) >= HELD_OUT else max(1, min(most, count // HELD_OUT))
         if count <= 1:
             result.append(feed)
             continue

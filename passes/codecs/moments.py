@@ -28,10 +28,10 @@ DAMPING = 0.01
 # than 0.
 LOOK_UPS = 0.05
 
-# How much of what would make up for the errors of earlier weights is asked for, and the share of
-# the mean diagonal that is added to the moments for it. All of it, and with less added, fits the
-# calibration inputs too closely.
-ANCHOR, ANCHOR_DAMPING = 0.5, 0.1
+# Shares of the mean diagonal that may be added to the moments when errors of earlier weights are
+# made up for; held-out inputs choose. With little added the calibration inputs are fitted too
+# closely, with much the weight stays as it is.
+ANCHOR_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 # Elements of a weight that are worked on at a time, in float64.
 _CHUNK = 1 << 20
@@ -57,8 +57,10 @@ def damped(stats: Stats) -> Array:
 def anchored(weight: Array, stats: Stats) -> Array:
     """The weight that a calibrated encoder should aim at where earlier weights have errors.
 
-    ``W + t W (C - G) (G + d I)^-1`` with ``C = E[x_ref x^T]``: for t = 1 and d = 0 its products
-    with the inputs of the compressed model are closest to those of the dense model with its own.
+    ``W + (W (C - G) + D) (G + d I)^-1`` with ``C = E[x_ref x^T]``, and ``D = E[r x^T]`` for what is
+    missing, r, in the stream that the product is added to. For d = 0 its products with the inputs
+    of the compressed model are closest to those of the dense model with its own, plus r. The d is
+    that of `ANCHOR_DAMPINGS` with the least error on held-out inputs.
 
     Args:
         weight: float32 ``(rows, length)``.
@@ -67,21 +69,31 @@ def anchored(weight: Array, stats: Stats) -> Array:
     Returns:
         float32 ``(rows, length)``.
     """
-    if stats.cross is None:
+    if stats.cross is None or float(np.trace(stats.gram)) <= 0.0:
         return weight
+    best, least = weight, held_out_error(weight, weight, stats)
+    for damping in ANCHOR_DAMPINGS:
+        target = _drifted(weight, stats, damping)
+        error = held_out_error(weight, target, stats)
+        if error is None or least is None or error < least:
+            best, least = target, error
+    return best
+
+
+def _drifted(weight: Array, stats: Stats, damping: float) -> Array:
+    assert stats.cross is not None
     length = len(stats.gram)
     mean = float(np.trace(stats.gram)) / length
-    if mean <= 0.0:
-        return weight
-    scarcity = max(1.0, ENOUGH * length / max(1, stats.tokens))
-    raised = stats.gram + np.eye(length) * (mean * ANCHOR_DAMPING * scarcity)
+    raised = stats.gram + np.eye(length) * (mean * damping)
     # W (C - G) (G + d I)^-1 with the small product first: rows may be many more than columns.
     turn = np.linalg.solve(raised, (stats.cross - stats.gram).T).T
+    more = None if stats.missing is None else np.linalg.solve(raised, stats.missing.cross.T).T
     result = np.empty(weight.shape, np.float32)
     rows = max(1, _CHUNK // length)
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows].astype(np.float64)
-        result[start : start + rows] = part + ANCHOR * (part @ turn)
+        extra = 0.0 if more is None else more[start : start + rows]
+        result[start : start + rows] = part + part @ turn + extra
     return result
 
 
@@ -127,8 +139,8 @@ def output_error(weight: Array, decoded: Array, moments: Array) -> float:
 def held_out_error(weight: Array, decoded: Array, stats: Stats) -> float | None:
     """Relative error of products on held-out inputs; None where none were held out.
 
-    With a reference model it is the distance of ``W' x`` from the ``W x_ref`` of that model,
-    ``W G_ref W^T - 2 W C W'^T + W' G W'^T``, relative to the latter.
+    With a reference model it is the distance of ``W' x`` from ``y = W x_ref + r``, with what is
+    missing, r, in the stream that the product is added to, relative to y.
 
     Args:
         weight: ``(rows, length)``.
@@ -139,10 +151,20 @@ def held_out_error(weight: Array, decoded: Array, stats: Stats) -> float | None:
         return None
     if stats.held_cross is None or stats.held_reference is None:
         return output_error(weight, decoded, stats.held_out)
+    missing = stats.held_missing
     power = energy(weight, stats.held_reference)
-    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    if missing is not None and missing.reference is not None:
+        power += 2.0 * _inner(weight, missing.reference) + missing.power
     noise = power + energy(decoded, stats.held_out)
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows].astype(np.float64) @ stats.held_cross
         noise -= 2.0 * float(np.einsum("ij,ij->", part, decoded[start : start + rows]))
+    if missing is not None:
+        noise -= 2.0 * _inner(decoded, missing.cross)
     return float(np.sqrt(max(0.0, noise) / power)) if power > 0.0 else 0.0
+
+
+def _inner(a: Array, b: Array) -> float:
+    """``tr(A B^T)``."""
+    return float(np.einsum("ij,ij->", a, b, dtype=np.float64))

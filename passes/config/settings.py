@@ -45,8 +45,18 @@ class Settings(ByteOptions):
             raise UsageError(
                 f"{' and '.join(shares)} were given together", hint="choose one of them"
             )
+        if self.functions != "local" and not self.portable:
+            raise UsageError(
+                f"functions is {self.functions!r}, but portable is false",
+                hint="inlined definitions are what makes a model portable: leave portable out",
+            )
         if not shares and not self.divide and (self.prune_score or self.prune_caches):
             raise UsageError("a way to prune is given, but not how much", hint=_HOW_MUCH)
+
+    @property
+    def timed(self) -> bool:
+        """Whether it matters how long a run takes."""
+        return self.max_slowdown is not None or self.objective == "latency"
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -15,7 +15,7 @@ from onnxcomp.passes.encoding.distill import distilled
 from onnxcomp.passes.encoding.encoder import encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
-from onnxcomp.passes.lowering.rewrite import rewrite
+from onnxcomp.passes.lowering.lower import lower
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.report.report import SiteReport
 from onnxcomp.passes.report.spectra import spectra
@@ -85,7 +85,7 @@ def emit(
     with stage("write"):
         placements = [item.placement for item in encoded if item.placement is not None]
         found = spectra(model, placements)
-        if placements:
-            rewrite(model, placements, portable=plan.settings.portable)
+        settings = plan.settings
+        lower(model, placements, portable=settings.portable, functions=settings.functions)
         saved = save(model, path, external_data=plan.settings.external_data)
     return Written(saved, (*(encoded_site(item, found) for item in encoded), *skipped_sites(plan)))

@@ -43,6 +43,7 @@ from onnxcomp.passes.ir.traversal import (
     scopes,
 )
 from onnxcomp.passes.lowering.builder import attribute
+from onnxcomp.passes.lowering.routes import operand
 from onnxcomp.passes.lowering.split_operators import SPLIT_KINDS, join
 from onnxcomp.passes.weight import DOMAIN, Array, Attribute, WeightSite
 
@@ -157,17 +158,6 @@ def _dense(entry: ManifestEntry, values: Mapping[str, ir.Value]) -> ir.LazyTenso
     return ir.LazyTensor(decoded, dtype, ir.Shape(site.shape), cache=False, name=site.name)
 
 
-def _operand(node: ir.Node, route: list[int]) -> ir.Value:
-    """The value that a route of inputs leads to."""
-    value: ir.Value | None = node.outputs[0]
-    for index in route:
-        producer = None if value is None else value.producer()
-        value = None if producer is None else producer.inputs[index]
-    if value is None:
-        raise ValueError(f"nothing is connected to its inputs {route}")
-    return value
-
-
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     return (node for scope in scopes(model) for node in scope.graph)
 
@@ -250,24 +240,25 @@ class _Expander:
     def replace_use(self, node: ir.Node) -> None:
         """Put one standard operator in the place of those that a codec had emitted."""
         try:
-            name, kind, route = json.loads(node.metadata_props[USE_KEY])
-            entry, operand = self._manifest[name], _operand(node, route)
+            name, kind, way, *stated = json.loads(node.metadata_props[USE_KEY])
+            entry, source = self._manifest[name], operand(node, way)
+            dtype = ELEMENT_TYPES[stated[0] if stated else entry.site.dtype]
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
         if kind in SPLIT_KINDS:
-            self._join(node, kind, operand, entry.site)
+            self._join(node, kind, source, entry.site)
             return
         site, transposed = entry.site, kind == "matmul"
         shape = (site.length, site.rows) if transposed else (site.rows, site.length)
-        weight = self._matrix(_Matrix(site.name, shape, transposed, ELEMENT_TYPES[site.dtype]))
+        weight = self._matrix(_Matrix(site.name, shape, transposed, dtype))
         result = self._before(
             node,
             "MatMul" if transposed else "Gather",
-            [operand, weight] if transposed else [weight, operand],
+            [source, weight] if transposed else [weight, source],
         )
         self._take_place(node, result)
 
-    def _join(self, node: ir.Node, kind: str, operand: ir.Value, site: WeightSite) -> None:
+    def _join(self, node: ir.Node, kind: str, source: ir.Value, site: WeightSite) -> None:
         """Put a convolution or recurrence with the whole weight in the place of a split one."""
         fed = [value.producer() for value in node.inputs[:2] if value is not None]
 
@@ -277,7 +268,7 @@ class _Expander:
             return self._before(node, op_type, inputs, attributes)
 
         try:
-            result = join(node, kind, operand, self.weight(site.name), before)
+            result = join(node, kind, source, self.weight(site.name), before)
         except ValueError as error:
             raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
         if result is node.outputs[0]:

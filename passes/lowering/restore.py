@@ -12,9 +12,9 @@ from onnxcomp.passes.ir.manifest import ManifestEntry
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.expand import stored_payload
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
-from onnxcomp.passes.weight import WeightSite
+from onnxcomp.passes.weight import DOMAIN, WeightSite
 
-__all__ = ["place_stored"]
+__all__ = ["place_stored", "stored_placement"]
 
 
 def place_stored(
@@ -36,14 +36,27 @@ def place_stored(
     """
     values = initializers(compressed)
     by_name = {site.name: site for site in sites}
-    placements = []
-    for name, record in records.items():
-        codec = CODECS[record.recipe.codec]
-        params = typed_params(codec.params_type, record.recipe.params, codec.name)
-        payload = stored_payload(record, values)
-        mode = record.recipe.mode
-        placements.append(
-            Placement(by_name[name], codec, payload, mode, params)  # type: ignore[arg-type]
-        )
+    placements = [stored_placement(by_name[n], record, values) for n, record in records.items()]
     if placements:
-        rewrite(model, placements, portable=bool(compressed.functions))
+        alone = not any(node.domain == DOMAIN for node in compressed.graph.all_nodes())
+        rewrite(model, placements, portable=bool(compressed.functions) or alone)
+
+
+def stored_placement(
+    site: WeightSite, record: ManifestEntry, values: Mapping[str, ir.Value]
+) -> Placement:
+    """One weight as a compressed model stores it.
+
+    Args:
+        site: The weight in the dense model.
+        record: What was done with it.
+        values: Initializers of the compressed model by name.
+
+    Raises:
+        ModelError: A tensor is missing or damaged.
+    """
+    codec = CODECS[record.recipe.codec]
+    params = typed_params(codec.params_type, record.recipe.params, codec.name)
+    payload = stored_payload(record, values)
+    mode = record.recipe.mode
+    return Placement(site, codec, payload, mode, params)  # type: ignore[arg-type]

@@ -24,7 +24,6 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, EmitFactors, Payload
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import (
-    KEY,
     USE_KEY,
     WEIGHT_KEY,
     ManifestEntry,
@@ -45,10 +44,11 @@ from onnxcomp.passes.ir.traversal import (
     scopes,
 )
 from onnxcomp.passes.lowering.builder import GraphBuilder, InitializerPool
+from onnxcomp.passes.lowering.routes import route
 from onnxcomp.passes.lowering.split_operators import split, splits
 from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Use, WeightSite
 
-__all__ = ["FUNCTION_IR", "Placement", "precision_attributes", "rewrite"]
+__all__ = ["FUNCTION_IR", "Placement", "in_parts", "precision_attributes", "rewrite"]
 
 # The IR version that introduced model-local functions.
 FUNCTION_IR = 8
@@ -155,8 +155,8 @@ class _Rewriter:
         kind, result = split(builder, node, site, *factors(builder, site, placement.payload))
         producer = result.producer()
         assert producer is not None
-        route = [0, 0]  # both ways lead through the first input of two nodes
-        producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, route])
+        way = [0, 0]  # both kinds lead through the first input of two nodes
+        producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, way])
         if producer is not node:
             self._put(result, node)
         return True
@@ -166,7 +166,7 @@ class _Rewriter:
         path = [self._node(name) for name in use.path]
         dtype = _dtype_at_use(path, placement.site.dtype)
         converted = dtype != placement.site.dtype
-        if converted and _in_parts(placement.codec, self.pool.opset):
+        if converted and in_parts(placement.codec, self.pool.opset):
             # Tensors of standard operators have the stored type: the Cast has to stay.
             return False
         site = dataclasses.replace(placement.site, dtype=dtype)
@@ -231,7 +231,7 @@ def _replacement(
     return _affine(node, product, site.dtype, builder)
 
 
-def _in_parts(codec: Codec, opset: int) -> bool:
+def in_parts(codec: Codec, opset: int) -> bool:
     """Whether a use becomes standard operators, or several custom ones that do not explain it."""
     return codec.composite or not codec.functions(opset)
 
@@ -243,26 +243,10 @@ def _emitted(
     assert x is not None
     result = placement.codec.emit(builder, site, placement.payload, kind, x)
     producer = result.producer()
-    if producer is not None and _in_parts(placement.codec, builder.opset):
-        route = _route(result, x)
-        producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, route])
+    if producer is not None and in_parts(placement.codec, builder.opset):
+        way = route(result, x)
+        producer.metadata_props[USE_KEY] = json.dumps([site.name, kind, way])
     return result
-
-
-def _route(result: ir.Value, x: ir.Value) -> list[int]:
-    """Which inputs lead from a value back to `x`, through nodes that a codec asked for."""
-    pending: list[tuple[ir.Value, list[int]]] = [(result, [])]
-    while pending:
-        value, route = pending.pop(0)
-        if value is x:
-            return route
-        producer = value.producer()
-        if producer is None or KEY not in producer.metadata_props:
-            continue
-        for index, operand in enumerate(producer.inputs):
-            if operand is not None:
-                pending.append((operand, [*route, index]))
-    raise ModelError(f"the nodes made for {result.name!r} do not read {x.name!r}")
 
 
 def _affine(node: ir.Node, product: ir.Value, dtype: str, builder: GraphBuilder) -> ir.Value:

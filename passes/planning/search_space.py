@@ -12,6 +12,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.config.policy import Policy
+from onnxcomp.passes.config.values import Target
 from onnxcomp.passes.planning.candidates import Candidate, Estimate, Estimator, thin_again
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity
 from onnxcomp.passes.suggest import suggest
@@ -131,13 +132,24 @@ def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Pa
     return [codec.qualities.apply(params, str(quality)) for params in offered]
 
 
+def _target(site: WeightSite, policy: Policy) -> Target:
+    """Machines that matter to a weight: those are no matter where it is decoded but once."""
+    decoded = policy.mode == "decode"
+    multiplied = policy.mode != "folded" and any(use.need == "matmul" for use in site.uses)
+    return policy.target if decoded or multiplied else "any"
+
+
 def _settings_of(
-    codec: Codec, site: WeightSite, fixed: Mapping[str, object], quality: object = None
+    codec: Codec,
+    site: WeightSite,
+    fixed: Mapping[str, object],
+    quality: object = None,
+    target: Target = "any",
 ) -> list[Params]:
     """Settings a codec offers for a site, with some parameters held fixed.
 
     A fixed number of bits picks among what is offered; any other value is used as given, with
-    the other parameters as offered.
+    the other parameters as offered. What is not fixed suits the target.
     """
     offered = list(codec.candidates(site))
     if quality is not None:
@@ -146,8 +158,11 @@ def _settings_of(
         wanted = fixed[codec.width]
         offered = [p for p in offered if getattr(p, codec.width) == wanted] or offered
     if not fixed:
-        return offered
-    forced = dict.fromkeys(dataclasses.replace(params, **fixed) for params in offered)
+        return [codec.targeted(params, target) for params in offered]
+    changed = (dataclasses.replace(params, **fixed) for params in offered)
+    forced = dict.fromkeys(
+        dataclasses.replace(codec.targeted(params, target), **fixed) for params in changed
+    )
     valid = []
     for params in forced:
         try:
@@ -166,11 +181,12 @@ def predicted(codec: Codec, site: WeightSite, params: Sequence[Params]) -> list[
 
 
 def _candidates(
-    codec: Codec, site: WeightSite, fixed: Mapping[str, object], estimator: Estimator
+    codec: Codec, site: WeightSite, policy: Policy, estimator: Estimator
 ) -> list[Candidate]:
+    fixed = policy.params
     own = {name: value for name, value in fixed.items() if name != QUALITY}
     typed_params(codec.params_type, own, codec.name)
-    offered = _settings_of(codec, site, own, fixed.get(QUALITY))
+    offered = _settings_of(codec, site, own, fixed.get(QUALITY), _target(site, policy))
     return [
         Candidate(site, codec.name, params, codec.size(site, params), found.error, found)
         for params, found in zip(offered, estimator(codec, site, offered), strict=True)
@@ -213,7 +229,7 @@ def candidate_set(
             reasons.append(f"{codec.name}: {refusal}")
             continue
         try:
-            offered = _candidates(codec, site, policy.params, estimator)
+            offered = _candidates(codec, site, policy, estimator)
         except UsageError as error:
             wrong.append(error)
             continue

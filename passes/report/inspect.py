@@ -13,11 +13,14 @@ import onnx_ir as ir
 
 from onnxcomp.passes.analysis.def_use import qualified_type
 from onnxcomp.passes.analysis.weight_sites import MIN_SIZE, SkippedWeight, find_sites
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.ir import metadata
-from onnxcomp.passes.ir.manifest import ManifestEntry, own_name, read_manifest, shared_name
+from onnxcomp.passes.ir.manifest import ManifestEntry, Recipe, own_name, read_manifest, shared_name
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.tensors import dtype_name
 from onnxcomp.passes.ir.traversal import initializers, scopes
+from onnxcomp.passes.report.form import form_of
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 from onnxcomp.passes.weight import DOMAIN, WeightSite
 
@@ -60,6 +63,7 @@ class CompressedWeight:
         operators: Operators of our own that read it.
         bytes_before: Bytes of the dense tensor.
         bytes_after: Bytes of its own tensors now.
+        kind: Kind of its codes, for a codec that has several: "winding" or "structured" for hyper.
     """
 
     name: str
@@ -71,6 +75,7 @@ class CompressedWeight:
     operators: tuple[str, ...]
     bytes_before: int
     bytes_after: int
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,7 +168,8 @@ def inspect_model(path: str | os.PathLike[str], *, min_size: int = MIN_SIZE) -> 
     operators, functions = _operators(model), tuple(f"{k[0]}::{k[1]}" for k in model.functions)
     interface = _interfaces(model.graph.inputs), _interfaces(model.graph.outputs)
     compressed = tuple(_compressed(model))
-    notes = canonicalize(model).notes
+    form = form_of(model)
+    notes = (*form.notes, *canonicalize(model).notes)
     found = find_sites(model, min_size=min_size)
     files: frozenset[str] = model.graph.meta.get(metadata.SOURCE, frozenset())
     return Inspection(
@@ -207,6 +213,8 @@ def _compressed(model: ir.Model) -> Iterable[CompressedWeight]:
     values = initializers(model)
     for name, record in read_manifest(model).items():
         own = [values[n] for n in _own_names(record) if n in values]
+        if not own:
+            continue  # undone by another tool, see `form_of`
         readers = {node.op_type: None for value in own for node, _ in value.uses()}
         recipe, site = record.recipe, record.site
         yield CompressedWeight(
@@ -219,7 +227,17 @@ def _compressed(model: ir.Model) -> Iterable[CompressedWeight]:
             tuple(readers),
             site.nbytes,
             sum(value.const_value.nbytes for value in own if value.const_value is not None),
+            _kind(recipe),
         )
+
+
+def _kind(recipe: Recipe) -> str:
+    """Kind of the codes; empty where the codec has one only, or is not known here."""
+    codec = CODECS.get(recipe.codec)
+    if codec is None or not recipe.params:
+        return ""
+    kind = codec.kind(typed_params(codec.params_type, recipe.params, codec.name))
+    return "" if kind == codec.name else kind
 
 
 def _own_names(record: ManifestEntry) -> list[str]:

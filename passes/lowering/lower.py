@@ -1,0 +1,37 @@
+"""Everything between payloads and the model that is written: the rewrite, and its definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from onnxcomp.passes.config.values import Functions
+from onnxcomp.passes.lowering.inline_bodies import inline_bodies
+from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+
+__all__ = ["lower"]
+
+
+def lower(
+    model: ir.Model,
+    placements: Sequence[Placement],
+    *,
+    portable: bool = True,
+    functions: Functions = "local",
+) -> None:
+    """Put payloads in the place of weights, and definitions where they are asked for; in place.
+
+    Args:
+        model: The model the sites were found in.
+        placements: At most one for each site; may be none.
+        portable: Whether the model is to run without the operator library.
+        functions: The form of the definitions.
+
+    Raises:
+        ModelError: A site is not in the model, or its definitions cannot be inlined.
+    """
+    if placements:
+        rewrite(model, placements, portable=portable)
+    if portable and functions != "local":
+        inline_bodies(model, foldable=functions == "inline")
