@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def seconds(text: str | float) -> float:
     help="Measure what products cost on this machine, for --max-slowdown; needs no model.",
 )  # fmt: skip
 @click.option(
+    "--rivals", is_flag=True,
+    help="Compare the first model, a dense one, with what else it could be: integers of ONNX "
+    "Runtime, and codes of 4, 3 and 2 bits for this machine, made for the occasion.",
+)  # fmt: skip
+@click.option(
     "--generate", is_flag=True,
     help="Measure tokens per second of decoders: a prompt, and decoding with the KV cache.",
 )  # fmt: skip
@@ -54,6 +60,7 @@ def command(
     data: tuple[str, ...],
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     costs: bool,
+    rivals: bool,
     generate: bool,
     prompt: int,
     contexts: tuple[int, ...],
@@ -70,14 +77,44 @@ def command(
         return
     if not models:
         raise click.UsageError("name at least one model, or give --costs")
+    if generate and rivals:
+        raise click.UsageError("--generate and --rivals are two kinds of tables: give one of them")
     if generate:
         if data or shapes:
             raise click.UsageError("--generate makes up its tokens: leave out --data and --shape")
         show_generation(terminal, models, prompt=prompt, contexts=contexts, **settings)
         return
-    document = bench(models, data=data or None, shapes=dict(shapes), **settings)
+    if rivals:
+        settings |= {"data": data or None, "shapes": dict(shapes)}
+        document = bench_rivals(terminal, models, settings)
+    else:
+        document = bench(models, data=data or None, shapes=dict(shapes), **settings)
     show_bench(terminal, document["models"])
     terminal.finish(document, bench_verdict(document["models"]))
+
+
+def bench_rivals(
+    terminal: Terminal, models: tuple[Path, ...], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Measure models together with other forms of the first one."""
+    from onnxcomp.passes.driver.rivals import make_rivals
+    from onnxcomp.runtime.bench import bench
+    from onnxcomp.runtime.inputs import load_inputs, synthesize_inputs
+
+    if settings["data"]:
+        feeds = load_inputs(settings["data"], models[0])
+    else:
+        feeds = synthesize_inputs(models[0], shapes=settings["shapes"], seed=settings["seed"])
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_rivals(models[0], Path(folder), feeds=feeds)
+        names = {str(rival.path): rival.name for rival in made if rival.path is not None}
+        document = bench([*models, *names], **settings | {"data": feeds, "shapes": None})
+    for model in document["models"]:
+        model["path"] = names.get(model["path"], model["path"])
+    left_out = [{"name": r.name, "reason": r.reason} for r in made if r.path is None]
+    for rival in left_out:
+        terminal.say(f"left out: {rival['name']}: {rival['reason']}")
+    return {**document, "left_out": left_out}
 
 
 def show_costs(terminal: Terminal) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from onnxcomp.cli.terminal import percent_text
 
-__all__ = ["judged_text", "remarks_of", "warnings_of"]
+__all__ = ["judged_text", "remarks_of", "speed_lines", "warnings_of"]
 
 # Relative L2 difference of an output from which on a result is hardly of use: -6 dB of noise.
 FAR = 0.5
@@ -21,6 +21,39 @@ _FOUND = 0.98
 
 # What int8 activations add from which on it is remarked: eight times what they add to one product.
 _INT8 = 0.064
+
+
+# Times as long as the original from which on a result is called slow, by runs as short as those of
+# the verification.
+_SLOW = 1.25
+
+
+def speed_lines(report: Mapping[str, Any], machine: str | None) -> Iterable[str]:
+    """What makes a result faster, where it was slower than the original or other codes suit better.
+
+    Args:
+        report: JSON of a run.
+        machine: The class of this machine, a value of the option `target`; None where no kernel is
+            fast.
+    """
+    factor = (report["verify"] or {}).get("slowdown") or 0.0
+    slow = factor > _SLOW and report["config"].get("max_slowdown") is None
+    if slow:
+        yield (
+            f"warning: it ran {factor:.1f} times as long as the original on these inputs: "
+            "--max-slowdown 1 leaves weights dense where codes are slow"
+        )
+    named = report["config"].get("target", "any") != "any"
+    if machine in ("avx2", "neon") and not named and any(map(_multiplied, report["sites"])):
+        yield f"note: other codes run up to 2.5 times as fast on this processor: --target {machine}"
+
+
+def _multiplied(site: Mapping[str, Any]) -> bool:
+    """Whether a weight has codes of which there are several kinds, and is multiplied by them."""
+    bits, params = site["params"].get("bits", 0), site["params"]
+    usual = params.get("table", "winding") == "winding" and params.get("state_bits") == 7
+    multiplied = bool({"MatMul", "Gemm"} & set(site["uses"])) and site["mode"] != "folded"
+    return site["method"] == "hyper" and 2 <= bits <= 4 and usual and multiplied
 
 
 def judged_text(verify: Mapping[str, Any] | None, *, made_up: bool, evaluated: bool = False) -> str:

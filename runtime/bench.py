@@ -65,8 +65,9 @@ def bench(
     Returns:
         The JSON object of ``onnxcomp bench``: for each model ``path``, ``form`` ("library",
         "portable", or "standard" for a model without own operators), ``load_ms``, quantiles of the
-        latency of one run in ms, ``rss_bytes`` (resident memory of the process after the runs),
-        ``peak_rss_bytes`` and ``file_bytes``; and ``threads``, ``shapes``, ``provider``.
+        latency of one run in ms, ``cpu_ms`` (median of its processor time, all threads together),
+        ``rss_bytes`` (resident memory of the process after the runs), ``peak_rss_bytes`` and
+        ``file_bytes``; and ``threads``, ``shapes``, ``provider``.
 
     Raises:
         ModelError: A model cannot be read, loaded or run.
@@ -185,6 +186,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
     ) -> None:
         self._model, self._form = model, form
         self._times: list[float] = []
+        self._spent: list[float] = []
         self._last = 0.0
         setting = {
             "model": os.fspath(model),
@@ -257,13 +259,16 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
 
     def run(self, count: int) -> None:
         """Run the model that many times."""
-        times = self.ask(f"run {count}")
+        answer = self.ask(f"run {count}")
+        times = [by_clock for by_clock, _ in answer]
         self._last = sum(times) / len(times)
         self._times += times
+        self._spent += [spent for _, spent in answer]
 
     def forget(self) -> None:
         """Drop the times so far."""
         self._times.clear()
+        self._spent.clear()
 
     def runs_in(self, seconds: float) -> int:
         """How many runs fit into this time, at least one."""
@@ -281,6 +286,7 @@ class Worker(contextlib.AbstractContextManager["Worker"]):
             "median_ms": round(float(median), 4),
             "p10_ms": round(float(low), 4),
             "p90_ms": round(float(high), 4),
+            "cpu_ms": round(float(np.median(self._spent)) * 1e3, 4),
             **self.ask("memory"),
             "file_bytes": model_bytes(self._model),
         }

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 __all__ = ["ISA_VARIABLE", "Machine", "current_isa", "isa_of", "look", "target_of"]
 
@@ -28,6 +29,9 @@ _FORMS: tuple[tuple[str, frozenset[str]], ...] = (
 _ARM = ("aarch64", "arm64")
 # Names another form of the kernels than the best one.
 ISA_VARIABLE = "ONNXCOMP_ISA"
+
+# Classes of machines by the kernels that are fast there.
+Class = Literal["avx2", "avx512", "neon"]
 
 _SECONDS = 10  # that nvidia-smi may take
 
@@ -58,9 +62,9 @@ class Machine:
     cuda: str | None
 
 
-def target_of(isa: str) -> str | None:
+def target_of(isa: str) -> Class | None:
     """The class of machines, a value of the option `target`; None where no kernel is fast."""
-    classes = {"avx512": "avx512", "avx2vnni": "avx2", "avx2": "avx2"}
+    classes: dict[str, Class] = {"avx512": "avx512", "avx2vnni": "avx2", "avx2": "avx2"}
     return classes.get(isa, "neon" if isa.startswith("neon") else None)
 
 

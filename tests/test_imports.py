@@ -32,7 +32,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "version": frozenset(),
     "plugins": frozenset({"errors"}),
-    "ops": frozenset({"errors"}),
+    "ops": frozenset({"errors", "version"}),
     "runtime": frozenset({"errors", "version", "ops"}),
     "weight": frozenset(),
     "suggest": frozenset(),

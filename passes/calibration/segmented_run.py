@@ -19,7 +19,7 @@ from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Chain", "read_values"]
+__all__ = ["Chain", "read_values", "segment"]
 
 Feed = Mapping[str, Array]
 
@@ -127,7 +127,7 @@ class Chain:
 
         if not self._held:
             return None
-        model = _segment(self._model, part, outputs, self._held[0], self._weights)
+        model = segment(self._model, part, outputs, self._held[0], self._weights)
         path = save(model, folder / "segment.onnx").files[0]
         options = import_runtime().SessionOptions()
         options.log_severity_level = 4
@@ -149,7 +149,7 @@ class Chain:
         return run
 
 
-def _segment(
+def segment(
     model: ir.Model,
     part: Sequence[int],
     outputs: Sequence[str],

@@ -20,6 +20,7 @@ __all__ = [
     "ExternalData",
     "Functions",
     "ModeChoice",
+    "Objective",
     "Precision",
     "PruneScore",
     "Rest",
@@ -33,6 +34,7 @@ CalibrationMode = Literal["sequential", "parallel", "off"]
 ExternalData = Literal["auto", "always", "never"]
 Functions = Literal["local", "inline", "inline-unfoldable"]
 ModeChoice = Literal["auto", "fused", "folded", "decode"]
+Objective = Literal["size", "latency"]
 Precision = Literal["int8", "exact"]
 PruneScore = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
 Rest = Literal["keep", "fp16", "exact"]

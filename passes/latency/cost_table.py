@@ -26,7 +26,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
-__all__ = ["CostTable", "cached_costs", "costs_path", "machine", "measure_costs"]
+__all__ = ["CostTable", "cached_costs", "committed_costs", "costs_path", "machine", "measure_costs"]
 
 VERSION = 1
 
@@ -100,6 +100,7 @@ class CostTable:
 def machine() -> dict[str, str]:
     """What times depend on: the processor, ONNX Runtime and the operator library."""
     from onnxcomp.ops import library_path
+    from onnxcomp.runtime.machine import current_isa, look
     from onnxcomp.runtime.session import import_runtime
 
     name = platform.processor() or platform.machine()
@@ -108,7 +109,12 @@ def machine() -> dict[str, str]:
         lines = listing.read_text(errors="replace").splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
     library = hashlib.sha256(Path(library_path()).read_bytes()).hexdigest()[:16]
-    return {"processor": name, "onnxruntime": import_runtime().__version__, "library": library}
+    return {
+        "processor": name,
+        "isa": current_isa(look()),
+        "onnxruntime": import_runtime().__version__,
+        "library": library,
+    }
 
 
 def costs_path() -> Path:
@@ -127,6 +133,18 @@ def cached_costs() -> CostTable | None:
         return CostTable(values["machine"], values["coefficients"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def committed_costs(target: str) -> CostTable | None:
+    """What products cost on a machine of a class, measured for all; None where none was.
+
+    Written there by benchmarks/cost_tables.py.
+    """
+    path = Path(__file__).with_name("tables") / f"{target}.json"
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return CostTable(values["machine"], values["coefficients"])
 
 
 def measure_costs(told: Told | None = None, *, save: bool = True) -> CostTable:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.runtime.evaluate import to_array, to_runtime_value
+from onnxcomp.runtime.language.roles import role_of, sized
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -57,9 +58,7 @@ class Cache:
 
     def sized(self, batch: int, positions: int) -> tuple[int, ...]:
         """Shape for a batch and a number of positions."""
-        free = [axis for axis, size in enumerate(self.shape) if size is None]
-        sizes = dict.fromkeys(free[:-1], batch) | {free[-1]: positions}
-        return tuple(sizes.get(axis, size or 0) for axis, size in enumerate(self.shape))
+        return sized(self.shape, batch, positions)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,9 +95,10 @@ def interface_of(session: onnxruntime.InferenceSession) -> Interface:
     roles: dict[str, str] = {}
     pasts: list[str] = []
     for name, value in inputs.items():
-        if len(value.shape) >= 3 and _words(name) & {"past", "cache"}:
+        role = role_of(name, len(value.shape))
+        if role == "cache":
             pasts.append(name)
-        elif (role := _role(name)) and role not in roles:
+        elif role and role not in roles:
             roles[role] = name
         else:
             raise ModelError(f"a decoder has no input like {name!r}", hint=_HINT)
@@ -118,21 +118,6 @@ def interface_of(session: onnxruntime.InferenceSession) -> Interface:
         logits=logits,
         types={name: value.type for name, value in inputs.items()},
     )
-
-
-def _words(name: str) -> set[str]:
-    return set(re.findall(r"[a-z]+", name.lower()))
-
-
-def _role(name: str) -> str:
-    words = _words(name)
-    if "branch" in words:
-        return "branch"
-    if "mask" in words:
-        return "mask"
-    if words & {"position", "positions"}:
-        return "positions"
-    return "ids" if words & {"ids", "tokens", "token", "input"} else ""
 
 
 def _logits(outputs: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.runtime.language.decoder import Decoder
 from onnxcomp.runtime.language.text import read_tokens
+from onnxcomp.runtime.language.windows import CONTEXT
 from onnxcomp.runtime.session import open_session
 from onnxcomp.runtime.structure import model_bytes
 
@@ -34,8 +35,8 @@ Progress = Callable[[int, int, str], None]
 # Rows of logits that are converted at a time: 64 rows of 150,000 entries are 38 MB.
 _ROWS = 64
 
-# Windows are of this many tokens where nothing else is asked for, and so many of them are read.
-CONTEXT, WINDOWS = 256, 40
+# So many windows are read where nothing else is asked for.
+WINDOWS = 40
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from onnxcomp.runtime.clients.dropin import InferenceSession, patch_onnxruntime
     from onnxcomp.runtime.language.evaluation import evaluate_lm
     from onnxcomp.runtime.package import Package, package
+    from onnxcomp.runtime.weight_sharing import share_weights
 
 __all__ = [
     "InferenceSession",
@@ -71,6 +72,7 @@ __all__ = [
     "register",
     "retarget",
     "save",
+    "share_weights",
     "to_gs",
     "verify",
 ]
@@ -101,6 +103,7 @@ _HOMES = {
     "register": ("ops", "register"),
     "retarget": ("passes.driver.api", "retarget"),
     "save": ("passes.ir.model", "save"),
+    "share_weights": ("runtime.weight_sharing", "share_weights"),
     "to_gs": ("passes.ir.graphsurgeon", "to_gs"),
     "verify": ("passes.driver.api", "verify"),
 }

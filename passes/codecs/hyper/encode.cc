@@ -8,14 +8,9 @@
 #include <cmath>
 
 #include "encode.h"
+#include "instruction_sets.h"
 #include "jobs.h"
 #include "trellis.h"
-
-// The x86 forms rely on GCC's target pragma; elsewhere the baseline form serves.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ONNXCOMP_X86
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -60,23 +55,21 @@ struct Kernels {
 #undef ONNXCOMP_ISA
 
 #ifdef ONNXCOMP_X86
-#pragma GCC push_options
-#pragma GCC target("avx2")
+ONNXCOMP_TARGET("avx2")
 #define ONNXCOMP_ISA isa_avx2
 #define ONNXCOMP_AVX2
 #include "viterbi.h"
 #undef ONNXCOMP_AVX2
 #undef ONNXCOMP_ISA
-#pragma GCC pop_options
+ONNXCOMP_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+ONNXCOMP_TARGET("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define ONNXCOMP_ISA isa_avx512
 #define ONNXCOMP_AVX512
 #include "viterbi.h"
 #undef ONNXCOMP_AVX512
 #undef ONNXCOMP_ISA
-#pragma GCC pop_options
+ONNXCOMP_END_TARGET
 #endif
 
 namespace {
@@ -84,10 +77,10 @@ namespace {
 // Instruction sets by number: 0 baseline, 1 AVX2, 2 AVX-512 with VNNI. -1 takes the best.
 const Kernels* kernels_of(int32_t isa) {
 #ifdef ONNXCOMP_X86
-  const bool avx2 = __builtin_cpu_supports("avx2");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
+  using onnxcomp::X86;
+  const bool avx2 = onnxcomp::HasX86({X86::kAvx2});
+  const bool avx512 = avx2 && onnxcomp::HasX86({X86::kAvx512F, X86::kAvx512Bw, X86::kAvx512Vl,
+                                                X86::kAvx512Dq, X86::kAvx512Vnni});
   if (isa == -1) isa = avx512 ? 2 : avx2 ? 1 : 0;
   if (isa == 2) return avx512 ? &isa_avx512::kernels : nullptr;
   if (isa == 1) return avx2 ? &isa_avx2::kernels : nullptr;

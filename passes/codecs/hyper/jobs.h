@@ -14,7 +14,11 @@
 #include <thread>
 #include <vector>
 
+#ifdef _WIN32
+#define ONNXCOMP_EXPORT extern "C" __declspec(dllexport)
+#else
 #define ONNXCOMP_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace hyper {
 
@@ -107,14 +111,15 @@ template <class T>
 class Aligned {
  public:
   explicit Aligned(size_t size)
-      : data_(static_cast<T*>(
-            std::aligned_alloc(64, (std::max<size_t>(size, 1) * sizeof(T) + 63) / 64 * 64))) {}
-  ~Aligned() { std::free(data_); }
+      : data_(static_cast<T*>(::operator new(std::max<size_t>(size, 1) * sizeof(T), kLine,
+                                             std::nothrow))) {}
+  ~Aligned() { ::operator delete(data_, kLine); }
   Aligned(const Aligned&) = delete;
   Aligned& operator=(const Aligned&) = delete;
   T* get() const { return data_; }
 
  private:
+  static constexpr std::align_val_t kLine{64};
   T* data_;
 };
 

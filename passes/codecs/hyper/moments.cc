@@ -6,13 +6,8 @@
 #include <exception>
 
 #include "encode.h"
+#include "instruction_sets.h"
 #include "jobs.h"
-
-// The x86 forms rely on GCC's target pragma; elsewhere the baseline form serves.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ONNXCOMP_X86
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -43,25 +38,23 @@ struct MomentsTask {
 #undef ONNXCOMP_ISA
 
 #ifdef ONNXCOMP_X86
-#pragma GCC push_options
-#pragma GCC target("avx2")
+ONNXCOMP_TARGET("avx2")
 #define ONNXCOMP_ISA moments_avx2
 #define ONNXCOMP_AVX2
 #include "product.h"
 #include "moments.h"
 #undef ONNXCOMP_AVX2
 #undef ONNXCOMP_ISA
-#pragma GCC pop_options
+ONNXCOMP_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512")
+ONNXCOMP_TARGET(ONNXCOMP_AVX512_SETS)
 #define ONNXCOMP_ISA moments_avx512
 #define ONNXCOMP_AVX512
 #include "product.h"
 #include "moments.h"
 #undef ONNXCOMP_AVX512
 #undef ONNXCOMP_ISA
-#pragma GCC pop_options
+ONNXCOMP_END_TARGET
 #endif
 
 // sum[i][j] += a[t][i] b[t][j] over all t < count; with `lower` only in blocks of kBlock that are on

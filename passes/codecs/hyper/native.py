@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib.resources
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,8 @@ __all__ = [
 
 _VERSION = 2
 _ENVIRONMENT = "ONNXCOMP_ENCODERS_LIBRARY"
-_FILE = "libonnxcomp_encoders.so"
+_FILES = {"win32": "onnxcomp_encoders.dll", "darwin": "libonnxcomp_encoders.dylib"}
+_FILE = _FILES.get(sys.platform, "libonnxcomp_encoders.so")
 
 # Instruction sets of the encoder by number; "auto" takes the best one of the machine.
 ISAS = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}

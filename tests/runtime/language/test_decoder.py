@@ -51,6 +51,15 @@ def test_tokens_one_by_one_give_what_a_whole_pass_gives(decoder_folder: Path, fi
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=2e-4 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize("name", ["tiny_random_gpt2", "tiny_random_lfm2"])
+def test_decoders_of_other_tools_are_run_alike(data_folder: Path, name: str) -> None:
+    """Keys and values joined in one tensor, layers without a cache, fused attention."""
+    decoder = open_decoder(data_folder / "models" / f"{name}.onnx")
+    whole = decoder.logits(TOKENS)
+    parts = np.concatenate([decoder.step(TOKENS[:, :4]), decoder.step(TOKENS[:, 4:])], 1)
+    np.testing.assert_allclose(parts, whole, atol=1e-4 * np.abs(whole).max())
+
+
 def test_sequences_of_a_batch_do_not_mix(decoder_folder: Path) -> None:
     decoder = open_decoder(decoder_folder / "model.onnx")
     both = decoder.logits(np.concatenate([TOKENS, TOKENS[:, ::-1]]))
