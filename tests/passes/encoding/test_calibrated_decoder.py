@@ -42,7 +42,8 @@ def test_bytes_do_not_depend_on_the_number_of_jobs(
     for jobs in (1, 2, 4):
         out = tmp_path / f"{jobs}.onnx"
         onnxcomp.optimize(
-            *(model, out),
+            model,
+            out,
             bits=3,
             data=tmp_path / "data.npz",
             tune=0,
