@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.calibration.im2col import Patches, patches
+from onnxcomp.passes.calibration.second_moments import add_products
 from onnxcomp.passes.ir.traversal import is_default_domain
 from onnxcomp.passes.weight import Array, Missing, WeightSite
 
@@ -73,9 +74,11 @@ class MissingSums:
         rows: Rows of the weight.
         length: Columns of the weight.
         held: Whether sums to judge by are kept as well.
+        threads: Threads of the sums.
     """
 
-    def __init__(self, rows: int, length: int, *, held: bool) -> None:
+    def __init__(self, rows: int, length: int, *, held: bool, threads: int = 1) -> None:
+        self._threads = threads
         self._count = 0
         self._valid = True
         self._power = 0.0
@@ -89,11 +92,13 @@ class MissingSums:
             return
         for start in range(0, len(x), _CHUNK):
             part = slice(start, start + _CHUNK)
-            turned = lost[part].T
-            self._power += float(np.square(lost[part]).sum(dtype=np.float64))
-            self._cross += turned @ x[part].astype(np.float32, copy=False)
+            some = lost[part]
+            self._power += float(np.square(some).sum(dtype=np.float64))
+            inputs = x[part].astype(np.float32, copy=False)
+            add_products(self._cross, some, inputs, threads=self._threads)
             if self._exact is not None:
-                self._exact += turned @ reference[part].astype(np.float32, copy=False)
+                inputs = reference[part].astype(np.float32, copy=False)
+                add_products(self._exact, some, inputs, threads=self._threads)
         self._count += len(x)
 
     def means(self) -> Missing | None:
