@@ -20,12 +20,14 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.im2col import Patches, patches, windows
 from onnxcomp.passes.calibration.notices import warn_of_few_vectors
 from onnxcomp.passes.calibration.residual_streams import (
     MissingSums,
     missing_vectors,
     stream_of,
+    token_scales,
 )
 from onnxcomp.passes.calibration.second_moments import add_products, mirror
 from onnxcomp.passes.calibration.segmented_run import Chain
@@ -63,11 +65,13 @@ class _Source:
             "patches" for convolutions, "indices" for look-ups, "stream" for what the product is
             added to.
         patches: Of a convolution.
+        normalised: Whether the sum with a stream is normalised next.
     """
 
     value: str
     kind: str
     patches: Patches | None = None
+    normalised: bool = False
 
 
 def _source(node: ir.Node, use: Use, site: WeightSite, convolutions: bool) -> _Source | str:
@@ -120,8 +124,11 @@ def _stream(model: ir.Model, site: WeightSite, sources: Sequence[_Source]) -> tu
     """The stream that the only product of a weight is added to."""
     if len(sources) != 1 or sources[0].kind not in ("rows", "patches"):
         return ()
-    name = stream_of(model, site)
-    return (_Source(name, "stream", sources[0].patches),) if name else ()
+    stream = stream_of(model, site)
+    if stream is None:
+        return ()
+    normalised = stream.normalised and sources[0].kind == "rows"
+    return (_Source(stream.value, "stream", sources[0].patches, normalised),)
 
 
 def _names(sources: Sequence[_Source]) -> list[str]:
@@ -188,25 +195,37 @@ class _Lost:
     Args:
         source: The stream.
         site: The weight.
+        weight: Its values ``(rows, length)``.
         threads: Threads of the sums.
     """
 
-    def __init__(self, source: _Source, site: WeightSite, threads: int) -> None:
-        self._source, self._rows = source, site.rows
+    def __init__(self, source: _Source, site: WeightSite, weight: Array, threads: int) -> None:
+        self._source, self._rows, self._weight = source, site.rows, weight
         self._seen = MissingSums(site.rows, site.length, held=False, threads=threads)
         self._kept = MissingSums(site.rows, site.length, held=True, threads=threads)
 
     @classmethod
-    def of(cls, site: WeightSite, sources: Sequence[_Source], threads: int) -> _Lost | None:
+    def of(
+        cls, model: ir.Model, site: WeightSite, sources: Sequence[_Source], threads: int
+    ) -> _Lost | None:
         """For the stream among the sources; None where there is none."""
         found = [source for source in sources if source.kind == "stream"]
-        return cls(found[0], site, threads) if found else None
+        return cls(found[0], site, read_weight(model, site), threads) if found else None
+
+    def scales(self, exact: Mapping[str, Array], reference: Array) -> Array:
+        """What vectors are multiplied by, ``(n, 1)``: more where the sum is small."""
+        stream = exact[self._source.value]
+        if not self._source.normalised or stream.size != len(reference) * self._rows:
+            return np.ones((1, 1), np.float32)
+        flat = stream.reshape(-1, self._rows).astype(np.float32, copy=False)
+        return token_scales(flat, reference, self._weight)
 
     def add(
         self,
         values: Mapping[str, Array],
         exact: Mapping[str, Array],
         inputs: tuple[Array, Array],
+        scales: Array,
         parts: Sequence[tuple[slice, bool]],
     ) -> None:
         """Add one calibration input.
@@ -214,11 +233,14 @@ class _Lost:
         Args:
             values: Of the compressed model, by name.
             exact: Of the dense model.
-            inputs: Vectors that the product reads in the two models.
+            inputs: Vectors that the product reads in the two models, scaled.
+            scales: What they were multiplied by.
             parts: Which of them are held back.
         """
         name = self._source.value
         lost = missing_vectors(exact[name], values[name], self._source.patches, self._rows)
+        if lost is not None and len(lost) == len(inputs[0]):
+            lost = lost * scales
         for part, held in parts:
             some = None if lost is None or len(lost) != len(inputs[0]) else lost[part]
             (self._kept if held else self._seen).add(some, inputs[0][part], inputs[1][part])
@@ -265,7 +287,7 @@ class Calibration:
                 sources, reason = found[site.name]
                 found[site.name] = (*sources, *_stream(model, site, sources)), reason
         self.reasons = {name: reason for name, (_, reason) in found.items() if reason}
-        self._feeds, self._threads = list(feeds), threads
+        self._model, self._feeds, self._threads = model, list(feeds), threads
         by_sources: dict[tuple[_Source, ...], list[WeightSite]] = {}
         for site in sites:
             if site.name not in self.reasons:
@@ -299,7 +321,7 @@ class Calibration:
         seen = _Moments(site.length, cross=paired, threads=self._threads)
         kept = _Moments(site.length, cross=paired, reference=paired, threads=self._threads)
         counts = np.zeros(site.rows) if any(s.kind == "indices" for s in sources) else None
-        lost = _Lost.of(site, sources, self._threads)
+        lost = _Lost.of(self._model, site, sources, self._threads)
         names = _names(sources)
         found = self._chain.advance(names)
         dense = self._dense.advance(names) if self._dense else [{}] * len(self._feeds)
@@ -313,11 +335,14 @@ class Calibration:
                     continue
                 x = _vectors(values[source.value], source)
                 reference = _vectors(exact[source.value], source) if exact else None
+                if lost is not None and reference is not None:
+                    scales = lost.scales(exact, reference)
+                    x, reference = x * scales, reference * scales
+                    parts = self._parts(number, len(x))
+                    lost.add(values, exact, (x, reference), scales, parts)
                 for part, held in self._parts(number, len(x)):
                     other = None if reference is None else reference[part]
                     (kept if held else seen).add(x[part], other)
-                if lost is not None and reference is not None:
-                    lost.add(values, exact, (x, reference), self._parts(number, len(x)))
             if not (seen.finite and kept.finite):
                 raise ModelError(
                     f"inputs of weight {site.name!r} are NaN, infinite or too large "
