@@ -51,20 +51,22 @@ class Target:
         system: CMake's name of the system.
         processor: CMake's name of the processor.
         tag: Platform tag of the wheel; None for the one that the build chooses.
+        cuda: Whether the library has CUDA kernels.
     """
 
     zig: str | None = None
     system: str = platform.system()
     processor: str = platform.machine()
     tag: str | None = None
+    cuda: bool = False
 
     def definitions(self, tools: Path) -> Iterator[tuple[str, str]]:
         """Definitions for CMake."""
         yield "ONNXCOMP_STATIC_RUNTIME", "ON"
+        yield "ONNXCOMP_CUDA", "ON" if self.cuda else "OFF"
         if self.zig is None:
             return
         folder = write_compiler(tools, self.zig)
-        yield "ONNXCOMP_CUDA", "OFF"
         yield "CMAKE_CXX_COMPILER", str(folder / "c++")
         yield "CMAKE_AR", str(folder / "ar")
         yield "CMAKE_RANLIB", str(folder / "ranlib")
@@ -151,7 +153,7 @@ def build(tools: Path, target: Target, projects: Sequence[Path], outdir: Path) -
 def build_named(tools: Path, name: str, outdir: Path) -> list[Path]:
     """Build the wheels of one name in `NAMES`."""
     if name == "cuda":
-        return build(tools, Target(), CUDA, outdir)
+        return build(tools, Target(cuda=True), CUDA, outdir)
     if name != "macos":
         target = {**LINUX, "windows": WINDOWS, "native": Target()}[name]
         return build(tools, target, PROJECTS, outdir)

@@ -156,3 +156,4 @@ def test_each_wheel_holds_the_libraries_of_its_system_alone() -> None:
             name = pattern.format("onnxcomp_ops")
             plugin = other.read(f"onnxruntime_ep_onnxcomp/{name}")
             assert one.read(f"onnxcomp/ops/{name}") == plugin
+            assert not [name for name in other.namelist() if name.startswith("onnxcomp/")]
