@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from client_tables import clients
+from client_tables import clients, hub
+from export_tables import exports
+from latency_tables import headline_latency, merged_products, whole_models
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
@@ -341,6 +343,8 @@ ALL: Sections = {
     "Weights": restored,
     "Products": products,
     "Products with structured tables": structured_products,
+    "Products that share their input": merged_products,
+    "Whole models": whole_models,
     "Products with shared weights": shared_products,
     "Training with shared weights": shared_training,
     "The model of the demo": demo,
@@ -354,8 +358,10 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
-    ROOT / "docs" / "clients.md": {"Their answers": clients},
+    ROOT / "docs" / "clients.md": {"Their answers": clients, "Libraries around the hub": hub},
+    ROOT / "docs" / "planning.md": {"": headline_latency},
     ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
+    ROOT / "docs" / "pytorch.md": {"": exports},
 }
 
 

@@ -6,23 +6,52 @@ product closest to what is missing is ``W x_ref + d`` and not ``W x_ref``.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.calibration.im2col import Patches, patches
+from onnxcomp.passes.calibration.second_moments import add_products
 from onnxcomp.passes.ir.traversal import is_default_domain
 from onnxcomp.passes.weight import Array, Missing, WeightSite
 
-__all__ = ["MissingSums", "missing_vectors", "stream_of"]
+__all__ = ["MissingSums", "Stream", "missing_vectors", "stream_of", "token_scales"]
 
 # Input vectors multiplied at a time.
 _CHUNK = 4096
 
+# Sums below this share of the median one count as if they had it.
+_LEAST = 0.1
+
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
-def stream_of(model: ir.Model, site: WeightSite) -> str | None:
-    """The value that a weight's only product is added to; None where there is none.
+# Operators that divide by the size of what they read, or begin to do so.
+_NORMALISES = frozenset(
+    (
+        *("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
+        *("Pow", "ReduceMean", "ReduceL2", "ReduceSumSquare"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stream:
+    """What a product is added to.
+
+    Attributes:
+        value: Name of the value.
+        normalised: Whether the sum is normalised by those who read it, so that errors count
+            relative to the size of the sum at their place.
+    """
+
+    value: str
+    normalised: bool
+
+
+def stream_of(model: ir.Model, site: WeightSite) -> Stream | None:
+    """The stream that a weight's only product is added to; None where there is none.
 
     Constant summands between the two, such as a bias, are passed over. The value has to exist
     before the product runs.
@@ -45,7 +74,8 @@ def stream_of(model: ir.Model, site: WeightSite) -> str | None:
         if not other.is_initializer():
             producer = other.producer()
             early = producer is not None and places.get(producer, len(places)) < places[nodes[0]]
-            return other.name if early else None
+            readers = (reader.op_type in _NORMALISES for reader, _ in node.outputs[0].uses())
+            return Stream(other.name or "", any(readers)) if early else None
         value = node.outputs[0]
 
 
@@ -66,6 +96,26 @@ def missing_vectors(exact: Array, found: Array, cut: Patches | None, rows: int) 
     return lost.reshape(-1, rows) if lost.shape[-1] == rows else None
 
 
+def token_scales(stream: Array, x: Array, weight: Array) -> Array:
+    """What vectors of each place are multiplied by, so that errors count relative to the sum.
+
+    A few tokens of language models have sums a hundred times as large as others; what is normalised
+    next forgets that, and squared errors do not.
+
+    Args:
+        stream: Of the dense model, ``(n, rows)``.
+        x: Inputs of the product there, ``(n, length)``.
+        weight: ``(rows, length)``.
+
+    Returns:
+        One over the root of the mean square of the sum, float32 ``(n, 1)``.
+    """
+    total = stream + x.astype(np.float32, copy=False) @ weight.T
+    size = np.sqrt(np.square(total).mean(axis=1, keepdims=True, dtype=np.float64))
+    floor = _LEAST * float(np.median(size))
+    return np.asarray(1.0 / np.maximum(size, floor if floor > 0.0 else 1.0), np.float32)
+
+
 class MissingSums:
     """Sums over vectors that a stream lacks, and inputs of the product that is added to it.
 
@@ -73,9 +123,11 @@ class MissingSums:
         rows: Rows of the weight.
         length: Columns of the weight.
         held: Whether sums to judge by are kept as well.
+        threads: Threads of the sums.
     """
 
-    def __init__(self, rows: int, length: int, *, held: bool) -> None:
+    def __init__(self, rows: int, length: int, *, held: bool, threads: int = 1) -> None:
+        self._threads = threads
         self._count = 0
         self._valid = True
         self._power = 0.0
@@ -89,11 +141,13 @@ class MissingSums:
             return
         for start in range(0, len(x), _CHUNK):
             part = slice(start, start + _CHUNK)
-            turned = lost[part].T
-            self._power += float(np.square(lost[part]).sum(dtype=np.float64))
-            self._cross += turned @ x[part].astype(np.float32, copy=False)
+            some = lost[part]
+            self._power += float(np.square(some).sum(dtype=np.float64))
+            inputs = x[part].astype(np.float32, copy=False)
+            add_products(self._cross, some, inputs, threads=self._threads)
             if self._exact is not None:
-                self._exact += turned @ reference[part].astype(np.float32, copy=False)
+                inputs = reference[part].astype(np.float32, copy=False)
+                add_products(self._exact, some, inputs, threads=self._threads)
         self._count += len(x)
 
     def means(self) -> Missing | None:

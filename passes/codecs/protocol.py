@@ -65,12 +65,14 @@ class LoadMemory:
     """Memory in bytes that a session without the operator library takes to expand one use.
 
     Attributes:
-        kept: Intermediate results that stay until the whole model is loaded.
+        kept: Intermediate results that stay until a pass over the model is over.
         working: What is needed on top while this use is expanded.
+        result: What of `kept` the session needs from then on.
     """
 
     kept: int
     working: int
+    result: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -372,6 +374,19 @@ class Codec(Protocol):
         return None
 
     @property
+    def pacing(self) -> str | None:
+        """Start of the key of a shared int64 tensor that bodies read before anything large.
+
+        Kernels must not read it. None where expanding a weight cannot be put off that way.
+        """
+        return None
+
+    @property
+    def calls(self) -> int:
+        """How many operators of ours one use becomes."""
+        return 1
+
+    @property
     def stock(self) -> bool:
         """Whether its models hold operators of ONNX and ONNX Runtime only."""
         return not self.functions(_ANY_OPSET)
@@ -458,7 +473,8 @@ class Codec(Protocol):
 
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """Expected memory to load what `emit` makes where the operators are not registered."""
-        return LoadMemory(0 if kind in ("matmul", "gather") else site.nbytes, 0)
+        dense = 0 if kind in ("matmul", "gather") else site.nbytes
+        return LoadMemory(dense, 0, dense)
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Portable bodies of the operators that `emit` uses, valid in models of this opset."""

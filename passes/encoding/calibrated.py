@@ -19,7 +19,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.moments import held_out_error
+from onnxcomp.passes.codecs.moments import HeldOut
 from onnxcomp.passes.codecs.protocol import CalibratedEncoding
 from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
@@ -151,8 +151,9 @@ def encode_calibrated(
         reference=reference,
         streams=streams,
         folder=folder,
+        threads=jobs,
     )
-    first = Calibration(model, samples.feeds, tables, folder=folder)
+    first = Calibration(model, samples.feeds, tables, folder=folder, threads=jobs)
     reasons = {**calibration.reasons, **first.reasons}
     observed = {site.name for site in able} - set(reasons)
 
@@ -203,7 +204,8 @@ def _better(weight: Array, stats: Stats, plain: EncodedWeight, jobs: int) -> Enc
     codec, calibration = CODECS[choice.codec], _calibration(site, choice)
     if plain.payload is None or calibration is None:
         return plain
-    before = held_out_error(weight, codec.decode(site, plain.payload), stats)
+    judge = HeldOut(weight, stats)
+    before = judge.error(codec.decode(site, plain.payload))
     if before is None:
         return dataclasses.replace(plain, note="not calibrated: too few inputs to keep some back")
     try:
@@ -212,7 +214,7 @@ def _better(weight: Array, stats: Stats, plain: EncodedWeight, jobs: int) -> Enc
         note = f"not calibrated: {error.message}"
         return dataclasses.replace(plain, output_error=before, note=note)
     decoded = codec.decode(site, payload)
-    after = held_out_error(weight, decoded, stats)
+    after = judge.error(decoded)
     if after is None or not after < before:
         note = f"not calibrated: held-out output error {after:.4g}, plainly encoded {before:.4g}"
         log.info("%s: %s", site.name, note)

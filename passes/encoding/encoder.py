@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
@@ -118,7 +119,9 @@ def encode(
 
     results: Iterator[EncodedWeight] = (compared(site) for site in work)
     if samples is not None:
-        results = encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
+        results = on_one_blas_thread(
+            encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
+        )
     for encoded in results:
         site = encoded.site
         if spill is not None and encoded.payload is not None:

@@ -67,15 +67,13 @@ class ScaleGradients:
         groups: Sequence[Groups],
         folder: Path,
     ) -> None:
-        from onnxcomp.runtime.session import open_session
-
         compressed = copy_model(model)
         for site, decoded in fixed:
             _store(compressed, site, decoded)
         loss = _differentiate(compressed, groups)
         self._references = loss.references
-        self._dense = open_session(save(copy_model(model), folder / "dense.onnx").files[0])
-        self._session = open_session(save(compressed, folder / "tuned.onnx").files[0])
+        self._dense = _lean_session(save(copy_model(model), folder / "dense.onnx").files[0])
+        self._session = _lean_session(save(compressed, folder / "tuned.onnx").files[0])
         self.dims: Mapping[str, Sequence[Any]] = {
             value.name: value.shape for value in self._dense.get_inputs()
         }
@@ -97,6 +95,21 @@ class ScaleGradients:
         found = run_session(self._session, {**feed, **exact, **weights})
         loss = float(found.pop(_LOSS))
         return loss, {name.removeprefix(_GRADIENT): array for name, array in found.items()}
+
+
+def _lean_session(path: Path) -> Any:
+    """A session that keeps no second copy of weights, and gives memory back after each run."""
+    import onnxruntime
+
+    from onnxcomp.runtime.session import open_session
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return open_session(path, session_options=options)
 
 
 def _store(model: ir.Model, site: WeightSite, decoded: Array) -> None:

@@ -39,6 +39,9 @@ RATE, _MEMORY = 2e-3, (0.9, 0.95)
 # Elements of the largest input up to which samples run together.
 _PIECE = 256
 
+# Pieces that one pass takes at most, evenly from all inputs.
+_MOST = 256
+
 # Bytes of initializers above which a model is not tuned: it is in memory twice.
 _LARGEST = 1 << 30
 
@@ -177,8 +180,9 @@ def _all_scales(weights: Sequence[EncodedWeight]) -> dict[str, _Scales]:
 
 def _pieces(feeds: Sequence[Feed], run: ScaleGradients) -> tuple[list[Feed], list[Feed]]:
     """Small inputs to tune with, and those set aside."""
-    sample = max(array.size // max(1, len(array)) for array in feeds[0].values() if array.ndim)
-    pieces = split_batches(feeds, run.dims, most=max(1, _PIECE // max(1, sample)))
+    sizes = (array.size // max(1, len(array)) for array in feeds[0].values() if array.ndim)
+    pieces = split_batches(feeds, run.dims, most=max(1, _PIECE // max((1, *sizes))))
+    pieces = pieces[:: -(-len(pieces) // _MOST)]
     used = [piece for number, piece in enumerate(pieces) if number % HELD_OUT != HELD_OUT - 1]
     return used, pieces[HELD_OUT - 1 :: HELD_OUT]
 

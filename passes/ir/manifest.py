@@ -27,6 +27,7 @@ from onnxcomp.passes.weight import DOMAIN, Attribute, WeightSite
 
 __all__ = [
     "KEY",
+    "STAGE_KEY",
     "USE_KEY",
     "WEIGHT_KEY",
     "ManifestEntry",
@@ -45,6 +46,8 @@ WEIGHT_KEY = "onnxcomp.weight"
 # On the node whose output is a product or a look-up by standard operators: JSON of the weight's
 # name, of what is done with it ("matmul", "gather"), and of the inputs that lead to the operand.
 USE_KEY = "onnxcomp.use"
+# On nodes that make weights wait for each other while a model is loaded, see `lowering.stages`.
+STAGE_KEY = "onnxcomp.stage"
 _VERSION = 1
 
 # Element types that weights are compressed from.

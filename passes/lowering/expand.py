@@ -45,6 +45,7 @@ from onnxcomp.passes.ir.traversal import (
 from onnxcomp.passes.lowering.builder import attribute
 from onnxcomp.passes.lowering.routes import operand
 from onnxcomp.passes.lowering.split_operators import SPLIT_KINDS, join
+from onnxcomp.passes.lowering.stages import remove_stages
 from onnxcomp.passes.weight import DOMAIN, Array, Attribute, WeightSite
 
 __all__ = ["decode_site", "expand", "stored_payload"]
@@ -345,6 +346,7 @@ class _Expander:
 
     def clean(self) -> None:
         """Remove payloads, functions, import and metadata."""
+        remove_stages(self._model)
         prefix = shared_name("")
         for name, value in self._values.items():
             if name in self._owners and value.uses():

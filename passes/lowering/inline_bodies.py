@@ -31,6 +31,7 @@ from onnxcomp.passes.lowering.rewrite import in_parts
 from onnxcomp.passes.lowering.routes import operand, route
 from onnxcomp.passes.lowering.runtime_value import FrontNodes, runtime_one
 from onnxcomp.passes.lowering.split_operators import SPLIT_KINDS
+from onnxcomp.passes.lowering.stages import end_waiting
 from onnxcomp.passes.weight import DOMAIN
 
 __all__ = ["inline_bodies"]
@@ -55,6 +56,7 @@ def inline_bodies(model: ir.Model, *, foldable: bool = True) -> Change:
         ModelError: A call has no body here, or codes are not to be folded and the model has no
             input that they could depend on.
     """
+    end_waiting(model)
     calls = [node for scope in scopes(model) for node in scope.graph if node.domain == DOMAIN]
     if not calls:
         return Change(0)
@@ -79,7 +81,7 @@ class _Inliner:
     def __init__(self, model: ir.Model, *, foldable: bool) -> None:
         self._model = model
         self._names = Names(model)
-        self._front = FrontNodes(model, self._names, _SHARED)
+        self._front = FrontNodes(model, self._names, {KEY: _SHARED})
         self._manifest = read_manifest(model)
         self._owners = {
             own_name(name, key): name

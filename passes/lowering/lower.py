@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnxcomp.passes.config.values import Functions
 from onnxcomp.passes.lowering.inline_bodies import inline_bodies
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.lowering.stages import stage_loading
 
 __all__ = ["lower"]
 
@@ -33,5 +34,7 @@ def lower(
     """
     if placements:
         rewrite(model, placements, portable=portable)
-    if portable and functions != "local":
+    if portable and functions == "local":
+        stage_loading(model, placements)
+    elif portable:
         inline_bodies(model, foldable=functions == "inline")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.ir.manifest import KEY, shared_name
+from onnxcomp.passes.ir.manifest import shared_name
 from onnxcomp.passes.ir.traversal import Names, default_opset, new_initializer
 from onnxcomp.passes.lowering.builder import attribute
 from onnxcomp.passes.weight import Attribute
@@ -34,13 +34,13 @@ class FrontNodes:
     Args:
         model: The model.
         names: Names taken in it.
-        label: Noted on each node as the codec that asked for it.
+        notes: Metadata of each node.
     """
 
-    def __init__(self, model: ir.Model, names: Names, label: str) -> None:
+    def __init__(self, model: ir.Model, names: Names, notes: Mapping[str, str]) -> None:
         self._model = model
         self._names = names
-        self._label = label
+        self._notes = dict(notes)
         self._nodes: list[ir.Node] = []
 
     def node(
@@ -50,6 +50,17 @@ class FrontNodes:
         attributes: Mapping[str, Attribute | ir.Attr] | None = None,
     ) -> ir.Value:
         """Make a node with one output and return the output."""
+        made = self.inner_node(op_type, inputs, attributes)
+        self._nodes.append(made)
+        return made.outputs[0]
+
+    def inner_node(
+        self,
+        op_type: str,
+        inputs: list[ir.Value],
+        attributes: Mapping[str, Attribute | ir.Attr] | None = None,
+    ) -> ir.Node:
+        """Make a node with one output, for a subgraph; it is placed nowhere."""
         name = self._names.node(shared_name(op_type))
         made = ir.Node(
             "",
@@ -60,11 +71,10 @@ class FrontNodes:
                 for key, value in (attributes or {}).items()
             ],
             name=name,
-            metadata_props={KEY: self._label},
+            metadata_props=dict(self._notes),
         )
         made.outputs[0].name = self._names.value(name)
-        self._nodes.append(made)
-        return made.outputs[0]
+        return made
 
     def ints(self, *values: int) -> ir.Value:
         """A small int64 initializer, made once in a model."""

@@ -18,6 +18,7 @@ from onnxcomp.passes.ir.model import output_size
 from onnxcomp.passes.lowering.last_logits import keep_last_logits
 from onnxcomp.passes.lowering.lower import lower
 from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes
+from onnxcomp.passes.lowering.stages import loading_peak
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Kind, WeightSite
 
@@ -67,8 +68,8 @@ def planned_size(
 def portable_load_bytes(sites: Iterable[WeightSite], choices: Sequence[Choice]) -> int:
     """Memory that a session without the operator library takes at its peak to load the output.
 
-    Intermediate results of all weights stay until ONNX Runtime has folded the last one. What a
-    session of any model takes (tens of megabytes) is not in it.
+    Intermediate results of a piece of the model stay until ONNX Runtime has folded all of it, see
+    `lowering.stages`. What a session of any model takes (tens of megabytes) is not in it.
     """
     needs = [
         CODECS[choice.codec].load_memory(site, choice.params, kind)
@@ -76,7 +77,7 @@ def portable_load_bytes(sites: Iterable[WeightSite], choices: Sequence[Choice]) 
         if not choice.kept
         for kind in _expanded(site, choice)
     ]
-    return sum(need.kept for need in needs) + max((need.working for need in needs), default=0)
+    return loading_peak(needs)
 
 
 def _expanded(site: WeightSite, choice: Choice) -> list[Kind]:

@@ -25,13 +25,14 @@ def load_bytes(path: Path) -> int:
 def _folding_bytes(path: Path) -> int:
     """Memory that expanding the weights takes; 0 where the file does not say how they are stored.
 
-    Intermediate results of all weights stay until ONNX Runtime has folded the last one.
+    Intermediate results stay until ONNX Runtime has folded the last weight, or the last of a piece.
     """
     from onnxcomp.passes.codecs import CODECS
     from onnxcomp.passes.config.methods import typed_params
     from onnxcomp.passes.ir.manifest import own_name, read_manifest
     from onnxcomp.passes.ir.model import load
     from onnxcomp.passes.ir.traversal import initializers
+    from onnxcomp.passes.lowering.stages import is_staged, loading_peak
 
     needs = []
     try:
@@ -50,7 +51,7 @@ def _folding_bytes(path: Path) -> int:
             ]
     except CompressionError:  # a damaged record, or one of a newer version
         return 0
-    return sum(need.kept for need in needs) + max((need.working for need in needs), default=0)
+    return loading_peak(needs, staged=is_staged(model))
 
 
 def _kind(operator: str) -> Kind | None:

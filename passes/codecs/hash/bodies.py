@@ -195,4 +195,4 @@ def load_memory(site: WeightSite, geometry: ChunkLayout, kind: Kind) -> LoadMemo
     dense = 4 * site.size
     chunks, tiles = 8 * geometry.chunks, 8 * geometry.tiles
     kept = (10 + 8 * _ROUNDS) * tiles + 20 * chunks + 7 * dense
-    return LoadMemory(kept, int(2.5 * dense))
+    return LoadMemory(kept, int(2.5 * dense), dense)

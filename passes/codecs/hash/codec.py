@@ -372,6 +372,11 @@ class HashCodec(Codec):
 
         return hash_bodies.emit(builder, site, payload, kind, x)
 
+    @property
+    def pacing(self) -> str | None:
+        """Numbers of panels, which everything else is computed from."""
+        return "hash.panels."
+
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """What folding the portable body takes."""
         from onnxcomp.passes.codecs.hash import bodies as hash_bodies

@@ -82,13 +82,22 @@ def _call_rows(body: Body, octets: str, factors: str) -> str:
     return body.node("HyperRows", octets, factors, "table", *NODE_INPUTS[5:], domain=DOMAIN)
 
 
+def _rows_of(body: Body) -> tuple[str, str]:
+    """Codes as (16 P, G, B) and scales as (16 P, G, 1).
+
+    What is large waits for `blocks`, which `lowering.stages` makes known late.
+    """
+    lanes = body.node("Transpose", "codes", perm=[0, 3, 1, 2, 4])
+    shape = body.node("Gather", "blocks", body.ints(0, 1, 2), axis=0)
+    factors = body.node("Flatten", body.node("Transpose", "scales", perm=[0, 2, 1, 3]), axis=2)
+    return body.node("Reshape", lanes, shape), body.node("Reshape", factors, body.ints(0, 0, 1))
+
+
 def _weight(opset: int) -> onnx.FunctionProto:
     """HyperWeight: codes, scales, ... -> float32 (rows, length)."""
     body = Body(opset)
-    lanes = body.node("Transpose", "codes", perm=[0, 3, 1, 2, 4])
-    octets = body.node("Reshape", lanes, body.ints(0, 0, 0, -1))
-    factors = body.node("Transpose", "scales", perm=[0, 2, 1, 3])
-    padded = body.node("Flatten", _call_rows(body, octets, factors), axis=2)
+    width = body.node("Gather", "blocks", body.ints(0, 3), axis=0)
+    padded = body.node("Reshape", _call_rows(body, *_rows_of(body)), width)
     body.crop(padded, (0, 1), "extent", "extent")
     return body.finish("HyperWeight", NODE_INPUTS, ["extent", "group"], calls=True)
 
@@ -134,13 +143,8 @@ def _gather(opset: int) -> onnx.FunctionProto:
     body = Body(opset)
     last = {"rows": body.ints(0), "columns": body.ints(1)}
     ends = {name: body.node("Gather", "extent", at, axis=0) for name, at in last.items()}
-    lanes = body.node("Transpose", "codes", perm=[0, 3, 1, 2, 4])
-    shape = body.node("Gather", "blocks", body.ints(0, 1, 2), axis=0)
-    octets = body.crop(body.node("Reshape", lanes, shape), (0,), ends["rows"], "rows")
-    factors = body.node("Flatten", body.node("Transpose", "scales", perm=[0, 2, 1, 3]), axis=2)
-    factors = body.node("Reshape", factors, body.ints(0, 0, 1))
-    factors = body.crop(factors, (0,), ends["rows"], "rows")
-    rows = (body.node("Gather", part, "indices", axis=0) for part in (octets, factors))
+    parts = (body.crop(part, (0,), ends["rows"], "rows") for part in _rows_of(body))
+    rows = (body.node("Gather", part, "indices", axis=0) for part in list(parts))
     decoded = _call_rows(body, *rows)
     width = body.node("Gather", "blocks", body.ints(3), axis=0)
     target = body.node("Concat", body.node("Shape", "indices"), width, axis=0)
@@ -232,7 +236,8 @@ def _restoring_copies(site: WeightSite, geometry: GroupLayout) -> int:
 def load_memory(site: WeightSite, geometry: GroupLayout, kind: Kind) -> LoadMemory:
     """Memory to fold one operator's body: what stays until the pass is over, and what does not."""
     dense = geometry.nbytes if kind == "gather" else 4 * site.size
-    return LoadMemory(load_bytes(site, geometry, kind), int(_FOLDING_COPIES * dense))
+    result = 0 if kind == "gather" else 4 * site.size
+    return LoadMemory(load_bytes(site, geometry, kind), int(_FOLDING_COPIES * dense), result)
 
 
 def peak_load_bytes(operators: Iterable[tuple[WeightSite, GroupLayout, Kind]]) -> int:

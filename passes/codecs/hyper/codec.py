@@ -393,6 +393,11 @@ class HyperCodec(Codec):
         shape = builder.constant(f"hyper.shape.{site.rows}x{site.length}", extent)
         return builder.node("Reshape", [result, shape])
 
+    @property
+    def pacing(self) -> str | None:
+        """The target of the Reshape that codes go through."""
+        return "hyper.blocks."
+
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """What folding the portable body takes."""
         from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies

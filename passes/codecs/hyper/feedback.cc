@@ -137,6 +137,7 @@ struct Kernels {
 }  // namespace
 
 #define ONNXCOMP_ISA feedback_baseline
+#include "product.h"
 #include "survivors.h"
 #include "panel.h"
 #undef ONNXCOMP_ISA
@@ -145,6 +146,7 @@ struct Kernels {
 ONNXCOMP_TARGET("avx2")
 #define ONNXCOMP_ISA feedback_avx2
 #define ONNXCOMP_AVX2
+#include "product.h"
 #include "survivors.h"
 #include "panel.h"
 #undef ONNXCOMP_AVX2
@@ -154,6 +156,7 @@ ONNXCOMP_END_TARGET
 ONNXCOMP_TARGET(ONNXCOMP_AVX512_SETS)
 #define ONNXCOMP_ISA feedback_avx512
 #define ONNXCOMP_AVX512
+#include "product.h"
 #include "survivors.h"
 #include "panel.h"
 #undef ONNXCOMP_AVX512

@@ -1,4 +1,4 @@
-"""The compiler's native code, loaded through ctypes: encoder and decoder of the hyper codec.
+"""The compiler's native code, loaded through ctypes: the hyper codec's, and sums of moments.
 
 The library is optional. Without it the numpy forms give the same bytes, only slower.
 """
@@ -24,6 +24,7 @@ from onnxcomp.passes.weight import Array
 
 __all__ = [
     "ISAS",
+    "add_moments",
     "available",
     "check",
     "hyper_decode",
@@ -41,6 +42,9 @@ _FILE = _FILES.get(sys.platform, "libonnxcomp_encoders.so")
 # Instruction sets of the encoder by number; "auto" takes the best one of the machine.
 ISAS = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}
 
+# Forces an instruction set upon the operators, and upon "auto" here.
+_FORCED = "ONNXCOMP_ISA"
+
 # Steps of the search, one for each weight and state, in one call: less than a second, because
 # signals are heard between calls only.
 _STEPS_AT_ONCE = 1 << 31
@@ -49,6 +53,12 @@ _STEPS_AT_ONCE = 1 << 31
 _WEIGHTS_AT_ONCE = 1 << 20
 
 _INVALID, _OUT_OF_RANGE, _NO_MEMORY = -1, -2, -3
+
+
+def _isa(name: str) -> int:
+    """Number of an instruction set."""
+    forced = os.environ.get(_FORCED, "")
+    return ISAS[forced if name == "auto" and forced in ISAS else name]
 
 
 def library_path() -> Path | None:
@@ -102,6 +112,10 @@ def _load(path: Path) -> ctypes.CDLL:
     library.onnxcomp_hyper_feedback.argtypes = (
         *(pointer, i64, i64, i32, i32, i32, pointer, pointer),
         *(f64, i32, i32, i32, i32, pointer, pointer),
+    )
+    library.onnxcomp_add_moments.argtypes = (
+        *(pointer, pointer, i64, i64, i64),
+        *(i32, i32, i32, pointer),
     )
     return library
 
@@ -177,7 +191,7 @@ def hyper_encode(
         status = _library().onnxcomp_hyper_encode(
             *(rows.ctypes.data, len(rows), geometry.length, row_stride, column_stride),
             *(geometry.bits, geometry.state_bits, geometry.group, table.ctypes.data, spread),
-            *(passes, threads, ISAS[isa], codes[panel:].ctypes.data, scales[panel:].ctypes.data),
+            *(passes, threads, _isa(isa), codes[panel:].ctypes.data, scales[panel:].ctypes.data),
         )
         _check(status, "hyper encoder")
     return codes, scales
@@ -237,7 +251,7 @@ def hyper_survivors(
     status = _library().onnxcomp_hyper_survivors(
         *(targets.ctypes.data, prices.pull.ctypes.data, prices.prices.ctypes.data),
         *(stems.ctypes.data, table.ctypes.data, count, bits, len(table).bit_length() - 1),
-        *(group, threads, ISAS[isa], path.ctypes.data),
+        *(group, threads, _isa(isa), path.ctypes.data),
     )
     _check(status, "hyper encoder")
     return path
@@ -285,8 +299,32 @@ def hyper_feedback(
         status = _library().onnxcomp_hyper_feedback(
             *(rows.ctypes.data, len(rows), geometry.length),
             *(geometry.bits, geometry.state_bits, geometry.group, pointers),
-            *(code.table.ctypes.data, code.spread, code.passes, sweeps, threads, ISAS[isa]),
+            *(code.table.ctypes.data, code.spread, code.passes, sweeps, threads, _isa(isa)),
             *(codes[panel:].ctypes.data, scales[panel:].ctypes.data),
         )
         _check(status, "hyper encoder")
     return codes, scales
+
+
+def add_moments(
+    total: Array, a: Array, b: Array, *, lower: bool, threads: int = 1, isa: str = "auto"
+) -> None:
+    """Add ``a.T @ b`` to `total`: products are float32, their sums from 256 vectors on float64.
+
+    Args:
+        total: float64 ``(p, q)``, contiguous.
+        a: float32 ``(n, p)``.
+        b: float32 ``(n, q)``.
+        lower: Whether values above the diagonal may be left out.
+        threads: Worker threads; the result does not depend on it.
+        isa: A key of `ISAS`; the result does not depend on it.
+
+    Raises:
+        RuntimeMissingError: The library is not there.
+    """
+    a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
+    status = _library().onnxcomp_add_moments(
+        *(a.ctypes.data, b.ctypes.data, len(a), a.shape[1], b.shape[1]),
+        *(lower, threads, _isa(isa), total.ctypes.data),
+    )
+    _check(status, "moments")

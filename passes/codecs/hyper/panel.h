@@ -4,47 +4,6 @@
 namespace ONNXCOMP_ISA {
 namespace {
 
-using Floats = Wide<kWidest>::Floats;
-// Vectors of one value of sixteen rows, and sums that are kept in registers.
-constexpr int kParts = kLanes / kWidest;
-constexpr int kTile = kWidest == 16 ? 16 : kWidest == 8 ? 6 : 3;
-
-// out[r] = sum_k matrix[r][k] x[k], in the order of k.
-template <int Rows>
-void multiply_rows(const float* matrix, int64_t stride, int depth, const float* x, float* out) {
-  Floats sum[Rows][kParts];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) sum[r][p] = Floats{};
-  for (int k = 0; k < depth; ++k) {
-    Floats now[kParts];
-#pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p)
-      now[p] = Wide<kWidest>::floats(x + k * kLanes + p * kWidest);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      const Floats factor = matrix[r * stride + k] - Floats{};
-#pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p) sum[r][p] += factor * now[p];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p)
-      Wide<kWidest>::floats(out + r * kLanes + p * kWidest) = sum[r][p];
-}
-
-// The product of a (group, group) matrix, its rows `stride` apart.
-void multiply(const float* matrix, int64_t stride, int group, const float* x, float* out) {
-  int r = 0;
-  for (; r + kTile <= group; r += kTile)
-    multiply_rows<kTile>(matrix + r * stride, stride, group, x, out + r * kLanes);
-  for (; r < group; ++r)
-    multiply_rows<1>(matrix + r * stride, stride, group, x, out + r * kLanes);
-}
-
 // sum[lane] += sum_t a[t] b[t], in the order of t.
 void add_products(const float* a, const float* b, int count, double* sum) {
   for (int t = 0; t < count; ++t)
@@ -111,14 +70,14 @@ class GroupSearch {
   // Returns false when a scale does not fit float16.
   bool run(const GroupCost& cost) {
     if (!plain_.run()) return false;
-    multiply(cost.moments, group_, group_, targets(), pulled_);
+    multiply(cost.moments, group_, group_, group_, targets(), pulled_);
     std::memcpy(rotated_, targets(), size_ * sizeof(float));
     flip_signs(rotated_, group_);
     transform(rotated_, group_);
     std::memcpy(best_.path, plain_.path(), size_ * sizeof(uint16_t));
     for (int lane = 0; lane < kLanes; ++lane) best_.scale[lane] = from_half(plain_.scales()[lane]);
     look_up(best_);
-    multiply(cost.moments, group_, group_, best_.shape, product_);
+    multiply(cost.moments, group_, group_, group_, best_.shape, product_);
     judge(best_);
     for (int start = 0; start < kStarts; ++start) refine(cost, start);
     return true;
@@ -149,7 +108,7 @@ class GroupSearch {
     const int first = start * group_ / kStarts;
     for (int lane = 0; lane < kLanes; ++lane) search(cost, start, first, lane);
     look_up(trial_);
-    multiply(cost.moments, group_, group_, trial_.shape, product_);
+    multiply(cost.moments, group_, group_, group_, trial_.shape, product_);
     fit();
     judge(trial_);
     uint32_t better[kLanes];
@@ -264,7 +223,7 @@ class Panel {
   void gather_errors(const float* matrix, int group, int end) {
     std::fill(sum_, sum_ + group_ * kLanes, 0.0f);
     for (int other = 0; other < end; ++other) {
-      multiply(task_.block(matrix, group, 0) + int64_t{other} * group_, task_.columns, group_,
+      multiply(task_.block(matrix, group, 0) + int64_t{other} * group_, task_.columns, group_, group_,
                error_ + at(other), part_);
       add_to(sum_, part_, group_);
     }
@@ -288,7 +247,7 @@ class Panel {
   bool sweep() {
     for (int group = 0; group < groups_; ++group) {
       gather_errors(task_.moments, group, groups_);
-      multiply(task_.inverse + group * task_.square(), group_, group_, sum_, gap_);
+      multiply(task_.inverse + group * task_.square(), group_, group_, group_, sum_, gap_);
       double before[kLanes] = {};
       add_products(sum_, gap_, group_, before);
       for (int i = 0; i < group_ * kLanes; ++i) {
@@ -328,7 +287,7 @@ class Panel {
     std::fill(system_, scale_, 0.0);
     for (int i = 0; i < groups_; ++i)
       for (int j = 0; j < groups_; ++j) {
-        multiply(task_.block(task_.moments, j, 0) + int64_t{i} * group_, task_.columns, group_,
+        multiply(task_.block(task_.moments, j, 0) + int64_t{i} * group_, task_.columns, group_, group_,
                  shape_ + at(i), part_);
         if (j <= i) add_products(part_, shape_ + at(j), group_, system(i, j));
         add_products(part_, weight_ + at(j), group_, right_ + i * kLanes);

@@ -1,6 +1,6 @@
 // Trellis search for errors that are weighed together; included once per instruction set by
-// feedback.cc, as panel.h is. It finds the paths of survivors.py, float by float. No include guard
-// on purpose.
+// feedback.cc, behind product.h. It finds the paths of survivors.py, float by float. No include
+// guard on purpose.
 //
 // Survivors are the lanes. The targets of each are moved by all the errors it has made, and that is
 // done late: for the weights of one block at a time, and for all survivors at once as soon as an
@@ -9,45 +9,6 @@
 
 namespace ONNXCOMP_ISA {
 namespace {
-
-// Lanes of the widest vectors.
-#if defined(ONNXCOMP_AVX512)
-constexpr int kWidest = 16;
-#elif defined(ONNXCOMP_AVX2)
-constexpr int kWidest = 8;
-#else
-constexpr int kWidest = 4;
-#endif
-
-template <int W>
-struct Wide {
-  typedef float Floats __attribute__((vector_size(W * 4), may_alias));
-  typedef int32_t Ints __attribute__((vector_size(W * 4), may_alias));
-  typedef float Loose __attribute__((vector_size(W * 4), may_alias, aligned(4)));
-  static constexpr int kBits = W == 16 ? 4 : W == 8 ? 3 : 2;
-
-  static Floats& floats(float* p) { return *reinterpret_cast<Floats*>(p); }
-  static const Floats& floats(const float* p) { return *reinterpret_cast<const Floats*>(p); }
-  static Ints& ints(int32_t* p) { return *reinterpret_cast<Ints*>(p); }
-  static const Ints& ints(const int32_t* p) { return *reinterpret_cast<const Ints*>(p); }
-
-  // result[i] = x[index[i] % W].
-  static Floats permute(Floats x, Ints index) {
-#if defined(ONNXCOMP_AVX512)
-    // The zero-masked form spares GCC 12 a false warning.
-    if constexpr (W == 16)
-      return (Floats)_mm512_maskz_permutexvar_ps(0xFFFF, (__m512i)index, (__m512)x);
-#endif
-#if defined(ONNXCOMP_AVX512) || defined(ONNXCOMP_AVX2)
-    if constexpr (W == 8) return (Floats)_mm256_permutevar8x32_ps((__m256)x, (__m256i)index);
-    if constexpr (W == 4) return (Floats)_mm_permutevar_ps((__m128)x, (__m128i)index);
-#endif
-    alignas(Floats) float from[W], to[W];
-    floats(from) = x;
-    for (int i = 0; i < W; ++i) to[i] = from[reinterpret_cast<int32_t*>(&index)[i] & (W - 1)];
-    return floats(to);
-  }
-};
 
 // to[i] = from[index[i]] for `Size` numbers of 32 bits.
 template <int Size>

@@ -371,6 +371,16 @@ class FactorPairCodec(Codec):
         parts = [self._emit(builder, site, payload, part, kind, None) for part in ("left", "right")]
         return builder.node("MatMul", parts)
 
+    @property
+    def pacing(self) -> str | None:
+        """That of the inner codec."""
+        return self.inner.pacing
+
+    @property
+    def calls(self) -> int:
+        """One for each factor."""
+        return 2
+
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """What folding the bodies of both factors takes, and the product where it is wanted."""
         needs = [
@@ -379,7 +389,8 @@ class FactorPairCodec(Codec):
         ]
         product = 0 if kind == "matmul" else site.nbytes
         kept = sum(need.kept for need in needs) + product
-        return LoadMemory(kept, max(need.working for need in needs))
+        result = sum(need.result for need in needs) + product
+        return LoadMemory(kept, max(need.working for need in needs), result)
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Those of the inner codec."""

@@ -206,11 +206,22 @@ class HyperLowRankCodec(Codec):
         repair = _REPAIR.emit(builder, site, _factors_of(payload), kind, x)
         return builder.node("Add", [base, repair])
 
+    @property
+    def pacing(self) -> str | None:
+        """That of the codec hyper."""
+        return _HYPER.pacing
+
+    @property
+    def calls(self) -> int:
+        """One for the base, one for each factor of the repair."""
+        return 1 + _REPAIR.calls
+
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """What folding the bodies of all three takes."""
         base = _HYPER.load_memory(_whole(site), _base(params), kind)
         repair = _REPAIR.load_memory(site, _repair(params), kind)
-        return LoadMemory(base.kept + repair.kept, max(base.working, repair.working))
+        working, result = max(base.working, repair.working), base.result + repair.result
+        return LoadMemory(base.kept + repair.kept, working, result)
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:
         """Those of the hyper codec."""

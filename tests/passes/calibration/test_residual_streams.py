@@ -7,13 +7,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.passes.analysis.weight_sites import find_sites
 from onnxcomp.passes.calibration.im2col import Patches, patches
-from onnxcomp.passes.calibration.residual_streams import MissingSums, missing_vectors, stream_of
+from onnxcomp.passes.calibration.residual_streams import (
+    MissingSums,
+    Stream,
+    missing_vectors,
+    stream_of,
+    token_scales,
+)
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 
 WIDTH = 64
 
 
-def block(*, bias: bool = True, last: str = "Add", late: bool = False) -> ir.Model:
+def block(
+    *, bias: bool = True, last: str = "Add", late: bool = False, norm: bool = False
+) -> ir.Model:
     """y = stream + act(stream) @ w + b; with `late` the stream is made after the product."""
     product = [
         helper.make_node("Relu", ["x" if late else "stream"], ["h"]),
@@ -23,7 +31,9 @@ def block(*, bias: bool = True, last: str = "Add", late: bool = False) -> ir.Mod
     nodes = [*product, *stream] if late else [*stream, *product]
     if bias:
         nodes.append(helper.make_node("Add", ["b", "p"], ["q"]))
-    nodes.append(helper.make_node(last, ["q" if bias else "p", "stream"], ["y"]))
+    nodes.append(helper.make_node(last, ["q" if bias else "p", "stream"], ["s" if norm else "y"]))
+    if norm:
+        nodes.append(helper.make_node("LayerNormalization", ["s", "b"], ["y"]))
     rng = np.random.default_rng(0)
     tensors = {"w": rng.standard_normal((WIDTH, WIDTH)), "b": rng.standard_normal(WIDTH)}
     info = [
@@ -37,14 +47,15 @@ def block(*, bias: bool = True, last: str = "Add", late: bool = False) -> ir.Mod
     return model
 
 
-def found(model: ir.Model) -> str | None:
+def found(model: ir.Model) -> Stream | None:
     (site,) = (site for site in find_sites(model).sites if site.name == "w")
     return stream_of(model, site)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_other_summand_is_the_stream(bias: bool) -> None:
-    assert found(block(bias=bias)) == "stream"
+    assert found(block(bias=bias)) == Stream("stream", normalised=False)
+    assert found(block(bias=bias, norm=True)) == Stream("stream", normalised=True)
 
 
 def test_what_is_multiplied_or_comes_later_is_no_stream() -> None:
@@ -60,6 +71,16 @@ def test_vectors_of_convolutions_have_the_order_of_their_inputs() -> None:
     assert lost is not None
     assert patches(x, cut).shape == (24, 7)
     np.testing.assert_allclose(lost[4], stream[0, :, 1, 1], rtol=1e-6)
+
+
+def test_errors_count_relative_to_the_sum_at_their_place() -> None:
+    rng = np.random.default_rng(0)
+    stream, x, weight = (rng.standard_normal(s) for s in ((9, 3), (9, 4), (3, 4)))
+    stream[0] *= 1000.0
+    scales = token_scales(stream, x, weight)
+    size = np.sqrt(np.square(stream + x @ weight.T).mean(axis=1))
+    np.testing.assert_allclose(scales[0, 0], 1 / size[0], rtol=1e-5)
+    np.testing.assert_allclose(scales.max(), 1 / max(size.min(), 0.1 * np.median(size)), rtol=1e-5)
 
 
 def test_shapes_that_do_not_fit_have_no_vectors() -> None:

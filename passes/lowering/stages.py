@@ -1,0 +1,205 @@
+"""Let ONNX Runtime expand weights piece by piece when it loads a model without the library.
+
+ONNX Runtime folds a body to a dense constant when a session is created, and frees intermediate
+results only when a pass over the graph is over. All weights in one pass take many times their
+memory. Here, weights wait for each other::
+
+    blocks -> HyperMatMul(.., blocks, ..)    becomes    Mul(blocks, go_2) -> HyperMatMul(.., .., ..)
+
+where ``go_2`` is the number 1, which folding finds out in its third pass and not before:
+``go_1 = Shape(If(one) {Expand(one, go_0)})``. The shape of an If is only inferred between passes.
+When the last weight is expanded, all of this is folded away; with the library, too, whose kernels
+do not read `blocks`. ONNX Runtime repeats passes up to ten times: seven pieces leave a few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+
+from onnxcomp.passes.codecs.protocol import Codec, LoadMemory
+from onnxcomp.passes.ir.manifest import STAGE_KEY, own_name, shared_name
+from onnxcomp.passes.ir.traversal import Names, default_opset, remove_dead, scopes, subgraphs
+from onnxcomp.passes.lowering.rewrite import Placement
+from onnxcomp.passes.lowering.runtime_value import FrontNodes, runtime_one
+from onnxcomp.passes.weight import DOMAIN, Kind
+
+__all__ = [
+    "end_waiting",
+    "is_staged",
+    "loading_peak",
+    "remove_stages",
+    "stage_loading",
+    "stages_of",
+]
+
+_MOST = 7
+
+# Models that take less memory than this to expand are left as they are.
+_LEAST = 16 << 20
+
+_KINDS: Mapping[str, Kind] = {
+    "MatMul": "matmul", "Gather": "gather", "Weight": "weight", "Decode": "decode",
+}  # fmt: skip
+
+
+def stages_of(needs: Sequence[LoadMemory]) -> list[int]:
+    """In which piece each of the weights is expanded, in order: the least memory at the peak."""
+    if sum(need.kept for need in needs) < _LEAST:
+        return [0] * len(needs)
+    low, high = 0, sum(need.kept for need in needs)
+    while low < high:
+        limit = (low + high) // 2
+        if max(_pieces(needs, limit)) < _MOST:
+            high = limit
+        else:
+            low = limit + 1
+    return _pieces(needs, high)
+
+
+def _pieces(needs: Iterable[LoadMemory], limit: int) -> list[int]:
+    """As few pieces as keep the limit, as far as single weights do."""
+    stages: list[int] = []
+    before = held = results = 0
+    for need in needs:
+        if held and before + held + need.kept > limit:
+            stages.append(stages[-1] + 1)
+            before, held, results = before + results, 0, 0
+        else:
+            stages.append(stages[-1] if stages else 0)
+        held += need.kept
+        results += need.result
+    return stages
+
+
+def loading_peak(needs: Sequence[LoadMemory], *, staged: bool = True) -> int:
+    """Memory at the peak of expanding all of these.
+
+    Args:
+        needs: What each takes, in their order in the model.
+        staged: Whether the model was written with `stage_loading`.
+    """
+    stages = stages_of(needs) if staged else [0] * len(needs)
+    peak = before = 0
+    for stage in sorted(set(stages)):
+        piece = [need for need, number in zip(needs, stages, strict=True) if number == stage]
+        working = max(need.working for need in piece)
+        peak = max(peak, before + sum(need.kept for need in piece) + working)
+        before += sum(need.result for need in piece)
+    return peak
+
+
+def stage_loading(model: ir.Model, placements: Sequence[Placement]) -> int:
+    """Make weights wait for each other, in place.
+
+    Args:
+        model: A model that `rewrite` made, with functions.
+        placements: What was placed.
+
+    Returns:
+        The number of pieces; 1 where nothing was changed.
+    """
+    calls = list(_calls(model, placements))
+    stages = stages_of([need for _, _, need in calls])
+    count = max(stages, default=0) + 1
+    if count == 1 or (default_opset(model) or 0) < 8:
+        return 1
+    front = FrontNodes(model, Names(model), {STAGE_KEY: "1"})
+    one = runtime_one(model, front)
+    if one is None:
+        return 1
+    tokens = _tokens(front, one, count)
+    made: dict[tuple[ir.Value, int], ir.Value] = {}
+    for (call, index, _), stage in zip(calls, stages, strict=True):
+        value = call.inputs[index]
+        if stage == 0 or value is None:
+            continue
+        if (value, stage) not in made:
+            made[value, stage] = front.node("Mul", [value, tokens[stage]])
+        call.replace_input_with(index, made[value, stage])
+    front.place()
+    return count
+
+
+def _calls(
+    model: ir.Model, placements: Sequence[Placement]
+) -> Iterator[tuple[ir.Node, int, LoadMemory]]:
+    """Calls that can wait: the input that does, and the memory to expand them."""
+    owners = {
+        own_name(placement.site.name, key): placement
+        for placement in placements
+        for key in placement.payload.tensors
+    }
+    for scope in scopes(model):
+        for call in scope.graph:
+            placement = next((owners[v.name] for v in call.inputs if v and v.name in owners), None)
+            if call.domain != DOMAIN or placement is None:
+                continue
+            index = _waiting_input(call, placement.codec)
+            kind = next((k for end, k in _KINDS.items() if call.op_type.endswith(end)), None)
+            if index is not None and kind is not None:
+                yield call, index, _need(placement, kind)
+
+
+def _waiting_input(call: ir.Node, codec: Codec) -> int | None:
+    if codec.pacing is None:
+        return None
+    start = shared_name(codec.pacing)
+    names = ["" if value is None else value.name or "" for value in call.inputs]
+    return next((index for index, name in enumerate(names) if name.startswith(start)), None)
+
+
+def _need(placement: Placement, kind: Kind) -> LoadMemory:
+    """Memory of one call; calls of a codec that makes several count as equal parts."""
+    codec, site = placement.codec, placement.site
+    params = placement.params or codec.params_type()
+    whole = codec.load_memory(site, params, kind)
+    parts = codec.calls
+    return LoadMemory(whole.kept // parts, whole.working, whole.result // parts)
+
+
+def _tokens(front: FrontNodes, one: ir.Value, count: int) -> list[ir.Value]:
+    """Int64 ``(1,)`` ones: number k is known in pass k of folding."""
+    yes = front.node("Cast", [one], {"to": int(ir.DataType.BOOL)})
+    tokens = [front.ints(1)]
+    for _ in range(count):
+        branches = {
+            name: ir.AttrGraph(name, _expanding(front, one, tokens[-1]))
+            for name in ("then_branch", "else_branch")
+        }
+        tokens.append(front.node("Shape", [front.node("If", [yes], branches)]))
+    # The first If is of a known shape before the first pass.
+    return tokens[1:]
+
+
+def _expanding(front: FrontNodes, one: ir.Value, shape: ir.Value) -> ir.Graph:
+    """A branch: ``Expand(one, shape)``, both from outside."""
+    node = front.inner_node("Expand", [one, shape])
+    return ir.Graph([], node.outputs, nodes=[node], name=node.name)
+
+
+def is_staged(model: ir.Model) -> bool:
+    """Whether weights of a model wait for each other."""
+    return any(STAGE_KEY in node.metadata_props for node in model.graph)
+
+
+def end_waiting(model: ir.Model) -> None:
+    """Let all weights be expanded at once again, as engines without passes do it; in place."""
+    for node in [n for n in model.graph if STAGE_KEY in n.metadata_props and n.op_type == "Mul"]:
+        value = node.inputs[0]
+        assert value is not None
+        node.outputs[0].replace_all_uses_with(value)
+    remove_stages(model)
+
+
+def remove_stages(model: ir.Model) -> None:
+    """Remove what made weights wait, where nothing waits for it any more."""
+    for node in reversed([n for n in model.graph if STAGE_KEY in n.metadata_props]):
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            continue
+        for _, graph in subgraphs(node):
+            for inner in graph:
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
+        remove_dead([node])
