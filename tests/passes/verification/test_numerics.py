@@ -148,3 +148,14 @@ def test_two_orders_of_summation_differ_less_than_the_tolerance_and_not_much_les
         forwards += np.outer(x[:, index], w[index])
     difference = metrics(x @ w, forwards).rel_l2
     assert difference < fidelity_tolerance(1, 1024) < 1000 * difference
+
+
+def test_values_that_leave_the_domain_where_others_do_are_a_loss() -> None:
+    reference = np.array([np.nan, 3.0, 4.0], np.float32)
+    found = Comparison("y")
+    found.add(reference, np.array([np.nan, np.nan, 4.0], np.float32))
+    assert not found.result().problem
+    assert found.result().rel_l2 == pytest.approx(3 / 5)
+    other = Comparison("y")
+    other.add(np.array([1.0, 3.0], np.float32), np.array([1.0, np.nan], np.float32))
+    assert other.result().problem
