@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from client_tables import clients
+from client_tables import clients, elsewhere
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from size_loss_picture import PICTURE, draw
@@ -191,7 +191,7 @@ def language_model() -> Iterator[str]:
 def presets() -> Iterator[str]:
     """What the presets mean."""
     rows = read("presets")["rows"]
-    names = ("lossless", "balanced", "small", "max")
+    names = ("lossless", "balanced", "small", "max", "web")
     cells = {(r["model"], r["preset"]): f"{r['ratio']:.1f}x, {100 * r['loss']:.1f} %" for r in rows}
     models = dict.fromkeys(row["model"] for row in rows)
     yield (
@@ -350,7 +350,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "README.md": {"": headlines},
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "numbers.md": ALL,
-    ROOT / "docs" / "clients.md": {"Their answers": clients},
+    ROOT / "docs" / "clients.md": {"Their answers": clients, "": elsewhere},
 }
 
 
