@@ -347,7 +347,9 @@ def cpu_name() -> str:
         key, _, value = line.partition(":")
         found.setdefault(key.strip(), value.strip())
     name = found.get("model name", platform.machine())
-    return f"{name} family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+    text = f"{name} family {found.get('cpu family', '?')} model {found.get('model', '?')}"
+    masked = os.environ.get("ONNXCOMP_MASKED")  # set by mask_cpuid/masked.py
+    return f"{text} with {masked}" if masked else text
 
 
 def key(record: Mapping[str, Any]) -> tuple[Any, ...]:

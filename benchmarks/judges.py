@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ from tokenizers import Tokenizer
 import onnxcomp
 from onnxcomp.passes.calibration.statistics import split_batches
 
-__all__ = ["ImageModel", "Judge", "LanguageModel", "SentenceModel"]
+__all__ = ["DecoderModel", "ImageModel", "Judge", "LanguageModel", "SentenceModel"]
 
 Feeds = Sequence[dict[str, npt.NDArray[Any]]]
 
@@ -47,6 +49,16 @@ CONTEXT, BATCH = 256, 4
 SETS = ("books", "shakespeare")
 TRAINING_PAIRS = 1500
 HELD = 8
+CALIBRATION_WINDOWS = 32
+
+# Spaces that the corpus puts in, and what the text has instead.
+SPACES = (
+    (r" @([-,.])@ ", r"\1"),
+    (r" ([,.;:!?)\]}%])", r"\1"),
+    (r"([(\[{$£]) ", r"\1"),
+    (r" (n't|'s|'m|'d|'ll|'ve|'re)\b", r"\1"),
+    (r'" ([^"]*?) "', r'"\1"'),
+)
 
 
 def _log_probabilities(session: Any, tokens: Array) -> Iterator[Array]:
@@ -111,6 +123,66 @@ class LanguageModel:
         tokens = np.load(data / "lm" / "calib.npy").astype(np.int64)
         feeds = split_batches([{"input_ids": tokens}], {"input_ids": ("batch", "tokens")})
         return [dict(feed) for feed in feeds]
+
+
+class DecoderModel:
+    """Judges forms of a decoder with a cache, one window of wikitext after the other.
+
+    Spaces that the corpus puts around punctuation are taken out. Its first half calibrates, its
+    second half judges.
+
+    Args:
+        folder: Of the model: model.onnx, tokenizer.json and config.json.
+        data: Folder of the data.
+        windows: Windows to judge by.
+    """
+
+    loss = "kl"
+
+    def __init__(self, folder: Path, data: Path, windows: int) -> None:
+        self.model = folder / "model.onnx"
+        self._config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        text = (data / "eval" / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
+        for pattern, wanted in SPACES:
+            text = re.sub(pattern, wanted, text)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        middle = text.index("\n", len(text) // 2)
+        halves = (text[:middle], text[middle:])
+        self._seen, held = (np.array(tokenizer.encode(half).ids, np.int64) for half in halves)
+        self._windows = held[: windows * CONTEXT].reshape(windows, CONTEXT)
+
+    def _fed(self, tokens: Array) -> dict[str, Array]:
+        """Windows ``(n, tokens)`` as inputs, with an empty cache."""
+        count, length = tokens.shape
+        heads, size = self._config["num_key_value_heads"], self._config["head_dim"]
+        places = np.tile(np.arange(length), (count, 1))
+        fed = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": places}
+        for layer in range(self._config["num_hidden_layers"]):
+            for kind in ("key", "value"):
+                empty = np.zeros((count, heads, 0, size), np.float32)
+                fed[f"past_key_values.{layer}.{kind}"] = empty
+        return fed
+
+    def __call__(self, path: Path) -> dict[str, float]:
+        """Divergence and agreement."""
+        dense, form = onnxruntime.InferenceSession(self.model), onnxcomp.InferenceSession(path)
+        divergence = agreeing = 0.0
+        for window in self._windows:
+            fed = self._fed(window[None])
+            logits = [session.run(["logits"], fed)[0][0] for session in (dense, form)]
+            exact, found = (part - part.max(axis=-1, keepdims=True) for part in logits)
+            exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+            found -= np.log(np.exp(found).sum(axis=-1, keepdims=True))
+            divergence += float((np.exp(exact) * (exact - found)).sum(dtype=np.float64))
+            agreeing += float((exact.argmax(-1) == found.argmax(-1)).sum())
+        count = self._windows.size
+        return {"kl": divergence / count, "agreement": agreeing / count}
+
+    def calibration(self, data: Path) -> Feeds:
+        """Windows of the other half of the text."""
+        tokens = self._seen[: CALIBRATION_WINDOWS * CONTEXT].reshape(-1, CONTEXT)
+        dims = dict.fromkeys(self._fed(tokens[:1]), ("batch",))
+        return [dict(feed) for feed in split_batches([self._fed(tokens)], dims)]
 
 
 class SentenceModel:

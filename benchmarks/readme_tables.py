@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from client_tables import clients, elsewhere
+from export_tables import exports
+from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
+from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
 from speed_tables import headline_speed, products, shared_products, structured_products
 
@@ -334,6 +337,7 @@ def deep_convolutions() -> Iterator[str]:
 Sections = Mapping[str, Callable[[], Iterator[str]]]
 ALL: Sections = {
     "A sentence encoder": minilm,
+    "A real language model": every_row,
     "A language model": language_model,
     "Weights": restored,
     "Products": products,
@@ -349,8 +353,11 @@ ALL: Sections = {
 PAGES: Mapping[Path, Sections] = {
     ROOT / "README.md": {"": headlines},
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
+    ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
     ROOT / "docs" / "clients.md": {"Their answers": clients, "": elsewhere},
+    ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
+    ROOT / "docs" / "pytorch.md": {"": exports},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,24 @@ def seconds(text: str | float) -> float:
     help="Measure what products cost on this machine, for --max-slowdown; needs no model.",
 )  # fmt: skip
 @click.option(
-    "--seconds", type=seconds, default=2.0, show_default=True, help="Time for each model."
+    "--rivals", is_flag=True,
+    help="Compare the first model, a dense one, with what else it could be: integers of ONNX "
+    "Runtime, and codes of 4, 3 and 2 bits for this machine, made for the occasion.",
+)  # fmt: skip
+@click.option(
+    "--generate", is_flag=True,
+    help="Measure tokens per second of decoders: a prompt, and decoding with the KV cache.",
+)  # fmt: skip
+@click.option(
+    "--prompt", type=click.IntRange(1), default=128, show_default=True,
+    help="With --generate: tokens of the prompt.",
+)  # fmt: skip
+@click.option(
+    "--context", "contexts", type=click.IntRange(1), multiple=True, default=(64, 512),
+    show_default=True, help="With --generate: positions in the cache when decoding begins.",
+)  # fmt: skip
+@click.option(
+    "--seconds", type=seconds, default=2.0, show_default=True, help="Time for each model and task."
 )
 @option_of("seed", help="Seed of made-up inputs.")
 @with_terminal
@@ -42,6 +60,10 @@ def command(
     data: tuple[str, ...],
     shapes: tuple[tuple[str, tuple[int, ...]], ...],
     costs: bool,
+    rivals: bool,
+    generate: bool,
+    prompt: int,
+    contexts: tuple[int, ...],
     **settings: Any,
 ) -> None:
     """Measure models on the same inputs, each in a process of its own, taking turns.
@@ -55,9 +77,44 @@ def command(
         return
     if not models:
         raise click.UsageError("name at least one model, or give --costs")
-    document = bench(models, data=data or None, shapes=dict(shapes), **settings)
+    if generate and rivals:
+        raise click.UsageError("--generate and --rivals are two kinds of tables: give one of them")
+    if generate:
+        if data or shapes:
+            raise click.UsageError("--generate makes up its tokens: leave out --data and --shape")
+        show_generation(terminal, models, prompt=prompt, contexts=contexts, **settings)
+        return
+    if rivals:
+        settings |= {"data": data or None, "shapes": dict(shapes)}
+        document = bench_rivals(terminal, models, settings)
+    else:
+        document = bench(models, data=data or None, shapes=dict(shapes), **settings)
     show_bench(terminal, document["models"])
     terminal.finish(document, bench_verdict(document["models"]))
+
+
+def bench_rivals(
+    terminal: Terminal, models: tuple[Path, ...], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Measure models together with other forms of the first one."""
+    from onnxcomp.passes.driver.rivals import make_rivals
+    from onnxcomp.runtime.bench import bench
+    from onnxcomp.runtime.inputs import load_inputs, synthesize_inputs
+
+    if settings["data"]:
+        feeds = load_inputs(settings["data"], models[0])
+    else:
+        feeds = synthesize_inputs(models[0], shapes=settings["shapes"], seed=settings["seed"])
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_rivals(models[0], Path(folder), feeds=feeds)
+        names = {str(rival.path): rival.name for rival in made if rival.path is not None}
+        document = bench([*models, *names], **settings | {"data": feeds, "shapes": None})
+    for model in document["models"]:
+        model["path"] = names.get(model["path"], model["path"])
+    left_out = [{"name": r.name, "reason": r.reason} for r in made if r.path is None]
+    for rival in left_out:
+        terminal.say(f"left out: {rival['name']}: {rival['reason']}")
+    return {**document, "left_out": left_out}
 
 
 def show_costs(terminal: Terminal) -> None:
@@ -78,6 +135,49 @@ def show_costs(terminal: Terminal) -> None:
     terminal.table(columns, rows)
     path = costs_path()
     terminal.finish({"path": str(path), **table.to_json()}, f"kept in {path}")
+
+
+def show_generation(terminal: Terminal, models: Sequence[Path], **settings: Any) -> None:
+    """Measure decoders, and print a line for each model and form."""
+    from onnxcomp.runtime.language.speed import bench_generation
+
+    document = bench_generation(models, **settings)
+    measured = document["models"]
+    sizes = [task["context"] for task in max((m["decode"] for m in measured), key=len)]
+    columns = ("model", "form", "file", "load", f"prompt of {settings['prompt']}")
+    rows = [
+        (
+            str(model["path"]),
+            model["form"],
+            bytes_text(model["file_bytes"]),
+            milliseconds_text(model["load_ms"]),
+            speed_text(model["prompt"]),
+            *map(speed_text, model["decode"] or [None] * len(sizes)),
+            bytes_text(model["rss_bytes"]),
+        )
+        for model in measured
+    ]
+    contexts = (f"decode at {size}" for size in sizes)
+    terminal.table((*columns, *contexts, "memory"), rows, left=2, spare=("load", "file"))
+    terminal.finish(document, generation_verdict(measured))
+
+
+def speed_text(task: Mapping[str, float] | None) -> str:
+    """Tokens per second; a dash where nothing was measured."""
+    return "-" if task is None else f"{task['tokens_per_second']:.3g} tokens/s"
+
+
+def generation_verdict(models: Sequence[Mapping[str, Any]]) -> str:
+    """How fast the models write, the others relative to the first one."""
+    tasks = [(model["decode"] or [model["prompt"]])[0] for model in models]
+    if len(models) == 1:
+        return speed_text(tasks[0])
+    parts = [
+        f"{model['path']} ({model['form']}) "
+        f"{task['tokens_per_second'] / tasks[0]['tokens_per_second']:.2f}x"
+        for model, task in zip(models[1:], tasks[1:], strict=True)
+    ]
+    return f"speed of decoding relative to {models[0]['path']}: {', '.join(parts)}"
 
 
 def show_bench(terminal: Terminal, models: Sequence[Mapping[str, Any]]) -> None:

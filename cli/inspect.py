@@ -14,7 +14,7 @@ from onnxcomp.cli.prune import groups_verdict, show_groups
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.report.inspect import Difference, Inspection, Interface
+    from onnxcomp.passes.report.inspect import CompressedWeight, Difference, Inspection, Interface
 
 __all__ = ["command"]
 
@@ -69,6 +69,14 @@ def show_inspection(terminal: Terminal, found: Inspection) -> None:
     show_tensors(terminal, found)
 
 
+def _stored(weight: CompressedWeight) -> str:
+    """How a weight is stored, with the kind of its codes where the settings do not say it."""
+    from onnxcomp.cli.tables import stored_text
+
+    text = stored_text(weight.codec, weight.params)
+    return text if weight.kind in ("", *weight.params.values()) else f"{text}, {weight.kind}"
+
+
 def interface_text(values: Iterable[Interface]) -> str:
     """Inputs or outputs: ``ids int64 [batch, 128]``."""
     parts = []
@@ -88,7 +96,7 @@ def operators_text(operators: Mapping[str, int], *, all_of_them: bool) -> str:
 
 def show_tensors(terminal: Terminal, found: Inspection) -> None:
     """Print weights, compressed or not, and what cannot be compressed."""
-    from onnxcomp.cli.tables import shape_text, show_reasons, stored_text, uses_text
+    from onnxcomp.cli.tables import shape_text, show_reasons, uses_text
 
     if found.compressed:
         stored = [
@@ -96,7 +104,7 @@ def show_tensors(terminal: Terminal, found: Inspection) -> None:
                 weight.name,
                 f"{weight.dtype} {shape_text(weight.shape)}",
                 uses_text(weight.operators),
-                stored_text(weight.codec, weight.params),
+                _stored(weight),
                 bytes_text(weight.bytes_before),
                 bytes_text(weight.bytes_after),
             )

@@ -18,7 +18,7 @@ from onnxcomp.cli.options import (
 from onnxcomp.cli.progress import progress
 from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
-from onnxcomp.cli.verdicts import judged_text, warnings_of
+from onnxcomp.cli.verdicts import judged_text, remarks_of, speed_lines, warnings_of
 from onnxcomp.passes.config.options import OptimizeOptions
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def command(
 
         write_page(result.report.to_json(), report)
     show_result(terminal, result)
-    lines = [verdict(result), *last_lines(result)]
+    remarks = remarks_of(result.report.verify, judged=result.report.evaluation is not None)
+    lines = [*remarks, verdict(result), *last_lines(result)]
     terminal.finish(result.report.to_json(), "\n".join(lines))
     if failure is not None:
         click.echo(f"error: {failure.message}\nhint: {failure.hint}", err=True)
@@ -119,8 +120,11 @@ def verdict(result: Result) -> str:
 def last_lines(result: Result) -> list[str]:
     """What must not be missed: a large loss, and a target that was not met."""
     from onnxcomp.passes.report.form import INLINED
+    from onnxcomp.runtime.machine import current_isa, look, target_of
 
     report, lines = result.report, warnings_of(result.report.verify)
+    if result.path is not None:
+        lines += speed_lines(report.to_json(), target_of(current_isa(look())))
     if report.config["functions"] != "local" and result.path is not None:
         lines.append(f"note: {INLINED}")
     if report.target is not None and not report.target["met"]:

@@ -96,6 +96,33 @@ def genai(terminal: Terminal, model: Path, **settings: Any) -> None:
     show(terminal, model, "genai", **settings)
 
 
+SERVICES = {
+    "litserve": "LitServe", "ray": "Ray Serve", "bentoml": "BentoML", "mlserver": "MLServer",
+    "kserve": "KServe",
+}  # fmt: skip
+
+
+def add_service(kind: str, title: str) -> None:
+    """Add the command of one model server of Python."""
+
+    @command.command(
+        kind, short_help=f"A service of {title}.", help=f"A folder that {title} starts as it is."
+    )
+    @common_options
+    @click.option("--name", help="What the server calls the model; else the name of the file.")
+    @click.option(
+        "--max-batch-size", type=click.IntRange(1), default=8, show_default=True,
+        help="Most requests that run at once.",
+    )  # fmt: skip
+    @with_terminal
+    def service(terminal: Terminal, model: Path, **settings: Any) -> None:
+        show(terminal, model, kind, **settings)
+
+
+for _kind, _title in SERVICES.items():
+    add_service(_kind, _title)
+
+
 def show(terminal: Terminal, model: Path, kind: str, *, output: Path, **settings: Any) -> None:
     """Write the package and say what is in it."""
     import onnxcomp

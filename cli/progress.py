@@ -1,4 +1,4 @@
-"""Progress over bytes: a bar on a terminal, a line now and then elsewhere; always on stderr."""
+"""Progress: a bar on a terminal, a line now and then elsewhere; always on stderr."""
 
 from __future__ import annotations
 
@@ -22,18 +22,24 @@ _PAUSE = 5.0
 
 
 @contextlib.contextmanager
-def progress(terminal: Terminal, title: str) -> Iterator[Progress | None]:
-    """Give a callback that shows progress; None when the command is quiet."""
+def progress(terminal: Terminal, title: str, unit: str = "") -> Iterator[Progress | None]:
+    """Give a callback that shows progress; None when the command is quiet.
+
+    Args:
+        terminal: How the command talks.
+        title: What is being done.
+        unit: What the callback counts, such as "windows"; empty for bytes.
+    """
     if terminal.quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar(title) as show:
+        with _bar(title, unit) as show:
             yield show
     else:
-        yield _lines(title)
+        yield _lines(title, unit)
 
 
-def _lines(title: str) -> Progress:
+def _lines(title: str, unit: str) -> Progress:
     last = time.monotonic()
 
     def show(done: int, total: int, site: str) -> None:
@@ -41,15 +47,24 @@ def _lines(title: str) -> Progress:
         now = time.monotonic()
         if now - last >= _PAUSE and done < total:
             last = now
-            click.echo(f"{title}: {bytes_text(done)} of {bytes_text(total)}, {site}", err=True)
+            amounts = f"{done} of {total} {unit}"
+            if not unit:
+                amounts = f"{bytes_text(done)} of {bytes_text(total)}"
+            click.echo(f"{title}: {amounts}, {site}", err=True)
 
     return show
 
 
 @contextlib.contextmanager
-def _bar(title: str) -> Iterator[Progress]:
+def _bar(title: str, unit: str) -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.progress import Progress as ProgressBar
 
     from onnxcomp.runtime.memory import peak_rss
@@ -57,7 +72,7 @@ def _bar(title: str) -> Iterator[Progress]:
     columns = (
         TextColumn(title),
         BarColumn(),
-        DownloadColumn(),
+        MofNCompleteColumn() if unit else DownloadColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[memory]}  {task.fields[tensor]}", table_column=None),
     )

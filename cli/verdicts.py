@@ -7,13 +7,53 @@ from typing import Any
 
 from onnxcomp.cli.terminal import percent_text
 
-__all__ = ["judged_text", "warnings_of"]
+__all__ = ["judged_text", "remarks_of", "speed_lines", "warnings_of"]
 
 # Relative L2 difference of an output from which on a result is hardly of use: -6 dB of noise.
 FAR = 0.5
 
+# The difference from which on answers are seen to change (classes, boxes, words: docs/clients.md);
+# it is remarked where nobody said what is accepted.
+_NOTABLE = 0.1
+
+# The share of detections that are found again below which the same is said.
+_FOUND = 0.98
+
 # What int8 activations add from which on it is remarked: eight times what they add to one product.
 _INT8 = 0.064
+
+
+# Times as long as the original from which on a result is called slow, by runs as short as those of
+# the verification.
+_SLOW = 1.25
+
+
+def speed_lines(report: Mapping[str, Any], machine: str | None) -> Iterable[str]:
+    """What makes a result faster, where it was slower than the original or other codes suit better.
+
+    Args:
+        report: JSON of a run.
+        machine: The class of this machine, a value of the option `target`; None where no kernel is
+            fast.
+    """
+    factor = (report["verify"] or {}).get("slowdown") or 0.0
+    slow = factor > _SLOW and report["config"].get("max_slowdown") is None
+    if slow:
+        yield (
+            f"warning: it ran {factor:.1f} times as long as the original on these inputs: "
+            "--max-slowdown 1 leaves weights dense where codes are slow"
+        )
+    named = report["config"].get("target", "any") != "any"
+    if machine in ("avx2", "neon") and not named and any(map(_multiplied, report["sites"])):
+        yield f"note: other codes run up to 2.5 times as fast on this processor: --target {machine}"
+
+
+def _multiplied(site: Mapping[str, Any]) -> bool:
+    """Whether a weight has codes of which there are several kinds, and is multiplied by them."""
+    bits, params = site["params"].get("bits", 0), site["params"]
+    usual = params.get("table", "winding") == "winding" and params.get("state_bits") == 7
+    multiplied = bool({"MatMul", "Gemm"} & set(site["uses"])) and site["mode"] != "folded"
+    return site["method"] == "hyper" and 2 <= bits <= 4 and usual and multiplied
 
 
 def judged_text(verify: Mapping[str, Any] | None, *, made_up: bool, evaluated: bool = False) -> str:
@@ -40,6 +80,25 @@ def warnings_of(verify: Mapping[str, Any] | None) -> list[str]:
     return [*_int8_lines(verify), *_far_lines(verify)]
 
 
+def remarks_of(verify: Mapping[str, Any] | None, *, judged: bool = False) -> list[str]:
+    """Losses that nobody judged and that change answers, said before the verdict.
+
+    Args:
+        verify: JSON of the verification; None where it did not run.
+        judged: Whether the user's own measure judged.
+    """
+    if verify is None or judged or verify.get("tolerance") is not None:
+        return []
+    advice = "judge them by --eval, give real inputs by --data, or use more bits"
+    detections = verify.get("detections")
+    if detections and detections["reference"] and detections["share"] < _FOUND:
+        return [f"warning: {detections_text(detections)}: {advice}"]
+    error, differs = _farthest(verify)
+    if not _NOTABLE < error <= FAR:
+        return []
+    return [f"warning: {differs}, and answers may change: {advice}"]
+
+
 def _int8_lines(verify: Mapping[str, Any]) -> Iterable[str]:
     added = max(_differences(verify.get("int8", {}).get("outputs", {})), default=0.0)
     if added > _INT8:
@@ -50,14 +109,17 @@ def _int8_lines(verify: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _far_lines(verify: Mapping[str, Any]) -> Iterable[str]:
+    error, differs = _farthest(verify)
+    if error > FAR:
+        yield f"warning: {differs}: use more bits, a smaller ratio or --data"
+
+
+def _farthest(verify: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest error, of an output or a slice, and a sentence about it."""
     found = [*_worst(verify["outputs"]), *_worst(verify.get("before_decisions", {}))]
     error, name, where = max(found, default=(0.0, "", ""))
-    if error > FAR:
-        part = f" ({where})" if where else ""
-        yield (
-            f"warning: output {name!r}{part} differs by {100 * error:.0f} % from the original's: "
-            "use more bits, a smaller ratio or --data"
-        )
+    part = f" ({where})" if where else ""
+    return error, f"output {name!r}{part} differs by {100 * error:.0f} % from the original's"
 
 
 def _worst(outputs: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[float, str, str]]:
@@ -68,7 +130,7 @@ def _worst(outputs: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[float, st
         error, worst = metrics["rel_l2"], metrics.get("worst_slice")
         if error is None:
             continue
-        if worst is not None and worst["rel_l2"] > max(error, FAR):
+        if worst is not None and worst["rel_l2"] > max(error, _NOTABLE):
             yield worst["rel_l2"], name, slice_text(worst)
         else:
             yield error, name, ""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         parameter_groups,
         truncate,
     )
+    from onnxcomp.models.decoder_example import decoder_example
     from onnxcomp.models.exporting import ExportResult, TorchCheck, export
     from onnxcomp.models.shared_layers import (
         SharedConv2d,
@@ -51,6 +52,7 @@ __all__ = [
     "TorchCheck",
     "choose_ranks",
     "collapse",
+    "decoder_example",
     "export",
     "lorita",
     "parameter_groups",
@@ -66,6 +68,7 @@ _HOMES = {
     "TorchCheck": "exporting",
     "choose_ranks": "truncation",
     "collapse": "composed",
+    "decoder_example": "decoder_example",
     "export": "exporting",
     "lorita": "composed",
     "parameter_groups": "composed",

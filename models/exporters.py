@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import warnings
+import contextlib
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.models.torch_calls import Call, import_torch, named_leaves
+from onnxcomp.models.free_axes import free_axes, named_axes
+from onnxcomp.models.quiet import ASKED, quiet
+from onnxcomp.models.torch_calls import Call, as_arrays, import_torch, unflatten
 from onnxcomp.passes.ir.model import load
+from onnxcomp.passes.ir.tensors import shape_of
 from onnxcomp.passes.suggest import suggest
 
 __all__ = ["EXPORTERS", "export_graph"]
 
+log = logging.getLogger(__name__)
+
+# What torch notes at every node.
+_TRACES = ("pkg.torch.", "pkg.onnxscript.", "namespace")
+
+# Dimensions of a weight that an exporter transposes.
+_MATRIX = 2
+
 # Opset asked of the older exporter where none is given. The newer one has its own default.
 _OPSET = 18
 
-# Name under which the wrapper of `_torchscript` holds the module.
-_INNER = "module"
+# Names in the wrapper: of the module, and of the parameter that takes all tensors.
+_INNER, _TENSORS = "module", "tensors"
 
 
 def export_graph(
@@ -33,6 +47,7 @@ def export_graph(
     output_names: Sequence[str],
     dynamic_shapes: Any,
     opset: int | None,
+    compared: bool = False,
 ) -> ir.Model:
     """Export a module that is in evaluation mode already.
 
@@ -46,6 +61,7 @@ def export_graph(
         dynamic_shapes: As `torch.onnx.export` takes them: by parameter of `forward` or by
             position, ``{axis: "name"}``.
         opset: Version of the default domain; None for the exporter's choice.
+        compared: Whether the graph will be compared with the module on other inputs as well.
 
     Raises:
         UsageError: There is no such exporter.
@@ -55,19 +71,26 @@ def export_graph(
         raise UsageError(f"exporter {exporter!r} is unknown", hint=suggest(exporter, EXPORTERS))
     options = {"input_names": list(input_names), "output_names": list(output_names)}
     try:
-        with warnings.catch_warnings():
-            # What torch says about its own future is not for users of this function.
-            for kind in (DeprecationWarning, FutureWarning):
-                warnings.simplefilter("ignore", kind)
-            return EXPORTERS[exporter](module, call, folder, dynamic_shapes, opset, options)
+        with quiet() as warned:
+            model = EXPORTERS[exporter](module, call, folder, dynamic_shapes, opset, options)
     except (MemoryError, UsageError):
         raise
     except Exception as error:  # of every kind: torch runs the module's own code
         other = next(name for name in EXPORTERS if name != exporter)
+        without = ", or kwargs={'use_cache': False, ...}" if call.cached else ""
         raise ModelError(
             f"torch cannot export {type(module).__name__} with {exporter}: {_reason(error)}",
-            hint=f"try exporter={other!r}, or torch.onnx.export to see all that torch says",
+            hint=f"try exporter={other!r}{without}; TORCH_LOGS=+onnx shows all that torch says",
         ) from error
+    lost = sum(w.category.__name__ == "TracerWarning" for w in warned)
+    if lost and not compared:
+        log.warning(
+            "tracing took %d values of %s for constants: compare on inputs of other sizes, "
+            "checks=[...]", lost, type(module).__name__,
+        )  # fmt: skip
+    _name_by_parameters(model, module)
+    _drop_traces(model)
+    return model
 
 
 def _reason(error: BaseException) -> str:
@@ -78,22 +101,82 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
+def _drop_traces(model: ir.Model) -> None:
+    """Forget how torch came to each node: two kilobytes for each, with paths of this machine."""
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key.startswith(_TRACES)]:
+            del node.metadata_props[key]
+
+
+def _name_by_parameters(model: ir.Model, module: Any) -> None:
+    """Give weights the names of their parameters, and store each once.
+
+    Exporters name a tied weight by any of its names, and store the transpose of a weight under a
+    name of their own, also beside the weight itself.
+    """
+    values = model.graph.initializers
+    parameters = dict(module.named_parameters())
+    own = {id(parameter): name for name, parameter in parameters.items()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = own[id(parameter)]
+        if name == first or name not in values or values[name].is_graph_output():
+            continue
+        if first in values:
+            values[name].replace_all_uses_with(values[first])
+            del values[name]
+        else:
+            values[name].name = first
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, parameter in parameters.items():
+        by_shape.setdefault(tuple(parameter.shape), []).append(name)
+    for value in [value for name, value in values.items() if name not in parameters]:
+        _name_transposed(model, value, by_shape, parameters)
+
+
+def _name_transposed(
+    model: ir.Model,
+    value: ir.Value,
+    by_shape: Mapping[tuple[int, ...], list[str]],
+    parameters: Mapping[str, Any],
+) -> None:
+    """Name one weight by the parameter that it is the transpose of, if it is one."""
+    values, tensor = model.graph.initializers, value.const_value
+    names = [] if tensor is None else by_shape.get(shape_of(tensor)[::-1], [])
+    if tensor is None or len(tensor.shape) != _MATRIX or not names or value.is_graph_output():
+        return
+    array = tensor.numpy()
+    same = (n for n in names if np.array_equal(as_arrays({n: parameters[n]})[n].T, array))
+    name = next(same, None)
+    if name is None:
+        return
+    if name not in values:
+        value.name = name
+        return
+    turned = ir.Node("", "Transpose", [values[name]], [ir.AttrInt64s("perm", [1, 0])])
+    turned.outputs[0].shape, turned.outputs[0].type = value.shape, value.type
+    model.graph.insert_before(model.graph[0], turned)
+    del values[value.name or ""]
+    turned.outputs[0].name, value.name = value.name, None
+    value.replace_all_uses_with(turned.outputs[0])
+
+
 def _dynamo(
     module: Any, call: Call, _: Path, shapes: Any, opset: int | None, options: Mapping[str, Any]
 ) -> ir.Model:
     torch = import_torch()
-    args, kwargs = call.copies()
+    tensors = tuple(tensor.detach().clone() for tensor in call.inputs.values())
     program = torch.onnx.export(
-        module,
-        args,
-        kwargs=kwargs,
+        _flat(module, call),
+        tensors,
         dynamo=True,
         verbose=False,
-        dynamic_shapes=shapes,
+        dynamic_shapes=None if shapes is None else {_TENSORS: tuple(free_axes(call, shapes))},
         opset_version=opset,
         **options,
     )
-    return load(program)
+    model = load(program)
+    _drop_prefix(model)
+    return model
 
 
 def _torchscript(
@@ -106,44 +189,51 @@ def _torchscript(
 ) -> ir.Model:
     torch = import_torch()
     path = folder / "torchscript.onnx"
-    args, kwargs = call.copies()
     names: Sequence[str] = options["input_names"]
-    axes = {
-        name: _named_axes(name, _followed(shapes, keys, call))
-        for name, keys in zip(names, call.paths, strict=True)
-    }
-    tensors = tuple(tensor for _, _, tensor in named_leaves((args, kwargs)))
-    torch.onnx.export(
-        _flat(module, (args, kwargs)),
-        tensors,
-        str(path),
-        dynamo=False,
-        opset_version=_OPSET if opset is None else opset,
-        dynamic_axes={name: found for name, found in axes.items() if found},
-        # Folding would store a transposed copy of a tied weight, under another name.
-        do_constant_folding=False,
-        **options,
-    )
+    free = zip(names, free_axes(call, shapes), strict=True)
+    axes = {name: named_axes(name, dims) for name, dims in free}
+    with _no_dumps(torch):
+        torch.onnx.export(
+            _flat(module, call),
+            tuple(tensor.detach().clone() for tensor in call.inputs.values()),
+            str(path),
+            dynamo=False,
+            opset_version=_OPSET if opset is None else opset,
+            dynamic_axes={name: found for name, found in axes.items() if found},
+            # Folding would store a transposed copy of a tied weight, under another name.
+            do_constant_folding=False,
+            **options,
+        )
     model = load(path)
     _drop_prefix(model)
     return model
 
 
-def _flat(module: Any, example: Any) -> Any:
-    """A module from tensors to tensors: this exporter knows neither keywords nor dicts."""
+@contextlib.contextmanager
+def _no_dumps(torch: Any) -> Iterator[None]:
+    """Keep the older exporter from printing the whole graph on an error, from C++."""
+    name = "_jit_onnx_log"
+    dump = getattr(torch._C, name, None)
+    if dump is None or os.environ.get(ASKED):
+        yield
+        return
+    setattr(torch._C, name, lambda *graph: None)
+    try:
+        yield
+    finally:
+        setattr(torch._C, name, dump)
+
+
+def _flat(module: Any, call: Call) -> Any:
+    """A module from tensors to tensors: exporters know little of keywords, dicts and caches."""
     torch = import_torch()
     if isinstance(module, torch.jit.ScriptModule):  # compiled: it is not traced at all
         return module
-    from torch.utils import _pytree
-
-    leaves, structure = _pytree.tree_flatten(example)
-    constants = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+    example = (call.args, dict(call.kwargs))
 
     def forward(self: Any, *tensors: Any) -> tuple[Any, ...]:
-        given = iter(tensors)
-        filled = [next(given) if constant is None else constant[0] for constant in constants]
-        args, kwargs = _pytree.tree_unflatten(filled, structure)
-        found = named_leaves(getattr(self, _INNER)(*args, **kwargs))
+        args, kwargs = unflatten(example, tensors)
+        found = call.results(getattr(self, _INNER)(*args, **kwargs))
         return tuple(tensor for _, _, tensor in found)
 
     wrapper = type("Flat", (torch.nn.Module,), {"forward": forward})()
@@ -162,36 +252,6 @@ def _drop_prefix(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         if node.name and node.name.startswith(f"/{_INNER}/"):
             node.name = node.name.removeprefix(f"/{_INNER}")
-
-
-def _followed(shapes: Any, keys: Sequence[Any], call: Call) -> Any:
-    """The part of `dynamic_shapes` that is about one tensor; None where there is none."""
-    if shapes is None:
-        return None
-    if not isinstance(shapes, Mapping):
-        parameters = list(dict.fromkeys(path[0] for path in call.paths))
-        shapes = dict(zip(parameters, shapes, strict=False))
-    for key in keys:
-        try:
-            shapes = shapes[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return shapes
-
-
-def _named_axes(name: str, dims: Any) -> dict[int, str]:
-    """Free axes of one tensor with the names of their sizes."""
-    return dict(_axes(name, dims))
-
-
-def _axes(name: str, dims: Any) -> Iterator[tuple[int, str]]:
-    pairs = dims.items() if isinstance(dims, Mapping) else enumerate(dims or ())
-    for axis, dim in pairs:
-        if isinstance(dim, str):
-            yield axis, dim
-        elif dim is not None and not isinstance(dim, int) and "STATIC" not in str(dim):
-            # Dim("batch") has a name; Dim.DYNAMIC and Dim.AUTO have none.
-            yield axis, getattr(dim, "__name__", f"{name}_dim_{axis}")
 
 
 EXPORTERS: Mapping[str, Callable[..., ir.Model]] = {

@@ -110,7 +110,8 @@ def export(
     Args:
         module: A torch.nn.Module.
         args: Example arguments: a tuple, or a single argument. Dicts, tuples and lists of tensors
-            are inputs as well, named by parameter and key: ``state_0``.
+            are inputs as well, named by parameter and key: ``state_0``; a cache of transformers
+            is the tensors ``past_key_values.0.key`` and so on, and makes ``present.0.key`` results.
         path: The model to write.
         kwargs: Example keyword arguments.
         exporter: "dynamo" (torch.export) or "torchscript".
@@ -118,6 +119,7 @@ def export(
         output_names: Other names for the outputs; by default "output", "output_0", or the keys
             of the dict that the module returns.
         dynamic_shapes: Free dimensions, as for `torch.onnx.export`: ``{"x": {0: "batch"}}``.
+            Arguments without an entry have fixed sizes, but for caches.
         opset: Version of the default domain; None for the exporter's choice.
         checks: More inputs to compare on: tuples of arguments, or dicts of keyword arguments.
         module_tolerance: Largest relative L2 difference between module and exported graph; None
@@ -148,7 +150,7 @@ def export(
             with multiplied_out(module):
                 graph = export_graph(
                     exporter, module, call, folder, input_names=inputs, output_names=outputs,
-                    dynamic_shapes=dynamic_shapes, opset=opset,
+                    dynamic_shapes=dynamic_shapes, opset=opset, compared=len(calls) > 1,
                 )  # fmt: skip
         if shared := memories(module):
             write_note(graph, shared)

@@ -1,7 +1,8 @@
 """One call of a torch module: its tensors with names, in and out, as arrays for ONNX Runtime.
 
 Exporters flatten nested arguments and results into a list of tensors; the names here are those of
-the list: the parameter of `forward` and the keys below it, joined by underscores.
+the list: the parameter of `forward` and the keys below it, joined by underscores. Tensors of a
+cache have names of their own (see `caches`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.errors import RuntimeMissingError, UsageError
+from onnxcomp.models.caches import PAST, PRESENT, filled, is_cache, tensors_of
 
-__all__ = ["Call", "as_arrays", "bind", "for_inference", "import_torch", "named_leaves", "run"]
+__all__ = [
+    "Call",
+    "as_arrays",
+    "bind",
+    "flatten",
+    "for_inference",
+    "import_torch",
+    "named_leaves",
+    "run",
+    "unflatten",
+]
 
 Array = npt.NDArray[Any]
 
@@ -43,30 +55,53 @@ class Call:
 
     Attributes:
         args: Positional arguments.
-        kwargs: Keyword arguments.
+        kwargs: Keyword arguments, in the order of the parameters.
         inputs: The tensors in them by name, in the order in which exporters list them.
         paths: For each of them the parameter and the keys that lead to it.
+        cached: Whether a cache in the result is wanted: one is given, or ``use_cache=True`` is.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     inputs: Mapping[str, Any]
     paths: Sequence[tuple[Any, ...]]
+    cached: bool = False
 
     def copies(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with every tensor copied, for modules that change what they are given."""
-        torch = import_torch()
-        copied = _pytree().tree_map(
-            lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf,
-            (self.args, dict(self.kwargs)),
-        )
-        return copied[0], copied[1]
+        example = (self.args, dict(self.kwargs))
+        args, kwargs = unflatten(example, [t.detach().clone() for t in flatten(example)])
+        return args, kwargs
+
+    def results(self, value: Any) -> list[tuple[str, tuple[Any, ...], Any]]:
+        """Name, path and value of the tensors of a result; of a cache, what was computed for it."""
+        found = named_leaves(value, cache=PRESENT if self.cached else None)
+        given = [path for path in self.paths if "encoder" in path[1:]]
+        # Keys and values of the encoder go through as they came.
+        return [leaf for leaf in found if not (given and "encoder" in leaf[1][1:])]
 
 
 def _pytree() -> Any:
     from torch.utils import _pytree
 
     return _pytree
+
+
+def flatten(value: Any) -> list[Any]:
+    """The tensors in nested containers and caches, in their order."""
+    return [leaf for _, _, leaf in named_leaves(value)]
+
+
+def unflatten(example: Any, tensors: Sequence[Any]) -> Any:
+    """Containers and caches like those of an example, with other tensors in them."""
+    torch, pytree, given = import_torch(), _pytree(), iter(tensors)
+
+    def other(leaf: Any) -> Any:
+        if is_cache(leaf):
+            return filled(leaf, given)
+        return next(given) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(other, example, is_leaf=is_cache)
 
 
 def bind(module: Any, args: Any, kwargs: Mapping[str, Any] | None = None) -> Call:
@@ -95,18 +130,34 @@ def bind(module: Any, args: Any, kwargs: Mapping[str, Any] | None = None) -> Cal
             arguments |= arguments.pop(name)
     found = named_leaves(arguments)
     return Call(
-        args, kwargs, {name: leaf for name, _, leaf in found}, [path for _, path, _ in found]
+        args,
+        {name: value for name, value in arguments.items() if name in kwargs},
+        {name: leaf for name, _, leaf in found},
+        [path for _, path, _ in found],
+        kwargs.get("use_cache") is True or any(map(is_cache, arguments.values())),
     )
 
 
-def named_leaves(value: Any, single: str = "output") -> list[tuple[str, tuple[Any, ...], Any]]:
-    """Name, path and value of every tensor in nested containers; `single` names a lone tensor."""
+def named_leaves(
+    value: Any, single: str = "output", *, cache: str | None = PAST
+) -> list[tuple[str, tuple[Any, ...], Any]]:
+    """Name, path and value of every tensor in nested containers.
+
+    Args:
+        value: The containers.
+        single: Name of a lone tensor.
+        cache: What names of a cache's tensors start with; None leaves caches out.
+    """
     torch, pytree = import_torch(), _pytree()
     result = []
-    for keys, leaf in pytree.tree_flatten_with_path(value)[0]:
+    for keys, leaf in pytree.tree_flatten_with_path(value, is_leaf=is_cache)[0]:
+        path = tuple(_key(key) for key in keys)
         if isinstance(leaf, torch.Tensor):
-            path = tuple(_key(key) for key in keys)
             result.append(("_".join(map(str, path)) or single, path, leaf))
+        elif cache is not None and is_cache(leaf):
+            for below, tensor in tensors_of(leaf):
+                name = ".".join(map(str, (cache, *below)))
+                result.append((name, (*path, *below), tensor))
     return result
 
 
@@ -128,7 +179,7 @@ def run(module: Any, call: Call) -> dict[str, Any]:
         UsageError: It does not return a tensor.
     """
     args, kwargs = call.copies()
-    found = named_leaves(module(*args, **kwargs))
+    found = call.results(module(*args, **kwargs))
     if not found:
         raise UsageError(
             f"{type(module).__name__} does not return a tensor",

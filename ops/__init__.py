@@ -1,5 +1,8 @@
 """The operator library: where it is, and how to load it into a session.
 
+The package holds one for CPUs. Where ``onnxcomp-cuda`` is installed, its library, which has both
+kinds of kernels, takes that one's place.
+
 Environment: ``ONNXCOMP_OPS_LIBRARY`` names another library file. ``ONNXCOMP_ISA`` (``plain``,
 ``avx2``, ``avx2vnni``, ``avx512``, ``neon``, ``neondot``) forces one form of the kernels; they
 choose the best one the machine can run by themselves.
@@ -7,12 +10,16 @@ choose the best one the machine can run by themselves.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.resources
+import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import RuntimeMissingError
+from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,29 +32,49 @@ CUDA_OPERATORS = frozenset(
 )
 
 _VARIABLE = "ONNXCOMP_OPS_LIBRARY"
+_CUDA_PACKAGE = "onnxcomp-cuda"
 # Session configuration entry that the library leaves in options that have it (registry.cc).
 _MARK = "onnxcomp.library_registered"
-_FILE = "libonnxcomp_ops.so"
+_FILES = {"win32": "onnxcomp_ops.dll", "darwin": "libonnxcomp_ops.dylib"}
+_FILE = _FILES.get(sys.platform, "libonnxcomp_ops.so")
 
 
 def library_path() -> Path:
     """Path of the operator library.
 
-    The environment variable ``ONNXCOMP_OPS_LIBRARY`` wins over the copy inside the package.
+    The environment variable ``ONNXCOMP_OPS_LIBRARY`` wins over the library of ``onnxcomp-cuda``,
+    and that over the copy inside the package.
 
     Raises:
-        RuntimeMissingError: There is no file at that path.
+        RuntimeMissingError: There is no file at that path, or onnxcomp-cuda is of another version.
     """
     override = os.environ.get(_VARIABLE)
     if override:
         path = Path(override)
         hint = f"set {_VARIABLE} to an existing file, or unset it to use the installed library"
     else:
-        path = Path(str(importlib.resources.files("onnxcomp.ops"))) / _FILE
+        path = _cuda_library() or Path(str(importlib.resources.files("onnxcomp.ops"))) / _FILE
         hint = f"reinstall onnxcomp, or build the library and point {_VARIABLE} to it"
     if not path.is_file():
         raise RuntimeMissingError(f"operator library {path} does not exist", hint=hint)
     return path
+
+
+def _cuda_library() -> Path | None:
+    """The library of the package onnxcomp-cuda; None where it is not installed."""
+    found = importlib.util.find_spec(_CUDA_PACKAGE.replace("-", "_"))
+    if found is None or not found.submodule_search_locations:
+        return None
+    try:
+        theirs = importlib.metadata.version(_CUDA_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:  # a folder of that name
+        return None
+    if theirs != __version__:
+        raise RuntimeMissingError(
+            f"{_CUDA_PACKAGE} {theirs} does not fit onnxcomp {__version__}",
+            hint=f"pip install {_CUDA_PACKAGE}=={__version__}",
+        )
+    return Path(found.submodule_search_locations[0]) / _FILE
 
 
 def cuda_architectures() -> tuple[str, ...]:

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <utility>
 
+#include "common/keep_loaded.h"
 #include "hash/kernel.h"
 #include "hyper/kernel.h"
 #include "winding/kernel.h"
@@ -117,6 +118,7 @@ OrtCustomOpDomain* DomainOf(const Api& api) {
   static std::mutex& mutex = *new std::mutex;
   static auto& domains = *new std::map<const OrtApi*, Domain>;
   const std::lock_guard<std::mutex> lock(mutex);
+  KeepLoaded();
   return BuildDomain(api, domains[api.table()]);
 }
 

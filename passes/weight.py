@@ -24,6 +24,7 @@ __all__ = [
     "ConstantForm",
     "Feed",
     "Kind",
+    "Missing",
     "Mode",
     "Need",
     "Stats",
@@ -179,6 +180,22 @@ class WeightSite:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Missing:
+    """What a stream lacks that the product of a weight is added to, over calibration data.
+
+    Attributes:
+        cross: ``E[d x^T]`` with what is missing, d, and the inputs x, float64 ``(rows, length)``.
+        reference: ``E[d x_ref^T]`` with the inputs of the reference model; None where no errors
+            are measured with it.
+        power: ``E[d^T d]``.
+    """
+
+    cross: Array
+    reference: Array | None
+    power: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
     """What the uses of a weight read, over calibration data.
 
@@ -194,6 +211,8 @@ class Stats:
         held_cross: The same over the held-out inputs.
         held_reference: ``E[x_ref x_ref^T]`` over the held-out inputs.
         frequencies: How often each row was looked up, float64 ``(rows,)``; None without look-ups.
+        missing: What the stream behind the product lacks; None without one.
+        held_missing: The same over the held-out inputs.
     """
 
     site: WeightSite
@@ -205,3 +224,5 @@ class Stats:
     frequencies: Array | None = None
     held_cross: Array | None = None
     held_reference: Array | None = None
+    missing: Missing | None = None
+    held_missing: Missing | None = None

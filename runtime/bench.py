@@ -24,7 +24,7 @@ from onnxcomp.runtime.session import needs_library
 from onnxcomp.runtime.signature import fits, read_signature
 from onnxcomp.runtime.structure import model_bytes
 
-__all__ = ["bench", "load_model"]
+__all__ = ["PROVIDERS", "Worker", "bench", "check_request", "forms_of", "load_model"]
 
 PathLike = str | os.PathLike[str]
 
@@ -65,27 +65,23 @@ def bench(
     Returns:
         The JSON object of ``onnxcomp bench``: for each model ``path``, ``form`` ("library",
         "portable", or "standard" for a model without own operators), ``load_ms``, quantiles of the
-        latency of one run in ms, ``rss_bytes`` (resident memory of the process after the runs),
-        ``peak_rss_bytes`` and ``file_bytes``; and ``threads``, ``shapes``, ``provider``.
+        latency of one run in ms, ``cpu_ms`` (median of its processor time, all threads together),
+        ``rss_bytes`` (resident memory of the process after the runs), ``peak_rss_bytes`` and
+        ``file_bytes``; and ``threads``, ``shapes``, ``provider``.
 
     Raises:
         ModelError: A model cannot be read, loaded or run.
         RuntimeMissingError: ONNX Runtime or the operator library is missing.
         UsageError: `data` or `shapes` do not fit the first model.
     """
-    if not models:
-        raise errors.UsageError("no model is given to measure")
-    if provider not in PROVIDERS:
-        raise errors.UsageError(
-            f"provider {provider!r} is unknown", hint=f"choose one of {', '.join(PROVIDERS)}"
-        )
+    check_request(models, provider)
     feeds = _feeds(models[0], data, shapes, seed)
-    forms = [(model, form) for model in models for form in _forms(model, portable)]
+    forms = [(model, form) for model in models for form in forms_of(model, portable)]
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = [
             stack.enter_context(
-                _Worker(model, form, _stored(model, feeds, folder, number, seed), threads, provider)
+                Worker(model, form, _stored(model, feeds, folder, number, seed), threads, provider)
             )
             for number, (model, form) in enumerate(forms)
         ]
@@ -99,6 +95,16 @@ def bench(
     }
 
 
+def check_request(models: Sequence[PathLike], provider: str) -> None:
+    """Refuse to measure nothing, or somewhere unknown."""
+    if not models:
+        raise errors.UsageError("no model is given to measure")
+    if provider not in PROVIDERS:
+        raise errors.UsageError(
+            f"provider {provider!r} is unknown", hint=f"choose one of {', '.join(PROVIDERS)}"
+        )
+
+
 def load_model(model: PathLike, *, library: bool) -> dict[str, float]:
     """Load a model in a process of its own.
 
@@ -109,7 +115,7 @@ def load_model(model: PathLike, *, library: bool) -> dict[str, float]:
         ModelError: It does not load, or ends the process.
         RuntimeMissingError: ONNX Runtime or the operator library is missing.
     """
-    with _Worker(model, "library" if library else "portable", [], None, "cpu") as worker:
+    with Worker(model, "library" if library else "portable", [], None, "cpu") as worker:
         return worker.loading()
 
 
@@ -124,7 +130,8 @@ def _feeds(
     return synthesize_inputs(model, shapes=shapes, seed=seed)
 
 
-def _forms(model: PathLike, portable: bool) -> tuple[str, ...]:
+def forms_of(model: PathLike, portable: bool) -> tuple[str, ...]:
+    """The forms in which a model is measured."""
     if not needs_library(model):
         return ("standard",)
     return ("library", "portable") if portable else ("library",)
@@ -155,7 +162,7 @@ def _stored(
     return result
 
 
-def _take_turns(workers: Sequence[_Worker], seconds: float) -> None:
+def _take_turns(workers: Sequence[Worker], seconds: float) -> None:
     for worker in workers:
         worker.run(1)
         worker.forget()  # the first run allocates
@@ -166,7 +173,7 @@ def _take_turns(workers: Sequence[_Worker], seconds: float) -> None:
         pending = [worker for worker in pending if not worker.done(seconds)]
 
 
-class _Worker(contextlib.AbstractContextManager["_Worker"]):
+class Worker(contextlib.AbstractContextManager["Worker"]):
     """A process that has loaded one model and runs it when told to."""
 
     def __init__(
@@ -179,6 +186,7 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
     ) -> None:
         self._model, self._form = model, form
         self._times: list[float] = []
+        self._spent: list[float] = []
         self._last = 0.0
         setting = {
             "model": os.fspath(model),
@@ -212,7 +220,12 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, command: str) -> Any:
+    def ask(self, command: str) -> Any:
+        """What the process answers to a command.
+
+        Raises:
+            ModelError: It failed, or has ended; errors of other kinds pass, too.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
@@ -231,19 +244,31 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
             raise kind(answer["message"], hint=answer["hint"])
         return answer
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The model, its form, and what loading took."""
+        return {
+            "path": os.fspath(self._model),
+            "form": self._form,
+            "load_ms": round(self._loaded["load_ms"], 3),
+        }
+
     def loading(self) -> dict[str, float]:
         """What loading took."""
-        return {**self._loaded, **self._ask("memory")}
+        return {**self._loaded, **self.ask("memory")}
 
     def run(self, count: int) -> None:
         """Run the model that many times."""
-        times = self._ask(f"run {count}")
+        answer = self.ask(f"run {count}")
+        times = [by_clock for by_clock, _ in answer]
         self._last = sum(times) / len(times)
         self._times += times
+        self._spent += [spent for _, spent in answer]
 
     def forget(self) -> None:
         """Drop the times so far."""
         self._times.clear()
+        self._spent.clear()
 
     def runs_in(self, seconds: float) -> int:
         """How many runs fit into this time, at least one."""
@@ -257,12 +282,11 @@ class _Worker(contextlib.AbstractContextManager["_Worker"]):
         """What was measured."""
         low, median, high = np.quantile(self._times, [0.1, 0.5, 0.9]) * 1e3
         return {
-            "path": os.fspath(self._model),
-            "form": self._form,
-            "load_ms": round(self._loaded["load_ms"], 3),
+            **self.about,
             "median_ms": round(float(median), 4),
             "p10_ms": round(float(low), 4),
             "p90_ms": round(float(high), 4),
-            **self._ask("memory"),
+            "cpu_ms": round(float(np.median(self._spent)) * 1e3, 4),
+            **self.ask("memory"),
             "file_bytes": model_bytes(self._model),
         }

@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxcomp.errors import CompressionError, RuntimeMissingError
 from onnxcomp.runtime.evaluate import Feed, runner
+from onnxcomp.runtime.language.steps import GENERATION
 from onnxcomp.runtime.memory import peak_rss
 from onnxcomp.runtime.session import import_runtime, open_session
 
@@ -52,6 +53,8 @@ def _serve(setting: dict[str, Any], answer: Any) -> None:
         command, *arguments = line.split()
         if command == "memory":
             answer(resident_bytes())
+        elif command in GENERATION:
+            answer(GENERATION[command](session, *map(int, arguments)))
         else:
             answer([_timed(run, next(feeds)) for _ in range(int(arguments[0]))])
 
@@ -71,10 +74,11 @@ def _restored(path: str, session: onnxruntime.InferenceSession) -> Feed:
     return feed
 
 
-def _timed(run: Callable[[Feed], Any], feed: Feed) -> float:
-    start = time.perf_counter()
+def _timed(run: Callable[[Feed], Any], feed: Feed) -> tuple[float, float]:
+    """Seconds by the clock, and of processor time of all threads."""
+    start, spent = time.perf_counter(), time.process_time()
     run(feed)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - spent
 
 
 def main() -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from onnxcomp.errors import CompressionError
-from onnxcomp.runtime.machine import Machine
+from onnxcomp.runtime.machine import Machine, current_isa
 
 __all__ = ["Diagnosis", "Finding", "environment"]
 
@@ -32,7 +31,6 @@ _RUNTIMES = (
     "ort-nightly-gpu",
 )
 _OLDEST = (1, 20)
-_ISA_VARIABLE = "ONNXCOMP_ISA"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,7 +165,7 @@ def _library(machine: Machine) -> Finding:
         path = library_path()
     except CompressionError as error:
         return Finding(title, "problem", error.message, error.hint)
-    isa = os.environ.get(_ISA_VARIABLE) or machine.isa
+    isa = current_isa(machine)
     facts = {"path": str(path), "bytes": path.stat().st_size, "isa": isa}
     try:
         register(import_runtime().SessionOptions())

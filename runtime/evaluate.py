@@ -15,7 +15,16 @@ from onnxcomp.runtime.session import open_session
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["Feed", "Outputs", "iterate_model", "run_model", "run_session", "runner"]
+__all__ = [
+    "Feed",
+    "Outputs",
+    "iterate_model",
+    "run_model",
+    "run_session",
+    "runner",
+    "to_array",
+    "to_runtime_value",
+]
 
 Array = npt.NDArray[Any]
 Feed = Mapping[str, Array]
@@ -61,15 +70,16 @@ def runner(session: onnxruntime.InferenceSession) -> Callable[[Feed], list[Any]]
         try:
             if not foreign:
                 return list(session.run(names, feed))
-            given = {name: _runtime_value(np.asarray(array)) for name, array in feed.items()}
-            return [_array(value) for value in session.run_with_ort_values(names, given)]
+            given = {name: to_runtime_value(np.asarray(array)) for name, array in feed.items()}
+            return [to_array(value) for value in session.run_with_ort_values(names, given)]
         except Exception as error:  # the classes differ between versions and share no base
             raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
 
     return run
 
 
-def _runtime_value(array: Array) -> Any:
+def to_runtime_value(array: Array) -> Any:
+    """An array as a value of ONNX Runtime; bfloat16 through its bytes."""
     import onnx
     from onnxruntime import OrtValue
 
@@ -80,7 +90,7 @@ def _runtime_value(array: Array) -> Any:
     )
 
 
-def _array(value: Any) -> Any:
+def to_array(value: Any) -> Any:
     """A runtime value as an array; bfloat16 through its bytes."""
     if "bfloat16" not in value.data_type():
         return value.numpy()

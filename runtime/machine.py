@@ -9,8 +9,9 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["Machine", "isa_of", "look"]
+__all__ = ["ISA_VARIABLE", "Machine", "current_isa", "isa_of", "look", "target_of"]
 
 # Instruction sets each form of the kernels needs, best first; the rule of ops/hyper/select.cc.
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -26,6 +27,12 @@ _FORMS: tuple[tuple[str, frozenset[str]], ...] = (
     ("neon", frozenset({"asimd"})),
 )
 _ARM = ("aarch64", "arm64")
+# Names another form of the kernels than the best one.
+ISA_VARIABLE = "ONNXCOMP_ISA"
+
+# Classes of machines by the kernels that are fast there.
+Class = Literal["avx2", "avx512", "neon"]
+
 _SECONDS = 10  # that nvidia-smi may take
 
 
@@ -53,6 +60,17 @@ class Machine:
     available: int | None
     gpus: tuple[str, ...]
     cuda: str | None
+
+
+def target_of(isa: str) -> Class | None:
+    """The class of machines, a value of the option `target`; None where no kernel is fast."""
+    classes: dict[str, Class] = {"avx512": "avx512", "avx2vnni": "avx2", "avx2": "avx2"}
+    return classes.get(isa, "neon" if isa.startswith("neon") else None)
+
+
+def current_isa(machine: Machine) -> str:
+    """The form of the kernels that runs: the machine's best one, or the one that is asked for."""
+    return os.environ.get(ISA_VARIABLE) or machine.isa
 
 
 def look() -> Machine:

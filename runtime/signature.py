@@ -35,6 +35,10 @@ _LOOK_UPS: Mapping[tuple[str, str], tuple[tuple[int, int], ...]] = {
 }
 
 
+# Input of GroupQueryAttention that is its rotary cache.
+_ROTARY = 7
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class InputSpec:
     """One input of a model.
@@ -74,11 +78,59 @@ def read_signature(model: PathLike) -> tuple[InputSpec, ...]:
     bounds = index_bounds(proto)
     given = {tensor.name for tensor in proto.graph.initializer}
     given |= {tensor.values.name for tensor in proto.graph.sparse_initializer}
+    heads = dict(_head_sizes(proto))
     return tuple(
-        _spec(value, bounds.get(value.name))
+        _with_head(_spec(value, bounds.get(value.name)), heads.get(value.name))
         for value in proto.graph.input
         if value.name not in given
     )
+
+
+def _with_head(spec: InputSpec, size: int | None) -> InputSpec:
+    """A cache with the size of its heads, where the model gives that a name alone."""
+    if size is None or len(spec.dims) != 4 or isinstance(spec.dims[3], int):
+        return spec
+    return dataclasses.replace(spec, dims=(*spec.dims[:3], size))
+
+
+def _head_sizes(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
+    """Caches that GroupQueryAttention reads, and the size of a head there.
+
+    It is that of the product which makes queries, keys and values, or twice that of a row of the
+    rotary cache.
+    """
+    producers = {output: node for node in model.graph.node for output in node.output if output}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        names = [*node.input, *[""] * _ROTARY]
+        query, heads = (_attribute(node, name) or [0] for name in ("num_heads", "kv_num_heads"))
+        count = query[0] + (0 if names[1] else 2 * heads[0])
+        width = _product_width(names[0], producers, shapes)
+        rotary = shapes.get(names[_ROTARY], ())
+        if width and count:
+            size = width // count
+        elif len(rotary) == 2:
+            size = 2 * rotary[1]
+        else:
+            continue
+        yield from ((name, size) for name in names[3:5] if name)
+
+
+def _product_width(
+    name: str,
+    producers: Mapping[str, onnx.NodeProto],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> int:
+    """Width of a product with a stored weight, a bias behind it or not; 0 where it is not known."""
+    node = producers.get(name)
+    if node is not None and node.op_type == "Add":
+        found = [producers[value] for value in node.input if value in producers]
+        node = found[0] if len(found) == 1 else None
+    if node is None or node.op_type != "MatMul":
+        return 0
+    return shapes.get(node.input[1], (0,))[-1]
 
 
 def fits(spec: InputSpec, shape: Sequence[int]) -> bool:

@@ -6,6 +6,9 @@ many axes as its input is one sample. An array with one axis more holds one samp
 its first axis. Samples of several arrays go together one by one; an array of a single sample goes
 with all of them.
 
+A text, ``file.txt``, is inputs of a language model: windows of its tokens, which the tokenizer
+beside the model makes.
+
 Samples of different shapes are sets in one .npz: ``onnxcomp.sets`` holds their number, and set 0 is
 the arrays ``0/NAME``, each with one axis more for its samples. `onnxcomp record` writes such files.
 """
@@ -33,6 +36,8 @@ PathLike = str | os.PathLike[str]
 # Name of the array that says how many sets of arrays a file holds.
 SETS = "onnxcomp.sets"
 
+_TEXT = ".txt"
+
 # Files as `--data` names them, or arrays: one sample or many.
 Data = PathLike | Mapping[str, Array] | Sequence[PathLike | Mapping[str, Array]]
 
@@ -41,8 +46,9 @@ def load_inputs(data: Data, model: PathLike) -> list[Feed]:
     """Inputs from files or arrays, checked against the model.
 
     Args:
-        data: An .npz, a folder of them, ``name=file.npy``, arrays by input name, or several of
-            these. All ``name=file.npy`` together make one set of arrays.
+        data: An .npz, a folder of them, ``name=file.npy``, a text ``file.txt`` for a language
+            model, arrays by input name, or several of these. All ``name=file.npy`` together make
+            one set of arrays.
         model: The model that will run them.
 
     Raises:
@@ -51,8 +57,10 @@ def load_inputs(data: Data, model: PathLike) -> list[Feed]:
     """
     specs = read_signature(model)
     feeds: list[Feed] = []
-    for source, arrays in _sources(data, specs[0].name if len(specs) == 1 else None):
-        if SETS in arrays and SETS not in {spec.name for spec in specs}:
+    for source, arrays in _sources(data, model, specs):
+        if Path(source).suffix == _TEXT:
+            feeds += _samples(source, arrays, specs, stacked=True)
+        elif SETS in arrays and SETS not in {spec.name for spec in specs}:
             for name, part in _sets(source, arrays):
                 feeds += _samples(name, part, specs, stacked=True)
         else:
@@ -62,11 +70,14 @@ def load_inputs(data: Data, model: PathLike) -> list[Feed]:
     return feeds
 
 
-def _sources(data: Data, only: str | None) -> Iterator[tuple[str, Mapping[str, Array]]]:
+def _sources(
+    data: Data, model: PathLike, specs: Sequence[InputSpec]
+) -> Iterator[tuple[str, Mapping[str, Array]]]:
     """Sets of arrays, each with the words to name it in errors.
 
-    A plain .npy file belongs to the model's `only` input.
+    A plain .npy file belongs to the model's only input.
     """
+    only = specs[0].name if len(specs) == 1 else None
     items: list[Any] = [data] if isinstance(data, (str, os.PathLike, Mapping)) else list(data)
     named: dict[str, Array] = {}
     for item in items:
@@ -78,6 +89,10 @@ def _sources(data: Data, only: str | None) -> Iterator[tuple[str, Mapping[str, A
             if name in named:
                 raise UsageError(f"input {name!r} is given twice")
             named[name] = _array(Path(file))
+        elif Path(item).suffix == _TEXT:
+            from onnxcomp.runtime.language.windows import text_inputs
+
+            yield str(item), text_inputs(Path(item), model, specs)
         elif only is not None and Path(item).suffix == ".npy":
             yield str(item), {only: _array(Path(item))}
         else:
@@ -113,7 +128,7 @@ def _read(path: Path) -> Any:
             return loaded
         with loaded:
             return dict(loaded)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UsageError(
             f"cannot read {path}: {error}", hint="arrays are .npy or .npz files without objects"
         ) from error

@@ -5,8 +5,10 @@ the reason, where it is absent.
 """
 
 import os
+import runpy
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +57,35 @@ def language_model_path(data_folder: Path) -> Path:
     if not path.exists():
         pytest.skip(f"no language model at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def decoder_script() -> dict[str, Any]:
+    """The names of tests/small_decoder.py, which writes decoders."""
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    return runpy.run_path(str(ROOT / "tests" / "small_decoder.py"))
+
+
+@pytest.fixture(scope="session")
+def decoder_folder(
+    decoder_script: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A decoder with a KV cache and random weights, its tokenizer, and `small.onnx`, in 4 bits."""
+    import onnxcomp
+
+    folder = tmp_path_factory.mktemp("decoder")
+    decoder_script["write_random"](folder)
+    onnxcomp.optimize(folder / "model.onnx", folder / "small.onnx", bits=4, verify=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The folder of SmolLM2-135M: $ONNXCOMP_SMOLLM2."""
+    found = existing_path("ONNXCOMP_SMOLLM2", ROOT / ".cache" / "smollm2")
+    if found is None:
+        pytest.skip("no SmolLM2: set ONNXCOMP_SMOLLM2 to a folder with its model.onnx")
+    return found
 
 
 @pytest.fixture(scope="session")

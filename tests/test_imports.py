@@ -22,16 +22,17 @@ FOLDERS = ("passes", "ops", "runtime", "cli", "models")
 _GROUND = frozenset({"errors", "version", "plugins", "ops", "runtime"})
 _IR = _GROUND | {"weight", "suggest", "codecs", "ir"}
 _SITES = _IR | {"config", "analysis"}
-_CALIBRATION = _SITES | {"lowering", "calibration"}
+_LOWERING = _SITES | {"lowering"}
+_CALIBRATION = _LOWERING | {"calibration"}
 _PLANNING = _CALIBRATION | {"latency", "planning"}
 # Rooms beside the way from a weight to its bytes.
 _BESIDE = frozenset({"transforms", "verification", "report"})
-_PASSES = _PLANNING | {"encoding", "driver"} | _BESIDE
+_PASSES = _PLANNING | {"gradients", "encoding", "driver"} | _BESIDE
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "version": frozenset(),
     "plugins": frozenset({"errors"}),
-    "ops": frozenset({"errors"}),
+    "ops": frozenset({"errors", "version"}),
     "runtime": frozenset({"errors", "version", "ops"}),
     "weight": frozenset(),
     "suggest": frozenset(),
@@ -40,10 +41,11 @@ ALLOWED: dict[str, frozenset[str]] = {
     "config": _IR,
     "analysis": _IR | {"config"},
     "lowering": _SITES,
+    "gradients": _LOWERING,
     "calibration": _SITES | {"lowering"},
     "latency": _CALIBRATION,
     "planning": _CALIBRATION | {"latency"},
-    "encoding": _PLANNING,
+    "encoding": _PLANNING | {"gradients"},
     "transforms": _CALIBRATION,
     "verification": _CALIBRATION,
     "report": _CALIBRATION | {"transforms"},

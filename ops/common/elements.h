@@ -20,17 +20,17 @@ struct Brain {
 template <class T>
 constexpr int kTypeOf = kUndefined;
 template <>
-constexpr int kTypeOf<float> = kFloat;
+inline constexpr int kTypeOf<float> = kFloat;
 template <>
-constexpr int kTypeOf<Half> = kFloat16;
+inline constexpr int kTypeOf<Half> = kFloat16;
 template <>
-constexpr int kTypeOf<Brain> = kBfloat16;
+inline constexpr int kTypeOf<Brain> = kBfloat16;
 template <>
-constexpr int kTypeOf<int8_t> = kInt8;
+inline constexpr int kTypeOf<int8_t> = kInt8;
 template <>
-constexpr int kTypeOf<int32_t> = kInt32;
+inline constexpr int kTypeOf<int32_t> = kInt32;
 template <>
-constexpr int kTypeOf<int64_t> = kInt64;
+inline constexpr int kTypeOf<int64_t> = kInt64;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -8,44 +8,43 @@
 #include <optional>
 
 #include "common/error.h"
-#ifdef ONNXCOMP_X86
-#include <cpuid.h>
-#endif
-#ifdef ONNXCOMP_ARM64
+#include "common/processor.h"
+#if defined(ONNXCOMP_ARM64) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(ONNXCOMP_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(ONNXCOMP_ARM64) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 namespace onnxcomp {
 namespace {
 
 #ifdef ONNXCOMP_X86
-// Leaf 1, ECX bit 29; the operating system's part of it is that of AVX.
-bool HasF16c() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
-}
-
 bool HasAvx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+  return HasX86({X86::kAvx512F, X86::kAvx512Bw, X86::kAvx512Dq, X86::kAvx512Vl,
+                 X86::kAvx512Vbmi, X86::kAvx512Vnni});
 }
 
-bool HasAvx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
-}
-
-// AVX-VNNI has no name in older compilers: leaf 7, sub-leaf 1, EAX bit 4.
-bool HasAvxVnni() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
-}
+bool HasAvx2() { return HasX86({X86::kAvx2, X86::kFma, X86::kF16c}); }
 #endif
 
 #ifdef ONNXCOMP_ARM64
 bool HasDotProduct() {
+#if defined(__linux__)
   constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP
   return (getauxval(AT_HWCAP) & kAsimdDp) != 0;
+#elif defined(__APPLE__)
+  int present = 0;
+  size_t size = sizeof present;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &present, &size, nullptr, 0) == 0 &&
+         present != 0;
+#elif defined(_WIN32)
+  constexpr DWORD kDotProduct = 43;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+  return IsProcessorFeaturePresent(kDotProduct) != 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -57,9 +56,8 @@ std::optional<InstructionSet> Named(const char* name) {
   if (!HasAvx2()) return std::nullopt;
   if (std::strcmp(name, "avx2") == 0) return InstructionSet::kAvx2;
   if (std::strcmp(name, "avx2vnni") == 0) {
-    if (HasAvxVnni()) return InstructionSet::kAvx2Vnni;
-    const bool wide = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    if (wide) return InstructionSet::kAvx2VnniVl;
+    if (HasX86({X86::kAvxVnni})) return InstructionSet::kAvx2Vnni;
+    if (HasX86({X86::kAvx512Vl, X86::kAvx512Vnni})) return InstructionSet::kAvx2VnniVl;
   }
 #endif
 #ifdef ONNXCOMP_ARM64

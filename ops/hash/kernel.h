@@ -25,9 +25,9 @@ void CheckPrecision(bool int8, Memory memory);
 template <class T>
 constexpr Memory kMemoryOf = Memory::kFloat32;
 template <>
-constexpr Memory kMemoryOf<Half> = Memory::kFloat16;
+inline constexpr Memory kMemoryOf<Half> = Memory::kFloat16;
 template <>
-constexpr Memory kMemoryOf<int8_t> = Memory::kInt8;
+inline constexpr Memory kMemoryOf<int8_t> = Memory::kInt8;
 
 // Attributes of a node, checked once; its tensors are checked at each run, which is cheap.
 class WeightReader {

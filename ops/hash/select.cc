@@ -1,6 +1,7 @@
 // The kernels of the instruction set that runs.
 
 #include "common/isa.h"
+#include "common/processor.h"
 #include "hash/format.h"
 
 namespace onnxcomp::hash {

@@ -127,7 +127,7 @@ inline uint8x16_t DecodeFour(const LookupOf<L>& lookup, const uint32x4_t* dwords
 
 template <int K, int L, int V>
 inline void DecodeVectors(const LookupOf<L>& lookup, const uint32x4_t* dwords, uint8_t* out) {
-  vst1q_u8(out + V * kLine, DecodeFour<K, L, V>(lookup, dwords));
+  vst1q_u8(out + V * kLine, (DecodeFour<K, L, V>(lookup, dwords)));  // a macro in clang
   if constexpr (V + 1 < 8) DecodeVectors<K, L, V + 1>(lookup, dwords, out);
 }
 

@@ -262,10 +262,12 @@ void Place(const int8_t* codes, int count, int group, const Layout& layout, int8
       if (count == 1) {
         vst1q_s32(target, first);
       } else if (count == 2) {
-        vst2q_s32(target, {{first, Dwords(rows[1].val[half])}});
+        const int32x4x2_t pair{{first, Dwords(rows[1].val[half])}};
+        vst2q_s32(target, pair);
       } else {
-        vst4q_s32(target, {{first, Dwords(rows[1].val[half]), Dwords(rows[2].val[half]),
-                            Dwords(rows[3].val[half])}});
+        const int32x4x4_t four{{first, Dwords(rows[1].val[half]), Dwords(rows[2].val[half]),
+                                Dwords(rows[3].val[half])}};
+        vst4q_s32(target, four);
       }
     }
   }

@@ -1,6 +1,7 @@
 // The kernels of the instruction set that runs.
 
 #include "common/isa.h"
+#include "common/processor.h"
 #include "hyper/format.h"
 #ifdef ONNXCOMP_X86
 #include "hyper/avx2.h"

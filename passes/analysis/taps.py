@@ -5,19 +5,21 @@ rounding: two correct forms of a model may disagree on them, and a few labels sa
 loss. What can be compared are the floats that were decided on. A value *behind* a decision can be
 compared only where the decision fell the same in both forms.
 
-Visits the main graph, and the bodies of Loop and Scan nodes in it, whose values are seen iteration
-by iteration. Branches of If and bodies of functions are not looked into.
+Visits the main graph, the bodies of Loop and Scan nodes in it, whose values are seen iteration by
+iteration, the branches of If nodes in it, and model-local functions that it calls once. What lies
+deeper is not looked into.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
 from onnxcomp.passes.ir.tensors import is_float
-from onnxcomp.passes.ir.traversal import is_default_domain, subgraphs
+from onnxcomp.passes.ir.traversal import is_default_domain, scopes, subgraphs
 
 __all__ = ["Tap", "Taps", "find_taps", "is_discrete"]
 
@@ -61,11 +63,16 @@ class Tap:
 
     Attributes:
         name: Name of the value.
-        loop: First output of the Loop or Scan whose body computes it; empty in the main graph.
+        loop: First output of the Loop or Scan whose body computes it, or of the If or the call of
+            a function; empty in the main graph.
+        once: Whether that body runs once: a branch, or a function.
+        whole: Whether it holds integers or truth values.
     """
 
     name: str
     loop: str = ""
+    once: bool = False
+    whole: bool = False
 
     @property
     def key(self) -> str:
@@ -114,13 +121,13 @@ class _Facts:
 
 def find_taps(model: ir.Model) -> Taps:
     """The values in front of the decisions that a model's outputs depend on; the model is read."""
-    search = _Search()
+    search = _Search(model)
     for value in model.graph.inputs:
         search.facts[value] = _Facts(computed=True, discrete=is_discrete(value))
     search.walk(model.graph, "")
     values = [*search.values]
     for output in model.graph.outputs:
-        values += [Tap(value.name or "") for value in search.last_floats(output)]
+        values += [search.tap(value) for value in search.last_floats(output)]
     behind = {tap.key: search.behind(value) for tap, value in search.places.items()}
     behind |= {output.name or "": search.behind(output) for output in model.graph.outputs}
     for tap in values:
@@ -141,12 +148,18 @@ class _Search:
         places: The value of each tap.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: ir.Model) -> None:
         self.facts: dict[ir.Value, _Facts] = {}
         self.values: list[Tap] = []
         self.decisions: list[Tap] = []
         self.places: dict[Tap, ir.Value] = {}
-        self._bodies: dict[str, ir.Graph] = {}
+        self._bodies: dict[ir.Graph, str] = {}
+        self._once: set[str] = set()
+        self._ends: dict[ir.Value, list[_Facts]] = {}
+        self._arguments: dict[ir.Value, ir.Value] = {}
+        self._functions = model.functions
+        nodes = (node for scope in scopes(model) for node in scope.graph)
+        self._calls = collections.Counter(node.op_identifier() for node in nodes)
 
     def of(self, value: ir.Value) -> _Facts:
         """What is known of a value; constants are not computed."""
@@ -156,31 +169,86 @@ class _Search:
         """Keys of the decisions in front of a value."""
         return self.of(value).decisions
 
-    def walk(self, graph: ir.Graph, loop: str) -> None:
-        """Look at the nodes of one graph, in the body of `loop` or in the main graph."""
+    def walk(
+        self, graph: Iterable[ir.Node], loop: str, before: frozenset[str] = frozenset()
+    ) -> None:
+        """Look at the nodes of one graph, in the body of `loop` or in the main graph.
+
+        Args:
+            graph: Its nodes.
+            loop: See `Tap.loop`.
+            before: Keys of the decisions that whatever is in it depends on.
+        """
         for node in graph:
             read = [value for value in (*node.inputs, *_captured(node)) if value is not None]
             known = [self.of(value) for value in read]
-            front = frozenset().union(*(facts.decisions for facts in known))
+            front = before.union(*(facts.decisions for facts in known))
             computed = any(facts.computed for facts in known) and not _of_sizes(node)
-            if node.op_type in ("Loop", "Scan") and not loop and is_default_domain(node.domain):
+            standard = is_default_domain(node.domain)
+            if node.op_type in ("Loop", "Scan") and not loop and standard:
                 front |= self._body(node, computed)
+            elif node.op_type == "If" and not loop and standard:
+                front |= self._branches(node, front)
+            elif not loop and self._calls_once(node):
+                front |= self._function(node, front)
+            elif (function := self._functions.get(node.op_identifier())) is not None:
+                self._note_ends(node, function)
+                front |= self._decided(node) if computed and self._decides(node) else frozenset()
             elif computed and self._decides(node):
-                front |= self._decided(node, loop)
+                front |= self._decided(node)
             self._describe(node, known, computed or bool(front), front)
 
     def _body(self, node: ir.Node, computed: bool) -> frozenset[str]:
         """Decisions in a body; what its own inputs hold is computed if anything is."""
-        found: set[str] = set()
-        name = next((value.name for value in node.outputs if value.name), "")
-        for _, graph in subgraphs(node):
-            before = len(self.decisions)
-            self._bodies[name or ""] = graph
+        graphs = [graph for _, graph in subgraphs(node)]
+        for graph in graphs:
             for value in graph.inputs:
                 self.facts[value] = _Facts(computed=computed, discrete=is_discrete(value))
-            self.walk(graph, name or "")
-            found |= {tap.key for tap in self.decisions[before:]}
-        return frozenset(found)
+        return self._inside(node, graphs, frozenset())
+
+    def _branches(self, node: ir.Node, front: frozenset[str]) -> frozenset[str]:
+        """Decisions in the branches of an If, which run where the ones before them fell so."""
+        graphs = [graph for _, graph in subgraphs(node)]
+        found = self._inside(node, graphs, front)
+        for place, value in enumerate(node.outputs):
+            ends = [self.of(graph.outputs[place]) for graph in graphs if place < len(graph.outputs)]
+            self._ends[value] = ends
+        return found
+
+    def _calls_once(self, node: ir.Node) -> bool:
+        identifier = node.op_identifier()
+        return identifier in self._functions and self._calls[identifier] == 1
+
+    def _function(self, node: ir.Node, front: frozenset[str]) -> frozenset[str]:
+        """Decisions in a function; its inputs are what they are called with."""
+        function = self._functions[node.op_identifier()]
+        for inner, value in zip(function.inputs, node.inputs, strict=False):
+            if value is not None:
+                self.facts[inner] = self.of(value)
+                self._arguments[inner] = value
+        found = self._inside(node, [function.graph], front)
+        self._note_ends(node, function)
+        return found
+
+    def _note_ends(self, node: ir.Node, function: ir.Function) -> None:
+        """What a function gives, as far as its last nodes say."""
+        for inner, value in zip(function.outputs, node.outputs, strict=False):
+            last = inner.producer()
+            whole = last is not None and _made_discrete(last, inner)
+            self._ends[value] = [_Facts(discrete=True) if whole else self.of(inner)]
+
+    def _inside(
+        self, node: ir.Node, graphs: list[ir.Graph], front: frozenset[str]
+    ) -> frozenset[str]:
+        """Keys of the decisions in what a node holds."""
+        name = next((value.name for value in node.outputs if value.name), "") or ""
+        if node.op_type not in ("Loop", "Scan"):
+            self._once.add(name)
+        before = len(self.decisions)
+        for graph in graphs:
+            self._bodies[graph] = name
+            self.walk(graph, name, front)
+        return frozenset(tap.key for tap in self.decisions[before:])
 
     def _decides(self, node: ir.Node) -> bool:
         if _rounds(node) or not any(self._open(value) for value in node.inputs):
@@ -189,7 +257,8 @@ class _Search:
             return True
         if node.op_type == "Cast" and is_default_domain(node.domain):
             return not is_float(ir.DataType(node.attributes.get_int("to", 1)))
-        return not any(subgraphs(node)) and any(map(is_discrete, node.outputs))
+        ends = [facts.discrete for value in node.outputs for facts in self._ends.get(value, ())]
+        return not any(subgraphs(node)) and (any(ends) or any(map(is_discrete, node.outputs)))
 
     def _open(self, value: ir.Value | None) -> bool:
         """Whether a value holds floats that depend on the model's inputs, quantised ones too."""
@@ -198,22 +267,36 @@ class _Search:
         facts = self.of(value)
         return facts.computed and (not facts.discrete or facts.stepped)
 
-    def _decided(self, node: ir.Node, loop: str) -> frozenset[str]:
+    def _decided(self, node: ir.Node) -> frozenset[str]:
         """Note a decision; the keys of what it gives."""
-        for value in node.inputs:
+        for value in map(self._given, node.inputs):
             if value is not None and self._open(value) and value.producer() is not None:
-                self._tap(self.values, value, loop)
+                self.values.append(self.tap(value))
         sorts = node.op_type in ("TopK", "Unique")  # these give floats first
         made = [value for value in node.outputs[1 if sorts else 0 :] if value.name]
-        return frozenset(self._tap(self.decisions, value, loop) for value in made)
+        taps = [self.tap(value, _made_discrete(node, value)) for value in made]
+        self.decisions += taps
+        return frozenset(tap.key for tap in taps)
 
-    def _tap(self, taps: list[Tap], value: ir.Value, loop: str) -> str:
+    def _given(self, value: ir.Value | None) -> ir.Value | None:
+        """What an input of a function is in the call; any other value itself."""
+        return None if value is None else self._arguments.get(value, value)
+
+    def tap(self, value: ir.Value, whole: bool = False) -> Tap:
+        """How a value is looked at.
+
+        Args:
+            value: It is computed in the main graph or a body.
+            whole: Whether it is known to hold integers; they may be known from its type.
+        """
         node = value.producer()
-        inside = node is not None and node.graph is self._bodies.get(loop)
-        tap = Tap(value.name or "", loop if inside else "")
-        taps.append(tap)
+        body = None if node is None or not isinstance(node.graph, ir.Graph) else node.graph
+        loop = "" if body is None else self._bodies.get(body, "")
+        once = loop in self._once
+        whole = whole or is_discrete(value) or self.of(value).discrete
+        tap = Tap(value.name or "", loop, once, once and whole)
         self.places[tap] = value
-        return tap.key
+        return tap
 
     def _describe(
         self, node: ir.Node, known: list[_Facts], computed: bool, front: frozenset[str]
@@ -222,6 +305,7 @@ class _Search:
         passed = _moved(node, known)
         for value in node.outputs:
             discrete = is_discrete(value) or _made_discrete(node, value)
+            passed = self._ends.get(value, passed)
             if value.dtype is None and not discrete and passed:
                 discrete = all(facts.discrete for facts in passed)
             stepped = rounds or (discrete and any(f.stepped for f in passed))
@@ -238,11 +322,15 @@ class _Search:
                     yield value
                 continue
             node = value.producer()
-            if not (facts.discrete and facts.computed) or node is None or any(subgraphs(node)):
+            if not (facts.discrete and facts.computed) or node is None:
                 continue
-            above = [item for item in node.inputs if item is not None and item not in seen]
-            seen.update(above)
-            pending += above
+            read = list(node.inputs) if node.op_type == "If" or not any(subgraphs(node)) else []
+            if node.op_type == "If":
+                read += [g.outputs[node.outputs.index(value)] for _, g in subgraphs(node)]
+            above = [item for item in map(self._given, read) if item is not None]
+            fresh = [item for item in above if item not in seen]
+            seen.update(fresh)
+            pending += fresh
 
 
 def is_discrete(value: ir.Value) -> bool:

@@ -21,7 +21,7 @@ from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 
-__all__ = ["NoiseShares", "Probe", "made_up_inputs", "stored_form"]
+__all__ = ["NoiseShares", "Probe", "made_up_inputs", "opened", "stored_form", "typed"]
 
 # The IR version from which on a listed initializer is a default, and an unlisted one a constant.
 _LISTING_IR = 4
@@ -31,6 +31,18 @@ def stored_form(site: WeightSite, weight: Array) -> Array:
     """A canonical matrix ``(rows, length)`` as the tensor it stands for."""
     stored = weight.T if site.transposed else weight
     return np.ascontiguousarray(stored).reshape(site.shape)
+
+
+def typed(site: WeightSite, weight: Array) -> Array:
+    """A canonical matrix as the tensor it stands for, in the type that the model has it in."""
+    kinds: dict[str, Any] = {"float32": np.float32, "float16": np.float16}
+    if site.wide:
+        return stored_form(site, weight).astype(np.float64)
+    if site.dtype not in kinds:
+        import ml_dtypes
+
+        return stored_form(site, weight).astype(ml_dtypes.bfloat16)
+    return stored_form(site, weight).astype(kinds[site.dtype], copy=False)
 
 
 class NoiseShares:
@@ -50,13 +62,17 @@ class NoiseShares:
             wide -= found[name]
             self._wrong[name] = self._wrong.get(name, 0.0) + float(np.square(wide).sum())
 
+    def by_name(self) -> dict[str, float]:
+        """``|y' - y|^2 / |y|^2`` of each output that is not zero, summed over all runs."""
+        return {n: self._wrong[n] / power for n, power in self._power.items() if power > 0.0}
+
     def shares(self) -> list[float]:
         """``|y' - y|^2 / |y|^2`` of each output, summed over all runs.
 
         Raises:
             ModelError: No output says anything.
         """
-        shares = [self._wrong[name] / power for name, power in self._power.items() if power > 0.0]
+        shares = list(self.by_name().values())
         if not shares:
             raise ModelError("every output is zero or not floating point on these inputs")
         return shares
@@ -81,7 +97,7 @@ class Probe:
         from onnxcomp.runtime.evaluate import run_session
         from onnxcomp.runtime.session import open_session
 
-        path = save(_opened(model, sites), folder / "probe.onnx").files[0]
+        path = save(opened(model, sites), folder / "probe.onnx").files[0]
         self._session = open_session(path)
         self._run = run_session
         self._feeds = list(feeds)
@@ -108,25 +124,15 @@ class Probe:
             worst: Return that of the worst output instead of the mean.
             inputs: Which inputs to run.
         """
-        stored = {site.name: self._typed(site, weight) for site, weight in weights.items()}
+        stored = {site.name: typed(site, weight) for site, weight in weights.items()}
         noise = NoiseShares()
         for feed, exact in zip(self._feeds[inputs], self._exact[inputs], strict=True):
             noise.add(exact, self._outputs(feed, stored))
         shares = noise.shares()
         return float(max(shares) if worst else np.mean(shares))
 
-    def _typed(self, site: WeightSite, weight: Array) -> Array:
-        kinds: dict[str, Any] = {"float32": np.float32, "float16": np.float16}
-        if site.wide:
-            return stored_form(site, weight).astype(np.float64)
-        if site.dtype not in kinds:
-            import ml_dtypes
 
-            return stored_form(site, weight).astype(ml_dtypes.bfloat16)
-        return stored_form(site, weight).astype(kinds[site.dtype])
-
-
-def _opened(model: ir.Model, sites: Sequence[WeightSite]) -> ir.Model:
+def opened(model: ir.Model, sites: Sequence[WeightSite]) -> ir.Model:
     """A copy in which the weights are inputs of the main graph, with their values as defaults."""
     copy = copy_model(model)
     _open_decisions(copy)

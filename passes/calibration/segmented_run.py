@@ -19,7 +19,7 @@ from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Chain", "read_values"]
+__all__ = ["Chain", "read_values", "segment"]
 
 Feed = Mapping[str, Array]
 
@@ -123,13 +123,17 @@ class Chain:
     def _session(self, part: Sequence[int], outputs: Sequence[str], folder: Path) -> Any:
         """A function from held values to the segment's outputs."""
         from onnxcomp.runtime.evaluate import runner
-        from onnxcomp.runtime.session import open_session
+        from onnxcomp.runtime.session import import_runtime, open_session
 
         if not self._held:
             return None
-        model = _segment(self._model, part, outputs, self._held[0], self._weights)
+        model = segment(self._model, part, outputs, self._held[0], self._weights)
         path = save(model, folder / "segment.onnx").files[0]
-        session = open_session(path)
+        options = import_runtime().SessionOptions()
+        options.log_severity_level = 4
+        # Between segments the threads would wait in a loop, while encoders want the processors.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = open_session(path, session_options=options)
         names = [value.name for value in session.get_inputs()]
         call = runner(session)
 
@@ -145,7 +149,7 @@ class Chain:
         return run
 
 
-def _segment(
+def segment(
     model: ir.Model,
     part: Sequence[int],
     outputs: Sequence[str],

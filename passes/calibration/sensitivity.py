@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import tempfile
@@ -15,6 +16,7 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import Probe
+from onnxcomp.passes.calibration.staged_noise import StagedProbe, Trial
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 
 __all__ = ["Sensitivities", "block_noise", "measure_sensitivities", "spread"]
@@ -41,8 +43,9 @@ _SHRUNK = 0.1
 # Weights that share a scale in block formats.
 _BLOCK = 128
 
-# Bytes of dense weights above which a model is not opened for this.
-_LARGEST = 1 << 30
+# Bytes of dense weights up to which the whole model is run for each weight; larger ones are run in
+# stages, on fewer inputs, of these bytes at most where weights are not larger.
+_WHOLE, _STAGE, _STAGED_FEEDS = 1 << 25, 1 << 28, 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,14 +123,18 @@ def measure_sensitivities(
         Numbers without weights that no output depends on with these inputs, and without all those
         of a model that cannot be run with changed weights.
     """
-    if not sites or sum(site.nbytes for site in sites) > _LARGEST:
+    if not sites:
         return Sensitivities()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            small = sum(array.size for array in feeds[0].values()) <= _SMALL
-            chosen = spread(feeds, _SMALL_FEEDS if small else _FEEDS)
-            probe = Probe(model, sites, chosen, Path(folder))
-            found = _measured(model, sites, probe, min(_DRAWS, len(chosen)))
+            if sum(site.nbytes for site in sites) > _WHOLE:
+                chosen = spread(feeds, _STAGED_FEEDS)
+                found = _in_stages(model, sites, chosen, Path(folder))
+            else:
+                small = sum(array.size for array in feeds[0].values()) <= _SMALL
+                chosen = spread(feeds, _SMALL_FEEDS if small else _FEEDS)
+                probe = Probe(model, sites, chosen, Path(folder))
+                found = _measured(model, sites, probe, min(_DRAWS, len(chosen)))
         except ModelError as error:
             log.warning("sensitivities are not measured: %s", error.message)
             return Sensitivities()
@@ -148,7 +155,49 @@ def _measured(
             part[site.name] = probe.noise(noisy, inputs=slice(draw, None, draws)) / _NOISE**2
         smaller = {site: weight * np.float32(1.0 - _SHRUNK)}
         scale[site.name] = probe.noise(smaller, inputs=slice(0, None, draws)) / _SHRUNK**2
-    noise = {site.name: sum(part[site.name] for part in parts) / draws for site in sites}
+    return _sensitivities(parts, scale)
+
+
+def _in_stages(
+    model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed], folder: Path
+) -> Sensitivities:
+    """The same for models that are too large to run them for each weight."""
+    rng = np.random.default_rng(0)
+    draws = min(_DRAWS, len(feeds))
+
+    def trials(site: WeightSite) -> list[Trial]:
+        weight = read_weight(model, site)
+        noisy = [
+            Trial(site, functools.partial(block_noise, weight, rng), slice(draw, None, draws))
+            for draw in range(draws)
+        ]
+        smaller = functools.partial(np.multiply, weight, np.float32(1.0 - _SHRUNK))
+        return [*noisy, Trial(site, smaller, slice(0, None, draws))]
+
+    def together(stage: Sequence[WeightSite]) -> dict[WeightSite, Array]:
+        size = _NOISE / math.sqrt(len(stage))
+        return {site: block_noise(read_weight(model, site), rng, size) for site in stage}
+
+    count = stage_count(sites)
+    found = StagedProbe(model, sites, feeds, folder, count).noise(trials, together)
+    parts = [
+        {name: values[draw] / _NOISE**2 for name, values in found.items()} for draw in range(draws)
+    ]
+    scale = {name: values[-1] / _SHRUNK**2 for name, values in found.items()}
+    return _sensitivities(parts, scale)
+
+
+def stage_count(sites: Sequence[WeightSite]) -> int:
+    """Stages that a model is cut into: near the fewest runs, and of bounded bytes."""
+    total = sum(site.nbytes for site in sites)
+    return max(math.ceil(math.sqrt(len(sites))), math.ceil(total / _STAGE))
+
+
+def _sensitivities(
+    parts: Sequence[Mapping[str, float]], scale: Mapping[str, float]
+) -> Sensitivities:
+    """What is known and finite of all weights."""
+    noise = {name: sum(part[name] for part in parts) / len(parts) for name in scale}
     kept = [name for name, value in noise.items() if 0.0 < value < math.inf]
     kept = [name for name in kept if math.isfinite(scale[name])]
     return Sensitivities(

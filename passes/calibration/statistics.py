@@ -20,8 +20,16 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.im2col import Patches, patches, windows
 from onnxcomp.passes.calibration.notices import warn_of_few_vectors
+from onnxcomp.passes.calibration.residual_streams import (
+    MissingSums,
+    missing_vectors,
+    stream_of,
+    token_scales,
+)
+from onnxcomp.passes.calibration.second_moments import add_products, mirror
 from onnxcomp.passes.calibration.segmented_run import Chain
 from onnxcomp.passes.weight import Array, Feed, Stats, Use, WeightSite
 
@@ -54,13 +62,16 @@ class _Source:
     Attributes:
         value: Name of the value.
         kind: "rows" where the last axis holds a vector, "columns" where the one before it does,
-            "patches" for convolutions, "indices" for look-ups.
+            "patches" for convolutions, "indices" for look-ups, "stream" for what the product is
+            added to.
         patches: Of a convolution.
+        normalised: Whether the sum with a stream is normalised next.
     """
 
     value: str
     kind: str
     patches: Patches | None = None
+    normalised: bool = False
 
 
 def _source(node: ir.Node, use: Use, site: WeightSite, convolutions: bool) -> _Source | str:
@@ -109,6 +120,17 @@ def unobservable(model: ir.Model, site: WeightSite, *, convolutions: bool = True
     return _sources(model, site, convolutions)[1]
 
 
+def _stream(model: ir.Model, site: WeightSite, sources: Sequence[_Source]) -> tuple[_Source, ...]:
+    """The stream that the only product of a weight is added to."""
+    if len(sources) != 1 or sources[0].kind not in ("rows", "patches"):
+        return ()
+    stream = stream_of(model, site)
+    if stream is None:
+        return ()
+    normalised = stream.normalised and sources[0].kind == "rows"
+    return (_Source(stream.value, "stream", sources[0].patches, normalised),)
+
+
 def _names(sources: Sequence[_Source]) -> list[str]:
     return list(dict.fromkeys(source.value for source in sources))
 
@@ -116,26 +138,40 @@ def _names(sources: Sequence[_Source]) -> list[str]:
 class _Moments:
     """Sums over input vectors."""
 
-    def __init__(self, length: int, *, cross: bool = False, reference: bool = False) -> None:
+    def __init__(
+        self, length: int, *, cross: bool = False, reference: bool = False, threads: int = 1
+    ) -> None:
         self.tokens = 0
         self.sum = np.zeros(length)
         self.square = np.zeros((length, length))
         self.cross = np.zeros((length, length)) if cross else None
         self.reference = np.zeros((length, length)) if reference else None
+        self._threads = threads
 
     def add(self, x: Array, reference: Array | None) -> None:
         """Add vectors ``(n, length)``; `reference` holds the same ones of another model."""
         for start in range(0, len(x), _CHUNK):
             part = x[start : start + _CHUNK].astype(np.float32, copy=False)
             with np.errstate(over="ignore", invalid="ignore"):
-                self.square += part.T @ part
+                add_products(self.square, part, part, lower=True, threads=self._threads)
                 self.sum += part.sum(axis=0, dtype=np.float64)
                 if self.cross is not None and reference is not None:
                     other = reference[start : start + _CHUNK].astype(np.float32, copy=False)
-                    self.cross += other.T @ part
+                    add_products(self.cross, other, part, threads=self._threads)
                     if self.reference is not None:
-                        self.reference += other.T @ other
+                        add_products(
+                            self.reference, other, other, lower=True, threads=self._threads
+                        )
         self.tokens += len(x)
+
+    def close(self) -> None:
+        """Turn sums into means, in place, and fill what symmetry leaves to be filled."""
+        for square in (self.square, self.reference):
+            if square is not None:
+                mirror(square)
+        for total in (self.sum, self.square, self.cross, self.reference):
+            if total is not None:
+                total /= max(1, self.tokens)
 
     @property
     def finite(self) -> bool:
@@ -153,6 +189,70 @@ def _vectors(array: Array, source: _Source) -> Array:
     return np.asarray(array.reshape(-1, array.shape[-1]))
 
 
+class _Lost:
+    """What the stream behind a weight's product lacks, summed up.
+
+    Args:
+        source: The stream.
+        site: The weight.
+        weight: Its values ``(rows, length)``.
+        threads: Threads of the sums.
+    """
+
+    def __init__(self, source: _Source, site: WeightSite, weight: Array, threads: int) -> None:
+        self._source, self._rows, self._weight = source, site.rows, weight
+        self._seen = MissingSums(site.rows, site.length, held=False, threads=threads)
+        self._kept = MissingSums(site.rows, site.length, held=True, threads=threads)
+
+    @classmethod
+    def of(
+        cls, model: ir.Model, site: WeightSite, sources: Sequence[_Source], threads: int
+    ) -> _Lost | None:
+        """For the stream among the sources; None where there is none."""
+        found = [source for source in sources if source.kind == "stream"]
+        return cls(found[0], site, read_weight(model, site), threads) if found else None
+
+    def scales(self, exact: Mapping[str, Array], reference: Array) -> Array:
+        """What vectors are multiplied by, ``(n, 1)``: more where the sum is small."""
+        stream = exact[self._source.value]
+        if not self._source.normalised or stream.size != len(reference) * self._rows:
+            return np.ones((1, 1), np.float32)
+        flat = stream.reshape(-1, self._rows).astype(np.float32, copy=False)
+        return token_scales(flat, reference, self._weight)
+
+    def add(
+        self,
+        values: Mapping[str, Array],
+        exact: Mapping[str, Array],
+        inputs: tuple[Array, Array],
+        scales: Array,
+        parts: Sequence[tuple[slice, bool]],
+    ) -> None:
+        """Add one calibration input.
+
+        Args:
+            values: Of the compressed model, by name.
+            exact: Of the dense model.
+            inputs: Vectors that the product reads in the two models, scaled.
+            scales: What they were multiplied by.
+            parts: Which of them are held back.
+        """
+        name = self._source.value
+        lost = missing_vectors(exact[name], values[name], self._source.patches, self._rows)
+        if lost is not None and len(lost) == len(inputs[0]):
+            lost = lost * scales
+        for part, held in parts:
+            some = None if lost is None or len(lost) != len(inputs[0]) else lost[part]
+            (self._kept if held else self._seen).add(some, inputs[0][part], inputs[1][part])
+
+    def beside(self, stats: Stats) -> Stats:
+        """The statistics with what is missing, where it is known for all inputs."""
+        seen, kept = self._seen.means(), self._kept.means()
+        if seen is None or kept is None:
+            return stats
+        return dataclasses.replace(stats, missing=seen, held_missing=kept)
+
+
 class Calibration:
     """Statistics of weights, in the order in which the model uses them.
 
@@ -163,8 +263,10 @@ class Calibration:
         feeds: Inputs by name.
         sites: Weights to observe.
         reference: A model of the same structure to take `Stats.cross` from.
+        streams: Whether to take `Stats.missing`, too, where there is a reference.
         convolutions: Whether convolutions are observed.
         folder: Where pieces of the model are written for ONNX Runtime.
+        threads: Threads of the sums; the result does not depend on it.
     """
 
     def __init__(
@@ -174,12 +276,18 @@ class Calibration:
         sites: Sequence[WeightSite],
         *,
         reference: ir.Model | None = None,
+        streams: bool = False,
         convolutions: bool = True,
         folder: Path | None = None,
+        threads: int = 1,
     ) -> None:
         found = {site.name: _sources(model, site, convolutions) for site in sites}
+        if streams and reference is not None:
+            for site in sites:
+                sources, reason = found[site.name]
+                found[site.name] = (*sources, *_stream(model, site, sources)), reason
         self.reasons = {name: reason for name, (_, reason) in found.items() if reason}
-        self._feeds = list(feeds)
+        self._model, self._feeds, self._threads = model, list(feeds), threads
         by_sources: dict[tuple[_Source, ...], list[WeightSite]] = {}
         for site in sites:
             if site.name not in self.reasons:
@@ -209,60 +317,67 @@ class Calibration:
 
     def _observe(self, sources: Sequence[_Source], sites: Sequence[WeightSite]) -> Stats:
         site = sites[0]
-        seen = _Moments(site.length, cross=self._dense is not None)
         paired = self._dense is not None
-        kept = _Moments(site.length, cross=paired, reference=paired)
+        seen = _Moments(site.length, cross=paired, threads=self._threads)
+        kept = _Moments(site.length, cross=paired, reference=paired, threads=self._threads)
         counts = np.zeros(site.rows) if any(s.kind == "indices" for s in sources) else None
+        lost = _Lost.of(self._model, site, sources, self._threads)
         names = _names(sources)
         found = self._chain.advance(names)
         dense = self._dense.advance(names) if self._dense else [{}] * len(self._feeds)
         for number, (values, exact) in enumerate(zip(found, dense, strict=True)):
             for source in sources:
+                if source.kind == "stream":
+                    continue
                 if source.kind == "indices":
                     assert counts is not None
                     counts += np.bincount(values[source.value].ravel() % site.rows, None, site.rows)
                     continue
                 x = _vectors(values[source.value], source)
                 reference = _vectors(exact[source.value], source) if exact else None
-                self._share(number, x, reference, seen, kept)
+                if lost is not None and reference is not None:
+                    scales = lost.scales(exact, reference)
+                    x, reference = x * scales, reference * scales
+                    parts = self._parts(number, len(x))
+                    lost.add(values, exact, (x, reference), scales, parts)
+                for part, held in self._parts(number, len(x)):
+                    other = None if reference is None else reference[part]
+                    (kept if held else seen).add(x[part], other)
             if not (seen.finite and kept.finite):
                 raise ModelError(
                     f"inputs of weight {site.name!r} are NaN, infinite or too large "
                     f"(calibration input {number + 1} of {len(self._feeds)})",
                     hint="correct the calibration data, or leave out --data",
                 )
-        return _stats(site, seen, kept, counts)
+        stats = _stats(site, seen, kept, counts)
+        return stats if lost is None else lost.beside(stats)
 
-    def _share(
-        self, number: int, x: Array, reference: Array | None, seen: _Moments, kept: _Moments
-    ) -> None:
-        """Keep every tenth input back, or of a few inputs the last tenth of their vectors."""
+    def _parts(self, number: int, count: int) -> tuple[tuple[slice, bool], ...]:
+        """Which vectors of an input are held back.
+
+        All of every tenth input, or of a few inputs the last tenth of each.
+        """
         if len(self._feeds) >= HELD_OUT:
-            (kept if number % HELD_OUT == HELD_OUT - 1 else seen).add(x, reference)
-            return
-        cut = len(x) - len(x) // HELD_OUT
-        seen.add(x[:cut], None if reference is None else reference[:cut])
-        kept.add(x[cut:], None if reference is None else reference[cut:])
+            return ((slice(None), number % HELD_OUT == HELD_OUT - 1),)
+        cut = count - count // HELD_OUT
+        return ((slice(None, cut), False), (slice(cut, None), True))
 
 
 def _stats(site: WeightSite, seen: _Moments, kept: _Moments, counts: Array | None) -> Stats:
-    tokens = max(seen.tokens, 1)
+    seen.close()
+    kept.close()
     warn_of_few_vectors(site.name, seen.tokens, site.length, "full use")
     return Stats(
         site=site,
         tokens=seen.tokens,
-        gram=seen.square / tokens,
-        mean=seen.sum / tokens,
-        held_out=kept.square / kept.tokens if kept.tokens else None,
-        cross=None if seen.cross is None else seen.cross / tokens,
+        gram=seen.square,
+        mean=seen.sum,
+        held_out=kept.square if kept.tokens else None,
+        cross=seen.cross,
         frequencies=counts,
-        held_cross=_mean(kept.cross, kept.tokens),
-        held_reference=_mean(kept.reference, kept.tokens),
+        held_cross=kept.cross if kept.tokens else None,
+        held_reference=kept.reference if kept.tokens else None,
     )
-
-
-def _mean(total: Array | None, tokens: int) -> Array | None:
-    return None if total is None or not tokens else total / tokens
 
 
 def collect(
@@ -298,7 +413,9 @@ def collect(
             yield dataclasses.replace(stats, site=site)
 
 
-def split_batches(feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]]) -> list[Feed]:
+def split_batches(
+    feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]], *, most: int = _BATCH
+) -> list[Feed]:
     """Cut inputs with many samples along a batch axis that all inputs share.
 
     The axis is the first one where it is free in every input, under one name, and of one size.
@@ -306,6 +423,7 @@ def split_batches(feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]]) -> l
     Args:
         feeds: Inputs by name.
         dims: Declared sizes of each input; a name or None where a size is free.
+        most: Samples of a part, at most.
     """
     first = {next(iter(sizes)) if len(sizes) else 0 for sizes in dims.values()}
     free = len(first) == 1 and not isinstance(next(iter(first)), int)
@@ -313,7 +431,7 @@ def split_batches(feeds: Sequence[Feed], dims: Mapping[str, Sequence[Any]]) -> l
     for feed in feeds:
         sizes = {len(array) for array in feed.values()} if free else {1}
         count = next(iter(sizes)) if len(sizes) == 1 else 1
-        step = _BATCH if len(feeds) >= HELD_OUT else max(1, min(_BATCH, count // HELD_OUT))
+        step = most if len(feeds) >= HELD_OUT else max(1, min(most, count // HELD_OUT))
         if count <= 1:
             result.append(feed)
             continue

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from onnxcomp.passes.weight import Array, Stats
+from onnxcomp.passes.weight import Array, Missing, Stats
 
 __all__ = [
     "ENOUGH",
     "LOOK_UPS",
+    "HeldOut",
     "anchored",
     "damped",
     "energy",
@@ -28,12 +31,15 @@ DAMPING = 0.01
 # than 0.
 LOOK_UPS = 0.05
 
-# How much of what would make up for the errors of earlier weights is asked for, and the share of
-# the mean diagonal that is added to the moments for it. All of it, and with less added, fits the
-# calibration inputs too closely.
-ANCHOR, ANCHOR_DAMPING = 0.5, 0.1
+# Shares of the mean diagonal that may be added to the moments when errors of earlier weights are
+# made up for; held-out inputs choose. With little added the calibration inputs are fitted too
+# closely, with much the weight stays as it is.
+ANCHOR_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
-# Elements of a weight that are worked on at a time, in float64.
+# Rows of a weight by which that is chosen.
+_ANCHOR_ROWS = 256
+
+# Elements of a weight that are worked on at a time.
 _CHUNK = 1 << 20
 
 
@@ -57,8 +63,10 @@ def damped(stats: Stats) -> Array:
 def anchored(weight: Array, stats: Stats) -> Array:
     """The weight that a calibrated encoder should aim at where earlier weights have errors.
 
-    ``W + t W (C - G) (G + d I)^-1`` with ``C = E[x_ref x^T]``: for t = 1 and d = 0 its products
-    with the inputs of the compressed model are closest to those of the dense model with its own.
+    ``W + (W (C - G) + D) (G + d I)^-1`` with ``C = E[x_ref x^T]``, and ``D = E[r x^T]`` for what is
+    missing, r, in the stream that the product is added to. For d = 0 its products with the inputs
+    of the compressed model are closest to those of the dense model with its own, plus r. The d is
+    that of `ANCHOR_DAMPINGS` with the least error on held-out inputs.
 
     Args:
         weight: float32 ``(rows, length)``.
@@ -67,31 +75,82 @@ def anchored(weight: Array, stats: Stats) -> Array:
     Returns:
         float32 ``(rows, length)``.
     """
-    if stats.cross is None:
+    if stats.cross is None or float(np.trace(stats.gram)) <= 0.0:
         return weight
+    damping = _anchor_damping(weight, stats)
+    return weight if damping is None else weight + _drift(weight, stats, damping)
+
+
+def _anchor_damping(weight: Array, stats: Stats) -> float | None:
+    """The best of `ANCHOR_DAMPINGS`, by some rows; None where the weight itself does better."""
+    some = slice(None, None, -(-len(weight) // _ANCHOR_ROWS))
+    weight, stats = weight[some], _of_rows(stats, some)
+    judge = HeldOut(weight, stats)
+    none = judge.error(weight)
+    if none is None:
+        return ANCHOR_DAMPINGS[-1]
+    errors: dict[int, float] = {}
+
+    def error(index: int) -> float:
+        if index not in errors:
+            target = weight + _drift(weight, stats, ANCHOR_DAMPINGS[index])
+            errors[index] = judge.error(target) or 0.0
+        return errors[index]
+
+    # The error falls and then rises with the damping: go down from the middle.
+    best, last = len(ANCHOR_DAMPINGS) // 2, len(ANCHOR_DAMPINGS) - 1
+    while best > 0 and error(best - 1) < error(best):
+        best -= 1
+    while best < last and error(best + 1) < error(best):
+        best += 1
+    return ANCHOR_DAMPINGS[best] if error(best) < none else None
+
+
+def _of_rows(stats: Stats, rows: slice) -> Stats:
+    """The statistics for some rows of the weight."""
+
+    def of(missing: Missing | None) -> Missing | None:
+        if missing is None:
+            return None
+        exact = None if missing.reference is None else missing.reference[rows]
+        return Missing(missing.cross[rows], exact, missing.power)
+
+    return dataclasses.replace(
+        stats, missing=of(stats.missing), held_missing=of(stats.held_missing)
+    )
+
+
+def _drift(weight: Array, stats: Stats, damping: float) -> Array:
+    """What is added to a weight for the errors before it: float32 ``(rows, length)``."""
+    assert stats.cross is not None
     length = len(stats.gram)
     mean = float(np.trace(stats.gram)) / length
-    if mean <= 0.0:
-        return weight
-    scarcity = max(1.0, ENOUGH * length / max(1, stats.tokens))
-    raised = stats.gram + np.eye(length) * (mean * ANCHOR_DAMPING * scarcity)
-    # W (C - G) (G + d I)^-1 with the small product first: rows may be many more than columns.
-    turn = np.linalg.solve(raised, (stats.cross - stats.gram).T).T
-    result = np.empty(weight.shape, np.float32)
-    rows = max(1, _CHUNK // length)
-    for start in range(0, len(weight), rows):
-        part = weight[start : start + rows].astype(np.float64)
-        result[start : start + rows] = part + ANCHOR * (part @ turn)
-    return result
+    raised = stats.gram + np.eye(length) * (mean * damping)
+    change = stats.cross - stats.gram
+    missing = None if stats.missing is None else stats.missing.cross
+    if len(weight) < length:
+        asked = _product(weight, change)
+        asked = asked if missing is None else asked + missing
+        return np.asarray(np.linalg.solve(raised, asked.T).T, np.float32)
+    drift = _product(weight, np.linalg.solve(raised, change.T).T)
+    if missing is not None:
+        drift += np.linalg.solve(raised, missing.T).T
+    return drift
+
+
+def _product(a: Array, b: Array) -> Array:
+    """``a @ b`` in float32."""
+    return np.asarray(np.asarray(a, np.float32) @ np.asarray(b, np.float32))
 
 
 def energy(matrix: Array, moments: Array) -> float:
-    """``tr(M G M^T)`` in float64."""
+    """``tr(M G M^T)``: products in float32, their sum in float64."""
     rows = max(1, _CHUNK // max(1, matrix.shape[1]))
+    moments = np.asarray(moments, np.float32)
     total = 0.0
     for start in range(0, len(matrix), rows):
-        part = matrix[start : start + rows].astype(np.float64)
-        total += float(np.einsum("ij,ij->", part @ moments, part))
+        part = np.asarray(matrix[start : start + rows], np.float32)
+        total += _inner(part @ moments, part)
     return total
 
 
@@ -124,25 +183,61 @@ def output_error(weight: Array, decoded: Array, moments: Array) -> float:
     return float(np.sqrt(max(0.0, noise) / power)) if power > 0.0 else 0.0
 
 
+class HeldOut:
+    """Errors of a weight's products on held-out inputs.
+
+    With a reference model they are distances of ``W' x`` from ``y = W x_ref + r``, with what is
+    missing, r, in the stream that the product is added to, relative to y. With ``E = W' - W`` they
+    are ``tr(E G E^T) + 2 tr(E V^T)`` more than that of W, where ``V = W (G - C) - E[r x^T]``: no
+    small number is found as a difference of large ones.
+
+    Args:
+        weight: ``(rows, length)``.
+        stats: Moments of the inputs.
+    """
+
+    def __init__(self, weight: Array, stats: Stats) -> None:
+        self._weight, self._held = weight, stats.held_out
+        self._slope: Array | None = None
+        self._power = self._least = 0.0
+        if stats.held_out is None:
+            return
+        if stats.held_cross is None or stats.held_reference is None:
+            self._power = energy(weight, stats.held_out)
+            return
+        cross, missing = stats.held_cross, stats.held_missing
+        self._power = energy(weight, stats.held_reference)
+        moved = stats.held_reference + stats.held_out - cross - cross.T
+        self._least = energy(weight, moved)
+        self._slope = _product(weight, stats.held_out - cross)
+        if missing is not None and missing.reference is not None:
+            self._power += 2.0 * _inner(weight, missing.reference) + missing.power
+            self._least += 2.0 * _inner(weight, missing.reference - missing.cross) + missing.power
+        if missing is not None:
+            self._slope -= missing.cross.astype(np.float32)
+
+    def error(self, decoded: Array) -> float | None:
+        """Relative error of ``(rows, length)`` in the place of the weight; None if not known."""
+        if self._held is None:
+            return None
+        change = np.asarray(decoded) - self._weight
+        noise = self._least + energy(change, self._held)
+        if self._slope is not None:
+            noise += 2.0 * _inner(change, self._slope)
+        return float(np.sqrt(max(0.0, noise) / self._power)) if self._power > 0.0 else 0.0
+
+
 def held_out_error(weight: Array, decoded: Array, stats: Stats) -> float | None:
     """Relative error of products on held-out inputs; None where none were held out.
-
-    With a reference model it is the distance of ``W' x`` from the ``W x_ref`` of that model,
-    ``W G_ref W^T - 2 W C W'^T + W' G W'^T``, relative to the latter.
 
     Args:
         weight: ``(rows, length)``.
         decoded: The same shape.
         stats: Moments of the inputs.
     """
-    if stats.held_out is None:
-        return None
-    if stats.held_cross is None or stats.held_reference is None:
-        return output_error(weight, decoded, stats.held_out)
-    power = energy(weight, stats.held_reference)
-    rows = max(1, _CHUNK // max(1, weight.shape[1]))
-    noise = power + energy(decoded, stats.held_out)
-    for start in range(0, len(weight), rows):
-        part = weight[start : start + rows].astype(np.float64) @ stats.held_cross
-        noise -= 2.0 * float(np.einsum("ij,ij->", part, decoded[start : start + rows]))
-    return float(np.sqrt(max(0.0, noise) / power)) if power > 0.0 else 0.0
+    return HeldOut(weight, stats).error(decoded)
+
+
+def _inner(a: Array, b: Array) -> float:
+    """``tr(A B^T)``."""
+    return float(np.einsum("ij,ij->", a, b, dtype=np.float64))

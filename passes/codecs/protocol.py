@@ -34,6 +34,7 @@ __all__ = [
     "Payload",
     "Qualities",
     "RankGoals",
+    "Scaling",
     "SharedValues",
     "TensorLayout",
     "ValueSharing",
@@ -198,11 +199,31 @@ class CalibratedEncoding:
         anchored: Whether it aims at the outputs of the dense model, errors of earlier weights
             included. Then it is given `Stats.cross`, and judged by how far its products are from
             those of the dense model.
+        streams: Whether it also makes up for what is missing in the stream that the products are
+            added to. Then it is given `Stats.missing`, and judged by it.
     """
 
     encode: EncodeForInputs
     suits: Callable[[WeightSite, Params], bool] = _every
     anchored: bool = False
+    streams: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scaling:
+    """Access to the scales of a payload, which its decoded weight is proportional to.
+
+    Attributes:
+        suits: Whether columns of the stored form are those of the weight.
+        width: Columns that share a scale in a row; the last ones may be fewer.
+        read: The scales, ``(rows, groups)``.
+        replace: The payload with other scales, rounded to how they are stored.
+    """
+
+    suits: Callable[[WeightSite, Params], bool]
+    width: Callable[[WeightSite, Payload], int]
+    read: Callable[[WeightSite, Payload], Array]
+    replace: Callable[[WeightSite, Payload, Array], Payload]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -328,6 +349,11 @@ class Codec(Protocol):
         return None
 
     @property
+    def scaling(self) -> Scaling | None:
+        """Scales that weights are proportional to."""
+        return None
+
+    @property
     def ranks(self) -> RankGoals | None:
         """How ranks are found from what they are to keep."""
         return None
@@ -378,6 +404,23 @@ class Codec(Protocol):
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""
         self.params_type.of(params)
+
+    def targeted(self, params: Params, target: str) -> Params:
+        """The settings, with what suits a class of machines better at equal bytes.
+
+        Args:
+            params: Settings of this codec.
+            target: A value of the option `target`.
+        """
+        return params
+
+    def kind(self, params: Params) -> str:
+        """Kind of the codes, for a codec that has several; else its name."""
+        return self.name
+
+    def cost_key(self, params: Params) -> str | None:
+        """What products with these settings have in common in time; None where it is not known."""
+        return None if self.width is None else f"{self.name} {getattr(params, self.width)}"
 
     def candidates(self, site: WeightSite) -> Sequence[Params]:
         """The settings a planner may choose from, from most to fewest bytes."""

@@ -34,9 +34,11 @@ from onnxcomp.passes.config.values import (
     ExternalData,
     Functions,
     ModeChoice,
+    Objective,
     Precision,
     PruneScore,
     Rest,
+    Target,
 )
 
 if TYPE_CHECKING:
@@ -106,7 +108,8 @@ class ByteOptions(Options):
         None, Number(above=0), "target",
         "How many times as long as the original the output may run, as measured.",
         "One thread; 0.5 asks for twice the speed. Plans are made with what products cost on this "
-        "machine, which `bench --costs` measures, or the first run that needs it.",
+        "machine, which `bench --costs` measures, or the first run that needs it; with a `target` "
+        "that is another class of machines, of one of those, and then nothing is measured.",
         example="1.5",
     )  # fmt: skip
     min_size: Converted[int | str, int] = option(
@@ -208,6 +211,28 @@ class ByteOptions(Options):
         "the operator library cannot speed up. `inline-unfoldable` keeps other tools from folding "
         "codes to dense weights: they are decoded at every run, slowly and in little memory.",
     )  # fmt: skip
+    target: Target = option(
+        "any", Choice(Target), "method",
+        "Class of machines that the output is to be fast on; it runs on all of them.",
+        "`avx2` and `neon` choose tables that processors without AVX-512 run two to three times as "
+        "fast, for 3 % more error power at 4 and 3 bits (hyper: `table=structured`). `any` chooses "
+        "what `avx512` and `cuda` do. `onnxcomp doctor MODEL` says what would suit a machine.",
+        key="machines", example="avx2",
+    )  # fmt: skip
+    logits_to_keep: int | None = option(
+        None, Number(whole=True, least=1, metavar="N"), "output",
+        "Decoders: compute and return the logits of the last N positions only.",
+        "Generation needs 1, and a prompt takes less time. The logits then have N positions, or as "
+        "many as there are. Everything is calibrated and judged with the logits of all positions.",
+        example="1",
+    )  # fmt: skip
+    objective: Objective = option(
+        "size", Choice(Objective), "target",
+        "What is made small where the other wishes leave a choice: bytes, or the time of a run.",
+        "`latency` takes the form of each weight that is expected to be fastest, dense among them, "
+        "of those that are no less accurate than what it would get otherwise; with a size, the "
+        "fastest plan of that size. Expected times are those that `--max-slowdown` uses.",
+    )  # fmt: skip
 
 
 @table
@@ -216,8 +241,10 @@ class PlanOptions(ByteOptions):
 
     data: Any = option(
         None, Data(), "data",
-        "Inputs: an .npz file, a folder of them, or name=file.npy; without, they are made up.",
-        "A model with one input takes file.npy, too; Python takes arrays as well, see "
+        "Inputs: an .npz file, a folder of them, name=file.npy, or a text for a language model; "
+        "without, they are made up.",
+        "A model with one input takes file.npy, too, and a language model text.txt, which it reads "
+        "in windows by the tokenizer.json beside it. Python takes arrays as well, see "
         "`runtime.inputs.load_inputs`. They calibrate the codes and check the result; without "
         "them weights are encoded by their values alone.",
         key="path", example="calibration/*.npz",
@@ -233,6 +260,12 @@ class PlanOptions(ByteOptions):
 class OptimizeOptions(PlanOptions):
     """Options of `onnxcomp.optimize`: those of a plan, and how the run goes about its work."""
 
+    tune: int = option(
+        2, Number(whole=True, least=0, metavar="N"), "data",
+        "Tune the scales of codes for the model's outputs in N passes over the data; 0 for none.",
+        "It takes memory for the dense model twice and for its activations, and float32 models of "
+        "opset 13 or newer; others, and those above 1 GiB, are left as they are.",
+    )  # fmt: skip
     shapes: Mapping[str, Sequence[int]] | None = option(
         None, Shapes(), "data", "Shapes of made-up inputs by name.",
         cli=("--shape", "shapes"), example="{input_ids: [1, 128]}",

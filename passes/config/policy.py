@@ -9,7 +9,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.config.methods import method_names
 from onnxcomp.passes.config.rules import ParamValue, Rule, match_rule
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.config.values import ModeChoice
+from onnxcomp.passes.config.values import ModeChoice, Target
 from onnxcomp.passes.weight import WeightSite
 
 __all__ = ["HALF", "Policy", "resolve_policy"]
@@ -28,6 +28,7 @@ class Policy:
         params: Codec parameters held fixed.
         rule: The rule that speaks of the weight; None where none does.
         exact_half: Whether half precision may be taken only where no value changes.
+        target: Machines that the weight is to be fast on.
     """
 
     methods: tuple[str, ...]
@@ -35,6 +36,7 @@ class Policy:
     params: Mapping[str, ParamValue] = dataclasses.field(default_factory=dict)
     rule: Rule | None = None
     exact_half: bool = False
+    target: Target = "any"
 
     @classmethod
     def of(cls, settings: Settings, names: Sequence[str], operators: Sequence[str] = ()) -> Policy:
@@ -60,6 +62,7 @@ class Policy:
             {} if rule is None else rule.params,
             rule,
             settings.rest == "exact" and not own,
+            settings.target,
         )
 
 

@@ -54,6 +54,11 @@ class Settings(ByteOptions):
             raise UsageError("a way to prune is given, but not how much", hint=_HOW_MUCH)
 
     @property
+    def timed(self) -> bool:
+        """Whether it matters how long a run takes."""
+        return self.max_slowdown is not None or self.objective == "latency"
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
         """Settings for single weights; the first match wins."""
         return self.set_

@@ -15,13 +15,16 @@ from onnxcomp.passes.suggest import suggest
 __all__ = [
     "MODES",
     "SCORES",
+    "TARGET_NAMES",
     "CalibrationMode",
     "ExternalData",
     "Functions",
     "ModeChoice",
+    "Objective",
     "Precision",
     "PruneScore",
     "Rest",
+    "Target",
     "check_pattern",
     "one_of",
     "parse_size",
@@ -31,11 +34,14 @@ CalibrationMode = Literal["sequential", "parallel", "off"]
 ExternalData = Literal["auto", "always", "never"]
 Functions = Literal["local", "inline", "inline-unfoldable"]
 ModeChoice = Literal["auto", "fused", "folded", "decode"]
+Objective = Literal["size", "latency"]
 Precision = Literal["int8", "exact"]
 PruneScore = Literal["obs", "numerical", "wanda", "flap", "magnitude"]
 Rest = Literal["keep", "fp16", "exact"]
+Target = Literal["any", "avx2", "avx512", "neon", "cuda"]
 
 MODES: tuple[ModeChoice, ...] = get_args(ModeChoice)
+TARGET_NAMES: tuple[Target, ...] = get_args(Target)
 SCORES: tuple[PruneScore, ...] = get_args(PruneScore)
 
 _UNITS = {

@@ -15,7 +15,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.options import TARGETS, OptimizeOptions, PlanOptions
 from onnxcomp.passes.config.settings import settings_from
 from onnxcomp.passes.config.signature import takes, takes_output
-from onnxcomp.passes.config.values import ExternalData
+from onnxcomp.passes.config.values import TARGET_NAMES, ExternalData, Target, one_of
 from onnxcomp.passes.driver.compile import compile_model, plan_model
 from onnxcomp.passes.driver.compile import dry_run as only_plan
 from onnxcomp.passes.driver.frontier import frontier as points_of
@@ -29,6 +29,7 @@ from onnxcomp.passes.verification.user_metric import Evaluation, Score, load_fun
 
 if TYPE_CHECKING:
     from onnxcomp.passes.driver.mend import Mended
+    from onnxcomp.passes.driver.retarget import Retargeted
     from onnxcomp.passes.report.inspect import Inspection
     from onnxcomp.passes.verification.fidelity import Verification
 
@@ -43,6 +44,7 @@ __all__ = [
     "mend",
     "optimize",
     "plan",
+    "retarget",
     "verify",
 ]
 
@@ -199,6 +201,37 @@ def expand(
     with workspace(path) as folder:
         saved = save(loaded.model, folder / path.name, external_data=external_data)
         return dataclasses.replace(saved, files=publish(saved.files, path.parent))
+
+
+def retarget(
+    model: PathLike,
+    output: PathLike,
+    *,
+    target: Target = "any",
+    original: PathLike | None = None,
+    jobs: int | None = None,
+) -> Retargeted:
+    """Encode a compressed model again where another class of machines runs other codes faster.
+
+    Args:
+        model: Path of the compressed model.
+        output: Path of the new one.
+        target: The class of machines, as for `optimize`.
+        original: Path of the dense model; None to take the decoded weights, at the cost of the new
+            codes' error on top of the old ones'.
+        jobs: Threads; all processors by default.
+
+    Raises:
+        UsageError: The target is unknown, the model is not compressed, or is the output.
+        ModelError: The models do not belong together.
+    """
+    from onnxcomp.passes.driver.retarget import retarget as retarget_model
+
+    one_of("target", target, TARGET_NAMES)
+    dense = None if original is None else Path(original)
+    return retarget_model(
+        Path(model), Path(output), target, original=dense, jobs=worker_count(jobs)
+    )
 
 
 def inspect(model: PathLike) -> Inspection:

@@ -148,7 +148,9 @@ def _emitted(
     """
     prepared, subject, plan = planned.prepared, planned.subject, planned.plan
     with run.stage("load"):
-        samples = load_samples(subject.samples, run.calibration, prepared.sites, plan)
+        samples = load_samples(
+            subject.samples, run.calibration, prepared.sites, plan, tune=run.tune
+        )
     model = copy_model(prepared.model) if again else prepared.model
     written = emit(
         dataclasses.replace(prepared, model=model),

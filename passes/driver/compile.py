@@ -77,8 +77,9 @@ def compile_model(
         planned = plan_subject(subject, settings, given, run)
         done = attempt(planned, folder / output.name, run)
         accepted = done.verdict.passed or run.force
-        published = publish(done.written.saved, output, accepted=accepted)
-    small = output_file(published, done.written.saved.bytes)
+        saved, chosen = done.written.saved, done.planned.plan.settings
+        published = publish(saved, output, chosen, accepted=accepted, verify=run.verify)
+    small = output_file(published.files, published.bytes)
     report = run_report(done.planned, small, done.written.sites, run, done.verdict)
-    result = Result(published[0], done.planned.plan, report, done.verdict.verification)
+    result = Result(published.files[0], done.planned.plan, report, done.verdict.verification)
     return judged(result, "" if accepted else done.verdict.failure)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.latency.measure import Slowdown, measure_slowdown
+from onnxcomp.passes.latency.model import is_here
 from onnxcomp.passes.verification.user_metric import Evaluation
 
 if TYPE_CHECKING:
     from onnxcomp.passes.verification.fidelity import Verification
 
 __all__ = ["Verdict", "accepted_error", "ask_gates", "error_to_reach", "largest_error"]
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,6 +103,9 @@ def ask_gates(reference: Path, small: Path, data: Any, settings: Settings, run: 
         # A copy: the next attempt measures with the same object.
         verdict = dataclasses.replace(verdict, evaluation=dataclasses.replace(run.evaluation))
     if settings.max_slowdown is None or not verdict.passed:
+        return verdict
+    if not is_here(settings.target):
+        log.warning("time is not measured: this machine is none of the class %s", settings.target)
         return verdict
     with run.stage("time"):
         slowdown = measure_slowdown(

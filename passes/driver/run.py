@@ -46,6 +46,7 @@ class Run:
         verify: Whether the fidelity gate runs.
         data: Inputs for calibration and for the gate; None for made-up ones in the gate.
         calibration: How `data` decides about codes: "sequential", "parallel" or "off".
+        tune: Passes over the data that tune scales for the outputs.
         shapes: Sizes of inputs with free dimensions, for made-up inputs.
         tolerance: Largest accepted difference to the dense model; None to report it only.
         force: Whether a model that fails the gate is published.
@@ -63,6 +64,7 @@ class Run:
     force: bool = False
     progress: Progress | None = None
     calibration: CalibrationMode = "sequential"
+    tune: int = 0
     evaluation: Evaluation | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -90,6 +92,7 @@ class Run:
             "verify": self.verify,
             "data": None if self.data is None else str(self.data),
             "calibration": "off" if self.data is None else self.calibration,
+            "tune": self.tune if self.calibrates else 0,
             "shapes": {name: list(dims) for name, dims in (self.shapes or {}).items()},
             "tolerance": self.tolerance,
             "max_drop": None if self.evaluation is None else self.evaluation.max_drop,

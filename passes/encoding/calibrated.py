@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.moments import held_out_error
+from onnxcomp.passes.codecs.moments import HeldOut
 from onnxcomp.passes.codecs.protocol import CalibratedEncoding
 from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
@@ -47,10 +48,12 @@ class Samples:
     Attributes:
         feeds: Inputs by name.
         sequential: Whether weights are observed behind the compressed earlier ones.
+        tune: Passes over them that tune scales for the outputs.
     """
 
     feeds: Sequence[Feed]
     sequential: bool = True
+    tune: int = 0
 
     @property
     def verification_feeds(self) -> list[Feed]:
@@ -63,6 +66,8 @@ def load_samples(
     mode: CalibrationMode,
     sites: Sequence[WeightSite],
     plan: Plan,
+    *,
+    tune: int = 0,
 ) -> Samples | None:
     """Calibration inputs for the encoders; None where they are of no use.
 
@@ -71,6 +76,7 @@ def load_samples(
         mode: How they are used.
         sites: The model's weights.
         plan: Decisions for them.
+        tune: Passes over the inputs that tune scales for the outputs.
 
     Raises:
         UsageError: A file cannot be read, or a name, shape or type does not fit the model.
@@ -78,7 +84,7 @@ def load_samples(
     if mode == "off" or not _uses_samples(sites, plan):
         return None
     feeds = source()
-    return None if feeds is None else Samples(feeds, mode == "sequential")
+    return None if feeds is None else Samples(feeds, mode == "sequential", tune)
 
 
 def warn_of_uncalibrated_factors(plan: Plan) -> None:
@@ -136,8 +142,20 @@ def encode_calibrated(
     able = [site for site in work if found[site.name] is not None]
     anchored = any(calibration.anchored for calibration in found.values() if calibration)
     reference = model if anchored and samples.sequential else None
-    calibration = Calibration(model, samples.feeds, able, reference=reference, folder=folder)
-    observed = {site.name for site in able} - set(calibration.reasons)
+    streams = any(calibration.streams for calibration in found.values() if calibration)
+    tables = [site for site in able if samples.sequential and _looked_up(site)]
+    calibration = Calibration(
+        model,
+        samples.feeds,
+        [site for site in able if site not in tables],
+        reference=reference,
+        streams=streams,
+        folder=folder,
+        threads=jobs,
+    )
+    first = Calibration(model, samples.feeds, tables, folder=folder, threads=jobs)
+    reasons = {**calibration.reasons, **first.reasons}
+    observed = {site.name for site in able} - set(reasons)
 
     def replace(encoded: EncodedWeight) -> None:
         if samples.sequential and encoded.payload is not None:
@@ -145,21 +163,20 @@ def encode_calibrated(
             calibration.replace(encoded.site, codec.decode(encoded.site, encoded.payload))
 
     for site in work:
-        looked_up = any(use.need == "gather" for use in site.uses)
-        if site.name in observed and not (looked_up and samples.sequential):
+        if site.name in observed:
             continue
         encoded = plain(site)
-        if site.name not in observed:
-            note = calibration.reasons.get(site.name, "")
-            encoded = dataclasses.replace(encoded, note=f"not calibrated: {note}" if note else "")
-            read = functools.partial(read_weight, model, site)
-            encoded = with_fallback(encoded, read, threads=jobs)
-            yield encoded
-        # A table's products come after its look-ups: those see it encoded plainly.
+        note = reasons.get(site.name, "")
+        encoded = dataclasses.replace(encoded, note=f"not calibrated: {note}" if note else "")
+        read = functools.partial(read_weight, model, site)
+        encoded = with_fallback(encoded, read, threads=jobs)
+        yield encoded
         replace(encoded)
-    for group, stats in calibration:
+    # Look-ups of a table come before its products, and all weights between see what is stored: so
+    # it is encoded first, for what the dense model feeds its products.
+    for group, stats in itertools.chain(first, calibration):
         for site in group:
-            own = dataclasses.replace(stats, site=site)
+            own = _usable(dataclasses.replace(stats, site=site), found[site.name])
             weight = read_weight(model, site)
             encoded = _better(weight, own, plain(site), jobs)
             read = functools.partial(read_weight, model, site)
@@ -168,15 +185,27 @@ def encode_calibrated(
             yield encoded
 
 
+def _looked_up(site: WeightSite) -> bool:
+    return any(use.need == "gather" for use in site.uses)
+
+
+def _usable(stats: Stats, calibration: CalibratedEncoding | None) -> Stats:
+    """The statistics without what the encoder does not aim at."""
+    if calibration is None or not calibration.anchored:
+        stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
+    if calibration is None or not calibration.streams:
+        stats = dataclasses.replace(stats, missing=None, held_missing=None)
+    return stats
+
+
 def _better(weight: Array, stats: Stats, plain: EncodedWeight, jobs: int) -> EncodedWeight:
     """The calibrated form of a weight where it is better than the plain one."""
     site, choice = plain.site, plain.choice
     codec, calibration = CODECS[choice.codec], _calibration(site, choice)
     if plain.payload is None or calibration is None:
         return plain
-    if not calibration.anchored:
-        stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
-    before = held_out_error(weight, codec.decode(site, plain.payload), stats)
+    judge = HeldOut(weight, stats)
+    before = judge.error(codec.decode(site, plain.payload))
     if before is None:
         return dataclasses.replace(plain, note="not calibrated: too few inputs to keep some back")
     try:
@@ -185,7 +214,7 @@ def _better(weight: Array, stats: Stats, plain: EncodedWeight, jobs: int) -> Enc
         note = f"not calibrated: {error.message}"
         return dataclasses.replace(plain, output_error=before, note=note)
     decoded = codec.decode(site, payload)
-    after = held_out_error(weight, decoded, stats)
+    after = judge.error(decoded)
     if after is None or not after < before:
         note = f"not calibrated: held-out output error {after:.4g}, plainly encoded {before:.4g}"
         log.info("%s: %s", site.name, note)

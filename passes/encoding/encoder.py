@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,18 +18,23 @@ from typing import IO
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.encoding.tuning import tune
 from onnxcomp.passes.lowering.rewrite import precision_attributes
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, WeightSite
 
 __all__ = ["encode"]
+
+log = logging.getLogger(__name__)
 
 # Planned payload bytes above which payloads go to a temporary file.
 SPILL_BYTES = 1 << 25
@@ -113,7 +119,9 @@ def encode(
 
     results: Iterator[EncodedWeight] = (compared(site) for site in work)
     if samples is not None:
-        results = encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
+        results = on_one_blas_thread(
+            encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
+        )
     for encoded in results:
         site = encoded.site
         if spill is not None and encoded.payload is not None:
@@ -135,7 +143,22 @@ def encode(
         if site.name not in found
     }
     finished = {name: _finished(e, numbers.get(name), arrays, extra) for name, e in found.items()}
-    return [{**kept, **finished}[site.name] for site in sites]
+    weights = [{**kept, **finished}[site.name] for site in sites]
+    return weights if samples is None else _tuned(model, weights, samples, folder)
+
+
+def _tuned(
+    model: ir.Model, weights: list[EncodedWeight], samples: Samples, folder: Path | None
+) -> list[EncodedWeight]:
+    """The weights with their scales tuned for the outputs, where that is asked for and helps."""
+    if not samples.tune:
+        return weights
+    try:
+        found = tune(model, weights, samples.feeds, samples.tune, folder=folder)
+    except ModelError as error:
+        log.info("scales are not tuned: %s", error.message)
+        return weights
+    return weights if found is None else found.weights
 
 
 def _finished(

@@ -126,6 +126,7 @@ def _from_proto(proto: onnx.ModelProto, files: DataFiles) -> ir.Model:
         what = "IR version" if proto.HasField("graph") else "graph"
         raise ModelError(f"not an ONNX model: it has no {what}", hint="export the model again")
     check_attributes(proto)
+    proto = _with_sparse_initializers(proto)
     readable, odd = _representable(proto)
     try:
         model = ir.serde.deserialize_model(readable)
@@ -171,6 +172,32 @@ def _is_odd(kind: onnx.TypeProto) -> bool:
         if kind.HasField(field) and _is_odd(getattr(kind, field).elem_type):
             return True
     return False
+
+
+def _with_sparse_initializers(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Sparse tensors in Constant nodes become sparse initializers, which are kept as they are."""
+    if not any(_sparse_constants(graph) for graph in _graph_protos(proto.graph)):
+        return proto
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    for graph in _graph_protos(changed.graph):
+        for node in _sparse_constants(graph):
+            tensor = graph.sparse_initializer.add()
+            tensor.CopyFrom(node.attribute[0].sparse_tensor)
+            tensor.values.name = node.output[0]
+            graph.node.remove(node)
+    return changed
+
+
+def _sparse_constants(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    return [
+        node
+        for node in graph.node
+        if node.op_type == "Constant"
+        and len(node.attribute) == len(node.output) == 1
+        and node.attribute[0].type == onnx.AttributeProto.SPARSE_TENSOR
+        and node.attribute[0].name == "sparse_value"
+    ]
 
 
 def _representable(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:

@@ -26,7 +26,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
-__all__ = ["CostTable", "cached_costs", "costs_path", "machine", "measure_costs", "settings_key"]
+__all__ = ["CostTable", "cached_costs", "committed_costs", "costs_path", "machine", "measure_costs"]
 
 VERSION = 1
 
@@ -39,11 +39,6 @@ _SECONDS, _RUNS = 0.02, 5
 
 # Told what is measured next, and how much of the work is done.
 Told = Callable[[str, int, int], None]
-
-
-def settings_key(codec: Codec, params: Params) -> str | None:
-    """What the time of a setting depends on: codec and bits; None where bits are not counted."""
-    return None if codec.width is None else f"{codec.name} {getattr(params, codec.width)}"
 
 
 def _features(height: float, rows: float, length: float) -> list[float]:
@@ -84,7 +79,7 @@ class CostTable:
         found = 0.0
         for height in heights:
             dense = self.seconds("dense", height, site.rows, site.length)
-            key = settings_key(codec, params)
+            key = codec.cost_key(params)
             if dense is None or (key is None and not codec.stock):
                 return None
             # Factors of low rank are dense products that are smaller as their bytes are.
@@ -105,6 +100,7 @@ class CostTable:
 def machine() -> dict[str, str]:
     """What times depend on: the processor, ONNX Runtime and the operator library."""
     from onnxcomp.ops import library_path
+    from onnxcomp.runtime.machine import current_isa, look
     from onnxcomp.runtime.session import import_runtime
 
     name = platform.processor() or platform.machine()
@@ -113,7 +109,12 @@ def machine() -> dict[str, str]:
         lines = listing.read_text(errors="replace").splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
     library = hashlib.sha256(Path(library_path()).read_bytes()).hexdigest()[:16]
-    return {"processor": name, "onnxruntime": import_runtime().__version__, "library": library}
+    return {
+        "processor": name,
+        "isa": current_isa(look()),
+        "onnxruntime": import_runtime().__version__,
+        "library": library,
+    }
 
 
 def costs_path() -> Path:
@@ -134,6 +135,18 @@ def cached_costs() -> CostTable | None:
         return None
 
 
+def committed_costs(target: str) -> CostTable | None:
+    """What products cost on a machine of a class, measured for all; None where none was.
+
+    Written there by benchmarks/cost_tables.py.
+    """
+    path = Path(__file__).with_name("tables") / f"{target}.json"
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return CostTable(values["machine"], values["coefficients"])
+
+
 def measure_costs(told: Told | None = None, *, save: bool = True) -> CostTable:
     """Measure this machine; takes a minute or so.
 
@@ -146,10 +159,11 @@ def measure_costs(told: Told | None = None, *, save: bool = True) -> CostTable:
     """
     work: dict[str, tuple[Codec, Params] | None] = {"dense": None}
     for codec in CODECS.values():
-        for params in reversed(codec.candidates(_site(1024, 1024)) if codec.automatic else ()):
-            key = settings_key(codec, params)
-            if key is not None:
-                work.setdefault(key, (codec, params))
+        for offered in reversed(codec.candidates(_site(1024, 1024)) if codec.automatic else ()):
+            for params in (offered, codec.targeted(offered, "avx2")):
+                key = codec.cost_key(params)
+                if key is not None:
+                    work.setdefault(key, (codec, params))
     found = {}
     for number, (key, setting) in enumerate(work.items()):
         if told is not None:

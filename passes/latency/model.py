@@ -17,10 +17,16 @@ from onnxcomp.passes.calibration.perturbation import made_up_inputs
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.ir.model import copy_model, save
-from onnxcomp.passes.latency.cost_table import CostTable, cached_costs, measure_costs
+from onnxcomp.passes.latency.cost_table import (
+    CostTable,
+    cached_costs,
+    committed_costs,
+    measure_costs,
+)
 from onnxcomp.passes.weight import Feed, WeightSite
+from onnxcomp.runtime.machine import current_isa, look, target_of
 
-__all__ = ["Timing", "measure_timing", "product_heights"]
+__all__ = ["Timing", "is_here", "measure_timing", "product_heights"]
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +54,22 @@ class Timing:
 
 
 def measure_timing(
-    model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed] | None
+    model: ir.Model,
+    sites: Sequence[WeightSite],
+    feeds: Sequence[Feed] | None,
+    *,
+    target: str = "any",
 ) -> Timing:
     """Run the dense model, and take the costs of this machine, measured now if need be.
+
+    For another class of machines they are those of one of its machines, and what the dense model
+    takes there is what it takes here, with its products at their price there.
 
     Args:
         model: The canonical model; only read.
         sites: Its weights.
         feeds: Real inputs; None to make some up.
+        target: The class of machines, a value of the option `target`.
 
     Raises:
         ModelError: The model cannot be run.
@@ -64,16 +78,43 @@ def measure_timing(
     from onnxcomp.runtime.session import open_session
 
     feed = (feeds or made_up_inputs(model, samples=1))[0]
-    table = cached_costs()
-    if table is None:
-        log.warning("measuring what products cost on this machine; this happens once")
-        table = measure_costs()
+    here = _costs_here()
     with tempfile.TemporaryDirectory() as folder:
         path = save(copy_model(model), Path(folder) / "dense.onnx").files[0]
         run = runner(open_session(path, library=False, threads=1))
         run(feed)
         times = [_thread_seconds(run, feed) for _ in range(_RUNS)]
-    return Timing(table, product_heights(model, sites, feed), float(np.median(times)))
+    heights = product_heights(model, sites, feed)
+    seconds = float(np.median(times))
+    there = None if is_here(target) else committed_costs(target)
+    if there is None:
+        return Timing(here, heights, seconds)
+    rest = max(0.0, seconds - _dense_products(here, sites, heights))
+    return Timing(there, heights, rest + _dense_products(there, sites, heights))
+
+
+def is_here(target: str) -> bool:
+    """Whether this machine is of a class, so that what is measured here holds for it."""
+    return target in ("any", target_of(current_isa(look())))
+
+
+def _costs_here() -> CostTable:
+    table = cached_costs()
+    if table is None:
+        log.warning("measuring what products cost on this machine; this happens once")
+        table = measure_costs()
+    return table
+
+
+def _dense_products(
+    costs: CostTable, sites: Sequence[WeightSite], heights: Mapping[str, Sequence[int]]
+) -> float:
+    """Expected seconds of all products with dense weights."""
+    return sum(
+        costs.seconds("dense", height, site.rows, site.length) or 0.0
+        for site in sites
+        for height in heights.get(site.name, ())
+    )
 
 
 def _thread_seconds(run: Any, feed: Feed) -> float:

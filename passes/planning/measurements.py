@@ -105,9 +105,10 @@ def measure(
     """
     prior = sensitivity_prior(prepared.sites)
     found = _errors(prepared, settings, samples, prior, calibrated=calibrated, mixed=mixed)
-    if settings.max_slowdown is None:
+    if not settings.timed:
         return found
-    timing = measure_timing(prepared.model, prepared.sites, samples.whole())
+    feeds = samples.whole()
+    timing = measure_timing(prepared.model, prepared.sites, feeds, target=settings.target)
     return dataclasses.replace(found, timing=timing)
 
 

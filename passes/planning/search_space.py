@@ -12,6 +12,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.config.policy import Policy
+from onnxcomp.passes.config.values import Target
 from onnxcomp.passes.planning.candidates import Candidate, Estimate, Estimator, thin_again
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity
 from onnxcomp.passes.suggest import suggest
@@ -43,6 +44,10 @@ FRAMING = 768
 # a bit is a factor of four in squared error. One more is taken where the number of bits is not
 # offered.
 _RAW_BITS = 3
+
+# Relative error of normal weights in integers of b bits, over 2^-b: 0.101 with 4 bits and a scale
+# for every 128 of them.
+_INTEGERS = 1.62
 
 # Key of a rule that stands for named settings of a codec.
 QUALITY = "quality"
@@ -127,13 +132,24 @@ def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Pa
     return [codec.qualities.apply(params, str(quality)) for params in offered]
 
 
+def _target(site: WeightSite, policy: Policy) -> Target:
+    """Machines that matter to a weight: those are no matter where it is decoded but once."""
+    decoded = policy.mode == "decode"
+    multiplied = policy.mode != "folded" and any(use.need == "matmul" for use in site.uses)
+    return policy.target if decoded or multiplied else "any"
+
+
 def _settings_of(
-    codec: Codec, site: WeightSite, fixed: Mapping[str, object], quality: object = None
+    codec: Codec,
+    site: WeightSite,
+    fixed: Mapping[str, object],
+    quality: object = None,
+    target: Target = "any",
 ) -> list[Params]:
     """Settings a codec offers for a site, with some parameters held fixed.
 
     A fixed number of bits picks among what is offered; any other value is used as given, with
-    the other parameters as offered.
+    the other parameters as offered. What is not fixed suits the target.
     """
     offered = list(codec.candidates(site))
     if quality is not None:
@@ -142,8 +158,11 @@ def _settings_of(
         wanted = fixed[codec.width]
         offered = [p for p in offered if getattr(p, codec.width) == wanted] or offered
     if not fixed:
-        return offered
-    forced = dict.fromkeys(dataclasses.replace(params, **fixed) for params in offered)
+        return [codec.targeted(params, target) for params in offered]
+    changed = (dataclasses.replace(params, **fixed) for params in offered)
+    forced = dict.fromkeys(
+        dataclasses.replace(codec.targeted(params, target), **fixed) for params in changed
+    )
     valid = []
     for params in forced:
         try:
@@ -162,11 +181,12 @@ def predicted(codec: Codec, site: WeightSite, params: Sequence[Params]) -> list[
 
 
 def _candidates(
-    codec: Codec, site: WeightSite, fixed: Mapping[str, object], estimator: Estimator
+    codec: Codec, site: WeightSite, policy: Policy, estimator: Estimator
 ) -> list[Candidate]:
+    fixed = policy.params
     own = {name: value for name, value in fixed.items() if name != QUALITY}
     typed_params(codec.params_type, own, codec.name)
-    offered = _settings_of(codec, site, own, fixed.get(QUALITY))
+    offered = _settings_of(codec, site, own, fixed.get(QUALITY), _target(site, policy))
     return [
         Candidate(site, codec.name, params, codec.size(site, params), found.error, found)
         for params, found in zip(offered, estimator(codec, site, offered), strict=True)
@@ -209,7 +229,7 @@ def candidate_set(
             reasons.append(f"{codec.name}: {refusal}")
             continue
         try:
-            offered = _candidates(codec, site, policy.params, estimator)
+            offered = _candidates(codec, site, policy, estimator)
         except UsageError as error:
             wrong.append(error)
             continue
@@ -247,7 +267,8 @@ def uniform(candidates: CandidateSet, bits: int) -> Candidate:
     """The candidate of the first codec that offers `bits` bits per weight.
 
     Of its settings with that width it is the smallest that is no worse than the default. Where
-    settings are not counted in bits, it is the largest with at most `bits` bits for each weight.
+    settings are not counted in bits, it is the largest with at most `bits` bits for each weight;
+    see `_no_worse_than` for codecs that suit some weights only.
     """
     options = [c for c in candidates.options if _width(c) == bits]
     if options:
@@ -256,7 +277,30 @@ def uniform(candidates: CandidateSet, bits: int) -> Candidate:
     uncounted = [c for c in candidates.options if _width(c) is None]
     if not uncounted:
         return keep(candidates.site, f"with {bits} bits per weight it would not be smaller")
-    return _largest_within(uncounted, bits * candidates.site.size // 8)
+    largest = _largest_within(uncounted, bits * candidates.site.size // 8)
+    if CODECS[largest.codec].measure is None or candidates.policy.params:
+        return largest
+    return _no_worse_than(bits, largest, uncounted)
+
+
+def _no_worse_than(bits: int, largest: Candidate, options: Sequence[Candidate]) -> Candidate:
+    """A candidate of a codec whose errors are measured that loses no more than integers do.
+
+    Nobody asked for a rank, and a weight without a low one must not be spoilt: what has the bytes
+    of `bits` bits serves if it is good enough, else the smallest that is, else the dense weight.
+    """
+    limit = _INTEGERS * 2.0**-bits
+    if largest.harm <= limit:
+        return largest
+    good = [c for c in options if c.codec == largest.codec and c.harm <= limit]
+    if good:
+        return min(good, key=lambda c: c.bytes)
+    best = min((c for c in options if c.codec == largest.codec), key=lambda c: c.harm)
+    return keep(
+        largest.site,
+        f"{largest.codec} loses {best.harm:.2g} of it even in {best.bytes} of {best.site.nbytes} "
+        f"bytes, {bits} bits per weight lose {limit:.2g}; a rule or a size decides otherwise",
+    )
 
 
 def uniform_bits(candidates: CandidateSet, bits: int) -> int:

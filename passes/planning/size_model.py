@@ -15,6 +15,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import output_size
+from onnxcomp.passes.lowering.last_logits import keep_last_logits
 from onnxcomp.passes.lowering.lower import lower
 from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes
 from onnxcomp.passes.lowering.stages import loading_peak
@@ -59,6 +60,8 @@ def planned_size(
         if not choice.kept
     ]
     lower(copy, placements, portable=settings.portable, functions=settings.functions)
+    if settings.logits_to_keep is not None:
+        keep_last_logits(copy, settings.logits_to_keep)
     return output_size(copy, external_data=settings.external_data, name=name)
 
 

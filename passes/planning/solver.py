@@ -32,6 +32,9 @@ DEFAULT_BITS = 4
 # Prices of time that are tried, going up and then between two of them.
 _PRICES = 20
 
+# Relative differences of expected times that mean nothing.
+_SAME_TIME = 0.03
+
 # Halvings of the range of bytes in which the least size for an error is looked for.
 _HALVINGS = 24
 
@@ -66,6 +69,11 @@ def choose(
         UsageError: No method offers the number of bits.
     """
     picks, total = _chosen(sets, budget, settings, size_of)
+    if settings.objective == "latency":
+        if budget.bytes is not None:
+            return fit(_priced(sets, total, -math.inf), budget.bytes, size_of)
+        picks = _fastest(sets, picks)
+        total = size_of(picks)
     if seconds is None or sum(pick.time for pick in picks) <= seconds:
         return picks, total
     if budget.bytes is None:
@@ -73,6 +81,19 @@ def choose(
         return picks, size_of(picks)
     sets = _priced(sets, sum(pick.bytes for pick in picks), seconds)
     return fit(sets, budget.bytes, size_of)
+
+
+def _fastest(sets: Sequence[CandidateSet], picks: Sequence[Candidate]) -> list[Candidate]:
+    """For each weight the fastest candidate that is no less accurate; the smallest of equals."""
+    found = []
+    for candidates, pick in zip(sets, picks, strict=True):
+        options = [c for c in with_dense(candidates).options if c.harm <= pick.harm]
+        least = min((c.time for c in (pick, *options)), default=0.0)
+        good = [c for c in (pick, *options) if c.time <= least + _SAME_TIME * abs(least)]
+        best = min(good, key=lambda c: (c.bytes, c.time))
+        slow = best.codec == "dense" and pick.codec != "dense"
+        found.append(keep(best.site, "dense is expected to be the fastest") if slow else best)
+    return found
 
 
 def _fast_enough(picks: Sequence[Candidate], seconds: float) -> list[Candidate]:

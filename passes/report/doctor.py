@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import CompressionError
+from onnxcomp.passes.report.file_findings import codes, compressed_text, form
 from onnxcomp.passes.report.load_memory import load_bytes
 from onnxcomp.runtime.doctor import Diagnosis, Finding, environment
 from onnxcomp.runtime.machine import Machine, look
@@ -60,49 +61,22 @@ def _model(path: Path, machine: Machine, *, runnable: bool) -> Iterator[Finding]
     size = model_bytes(path)
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     facts = {"path": str(path), "bytes": size, "opsets": opsets, "ir_version": proto.ir_version}
-    kind = _compressed_text(path)
+    kind = compressed_text(path)
     text = (
         f"{path}: {size / 1e6:.1f} MB, opset {opsets.get('', '-')}, IR {proto.ir_version}, {kind}"
     )
     yield Finding("model", "ok", text, facts=facts)
-    yield _form(path)
+    yield form(path)
     if not runnable:
         return
     yield from _formats(opsets.get("", 1), proto.ir_version)
     if operators:
         yield _kernels(operators)
+        yield from codes(path, machine)
         yield from _on_gpu(path, machine)
         yield from _loads(path, operators, machine)
     else:
         yield _load(path, "model loads", library=False, needed=True)
-
-
-def _compressed_text(path: Path) -> str:
-    from onnxcomp.passes.ir.manifest import read_manifest
-    from onnxcomp.passes.ir.model import load
-
-    try:
-        records = read_manifest(load(path))
-    except CompressionError as error:
-        return error.message
-    codecs = sorted({record.recipe.codec for record in records.values()})
-    return (
-        f"{len(records)} compressed weights ({', '.join(codecs)})" if records else "not compressed"
-    )
-
-
-def _form(path: Path) -> Finding:
-    """Which engines read the file."""
-    from onnxcomp.passes.ir.model import load
-    from onnxcomp.passes.report.form import ENGINES, form_of
-
-    try:
-        form = form_of(load(path))
-    except CompressionError as error:
-        return Finding("form", "note", error.message, error.hint)
-    text = f"{form.name}; read by {ENGINES[form.name]}"
-    facts = {"form": form.name, "undone": len(form.undone)}
-    return Finding("form", "note" if form.notes else "ok", text, "; ".join(form.notes), facts)
 
 
 def _formats(opset: int, ir_version: int) -> Iterator[Finding]:

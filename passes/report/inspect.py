@@ -13,8 +13,10 @@ import onnx_ir as ir
 
 from onnxcomp.passes.analysis.def_use import qualified_type
 from onnxcomp.passes.analysis.weight_sites import MIN_SIZE, SkippedWeight, find_sites
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.ir import metadata
-from onnxcomp.passes.ir.manifest import ManifestEntry, own_name, read_manifest, shared_name
+from onnxcomp.passes.ir.manifest import ManifestEntry, Recipe, own_name, read_manifest, shared_name
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.tensors import dtype_name
 from onnxcomp.passes.ir.traversal import initializers, scopes
@@ -61,6 +63,7 @@ class CompressedWeight:
         operators: Operators of our own that read it.
         bytes_before: Bytes of the dense tensor.
         bytes_after: Bytes of its own tensors now.
+        kind: Kind of its codes, for a codec that has several: "winding" or "structured" for hyper.
     """
 
     name: str
@@ -72,6 +75,7 @@ class CompressedWeight:
     operators: tuple[str, ...]
     bytes_before: int
     bytes_after: int
+    kind: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -223,7 +227,17 @@ def _compressed(model: ir.Model) -> Iterable[CompressedWeight]:
             tuple(readers),
             site.nbytes,
             sum(value.const_value.nbytes for value in own if value.const_value is not None),
+            _kind(recipe),
         )
+
+
+def _kind(recipe: Recipe) -> str:
+    """Kind of the codes; empty where the codec has one only, or is not known here."""
+    codec = CODECS.get(recipe.codec)
+    if codec is None or not recipe.params:
+        return ""
+    kind = codec.kind(typed_params(codec.params_type, recipe.params, codec.name))
+    return "" if kind == codec.name else kind
 
 
 def _own_names(record: ManifestEntry) -> list[str]:

@@ -122,7 +122,7 @@ def _add_outputs(model: onnx.ModelProto, taps: Iterable[Tap]) -> dict[str, str]:
     names: dict[str, str] = {}
     for tap in taps:
         if tap.loop:
-            name = _add_scan(made.get(tap.loop), tap)
+            name = _add_inner(model, made.get(tap.loop), tap)
         else:
             name = tap.name if tap.name in made else None
         if name is None:
@@ -134,14 +134,72 @@ def _add_outputs(model: onnx.ModelProto, taps: Iterable[Tap]) -> dict[str, str]:
     return names
 
 
-def _add_scan(node: onnx.NodeProto | None, tap: Tap) -> str | None:
+def _add_inner(model: onnx.ModelProto, node: onnx.NodeProto | None, tap: Tap) -> str | None:
+    """Give a value of a body out; the name of what is added, None where the body has no such value.
+
+    Args:
+        model: The model.
+        node: A Loop, a Scan, an If or the call of a function.
+        tap: The value.
+    """
+    if node is None:
+        return None
+    if node.op_type in ("Loop", "Scan"):
+        return _add_scan(node, tap)
+    if node.op_type == "If":
+        return _add_branch(node, tap)
+    names = (node.domain, node.op_type)
+    own = [function for function in model.functions if (function.domain, function.name) == names]
+    return _add_result(own[0], node, tap) if own else None
+
+
+def _computes(body: onnx.GraphProto | onnx.FunctionProto, tap: Tap) -> bool:
+    return any(tap.name in inner.output for inner in body.node)
+
+
+def _add_branch(node: onnx.NodeProto, tap: Tap) -> str | None:
+    """Give a value of a branch out, as int64 or float64; nothing of it where another one runs."""
+    import onnx
+
+    branches = [item.g for item in node.attribute if item.type == onnx.AttributeProto.GRAPH]
+    if not any(_computes(branch, tap) for branch in branches):
+        return None
+    kind = onnx.TensorProto.INT64 if tap.whole else onnx.TensorProto.DOUBLE
+    label = f"{tap.key}/value"
+    for number, branch in enumerate(branches):
+        name = f"{label}/{number}"
+        if _computes(branch, tap):
+            made = onnx.helper.make_node("Cast", [tap.name], [name], to=kind)
+        else:
+            nothing = onnx.TensorProto(data_type=kind, dims=[0])
+            made = onnx.helper.make_node("Constant", [], [name], value=nothing)
+        branch.node.append(made)
+        branch.output.append(onnx.ValueInfoProto(name=name))
+    node.output.append(label)
+    return label
+
+
+def _add_result(function: onnx.FunctionProto, node: onnx.NodeProto, tap: Tap) -> str | None:
+    """Give a value of a function out; its other calls leave the result out."""
+    import onnx
+
+    if not _computes(function, tap):
+        return None
+    label = f"{tap.key}/value"
+    node.output.extend([""] * (len(function.output) - len(node.output)))
+    node.output.append(label)
+    # A name of its own in the body: the value may be among its outputs already.
+    function.node.append(onnx.helper.make_node("Identity", [tap.name], [label]))
+    function.output.append(label)
+    return label
+
+
+def _add_scan(node: onnx.NodeProto, tap: Tap) -> str | None:
     """Give a value of a loop's body out, one row for each iteration; None where it has none."""
     import onnx
 
-    if node is None:
-        return None
     (body,) = [item.g for item in node.attribute if item.name == "body"] or [onnx.GraphProto()]
-    if not any(tap.name in inner.output for inner in body.node):
+    if not _computes(body, tap):
         return None
     lacking = len(body.output) - (1 if node.op_type == "Loop" else 0) - len(node.output)
     node.output.extend([""] * max(0, lacking))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import ModelError, UsageError, VerifyError
 from onnxcomp.passes.analysis.taps import Taps, find_taps
+from onnxcomp.passes.verification.clock import Clock
 from onnxcomp.passes.verification.copies import INT8, Copy
 from onnxcomp.passes.verification.detections import Detections
 from onnxcomp.passes.verification.forms import (
@@ -41,6 +42,10 @@ PathLike = str | os.PathLike[str]
 
 # Attributes of products: TensorProto types.
 _TYPE_NAMES = {1: "float32", 10: "float16", 16: "bfloat16"}
+
+# Bytes of outputs that are kept of one form; up to four forms are compared. A language model's
+# logits of one window are 50 MB.
+_KEPT = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,6 +88,9 @@ class Verification:
             to int8 adds; None where none are rounded.
         tolerance: Largest accepted difference to the original; None where the loss was not judged.
         detections: How many of the original's detections are found again; None for other models.
+        slowdown: How many times as long as the original the library form ran on these inputs, as
+            far as such short runs tell: in processor time, without the first run where there are
+            several.
     """
 
     passed: bool
@@ -96,6 +104,7 @@ class Verification:
     int8: Form | None = None
     tolerance: float | None = None
     detections: Detections | None = None
+    slowdown: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``onnxcomp verify``."""
@@ -107,6 +116,8 @@ class Verification:
             "samples": self.samples,
             "tolerance": self.tolerance,
         }
+        if self.slowdown is not None:
+            found["slowdown"] = round(self.slowdown, 3)
         if self.int8 is not None:
             found["int8"] = self.int8.to_json()
         if self.detections is not None:
@@ -140,7 +151,8 @@ def verify(
 ) -> Verification:
     """Compare a compressed model with its original, with and without the operator library.
 
-    One session at a time is open; outputs of the samples are kept in memory.
+    One session at a time is open; outputs of the samples are kept in memory, of so many samples as
+    take 256 MiB.
 
     Args:
         reference: The original model.
@@ -222,22 +234,28 @@ def _verify(
     """`verify` with the values that are looked at in front of decisions."""
     from onnxcomp.runtime.session import needs_library
 
-    feeds, wanted, signature = _reference(reference, inputs, taps)
-    if inputs.data is not None and not any(a.size for run in wanted for a in run.values()):
-        raise UsageError("the given inputs make empty outputs", hint="give inputs with rows")
+    clock = Clock()
+    feeds, wanted, signature = _reference(reference, inputs, taps, clock)
+    given = inputs.data is not None or inputs.shapes
+    if given and not any(array.size for run in wanted for array in run.values()):
+        raise UsageError(
+            "the given inputs or shapes make empty outputs", hint="give inputs with rows"
+        )
     two_forms = needs_library(compressed)
     products = _products(compressed) if two_forms else []
     int8 = any(product["precision"].i == INT8 for product in products)
     inner = (tap for tap in taps.all if tap.loop or tap.name not in signature.shapes)
     copy = Copy(compressed, tuple(inner))
     broken: list[str] = []
-    library = portable = _run(copy, feeds, broken, "the compressed model", library=True)
+    clock.turn()
+    library = portable = _run(copy, feeds, broken, "the compressed model", clock, library=True)
+    slowdown = clock.ratio
     exact = library
     if two_forms:
-        portable = _run(copy, feeds, broken, "without the library it", library=False)
+        portable = _run(copy, feeds, broken, "without the library it", clock, library=False)
     if int8:
         exact_copy = dataclasses.replace(copy, exact=True)
-        exact = _run(exact_copy, feeds, broken, "in exact arithmetic it", library=True)
+        exact = _run(exact_copy, feeds, broken, "in exact arithmetic it", clock, library=True)
 
     def compared(first: list[Outputs], second: list[Outputs]) -> Compared:
         return compare(first, second, feeds, signature, taps)
@@ -267,32 +285,49 @@ def _verify(
         int8=None if added is None else Form(not broken, added.outputs, added.taps),
         tolerance=tolerance,
         detections=loss.detections,
+        slowdown=slowdown,
     )
 
 
 def _reference(
-    model: PathLike, inputs: _Inputs, taps: Taps
+    model: PathLike, inputs: _Inputs, taps: Taps, clock: Clock
 ) -> tuple[list[Feed], list[Outputs], Signature]:
-    """Inputs, what the original makes of them, and what it declares of its outputs."""
+    """Inputs, what the original makes of them, and what it declares of its outputs.
+
+    Where all outputs would take more than `_KEPT`, samples spread over the given ones are run.
+    """
     session, added = Copy(model, taps.all).session(library=True)
     feeds = inputs.load(model, session)
-    return feeds, [_outputs(session, feed, added) for feed in feeds], Signature.of(session, added)
+    wanted = [_outputs(session, feeds[0], added, clock)]
+    size = sum(array.nbytes for array in wanted[0].values())
+    count = min(len(feeds), max(1, _KEPT // max(size, 1)))
+    feeds = [feeds[number * len(feeds) // count] for number in range(count)]
+    wanted += [_outputs(session, feed, added, clock) for feed in feeds[1:]]
+    return feeds, wanted, Signature.of(session, added)
 
 
-def _outputs(session: Any, feed: Feed, added: Mapping[str, str]) -> Outputs:
+def _outputs(session: Any, feed: Feed, added: Mapping[str, str], clock: Clock) -> Outputs:
     """Outputs of one run, values that were added by their keys."""
     from onnxcomp.runtime.evaluate import run_session
 
-    return {added.get(name, name): array for name, array in run_session(session, feed).items()}
+    with clock.running():
+        found = run_session(session, feed)
+    return {added.get(name, name): array for name, array in found.items()}
 
 
 def _run(
-    copy: Copy, feeds: Sequence[Feed], failures: list[str], what: str, *, library: bool
+    copy: Copy,
+    feeds: Sequence[Feed],
+    failures: list[str],
+    what: str,
+    clock: Clock,
+    *,
+    library: bool,
 ) -> list[Outputs]:
     """Outputs of one form; a form that does not run is a failure and has no outputs."""
     try:
         session, added = copy.session(library=library)
-        return [_outputs(session, feed, added) for feed in feeds]
+        return [_outputs(session, feed, added, clock) for feed in feeds]
     except ModelError as error:
         failures.append(f"{what} does not run: {error.message}")
         return []

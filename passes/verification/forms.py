@@ -173,7 +173,7 @@ class _Run:
         if a is None or b is None or not _floats(a) or not _floats(b):
             return
         before = self.taps.behind.get(tap.key, frozenset())
-        if tap.loop:
+        if tap.loop and not tap.once:
             own = [one for one in self.taps.decisions if one.loop == tap.loop]
             rounds = _common_rounds(own, wanted, found)
             a, b = a[:rounds], b[:rounds]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from onnxcomp.errors import UsageError
 from onnxcomp.runtime.package.contents import Package, gather
+from onnxcomp.runtime.package.services import SERVICES, write_service
 
 if TYPE_CHECKING:
     from onnxcomp.runtime.stored_inputs import Data
@@ -16,7 +17,7 @@ __all__ = ["KINDS", "Package", "package"]
 
 PathLike = str | os.PathLike[str]
 
-KINDS = ("dir", "triton", "genai")
+KINDS = ("dir", "triton", "genai", *SERVICES)
 
 
 def package(
@@ -44,16 +45,17 @@ def package(
     Args:
         model: The model, compressed or not.
         output: The folder to write; for Triton the model repository, which may hold other models.
-        kind: "dir", "triton" or "genai".
+        kind: "dir", "triton", "genai", "litserve", "ray", "bentoml", "mlserver" or "kserve".
         portable: Leave the operator library out; the model runs by the definitions inside it.
         force: Replace an existing package. Other folders are never replaced.
         data: Example inputs for a plain folder, see `runtime.inputs.load_inputs`; None to make
             them up.
         shapes: Shapes of made-up inputs by name.
-        name: Triton: name of the model; None for that of the file.
+        name: Triton and services: name of the model; None for that of the file.
         mount_prefix: Triton: where the server sees the repository. The path of the library in the
             configuration begins with it, because Triton does not resolve paths.
         max_batch_size: Triton: most rows that requests are joined to; 0 for no batching.
+            Services: most requests; 0 for 8.
         model_version: Triton: number of the version.
         instances: Triton: how many instances run at once.
         target: Triton: "cpu" or "cuda".
@@ -78,6 +80,10 @@ def package(
         from onnxcomp.runtime.package.genai import write_genai
 
         return write_genai(contents, output, like, force=force)
+    if kind in SERVICES:
+        return write_service(
+            contents, output, kind, name=name, max_batch_size=max_batch_size, force=force
+        )
     from onnxcomp.runtime.package.triton import Server, write_triton
 
     server = Server(mount_prefix, max_batch_size, model_version, instances, target)

@@ -44,7 +44,10 @@ MANIFEST = "onnxcomp.json"
 MODEL = "model.onnx"
 _FORMAT = 1
 # Names of our own files: external data under one of them would get lost.
-_RESERVED = frozenset({MODEL, MANIFEST, "README.md", "config.pbtxt", "inputs.npz", "run.py"})
+_RESERVED = frozenset(
+    {MODEL, MANIFEST, "README.md", "config.pbtxt", "inputs.npz", "run.py", "model.py", "service.py",
+     "requirements.txt", "settings.json", "model-settings.json"}
+)  # fmt: skip
 _CHUNK = 1 << 20
 
 

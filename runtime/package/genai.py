@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ from onnxcomp.runtime.package.contents import (
     staged,
     write_manifest,
 )
+from onnxcomp.runtime.package.genai_config import (
+    CONFIG,
+    is_hugging_face,
+    made_config,
+    read_json,
+    tokenizer_config,
+)
 from onnxcomp.runtime.structure import data_files, read_structure
 
 __all__ = ["write_genai"]
 
-_CONFIG = "genai_config.json"
 _LIBRARY_KEY = "custom_ops_library"
 
 
@@ -50,40 +56,51 @@ def write_genai(
             has other inputs and outputs than the original.
     """
     source = contents.model.parent if like is None else Path(like)
-    config = _read_config(source)
+    made = is_hugging_face(source)
+    config = made_config(contents, source) if made else _read_config(source)
     decoder = _decoder(config, source)
-    original = source / str(decoder.get("filename", MODEL))
-    _check_interface(contents, original)
+    originals = sorted(source.glob("*.onnx")) if made else [source / _filename(decoder)]
+    if not made:
+        _check_interface(contents, originals[0])
+    tokenizer = tokenizer_config(source, config) if made else None
     decoder["filename"] = MODEL
     options = decoder.setdefault("session_options", {})
     if contents.library is not None:
         options[_LIBRARY_KEY] = contents.library.name
     target = Path(os.path.abspath(output))
     with staged(target, force=force) as folder:
-        for file in _kept_files(source, original, contents.model):
+        for file in _kept_files(source, (*originals, contents.model)):
             copy = folder / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
         _check_free(contents, folder)
         contents.copy_into(folder)
         text = json.dumps(config, indent=4, ensure_ascii=False) + "\n"
-        (folder / _CONFIG).write_text(text, encoding="utf-8")
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            text = json.dumps(tokenizer, indent=4, ensure_ascii=False) + "\n"
+            (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         manifest = write_manifest(contents, folder, "genai", folder / MODEL)
-    return Package(Path(output), manifest)
+    return Package(Path(output), manifest, _notes(Path(output), made=made))
+
+
+def _notes(output: Path, *, made: bool) -> tuple[str, ...]:
+    """What is worth knowing of a configuration that was made."""
+    if not made:
+        return ()
+    notes = [f"{CONFIG} was made from config.json"]
+    if not (output / "tokenizer_config.json").exists():
+        notes.append("onnxruntime-genai reads a tokenizer_config.json, which the original lacks")
+    return tuple(notes)
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    path = source / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
-            hint="name the folder of the original model, with its genai_config.json, by --like",
-        ) from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
-    return config
+    hint = f"name the folder of the original model, with its {CONFIG}, by --like"
+    return read_json(source / CONFIG, hint)
+
+
+def _filename(decoder: Mapping[str, Any]) -> str:
+    return str(decoder.get("filename", MODEL))
 
 
 def _decoder(config: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -91,7 +108,7 @@ def _decoder(config: dict[str, Any], source: Path) -> dict[str, Any]:
     model = config.get("model")
     decoder = model.get("decoder") if isinstance(model, dict) else None
     if not isinstance(decoder, dict):
-        raise UsageError(f"{source / _CONFIG} does not describe a decoder")
+        raise UsageError(f"{source / CONFIG} does not describe a decoder")
     if "pipeline" in decoder:
         raise UsageError(
             f"the decoder of {source} is a pipeline of several models",
@@ -124,17 +141,17 @@ def _check_interface(contents: Contents, original: Path) -> None:
             )
 
 
-def _kept_files(source: Path, original: Path, compressed: Path) -> Iterator[Path]:
-    """Files of the original folder, without the decoder and the data that only it refers to."""
+def _kept_files(source: Path, models: Sequence[Path]) -> Iterator[Path]:
+    """Files of the original folder, without some models and the data that only they refer to."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
-    replaced = {original.resolve(), compressed.resolve()}
+    replaced = {model.resolve() for model in models}
     others = [f for f in files if f.suffix == ".onnx" and f.resolve() not in replaced]
     shared = {(f.parent / name).resolve() for f in others for name in data_files(f)}
-    for model in (original, compressed):
+    for model in models:
         if model.is_file():
             replaced |= {(model.parent / name).resolve() for name in data_files(model)} - shared
     for file in files:
-        if file.resolve() not in replaced and file.name not in (_CONFIG, MANIFEST):
+        if file.resolve() not in replaced and file.name not in (CONFIG, MANIFEST):
             yield file
 
 

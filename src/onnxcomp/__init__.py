@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         mend,
         optimize,
         plan,
+        retarget,
         verify,
     )
     from onnxcomp.passes.ir.graphsurgeon import to_gs
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from onnxcomp.passes.report.doctor import doctor
     from onnxcomp.passes.report.report import Report
     from onnxcomp.runtime.clients.dropin import InferenceSession, patch_onnxruntime
+    from onnxcomp.runtime.language.evaluation import evaluate_lm
     from onnxcomp.runtime.package import Package, package
+    from onnxcomp.runtime.weight_sharing import share_weights
 
 __all__ = [
     "InferenceSession",
@@ -54,6 +57,7 @@ __all__ = [
     "apply",
     "doctor",
     "errors",
+    "evaluate_lm",
     "expand",
     "from_gs",
     "frontier",
@@ -66,7 +70,9 @@ __all__ = [
     "patch_onnxruntime",
     "plan",
     "register",
+    "retarget",
     "save",
+    "share_weights",
     "to_gs",
     "verify",
 ]
@@ -82,6 +88,7 @@ _HOMES = {
     "TargetMissedError": ("passes.driver.api", "TargetMissedError"),
     "apply": ("passes.driver.api", "apply"),
     "doctor": ("passes.report.doctor", "doctor"),
+    "evaluate_lm": ("runtime.language.evaluation", "evaluate_lm"),
     "expand": ("passes.driver.api", "expand"),
     "from_gs": ("passes.ir.loader", "from_gs"),
     "frontier": ("passes.driver.api", "frontier"),
@@ -94,7 +101,9 @@ _HOMES = {
     "patch_onnxruntime": ("runtime.clients.dropin", "patch_onnxruntime"),
     "plan": ("passes.driver.api", "plan"),
     "register": ("ops", "register"),
+    "retarget": ("passes.driver.api", "retarget"),
     "save": ("passes.ir.model", "save"),
+    "share_weights": ("runtime.weight_sharing", "share_weights"),
     "to_gs": ("passes.ir.graphsurgeon", "to_gs"),
     "verify": ("passes.driver.api", "verify"),
 }

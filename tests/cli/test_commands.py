@@ -340,6 +340,19 @@ def test_a_loss_on_made_up_inputs_is_said_to_be_one(
     assert note in onnxcomp("verify", small_model, tmp_path / "a.onnx").out
 
 
+def test_a_loss_that_nobody_judged_is_warned_of_before_the_verdict(
+    onnxcomp: Run, small_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.onnx"
+    for options, warned in (
+        (("--bits", 3), True), (("--bits", 3, "--tolerance", 0.4), False), (("--bits", 6), False),
+    ):  # fmt: skip
+        answer = onnxcomp("optimize", small_model, "-o", path, *options)
+        assert answer.code == 0
+        assert ("answers may change: judge them by --eval" in answer.out) == warned
+        assert answer.verdict.startswith(tuple("0123456789"))
+
+
 def test_a_large_loss_is_warned_of(onnxcomp: Run, small_model: Path, tmp_path: Path) -> None:
     close = onnxcomp("optimize", small_model, "-o", tmp_path / "a.onnx", "--bits", "5")
     far = onnxcomp("optimize", small_model, "-o", tmp_path / "b.onnx", "--bits", "1")

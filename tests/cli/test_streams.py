@@ -112,6 +112,20 @@ def test_data_without_rows_is_refused(model: Path, shape: tuple[int, ...]) -> No
     assert not model.with_name("o.onnx").exists()
 
 
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_empty_files_are_no_data(model: Path, name: str) -> None:
+    model.with_name(name).write_bytes(b"")
+    data = f"x={name}" if name.endswith("npy") else name
+    done = shell(f"onnxcomp verify m.onnx m.onnx --data {data}", model.parent)
+    assert done.returncode == 2 and "cannot read" in done.stderr
+
+
+def test_shapes_without_rows_are_refused(model: Path) -> None:
+    done = shell("onnxcomp optimize m.onnx -o o.onnx --min-size 0 --shape x:0,64", model.parent)
+    assert done.returncode == 2 and "empty outputs" in done.stderr
+    assert not model.with_name("o.onnx").exists()
+
+
 @pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1", "soon"])
 def test_times_are_finite_and_positive(model: Path, seconds: str) -> None:
     done = shell(f"onnxcomp bench m.onnx --seconds {seconds}", model.parent)

@@ -341,7 +341,11 @@ int Compare(const Isa& isa) {
 
 // The set of this name, or null where the machine has it not.
 const Isa* Find(const std::string& name) {
+#ifdef _WIN32
+  _putenv_s("ONNXCOMP_ISA", name.c_str());
+#else
   setenv("ONNXCOMP_ISA", name.c_str(), 1);
+#endif
   try {
     return &SelectIsa();
   } catch (const onnxcomp::Error&) {

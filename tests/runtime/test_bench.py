@@ -10,7 +10,7 @@ from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError
 from onnxcomp.runtime.bench import bench
 
 KEYS = {"path", "form", "load_ms", "median_ms", "p10_ms", "p90_ms", "rss_bytes"}
-KEYS |= {"peak_rss_bytes", "file_bytes"}
+KEYS |= {"cpu_ms", "peak_rss_bytes", "file_bytes"}
 
 
 def test_models_are_measured_in_both_forms(twins: tuple[Path, Path], library: Path) -> None:

@@ -119,6 +119,27 @@ def test_masks_positions_rates_and_caches_are_recognised(save_model: SaveModel) 
     assert feed["pixels"].max() > 200
 
 
+def test_caches_of_grouped_queries_have_the_size_of_a_head(save_model: SaveModel) -> None:
+    """Builders of decoders give that size a name alone."""
+    nodes = [
+        node("MatMul", "x w", "qkv"),
+        node(
+            "GroupQueryAttention", "qkv", "y present_key present_value", domain="com.microsoft",
+            num_heads=4, kv_num_heads=2,
+        ),
+    ]  # fmt: skip
+    nodes[1].input.extend(["", "", "past_key", "past_value", "last", "total"])
+    cache = (F32, ["b", 2, "past", "head"])
+    inputs = {"x": (F32, ["b", "t", 32]), "past_key": cache, "past_value": cache}
+    constants = {
+        "w": np.ones((32, 64), np.float32),
+        "last": np.array([15, 15], np.int32),
+        "total": np.array(16, np.int32),
+    }
+    path = save_model(nodes, inputs, {"y": (F32, None)}, constants)
+    assert [spec.dims[-1] for spec in read_signature(path)] == [32, 8, 8]
+
+
 def test_a_named_dimension_has_one_size(save_model: SaveModel) -> None:
     inputs = {"a": (F32, ["n", "k"]), "b": (F32, ["k", "m"])}
     path = save_model([node("MatMul", "a b", "y")], inputs, {"y": (F32, None)})

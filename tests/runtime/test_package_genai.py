@@ -12,6 +12,7 @@ import pytest
 import onnxcomp
 from onnxcomp import package
 from onnxcomp.errors import UsageError
+from onnxcomp.runtime.language.decoder import Decoder
 
 
 @pytest.fixture
@@ -135,6 +136,87 @@ def test_generation_by_the_compressed_decoder(compressed: Path, tmp_path: Path) 
     assert not made.manifest["portable"]
     wanted = greedy(made.path / "model.onnx", [5, 77, 300, 12], 24)
     assert generated(genai, made.path) == wanted
+
+
+@pytest.fixture
+def hugging_face(decoder_folder: Path, tmp_path: Path) -> Path:
+    """A folder as Hugging Face writes it, with the dense model and the compressed one."""
+    folder = tmp_path / "exported"
+    shutil.copytree(decoder_folder, folder)
+    return folder
+
+
+def test_a_folder_of_hugging_face_gets_a_configuration(hugging_face: Path, tmp_path: Path) -> None:
+    made = package(hugging_face / "small.onnx", tmp_path / "out", "genai", portable=True)
+    assert sorted(made.manifest["files"]) == [
+        "chat_template.jinja", "config.json", "genai_config.json", "model.onnx", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    assert made.notes == ("genai_config.json was made from config.json",)
+    model = read_config(made.path)["model"]
+    decoder = model.pop("decoder")
+    assert model == {
+        "type": "llama", "vocab_size": 320, "context_length": 512, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    assert decoder["inputs"] == {
+        "input_ids": "input_ids", "attention_mask": "attention_mask",
+        "position_ids": "position_ids", "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }  # fmt: skip
+    names = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
+    assert [decoder[name] for name in (*names, "num_key_value_heads")] == [16, 64, 4, 2, 2]
+    stored = json.loads((made.path / "tokenizer_config.json").read_text())
+    assert stored["tokenizer_class"] == "GPT2Tokenizer" and stored["eos_token"] == "<|im_end|>"
+    generation = {"eos_token_id": [2, 0], "pad_token_id": 0}
+    (hugging_face / "generation_config.json").write_text(json.dumps(generation))
+    again = package(hugging_face / "small.onnx", tmp_path / "again", "genai", portable=True)
+    model = read_config(again.path)["model"]
+    assert (model["eos_token_id"], model["pad_token_id"]) == ([2, 0], 0)
+
+
+def test_a_folder_of_hugging_face_that_lacks_something_is_refused(
+    hugging_face: Path, language_model_path: Path, tmp_path: Path
+) -> None:
+    config = json.loads((hugging_face / "config.json").read_text())
+    for name in ("hidden_size", "vocab_size", "eos_token_id"):
+        left = {key: value for key, value in config.items() if key != name}
+        (hugging_face / "config.json").write_text(json.dumps(left))
+        with pytest.raises(UsageError, match=f"does not say '{name}'"):
+            package(hugging_face / "small.onnx", tmp_path / "out", "genai", portable=True)
+    with pytest.raises(UsageError, match="has no KV cache"):
+        package(language_model_path, tmp_path / "out", "genai", like=hugging_face)
+
+
+@pytest.mark.usefixtures("library")
+def test_chat_by_a_folder_of_hugging_face(hugging_face: Path, tmp_path: Path) -> None:
+    """Template, tokenizer and streaming of onnxruntime-genai give what the decoder gives."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    made = package(hugging_face / "small.onnx", tmp_path / "out", "genai")
+    loaded = genai.Model(str(made.path))
+    tokenizer = genai.Tokenizer(loaded)
+    messages = json.dumps([{"role": "user", "content": "Hello, world"}])
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == "<|im_start|>user\nHello, world<|im_end|>\n<|im_start|>assistant\n"
+    tokens = list(tokenizer.encode(prompt))
+    own = tokenizers.Tokenizer.from_file(str(hugging_face / "tokenizer.json"))
+    assert tokens == own.encode(prompt).ids
+    parameters = genai.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=len(tokens) + 10)
+    generator = genai.Generator(loaded, parameters)
+    generator.append_tokens(tokens)
+    stream, text = tokenizer.create_stream(), ""
+    while not generator.is_done():
+        generator.generate_next_token()
+        text += stream.decode(generator.get_next_tokens()[0])
+    written = list(generator.get_sequence(0))[len(tokens) :]
+    decoder = Decoder(onnxcomp.InferenceSession(made.path / "model.onnx"))
+    scores = decoder.step(np.array([tokens]))
+    for token in written:
+        assert int(scores[0, -1].argmax()) == token
+        scores = decoder.step(np.array([[token]]))
+    assert text.rstrip("\N{REPLACEMENT CHARACTER}") in own.decode(written)
 
 
 def test_generation_by_the_execution_provider(compressed: Path, library: Path) -> None:

@@ -11,6 +11,7 @@ Names follow ops/hyper/spec.md: P panels of 16 rows, G groups of g weights in B 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -152,6 +153,7 @@ def _gather(opset: int) -> onnx.FunctionProto:
     return body.finish("HyperGather", ["indices", *NODE_INPUTS], attributes, calls=True)
 
 
+@functools.cache
 def functions(opset: int) -> tuple[onnx.FunctionProto, ...]:
     """Bodies of the hyperfunction operators for models of this opset.
 
@@ -160,7 +162,8 @@ def functions(opset: int) -> tuple[onnx.FunctionProto, ...]:
 
     Returns:
         HyperRows, HyperWeight, HyperDecode, HyperGather and HyperMatMul. A function comes after
-        those it calls: `onnx.reference` resolves calls in this order.
+        those it calls: `onnx.reference` resolves calls in this order. They are shared: copy one
+        before changing it.
     """
     if opset < MINIMUM_OPSET:
         raise ValueError(f"bodies need opset {MINIMUM_OPSET} or later, not {opset}")

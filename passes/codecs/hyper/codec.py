@@ -7,6 +7,7 @@ winding through the normal distribution; the encoder is a tail-biting Viterbi se
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -26,7 +27,13 @@ from onnxcomp.passes.codecs.hyper import (
 )
 from onnxcomp.passes.codecs.hyper.feedback import Coder
 from onnxcomp.passes.codecs.hyper.format import GroupLayout
-from onnxcomp.passes.codecs.hyper.structured import KINDS, TARGETS, code, state_bits_of
+from onnxcomp.passes.codecs.hyper.structured import (
+    KINDS,
+    TARGETS,
+    code,
+    kind_of,
+    state_bits_of,
+)
 from onnxcomp.passes.codecs.hyper.tables import GROUP_GAIN, WINDINGS
 from onnxcomp.passes.codecs.moments import anchored, damped, with_weight_error
 from onnxcomp.passes.codecs.params import Params
@@ -37,6 +44,7 @@ from onnxcomp.passes.codecs.protocol import (
     LoadMemory,
     Payload,
     Qualities,
+    Scaling,
     TensorLayout,
 )
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
@@ -94,22 +102,26 @@ _OFFERED = tuple(
 )
 
 
-def _views(site: WeightSite, params: HyperParams) -> list[GroupLayout]:
-    """Ways to cut a weight into groups; among equally small ones the first is preferred.
-
-    A weight that is only ever used dense may also be read flat, as rows of one group each: short
-    rows, such as those of depthwise convolutions, then need no padding.
-    """
-    groups = [g for g in sorted(hyper_format.GROUPS, reverse=True) if g <= params.group]
-    extents = [(g, site.rows, site.length) for g in groups]
-    if not site.fusable:
-        extents += [(g, site.size // g, g) for g in groups if site.size % g == 0]
-    return [GroupLayout(params.bits, params.states, *extent) for extent in extents]
-
-
 def _geometry(site: WeightSite, params: HyperParams) -> GroupLayout:
     """The smallest view of the weight."""
-    return min(_views(site, params), key=lambda view: view.nbytes)
+    return _smallest(site.rows, site.length, site.fusable, params)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _smallest(rows: int, length: int, fusable: bool, params: HyperParams) -> GroupLayout:
+    """The smallest way to cut a weight into groups; of equally small ones the largest groups.
+
+    A weight that is only ever used dense may also be read flat, as rows of one group each: short
+    rows, such as those of depthwise convolutions, then need no padding. Models have many weights
+    of few shapes, and planning asks for each setting of each several times.
+    """
+    size = rows * length
+    groups = [g for g in sorted(hyper_format.GROUPS, reverse=True) if g <= params.group]
+    extents = [(g, rows, length) for g in groups]
+    if not fusable:
+        extents += [(g, size // g, g) for g in groups if size % g == 0]
+    views = [GroupLayout(params.bits, params.states, *extent) for extent in extents]
+    return min(views, key=lambda view: view.nbytes)
 
 
 def _stored_geometry(payload: Payload, table: Array) -> GroupLayout:
@@ -146,6 +158,28 @@ def _table_of(payload: Payload) -> Array:
     raise ValueError("the table is missing")
 
 
+def _group_of(site: WeightSite, payload: Payload) -> int:
+    """Columns of a group."""
+    return _stored_geometry(payload, _table_of(payload)).group
+
+
+def _scales_of(site: WeightSite, payload: Payload) -> Array:
+    """Scales ``(rows, groups)``, float32."""
+    panels = payload.tensors["scales"][..., 0].transpose(0, 2, 1)
+    return panels.reshape(-1, panels.shape[-1])[: site.rows].astype(np.float32)
+
+
+def _rescaled(site: WeightSite, payload: Payload, scales: Array) -> Payload:
+    """The payload with scales ``(rows, groups)``, rounded to float16."""
+    stored = payload.tensors["scales"]
+    panels, groups, lanes, _ = stored.shape
+    padded = np.zeros((panels * lanes, groups), np.float16)
+    padded[: site.rows] = np.minimum(scales, float(np.finfo(np.float16).max))
+    turned = padded.reshape(panels, lanes, groups).transpose(0, 2, 1)[..., None]
+    tensors = {**payload.tensors, "scales": np.ascontiguousarray(turned)}
+    return dataclasses.replace(payload, tensors=tensors)
+
+
 class HyperCodec(Codec):
     """HyperMatMul, HyperGather, HyperDecode and HyperWeight of ops/hyper/spec.md."""
 
@@ -160,7 +194,14 @@ class HyperCodec(Codec):
     @property
     def calibration(self) -> CalibratedEncoding:
         """For inputs with known moments, towards the outputs of the dense model."""
-        return CalibratedEncoding(self.encode_calibrated, self.calibrates, anchored=True)
+        return CalibratedEncoding(
+            self.encode_calibrated, self.calibrates, anchored=True, streams=True
+        )
+
+    @property
+    def scaling(self) -> Scaling:
+        """The scales of groups."""
+        return Scaling(self.calibrates, _group_of, _scales_of, _rescaled)
 
     @property
     def qualities(self) -> Qualities:
@@ -212,7 +253,7 @@ class HyperCodec(Codec):
         """The settings with the kind of table that suits a class of machines.
 
         Args:
-            params: Settings of this codec.
+            params: Settings of this codec; other numbers of states than the usual ones stay.
             target: A key of `TARGETS`: ``any``, ``avx2``, ``avx512``, ``neon`` or ``cuda``.
 
         Raises:
@@ -220,7 +261,20 @@ class HyperCodec(Codec):
         """
         if target not in TARGETS:
             raise UsageError(f"hyper: target {target!r}", hint=f"targets are {', '.join(TARGETS)}")
-        return dataclasses.replace(HyperParams.of(params), table=TARGETS[target])
+        hyper = HyperParams.of(params)
+        if hyper.state_bits != (8 if hyper.bits == 6 else 7):
+            return hyper
+        return dataclasses.replace(hyper, table=kind_of(hyper.bits, TARGETS[target]))
+
+    def kind(self, params: Params) -> str:
+        """Kind of the table that there is."""
+        hyper = HyperParams.of(params)
+        return kind_of(hyper.bits, hyper.table)
+
+    def cost_key(self, params: Params) -> str | None:
+        """Codec, bits and kind of table."""
+        kind = self.kind(params)
+        return f"{super().cost_key(params)}" + ("" if kind == "winding" else f" {kind}")
 
     def candidates(self, site: WeightSite) -> Sequence[HyperParams]:
         """Settings smaller than the dense tensor, from most to fewest bytes."""
@@ -290,8 +344,8 @@ class HyperCodec(Codec):
     ) -> Payload:
         """Encode for inputs with the second moments of `stats`, with feedback between groups.
 
-        With moments beside those of the dense model, errors of earlier weights are made up for in
-        part. Rows that are looked up as well count a little for themselves, too.
+        With moments beside those of the dense model, errors of earlier weights are made up for.
+        Rows that are looked up as well count a little for themselves, too.
 
         Raises:
             ModelError: Values too large for float16 scales.

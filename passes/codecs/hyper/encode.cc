@@ -7,20 +7,10 @@
 
 #include <cmath>
 
+#include "encode.h"
+#include "instruction_sets.h"
 #include "jobs.h"
-
-// The x86 forms rely on GCC's target pragma; elsewhere the baseline form serves.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define ONNXCOMP_X86
-#include <immintrin.h>
-#endif
-
-#define ONNXCOMP_EACH_TRELLIS(CASE)                                                          \
-  CASE(1, 6) CASE(2, 6) CASE(3, 6) CASE(4, 6)                                                \
-  CASE(1, 7) CASE(2, 7) CASE(3, 7) CASE(4, 7) CASE(5, 7)                                     \
-  CASE(1, 8) CASE(2, 8) CASE(3, 8) CASE(4, 8) CASE(5, 8) CASE(6, 8)                          \
-  CASE(1, 10) CASE(2, 10) CASE(3, 10) CASE(4, 10) CASE(5, 10) CASE(6, 10)                    \
-  CASE(1, 12) CASE(2, 12) CASE(3, 12) CASE(4, 12) CASE(5, 12) CASE(6, 12)
+#include "trellis.h"
 
 namespace {
 
@@ -65,23 +55,21 @@ struct Kernels {
 #undef ONNXCOMP_ISA
 
 #ifdef ONNXCOMP_X86
-#pragma GCC push_options
-#pragma GCC target("avx2")
+ONNXCOMP_TARGET("avx2")
 #define ONNXCOMP_ISA isa_avx2
 #define ONNXCOMP_AVX2
 #include "viterbi.h"
 #undef ONNXCOMP_AVX2
 #undef ONNXCOMP_ISA
-#pragma GCC pop_options
+ONNXCOMP_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+ONNXCOMP_TARGET("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define ONNXCOMP_ISA isa_avx512
 #define ONNXCOMP_AVX512
 #include "viterbi.h"
 #undef ONNXCOMP_AVX512
 #undef ONNXCOMP_ISA
-#pragma GCC pop_options
+ONNXCOMP_END_TARGET
 #endif
 
 namespace {
@@ -89,10 +77,10 @@ namespace {
 // Instruction sets by number: 0 baseline, 1 AVX2, 2 AVX-512 with VNNI. -1 takes the best.
 const Kernels* kernels_of(int32_t isa) {
 #ifdef ONNXCOMP_X86
-  const bool avx2 = __builtin_cpu_supports("avx2");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vnni");
+  using onnxcomp::X86;
+  const bool avx2 = onnxcomp::HasX86({X86::kAvx2});
+  const bool avx512 = avx2 && onnxcomp::HasX86({X86::kAvx512F, X86::kAvx512Bw, X86::kAvx512Vl,
+                                                X86::kAvx512Dq, X86::kAvx512Vnni});
   if (isa == -1) isa = avx512 ? 2 : avx2 ? 1 : 0;
   if (isa == 2) return avx512 ? &isa_avx512::kernels : nullptr;
   if (isa == 1) return avx2 ? &isa_avx2::kernels : nullptr;
@@ -135,6 +123,9 @@ class Encoder {
     return x_.get() && targets_.get() && y_.get() && path_.get() && kept_.get() && costs_.get() &&
            history_.get();
   }
+
+  // States of the last block, [t][lane].
+  const uint16_t* path() const { return kept_.get(); }
 
   // Returns false when a scale does not fit float16.
   bool run(int64_t job) {
@@ -238,34 +229,16 @@ class Encoder {
       }
   }
 
+  // A block without a scale has codes of zeros.
   void write(int64_t job) {
-    const int bits = task_.format.bits, stem_bits = task_.format.state_bits - bits;
-    uint8_t* codes = task_.codes + job * task_.format.block_bytes() * kLanes;
-    uint32_t used[kLanes], dword[kLanes] = {};
+    uint16_t used[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) {
       task_.scales[job * kLanes + lane] = chosen_[lane];
-      used[lane] = chosen_[lane] ? (1u << bits) - 1 : 0;
+      used[lane] = chosen_[lane] ? 0xFFFF : 0;
     }
-    int filled = 0;
-    for (int t = 0; t < group_; ++t) {
-      uint32_t symbol[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane) {
-        symbol[lane] = (kept_.get()[t * kLanes + lane] >> stem_bits) & used[lane];
-        dword[lane] |= symbol[lane] << filled;
-      }
-      filled += bits;
-      if (filled < 32) continue;
-      filled -= 32;
-      put(codes, dword);
-      codes += 4 * kLanes;
-      for (int lane = 0; lane < kLanes; ++lane) dword[lane] = symbol[lane] >> (bits - filled);
-    }
-  }
-
-  static void put(uint8_t* codes, const uint32_t* dword) {
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int i = 0; i < 4; ++i)
-        codes[lane * 4 + i] = static_cast<uint8_t>(dword[lane] >> (8 * i));
+    for (int i = 0; i < group_ * kLanes; ++i) kept_.get()[i] &= used[i % kLanes];
+    if (!task_.codes) return;
+    pack(task_.format, kept_.get(), task_.codes + job * task_.format.block_bytes() * kLanes);
   }
 
   const EncodeTask& task_;
@@ -297,8 +270,46 @@ std::vector<StateCost> state_costs(const int8_t* table, const Format& format) {
 
 }  // namespace
 
+namespace hyper {
+
+// One block, read as a matrix of sixteen rows whose columns lie one after the other.
+class BlockEncoder::Block {
+ public:
+  Block(const Format& format, const PlainCode& code)
+      : states(state_costs(code.table, format)),
+        x(size_t(format.group) * kLanes),
+        task(make_task(format, code)),
+        encoder(task) {}
+
+  std::vector<StateCost> states;
+  Aligned<float> x;
+  uint16_t scales[kLanes];
+  EncodeTask task;
+  Encoder encoder;
+
+ private:
+  EncodeTask make_task(const Format& format, const PlainCode& code) {
+    const Format block = {kLanes, format.group, format.bits, format.state_bits, format.group};
+    const Kernels* kernels = kernels_of(code.isa);
+    return {block,   x.get(), 1, kLanes, code.spread, code.passes, code.table, states.data(),
+            kernels, kernels->find_search(format.bits, format.state_bits), nullptr, scales};
+  }
+};
+
+BlockEncoder::BlockEncoder(const Format& format, const PlainCode& code)
+    : block_(new Block(format, code)) {}
+BlockEncoder::~BlockEncoder() = default;
+bool BlockEncoder::supports(int32_t isa) { return kernels_of(isa) != nullptr; }
+bool BlockEncoder::ok() const { return block_->x.get() && block_->encoder.ok(); }
+float* BlockEncoder::targets() { return block_->x.get(); }
+bool BlockEncoder::run() { return block_->encoder.run(0); }
+const uint16_t* BlockEncoder::path() const { return block_->encoder.path(); }
+const uint16_t* BlockEncoder::scales() const { return block_->scales; }
+
+}  // namespace hyper
+
 // Version of this interface.
-ONNXCOMP_EXPORT int32_t onnxcomp_encoders_version() { return 1; }
+ONNXCOMP_EXPORT int32_t onnxcomp_encoders_version() { return 2; }
 
 // Encode weight[row * row_stride + column * column_stride], strides in elements. `spread` is the
 // root mean square of the targets in table units that the start scale aims at; `passes` is the

@@ -14,7 +14,11 @@
 #include <thread>
 #include <vector>
 
+#ifdef _WIN32
+#define ONNXCOMP_EXPORT extern "C" __declspec(dllexport)
+#else
 #define ONNXCOMP_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace hyper {
 
@@ -42,6 +46,24 @@ struct Format {
     return sizes && state && (group == 32 || group == 64 || group == 128 || group == 256);
   }
 };
+
+// Bit strings of sixteen rows, dwords of [lane][4], from their states [t][lane].
+inline void pack(const Format& format, const uint16_t* path, uint8_t* codes) {
+  const int bits = format.bits, stem_bits = format.state_bits - bits;
+  uint32_t dword[kLanes] = {};
+  int filled = 0;
+  for (int t = 0; t < format.group; ++t) {
+    for (int lane = 0; lane < kLanes; ++lane)
+      dword[lane] |= uint32_t(path[t * kLanes + lane] >> stem_bits) << filled;
+    filled += bits;
+    if (filled < 32) continue;
+    filled -= 32;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int i = 0; i < 4; ++i) *codes++ = static_cast<uint8_t>(dword[lane] >> (8 * i));
+      dword[lane] = uint32_t(path[t * kLanes + lane] >> stem_bits) >> (bits - filled);
+    }
+  }
+}
 
 // sign_t of the specification: x0 x1 + x2 x3 on both halves of the index.
 inline bool bent(int i) { return (((i & 1) & (i >> 1)) ^ ((i >> 2) & (i >> 3) & 1)) != 0; }
@@ -89,34 +111,39 @@ template <class T>
 class Aligned {
  public:
   explicit Aligned(size_t size)
-      : data_(static_cast<T*>(
-            std::aligned_alloc(64, (std::max<size_t>(size, 1) * sizeof(T) + 63) / 64 * 64))) {}
-  ~Aligned() { std::free(data_); }
+      : data_(static_cast<T*>(::operator new(std::max<size_t>(size, 1) * sizeof(T), kLine,
+                                             std::nothrow))) {}
+  ~Aligned() { ::operator delete(data_, kLine); }
   Aligned(const Aligned&) = delete;
   Aligned& operator=(const Aligned&) = delete;
   T* get() const { return data_; }
 
  private:
+  static constexpr std::align_val_t kLine{64};
   T* data_;
 };
 
 // Give every job to one of `threads` workers, each made from the task: Worker(task), ok(),
-// run(job). Nothing in a worker throws.
+// run(job). Nothing in a worker throws but its constructor, when memory is short.
 template <class Worker, class Task>
-int32_t for_each_job(int64_t jobs, int threads, const Task& task) {
+int32_t for_each_job(int64_t jobs, int threads, const Task& task, int at_once = kJobsAtOnce) {
   std::atomic<int64_t> next{0};
   std::atomic<int32_t> status{kDone};
   const auto work = [&] {
-    const std::unique_ptr<Worker> worker(new (std::nothrow) Worker(task));
+    std::unique_ptr<Worker> worker;
+    try {
+      worker.reset(new Worker(task));
+    } catch (const std::bad_alloc&) {
+    }
     if (!worker || !worker->ok()) {
       status = kNoMemory;
       return;
     }
-    for (int64_t first; (first = next.fetch_add(kJobsAtOnce)) < jobs;)
-      for (int64_t job = first; job < std::min(first + kJobsAtOnce, jobs); ++job)
+    for (int64_t first; (first = next.fetch_add(at_once)) < jobs;)
+      for (int64_t job = first; job < std::min(first + at_once, jobs); ++job)
         if (!worker->run(job)) status = kOutOfRange;
   };
-  const int64_t wanted = std::min<int64_t>(threads, (jobs + kJobsAtOnce - 1) / kJobsAtOnce);
+  const int64_t wanted = std::min<int64_t>(threads, (jobs + at_once - 1) / at_once);
   std::vector<std::thread> others;
   others.reserve(static_cast<size_t>(std::max<int64_t>(wanted, 1)));
   try {

@@ -1,4 +1,4 @@
-"""The compiler's native code, loaded through ctypes: encoder and decoder of the hyper codec.
+"""The compiler's native code, loaded through ctypes: the hyper codec's, and sums of moments.
 
 The library is optional. Without it the numpy forms give the same bytes, only slower.
 """
@@ -9,38 +9,56 @@ import ctypes
 import functools
 import importlib.resources
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from onnxcomp.errors import CompressionError, RuntimeMissingError
 from onnxcomp.passes.codecs.hyper.format import LANES, GroupLayout
+from onnxcomp.passes.codecs.hyper.metric import Metric
+from onnxcomp.passes.codecs.hyper.structured import Code
 from onnxcomp.passes.codecs.hyper.survivors import Prices
 from onnxcomp.passes.codecs.hyper.viterbi import PASSES, out_of_range
 from onnxcomp.passes.weight import Array
 
 __all__ = [
     "ISAS",
+    "add_moments",
     "available",
     "check",
     "hyper_decode",
     "hyper_encode",
+    "hyper_feedback",
     "hyper_survivors",
     "library_path",
 ]
 
-_VERSION = 1
+_VERSION = 2
 _ENVIRONMENT = "ONNXCOMP_ENCODERS_LIBRARY"
-_FILE = "libonnxcomp_encoders.so"
+_FILES = {"win32": "onnxcomp_encoders.dll", "darwin": "libonnxcomp_encoders.dylib"}
+_FILE = _FILES.get(sys.platform, "libonnxcomp_encoders.so")
 
 # Instruction sets of the encoder by number; "auto" takes the best one of the machine.
 ISAS = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+
+# Forces an instruction set upon the operators, and upon "auto" here.
+_FORCED = "ONNXCOMP_ISA"
 
 # Steps of the search, one for each weight and state, in one call: less than a second, because
 # signals are heard between calls only.
 _STEPS_AT_ONCE = 1 << 31
 
+# Weights of one call of the calibrated encoder, for the same reason.
+_WEIGHTS_AT_ONCE = 1 << 20
+
 _INVALID, _OUT_OF_RANGE, _NO_MEMORY = -1, -2, -3
+
+
+def _isa(name: str) -> int:
+    """Number of an instruction set."""
+    forced = os.environ.get(_FORCED, "")
+    return ISAS[forced if name == "auto" and forced in ISAS else name]
 
 
 def library_path() -> Path | None:
@@ -87,11 +105,18 @@ def _load(path: Path) -> ctypes.CDLL:
         *(pointer, pointer, pointer, i64, i64),
         *(i32, i32, i32, i32, pointer),
     )
-    if hasattr(library, "onnxcomp_hyper_survivors"):
-        library.onnxcomp_hyper_survivors.argtypes = (
-            *(pointer, pointer, pointer, pointer, pointer, i64),
-            *(i32, i32, i32, i32, pointer),
-        )
+    library.onnxcomp_hyper_survivors.argtypes = (
+        *(pointer, pointer, pointer, pointer, pointer, i64),
+        *(i32, i32, i32, i32, i32, pointer),
+    )
+    library.onnxcomp_hyper_feedback.argtypes = (
+        *(pointer, i64, i64, i32, i32, i32, pointer, pointer),
+        *(f64, i32, i32, i32, i32, pointer, pointer),
+    )
+    library.onnxcomp_add_moments.argtypes = (
+        *(pointer, pointer, i64, i64, i64),
+        *(i32, i32, i32, pointer),
+    )
     return library
 
 
@@ -166,7 +191,7 @@ def hyper_encode(
         status = _library().onnxcomp_hyper_encode(
             *(rows.ctypes.data, len(rows), geometry.length, row_stride, column_stride),
             *(geometry.bits, geometry.state_bits, geometry.group, table.ctypes.data, spread),
-            *(passes, threads, ISAS[isa], codes[panel:].ctypes.data, scales[panel:].ctypes.data),
+            *(passes, threads, _isa(isa), codes[panel:].ctypes.data, scales[panel:].ctypes.data),
         )
         _check(status, "hyper encoder")
     return codes, scales
@@ -204,25 +229,102 @@ def hyper_decode(
 
 
 def hyper_survivors(
-    targets: Array, stems: Array, prices: Prices, table: Array, bits: int, *, threads: int = 1
+    targets: Array,
+    stems: Array,
+    prices: Prices,
+    table: Array,
+    bits: int,
+    *,
+    threads: int = 1,
+    isa: str = "auto",
 ) -> Array:
     """`hyper_survivors.search` in native code, with equal states.
 
     Raises:
-        RuntimeMissingError: The library is not there, or is too old.
+        RuntimeMissingError: The library is not there.
     """
-    library = _library()
-    if not hasattr(library, "onnxcomp_hyper_survivors"):
-        raise RuntimeMissingError(f"{_FILE} cannot calibrate", hint="build onnxcomp again")
     targets = np.ascontiguousarray(targets, np.float32)
     stems = np.ascontiguousarray(stems, np.int32)
     table = np.ascontiguousarray(table, np.int8)
     count, group = targets.shape
     path = np.empty((count, group), np.uint16)
-    status = library.onnxcomp_hyper_survivors(
+    status = _library().onnxcomp_hyper_survivors(
         *(targets.ctypes.data, prices.pull.ctypes.data, prices.prices.ctypes.data),
         *(stems.ctypes.data, table.ctypes.data, count, bits, len(table).bit_length() - 1),
-        *(group, threads, path.ctypes.data),
+        *(group, threads, _isa(isa), path.ctypes.data),
     )
     _check(status, "hyper encoder")
     return path
+
+
+def hyper_feedback(
+    weight: Array,
+    geometry: GroupLayout,
+    metric: Metric,
+    code: Code,
+    *,
+    sweeps: int,
+    threads: int = 1,
+    isa: str = "auto",
+) -> tuple[Array, Array]:
+    """Encode ``(rows, length)`` for given inputs, to the bytes of `feedback.encode`.
+
+    Args:
+        weight: float32 ``(rows, length)``, finite.
+        geometry: Parameters and extent.
+        metric: What errors cost.
+        code: The table and how it is used.
+        sweeps: Times that all groups are encoded again.
+        threads: Worker threads; the result does not depend on it.
+        isa: A key of `ISAS`; the result does not depend on it.
+
+    Returns:
+        codes uint8 ``(P, G, D, 16, 4)`` and scales float16 ``(P, G, 16, 1)``.
+
+    Raises:
+        ModelError: A group is too large for a float16 scale.
+        RuntimeMissingError: The library is not there.
+    """
+    weight = np.ascontiguousarray(weight, np.float32)
+    codes = np.empty(geometry.codes_shape, np.uint8)
+    scales = np.empty(geometry.scales_shape, np.float16)
+    arrays = (
+        *(metric.moments, metric.behind, metric.inverse),
+        *(metric.ahead, metric.alone, metric.pulls, metric.prices),
+    )
+    pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+    step = max(LANES * threads, _WEIGHTS_AT_ONCE // geometry.length // LANES * LANES)
+    for start in range(0, geometry.rows, step):
+        rows, panel = weight[start : start + step], start // LANES
+        status = _library().onnxcomp_hyper_feedback(
+            *(rows.ctypes.data, len(rows), geometry.length),
+            *(geometry.bits, geometry.state_bits, geometry.group, pointers),
+            *(code.table.ctypes.data, code.spread, code.passes, sweeps, threads, _isa(isa)),
+            *(codes[panel:].ctypes.data, scales[panel:].ctypes.data),
+        )
+        _check(status, "hyper encoder")
+    return codes, scales
+
+
+def add_moments(
+    total: Array, a: Array, b: Array, *, lower: bool, threads: int = 1, isa: str = "auto"
+) -> None:
+    """Add ``a.T @ b`` to `total`: products are float32, their sums from 256 vectors on float64.
+
+    Args:
+        total: float64 ``(p, q)``, contiguous.
+        a: float32 ``(n, p)``.
+        b: float32 ``(n, q)``.
+        lower: Whether values above the diagonal may be left out.
+        threads: Worker threads; the result does not depend on it.
+        isa: A key of `ISAS`; the result does not depend on it.
+
+    Raises:
+        RuntimeMissingError: The library is not there.
+    """
+    a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
+    status = _library().onnxcomp_add_moments(
+        *(a.ctypes.data, b.ctypes.data, len(a), a.shape[1], b.shape[1]),
+        *(lower, threads, _isa(isa), total.ctypes.data),
+    )
+    _check(status, "moments")

@@ -21,7 +21,7 @@ from onnxcomp.passes.codecs.hyper.format import GroupLayout, pack, pack_scales, 
 from onnxcomp.passes.codecs.hyper.tables import PASSES
 from onnxcomp.passes.weight import Array
 
-__all__ = ["PASSES", "encode", "out_of_range"]
+__all__ = ["PASSES", "encode", "out_of_range", "rotated"]
 
 # Targets carry four bits after the point, in table units.
 _FRACTION = 16
@@ -91,7 +91,7 @@ class _Trellis:
             stem = state & (self.stems - 1)
 
 
-def _rotated(x: Array) -> Array:
+def rotated(x: Array) -> Array:
     """Hadamard transform of ``sign * x`` in float32, with the native code's order of additions."""
     count, group = x.shape
     x = x * signs(group)
@@ -128,7 +128,7 @@ def _encode_blocks(x: Array, trellis: _Trellis, spread: float, passes: int) -> t
     energy = np.square(x.astype(np.float64)).cumsum(axis=1)[:, -1]
     half = _to_half(np.sqrt(energy) * 4096.0 / (group * spread))
     with np.errstate(over="ignore", invalid="ignore"):
-        x = _rotated(x)
+        x = rotated(x)
     path = np.zeros((count, group), np.int64)
     symbols = np.zeros((count, group), np.uint8)
     chosen, least = np.zeros(count, np.float16), np.zeros(count)

@@ -8,6 +8,7 @@ on the looked-up rows, or on the weight when a session starts. The file holds no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -100,25 +101,33 @@ _OFFERED = tuple(IntegerParams(bits, block) for bits in (8, 4) for block in (32,
 _FINEST, _USUAL = IntegerParams(8, 16), IntegerParams(8, 128)
 
 
-def _forms(site: WeightSite, params: IntegerParams) -> list[BlockLayout]:
-    """Ways to cut a weight into blocks; among equally small ones the first is preferred.
+def _form(site: WeightSite, params: Params) -> BlockLayout:
+    """The smallest form of the weight."""
+    halved = any(use.need == "matmul" for use in site.uses)
+    extent = (site.rows, site.length)
+    return _smallest(extent, site.fusable, halved, site.dtype, IntegerParams.of(params))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _smallest(
+    extent: tuple[int, int], fusable: bool, halved: bool, dtype: str, params: IntegerParams
+) -> BlockLayout:
+    """The smallest way to cut a weight into blocks; of equally small ones the largest blocks.
 
     A weight that is only ever used dense may also be read flat, as rows of one block each.
     """
-    blocks = [size for size in sorted(BLOCKS, reverse=True) if size <= params.block]
-    extents = [(size, site.rows, site.length) for size in blocks]
-    if not site.fusable:
-        extents += [(b, site.size // b, b) for b in blocks if site.size % b == 0]
-    halves = params.bits == 8 and any(use.need == "matmul" for use in site.uses)
-    scale = _SCALES[site.dtype]
-    return [
-        BlockLayout(params.bits, size, rows, length, bool(params.zero_points), halves, scale)
-        for size, rows, length in extents
+    rows, length = extent
+    size = rows * length
+    blocks = [block for block in sorted(BLOCKS, reverse=True) if block <= params.block]
+    extents = [(b, rows, length) for b in blocks]
+    if not fusable:
+        extents += [(b, size // b, b) for b in blocks if size % b == 0]
+    halves = halved and params.bits == 8
+    forms = [
+        BlockLayout(params.bits, *extent, bool(params.zero_points), halves, _SCALES[dtype])
+        for extent in extents
     ]
-
-
-def _form(site: WeightSite, params: Params) -> BlockLayout:
-    return min(_forms(site, IntegerParams.of(params)), key=lambda form: form.nbytes)
+    return min(forms, key=lambda form: form.nbytes)
 
 
 def _measured(form: BlockLayout, weight: Array, stats: Stats | None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -111,7 +112,7 @@ class BlockLayout:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         scales = self.rows * self.blocks * self.scale_type.itemsize
-        return scales + sum(int(np.prod(s)) for s in self.byte_shapes().values())
+        return scales + sum(math.prod(shape) for shape in self.byte_shapes().values())
 
     @property
     def folding_bytes(self) -> int:

@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent
 def open_session() -> onnxruntime.InferenceSession:
     """Load the model, with the operator library if it is here."""
     options = onnxruntime.SessionOptions()
-    for library in FOLDER.glob("*.so"):
+    for library in FOLDER.glob("*onnxcomp_ops.*"):
         options.register_custom_ops_library(str(library))
     path = str(FOLDER / "model.onnx")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

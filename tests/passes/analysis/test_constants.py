@@ -28,13 +28,18 @@ def one_node(
     shape = list(tensor.shape)
     if op_type == "MatMul":
         shape = [3, tensor.shape[0]]
+    if op_type == "Conv":
+        shape = [1, len(tensor), *(2 * size for size in tensor.shape[2:])]
     names = ["c", "x"] if second else ["x", "c"]
+    if op_type == "Cos":
+        names = ["c"]
     kind = (
         TensorProto.INT64 if op_type == "Gather" else helper.np_dtype_to_tensor_dtype(tensor.dtype)
     )
     if op_type == "Gather":
         names, shape = ["c", "x"], [5]
-    tail = [helper.make_node(op_type, names, ["y" if op_type != "Gather" else "g"])]
+    options = {"group": len(tensor)} if op_type == "Conv" else {}
+    tail = [helper.make_node(op_type, names, ["y" if op_type != "Gather" else "g"], **options)]
     if op_type == "Gather":
         tail.append(helper.make_node("Add", ["g", "bias"], ["y"]))
     inits = [numpy_helper.from_array(tensor, "c")]
@@ -89,6 +94,51 @@ def mel(bands: int, bins: int) -> Array:
     return np.array(rows, np.float32)
 
 
+def anchors(*strides: int) -> Array:
+    """Corners of boxes of nine sizes at every place of an image of 160 x 160 pixels."""
+    sizes = [(s * a**-0.5, s * a**0.5) for s in (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))
+             for a in (0.5, 1, 2)]  # fmt: skip
+    found = []
+    for stride in strides:
+        places = (np.arange(160 // stride) + 0.5) * stride
+        centres = np.stack(np.meshgrid(places, places), axis=-1).reshape(-1, 1, 2)
+        half = np.array(sizes)[None] * stride / 2
+        found.append(np.concatenate([centres - half, centres + half], axis=2).reshape(-1, 4))
+    return np.concatenate(found)[None].astype(np.float32)
+
+
+def wavelets(count: int, length: int) -> Array:
+    """Sines under windows that become shorter as the frequency rises."""
+    lines = []
+    for number in range(count):
+        own = int(length * 2 ** (-number / 24))
+        frequency = 0.06 * 2 ** (number / 24)
+        window = np.hanning(own) * np.cos(2 * np.pi * frequency * np.arange(own))
+        lines.append(np.pad(window, (0, length - own)))
+    return np.array(lines)[:, None].astype(np.float32)
+
+
+def hadamard(size: int) -> Array:
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (matrix / np.sqrt(size)).astype(np.float32)
+
+
+def rotation(size: int) -> Array:
+    return np.linalg.qr(RNG.standard_normal((size, size)))[0].astype(np.float32)
+
+
+def blur(channels: int, size: int) -> Array:
+    line = np.exp(-np.square(np.arange(size) - size // 2) / size)
+    return np.tile(np.outer(line, line).astype(np.float32), (channels, 1, 1, 1))
+
+
+def slopes(heads: int, size: int) -> Array:
+    distance = np.abs(np.arange(size)[:, None] - np.arange(size))
+    return (-(2.0 ** -np.arange(1, heads + 1))[:, None, None] * distance).astype(np.float32)
+
+
 CONSTANTS = {
     "anchor grid": ("Sub", grid(80, 40, 20)),
     "strides": ("Mul", np.repeat(np.float32([8, 16, 32]), 400).reshape(2, 600)),
@@ -110,6 +160,14 @@ CONSTANTS = {
                                           * np.arange(64)).astype(np.float32)),
     "mel bands": ("MatMul", mel(40, 201).T.copy()),
     "averages": ("MatMul", np.full((64, 32), 1 / 64, np.float32)),
+    "anchor boxes": ("Add", anchors(8, 16)),
+    "distances times slopes": ("Add", slopes(8, 96)),
+    "one-hot rows": ("Gather", np.eye(96, dtype=np.float32)),
+    "Hadamard": ("MatMul", hadamard(64)),
+    "rotation": ("MatMul", rotation(96)),
+    "wavelets": ("Conv", wavelets(48, 256)),
+    "one filter for all channels": ("Conv", blur(16, 9)),
+    "angles": ("Cos", sinusoids(64, 48)),
 }  # fmt: skip
 
 
@@ -127,6 +185,12 @@ def smooth_positions(count: int, width: int) -> Array:
     return (walk + 0.03 * RNG.standard_normal((count, width))).astype(np.float32)
 
 
+def smooth_filters(count: int, length: int) -> Array:
+    """Noise of low frequencies under a window, as trained filters of sound are."""
+    lines = [np.convolve(line, np.hanning(33), "valid") for line in trained(count, length + 32)]
+    return (np.array(lines) * np.hanning(length)).astype(np.float32)[:, None]
+
+
 WEIGHTS = {
     "a matrix": ("MatMul", trained(96, 64)),
     "learned positions": ("Add", trained(1, 128, 64)),
@@ -139,6 +203,11 @@ WEIGHTS = {
     "eight bits": ("MatMul", np.rint(127 * np.tanh(trained(96, 64) * 3)) / np.float32(300)),
     "pruned": ("MatMul", trained(96, 64) * (RNG.random((96, 64)) < 0.05)),
     "integers of eight bits": ("MatMul", np.rint(trained(64, 64) * 300)),
+    "half precision positions": ("Add", trained(512, 256).astype(np.float16).astype(np.float32)),
+    "orthonormal rows": ("MatMul", rotation(128)[:48]),
+    "nearly a rotation": ("MatMul", rotation(64) + trained(64, 64) * np.float32(1e-2)),
+    "smooth filters": ("Conv", smooth_filters(64, 128)),
+    "filters of sound": ("Conv", trained(64, 1, 256)),
     "embeddings of eight bits": ("Gather", np.rint(trained(300, 48) * 200) / np.float32(90)),
 }
 
@@ -248,3 +317,53 @@ def test_nothing_is_stored_otherwise_where_all_is_to_stay_dense(tmp_path: Path) 
     onnx.save(one_node("Sub", grid(80, 40, 20)), tmp_path / "m.onnx")
     result = oc.optimize(tmp_path / "m.onnx", tmp_path / "o.onnx", method="dense")
     assert [site.method for site in result.report.sites] == ["dense"]
+
+
+def branch(mask: Array, *, out: str) -> onnx.ModelProto:
+    """A branch that returns a mask, which is added outside of it or is an output of the model."""
+    value = helper.make_tensor_value_info
+    yes = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["a"])], "yes", [],
+        [value("a", TensorProto.FLOAT, mask.shape)], [numpy_helper.from_array(mask, "c")],
+    )  # fmt: skip
+    no = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["b"])], "no", [],
+        [value("b", TensorProto.FLOAT, mask.shape)],
+    )  # fmt: skip
+    nodes = [
+        helper.make_node("If", ["go"], ["m"], then_branch=yes, else_branch=no),
+        helper.make_node("Add", ["m", "x"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [value("go", TensorProto.BOOL, []), value("x", TensorProto.FLOAT, mask.shape)],
+        [value(out, TensorProto.FLOAT, None)],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("out", ["y", "m"])
+@pytest.mark.parametrize("is_mask", [True, False])
+def test_what_a_branch_returns_is_followed(is_mask: bool, out: str) -> None:
+    tensor = np.triu(np.full((96, 96), -1e4, np.float32), 1) if is_mask else trained(96, 96)
+    model = load(branch(tensor, out=out))
+    canonicalize(model)
+    (site,) = mark_constants(model, find_sites(model, min_size=64).sites)
+    assert (site.constant is not None) == is_mask
+
+
+@pytest.mark.parametrize("op_type", ["GridSample", "ScatterElements"])
+def test_operands_of_other_operators_are_told_by_their_input(op_type: str) -> None:
+    places = np.stack(np.meshgrid(np.linspace(-1, 1, 48), np.linspace(-1, 1, 48)), axis=-1)
+    names = {"GridSample": ["x", "c"], "ScatterElements": ["c", "i", "x"]}[op_type]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node(op_type, names, ["y"])], "g",
+        [value("x", TensorProto.FLOAT, None), value("i", TensorProto.INT64, None)],
+        [value("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(places[None].astype(np.float32), "c")],
+    )  # fmt: skip
+    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+    canonicalize(model)
+    (site,) = mark_constants(model, find_sites(model, min_size=64).sites)
+    assert site.constant is not None and op_type in site.constant.reason

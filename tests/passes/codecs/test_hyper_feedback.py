@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxcomp.errors import CompressionError, ModelError
 from onnxcomp.passes.codecs.hyper import (
     feedback as hyper_feedback,
 )
@@ -20,6 +21,7 @@ from onnxcomp.passes.codecs.hyper.codec import (
     native,
 )
 from onnxcomp.passes.codecs.hyper.feedback import Coder
+from onnxcomp.passes.codecs.hyper.metric import Metric
 from onnxcomp.passes.codecs.hyper.survivors import Prices
 from onnxcomp.passes.codecs.hyper.tables import table
 from onnxcomp.passes.codecs.moments import (
@@ -97,27 +99,74 @@ def test_any_shape_and_any_rank_of_moments_can_be_encoded(
     assert np.isfinite(coder.decode(codes, scales, (rows, length))).all()
 
 
-def test_bytes_depend_on_neither_threads_nor_native_code(
-    native_library: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize(
+    "coder",
+    [
+        Coder(1, 6, 64),
+        Coder(2, 7, 32),
+        Coder(3, 7, 64),
+        Coder(4, 7, 128),
+        Coder(4, 6, 32),
+        Coder(6, 8, 32),
+        Coder(2, 10, 32),
+        Coder(2, 8, 64, kind="structured"),
+        Coder(3, 7, 32, kind="structured"),
+        Coder(4, 8, 32, kind="structured"),
+    ],
+    ids=str,
+)
+def test_native_encoder_gives_the_bytes_of_the_reference(
+    native_library: None, coder: Coder, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weight, moments = weight_of(20, 72), moments_of(72)
-    found = [hyper_feedback.encode(weight, Coder(2, 6, 32, threads), moments) for threads in (1, 3)]
+    weight, moments = weight_of(19, coder.group + 9), moments_of(coder.group + 9)
+    weight[3], weight[4, : coder.group] = 0, 0
+    weight[5] *= 1e-7
+    metric = Metric.of(moments, coder.group)
+    geometry = coder.geometry(*weight.shape)
+    try:
+        found = [
+            native.hyper_feedback(
+                weight, geometry, metric, coder.code, sweeps=1, threads=threads, isa=isa
+            )
+            for threads in (1, 4)
+        ]
+    except CompressionError:
+        pytest.skip(f"this machine has no {isa}")
     monkeypatch.setattr(native, "available", lambda: False)
-    found.append(hyper_feedback.encode(weight, Coder(2, 6, 32), moments))
-    for codes, scales in found[1:]:
-        np.testing.assert_array_equal(codes, found[0][0])
-        np.testing.assert_array_equal(scales, found[0][1])
+    codes, scales = hyper_feedback.encode(weight, coder, moments)
+    for other in found:
+        np.testing.assert_array_equal(other[0], codes)
+        np.testing.assert_array_equal(other[1], scales)
 
 
-def test_chunks_of_rows_do_not_change_the_result(
+def test_calls_for_some_rows_at_a_time_give_the_same_bytes(
     native_library: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, moments, coder = weight_of(50, 96), moments_of(96), Coder(3, 7, 32)
-    whole = coder.decode(*hyper_feedback.encode(weight, coder, moments), weight.shape)
+    whole = hyper_feedback.encode(weight, coder, moments)
+    monkeypatch.setattr(native, "_WEIGHTS_AT_ONCE", 16 * 96)
     monkeypatch.setattr(hyper_feedback, "_CHUNK", 16 * 96)
-    parts = coder.decode(*hyper_feedback.encode(weight, coder, moments), weight.shape)
-    before, after = cost(weight, whole, moments).sum(), cost(weight, parts, moments).sum()
-    assert after == pytest.approx(before, rel=0.05)
+    np.testing.assert_array_equal(hyper_feedback.encode(weight, coder, moments)[0], whole[0])
+    monkeypatch.setattr(native, "available", lambda: False)
+    np.testing.assert_array_equal(hyper_feedback.encode(weight, coder, moments)[0], whole[0])
+
+
+def test_weights_that_are_too_large_are_refused(native_library: None) -> None:
+    with pytest.raises(ModelError, match="float16"):
+        hyper_feedback.encode(weight_of(16, 64) * 1e6, Coder(4, 7, 64), moments_of(64))
+
+
+def test_the_metric_adds_up_to_the_objective() -> None:
+    length, group = 80, 32
+    moments, error = moments_of(length), weight_of(5, length)
+    metric = Metric.of(moments, group)
+    padded = np.zeros((5, metric.groups * group))
+    padded[:, :length] = error
+    # What is left of each group's error once those before it are made up for, at its price.
+    left = (padded + padded @ metric.behind.T).reshape(5, metric.groups, group)
+    costs = np.einsum("rgi,gij,rgj->r", left, metric.ahead, left)
+    np.testing.assert_allclose(costs, cost(error, np.zeros_like(error), moments), rtol=1e-4)
 
 
 def test_no_single_scale_can_be_improved(native_library: None) -> None:
@@ -224,7 +273,10 @@ def test_errors_of_tables_count_beside_those_of_products() -> None:
     )
 
 
-@pytest.mark.parametrize(("bits", "state_bits", "group"), [(1, 6, 32), (2, 7, 64), (4, 7, 128)])
+@pytest.mark.parametrize(
+    ("bits", "state_bits", "group"),
+    [(1, 6, 32), (1, 8, 32), (2, 7, 64), (3, 6, 64), (4, 7, 128), (4, 12, 64), (5, 7, 32)],
+)
 def test_native_and_numpy_searches_find_equal_paths(
     native_library: None, bits: int, state_bits: int, group: int
 ) -> None:

@@ -277,13 +277,24 @@ def test_sparse_initializers_survive(tmp_path, tools):
         np.testing.assert_array_equal(dense, [[0, 3, 0, 0], [0, 0, 4, 0]])
 
 
-def test_sparse_attributes_are_refused_with_advice():
+def with_sparse_node(op_type):
     model = sparse_model()
     attribute = onnx.AttributeProto(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR)
     attribute.sparse_tensor.CopyFrom(model.graph.sparse_initializer[0])
-    model.graph.node.add(op_type="Constant", output=["c"]).attribute.append(attribute)
+    model.graph.node.insert(0, helper.make_node(op_type, [], ["s"]))
+    model.graph.node[0].attribute.append(attribute)
+    del model.graph.sparse_initializer[:]
+    return model
+
+
+def test_sparse_constants_become_sparse_initializers(tools):
+    found = tools.proto_of(load(with_sparse_node("Constant")))
+    assert tools.differences(sparse_model(), found) == []
+
+
+def test_other_sparse_attributes_are_refused_with_advice():
     with pytest.raises(ModelError, match="sparse_value") as caught:
-        load(model)
+        load(with_sparse_node("Other"))
     assert "dense" in caught.value.hint
 
 

@@ -154,6 +154,56 @@ def test_a_plan_is_as_fast_as_it_has_to_be(
     assert oc.Plan.loads(bound.dumps()).dumps() == bound.dumps()
 
 
+def test_the_fastest_form_that_is_no_less_accurate_is_taken(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes are slow with many rows and fast with one, and five bits are faster than four."""
+    fast = SLOW | {"hyper_4": [0.0, 9e-10, 2e-9, 0.0], "hyper_5": [0.0, 0.0, 9e-10, 0.0]}
+    fast |= {"hyper_3": [0.0, 0.0, 1e-12, 0.0]}
+    known = table(dense=[0.0, 1e-9, 8e-10, 0.0], **fast)
+    monkeypatch.setattr(latency_model, "cached_costs", lambda: known)
+    options: dict[str, Any] = {"data": data, "method": "hyper", "bits": 4}
+    usual = oc.plan(model, **options)
+    assert {choice.params.bits for choice in usual} == {4}
+    found = oc.plan(model, objective="latency", **options)
+    assert found["many"].kept and "fastest" in found["many"].reason
+    assert found["one"].params.bits == 5  # three bits are faster, and less accurate
+    assert found.slowdown is not None and found.slowdown < 1.0
+    small = oc.plan(model, objective="latency", data=data, method="hyper", ratio=3)
+    assert small.met and small.bytes is not None and small.bytes * 3 <= model.stat().st_size
+
+
+def test_costs_of_a_class_of_machines_come_with_the_compiler(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = table(dense=[0.0, 0.0, 1e-11, 0.0], **SLOW)
+    monkeypatch.setattr(latency_model, "cached_costs", lambda: known)
+    monkeypatch.setenv("ONNXCOMP_ISA", "plain")
+    for target, kind in (("avx2", "structured"), ("avx512", "winding")):
+        costs = cost_table.committed_costs(target)
+        assert costs is not None and costs.machine["isa"] == target
+        plan = oc.plan(model, data=data, max_slowdown=1, bits=4, method="hyper", target=target)
+        one = plan["one"]
+        assert not one.kept and CODECS["hyper"].kind(one.params) == kind
+        key = CODECS["hyper"].cost_key(one.params)
+        assert key in costs.coefficients
+        gained = [costs.seconds(k, 1, 256, 256) for k in (key, "dense")]
+        assert one.time == pytest.approx(gained[0] - gained[1], rel=1e-3)
+    assert cost_table.committed_costs("neon") is None
+
+
+def test_time_is_not_measured_for_another_class_of_machines(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_model, "cached_costs", lambda: cost_table.committed_costs("avx2"))
+    monkeypatch.setenv("ONNXCOMP_ISA", "avx2")
+    options: dict[str, Any] = {"data": data, "method": "hyper", "bits": 4, "verify": False}
+    result = oc.optimize(model, tmp_path / "a.onnx", max_slowdown=9, target="avx512", **options)
+    assert result.report.speed is None
+    result = oc.optimize(model, tmp_path / "b.onnx", max_slowdown=99, target="avx2", **options)
+    assert result.report.speed is not None
+
+
 def test_what_is_measured_decides(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

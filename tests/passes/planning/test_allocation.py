@@ -293,6 +293,21 @@ def test_the_smallest_filters_get_more_bits_for_few_bytes() -> None:
     assert with_better_filters(sets, picks, ["f0"]) == picks
 
 
+@pytest.mark.parametrize("bits", [1, 2])
+def test_weights_of_small_models_get_one_more_of_few_bits(bits: int) -> None:
+    extents = [(64, 64), (64, 128), (256, 128), (512, 64)]
+    sets = [offered(site(f"w{i}", rows=r, length=n), ["hyper"]) for i, (r, n) in enumerate(extents)]
+    picks = [uniform(m, bits) for m in sets]
+    found = with_better_filters(sets, picks, [])
+    assert [params(c).bits for c in found] == [bits + 1, bits + 1, bits, bits]
+    assert 0 < sum(c.bytes for c in found) - sum(c.bytes for c in picks) <= 2048
+    asked = [params(c).bits for c in with_better_filters(sets, picks, ["w0"])]
+    assert asked == [bits, bits + 1, bits, bits]
+    large = offered(site("large", rows=1024, length=1024), ["hyper"])
+    whole = [*picks, uniform(large, bits)]
+    assert with_better_filters([*sets, large], whole, []) == whole
+
+
 def test_products_and_the_widest_codes_stay_as_they_are() -> None:
     products = [
         offered(site(rows=32, length=64), ["hyper"]),

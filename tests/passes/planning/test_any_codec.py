@@ -116,13 +116,29 @@ def test_errors_of_a_measured_codec_come_from_the_weight(model: ir.Model) -> Non
     assert choice.settle(site()).error == 1.0
 
 
-def test_bits_stand_for_bytes_where_settings_are_not_counted_in_bits() -> None:
-    options = offered(site(), ["rank+dense"])
+def test_bits_stand_for_bytes_where_settings_are_not_counted_in_bits(model: ir.Model) -> None:
+    options = offered(site(), ["rank+dense"], estimator=Estimates(model))
     for bits, rank in ((6, 32), (3, 16), (1, 8)):
         assert uniform(options, bits).params == RankParams(rank)
-    both = offered(site(), ["hyper", "rank+dense"])
+    both = offered(site(), ["hyper", "rank+dense"], estimator=Estimates(model))
     assert uniform(both, 3).codec == "hyper"
     assert uniform(both, 8).codec == "rank+dense"
+
+
+def test_a_weight_that_a_measured_codec_would_spoil_gets_more_bytes_or_stays(
+    model: ir.Model,
+) -> None:
+    estimator = Estimates(model)
+    noise = offered(site("noise"), ["rank+dense"], estimator=estimator)
+    kept = uniform(noise, 4)
+    assert kept.codec == "dense"
+    assert "4 bits per weight lose 0.1;" in kept.reason
+    low = offered(site(), ["rank+dense"], estimator=estimator)
+    smaller = low.with_options(c for c in low.options if c.params.rank in (64, 8))  # type: ignore[attr-defined]
+    assert uniform(smaller, 3).params == RankParams(64)
+    asked = Policy(("rank+dense",), params={"rank": 8})
+    fixed = candidate_set(site("noise"), asked, estimator=estimator)
+    assert uniform(fixed, 4).params == RankParams(8)
 
 
 def test_equal_plans_cover_every_codec() -> None:

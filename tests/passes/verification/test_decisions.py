@@ -249,25 +249,30 @@ def test_sequences_that_become_shorter_are_a_loss(tmp_path: Path) -> None:
     assert verify(*paths).passed
 
 
+def branch(name: str, nodes: list, kind: int, shape: list) -> onnx.GraphProto:
+    return helper.make_graph(nodes, name, [], [info(nodes[-1].output[0], kind, shape)])
+
+
+def labels_in_branches(depth: int) -> onnx.NodeProto:
+    """An If whose branches give labels, inside of others."""
+    kind, shape, last = TensorProto.INT64, ["b"], depth == 1
+    inner = [
+        node("Mul", ["s", "two"], ["twice"]), node("ArgMax", ["twice"], ["t"], axis=1, keepdims=0)
+    ] if last else [labels_in_branches(depth - 1)]  # fmt: skip
+    yes = branch(f"yes{depth}", inner, kind, shape)
+    other = ("ArgMin", ["s"], {"axis": 1, "keepdims": 0}) if last else ("Identity", ["none"], {})
+    no = branch(f"no{depth}", [node(other[0], other[1], [f"o{depth}"], **other[2])], kind, shape)
+    return node("If", ["go"], [f"y{depth}"], then_branch=yes, else_branch=no)
+
+
 def test_few_labels_without_floats_are_no_verdict(tmp_path: Path) -> None:
-    """Where nothing in front of a decision can be seen, as inside a branch."""
+    """Where nothing in front of a decision can be seen, as in branches of branches."""
     paths = []
     for name, noise in (("a", 0.0), ("b", 0.5)):
-        then = helper.make_graph(
-            [node("ArgMax", ["s"], ["t"], axis=1, keepdims=0)],
-            "then",
-            [],
-            [info("t", TensorProto.INT64, ["b"])],
-        )
-        other = helper.make_graph(
-            [node("ArgMin", ["s"], ["o"], axis=1, keepdims=0)],
-            "else",
-            [],
-            [info("o", TensorProto.INT64, ["b"])],
-        )
-        tail = [node("If", ["yes"], ["y"], then_branch=then, else_branch=other)]
+        tail = [labels_in_branches(3), node("Identity", ["y3"], ["y"])]
         output = info("y", TensorProto.INT64, ["b"])
-        paths.append(save(tmp_path / f"{name}.onnx", tail, output, {"yes": np.array(True)}, noise))
+        constants = {"go": np.array(True), "two": np.float32(2), "none": np.zeros(4, np.int64)}
+        paths.append(save(tmp_path / f"{name}.onnx", tail, output, constants, noise))
     found = verify(*paths, tolerance=0.01, shapes={"x": [4, K]})
     assert found.passed
     assert found.outputs["y"].agreement is not None
@@ -332,3 +337,68 @@ def test_a_scan_is_compared_step_by_step(tmp_path: Path) -> None:
     assert found.passed, found.failures
     assert 0.05 < found.taps["last/logits"].rel_l2 < 0.3
     assert not verify(*paths, tolerance=0.01).passed
+
+
+@pytest.mark.parametrize("go", [True, False])
+def test_floats_in_branches_are_looked_at(go: bool, tmp_path: Path) -> None:
+    paths = []
+    for name, noise in (("a", 0.0), ("b", 0.1)):
+        tail = [labels_in_branches(1), node("Identity", ["y1"], ["y"])]
+        output = info("y", TensorProto.INT64, ["b"])
+        constants = {"go": np.array(go), "two": np.float32(2)}
+        paths.append(save(tmp_path / f"{name}.onnx", tail, output, constants, noise))
+    found = verify(*paths, tolerance=0.3)
+    assert found.passed, found.failures
+    assert 0.05 < found.taps["s"].rel_l2 < 0.13
+    assert (found.taps["y1/twice"].rel_l2 > 0.05) == go  # nothing where the other branch ran
+    assert not verify(*paths, tolerance=0.05).passed
+
+
+def test_bytes_that_a_branch_makes_are_compared_before_they_are_made(tmp_path: Path) -> None:
+    paths = []
+    for name, noise in (("a", 0.0), ("b", 0.05)):
+        nodes = [
+            node("Mul", ["s", "scale"], ["m"]),
+            node("Cast", ["m"], ["b"], to=TensorProto.UINT8),
+        ]
+        yes = branch("yes", nodes, TensorProto.UINT8, ["b", N])
+        no = branch(
+            "no", [node("Cast", ["s"], ["o"], to=TensorProto.UINT8)], TensorProto.UINT8, ["b", N]
+        )
+        tail = [
+            node("Abs", ["s"], ["a"]),
+            node("If", ["go"], ["y"], then_branch=yes, else_branch=no),
+        ]
+        output = info("y", TensorProto.UINT8, ["b", N])
+        constants = {"go": np.array(True), "scale": np.float32(9)}
+        paths.append(save(tmp_path / f"{name}.onnx", tail, output, constants, noise))
+    found = verify(*paths)
+    assert found.passed, found.failures
+    assert 0.0 < found.taps["y/m"].rel_l2 < 0.1
+
+
+def picking(path: Path, noise: float, calls: int) -> Path:
+    """Labels that a model-local function gives, called once or twice."""
+    names = [f"y{number}" for number in range(calls)]
+    tail = [helper.make_node("Pick", ["s"], [name], domain="own") for name in names]
+    tail.append(node("Concat", names, ["y"], axis=0))
+    save(path, tail, info("y", TensorProto.INT64, ["b"]), {}, noise)
+    model = onnx.load(path)
+    body = [node("Softmax", ["v"], ["p"]), node("ArgMax", ["p"], ["i"], axis=1, keepdims=0)]
+    imports = [helper.make_opsetid("", model.opset_import[0].version)]
+    model.functions.append(helper.make_function("own", "Pick", ["v"], ["i"], body, imports))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_floats_in_functions_are_looked_at_where_they_are_called_once(
+    calls: int, tmp_path: Path
+) -> None:
+    found = verify(
+        picking(tmp_path / "a.onnx", 0.0, calls), picking(tmp_path / "b.onnx", 0.1, calls)
+    )
+    assert found.passed, found.failures
+    assert ("y0/p" in found.taps) == (calls == 1)
+    assert 0.05 < found.taps["s"].rel_l2 < 0.13

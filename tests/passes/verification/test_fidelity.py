@@ -250,3 +250,22 @@ def test_what_int8_adds_is_told_and_not_judged(twins: tuple[Path, Path], library
     )
     assert found.to_json()["int8"]["outputs"]["logits"]["rel_l2"] > 0.1
     assert not verify(reference, small, data={"x": x}, tolerance=0.05).passed
+
+
+def test_of_large_outputs_some_samples_are_kept(
+    twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxcomp.passes.verification import fidelity
+
+    rng = np.random.default_rng(5)
+    samples = rng.standard_normal((7, 3, LENGTH)).astype(np.float32)
+    whole = verify(*twins, data={"x": samples})
+    assert whole.samples == 7
+    one = 3 * (ROWS * 4 + 8)  # logits in float32 and a class for each of three rows
+    monkeypatch.setattr(fidelity, "_KEPT", 3 * one)
+    some = verify(*twins, data={"x": samples})
+    # The samples are spread over all of them.
+    chosen = verify(*twins, data={"x": samples[[0, 2, 4]]})
+    assert some.samples == 3 and some.outputs == chosen.outputs != whole.outputs
+    monkeypatch.setattr(fidelity, "_KEPT", 1)
+    assert verify(*twins, data={"x": samples}).samples == 1

@@ -1,0 +1,156 @@
+"""What each step of calibration brings: loss and compile time, one step more from row to row.
+
+    python benchmarks/bench_quality.py --data FOLDER [--smollm2 FOLDER] [--minilm MINILM.onnx]
+        [--models language_model] [--bits 4,3,2] [--only REGEX] [--again]
+
+FOLDER is laid out as for the other benchmarks. Steps that the compiler always takes are left out by
+replacing what they are done with. All rows of a model and of as many bits have the same bytes.
+Times are CPU seconds of the whole run, with all threads. Rows that the JSON has already are not
+measured again unless `--again` asks for it; it is written after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from bench_hyper_models import IMAGE_MODELS
+from judges import DecoderModel, ImageModel, Judge, LanguageModel, SentenceModel
+from results import RESULTS, print_table, write_results
+
+import onnxcomp
+from onnxcomp.passes.codecs import moments
+from onnxcomp.passes.encoding import calibrated
+
+__all__ = ["STEPS"]
+
+Patch = contextlib.AbstractContextManager[Any]
+
+
+def _no_drift() -> Patch:
+    """Errors of earlier weights are not made up for."""
+    return mock.patch.object(moments, "ANCHOR_DAMPINGS", ())
+
+
+def _no_streams() -> Patch:
+    """What a residual stream lacks is not made up for."""
+    usable = calibrated._usable
+
+    def without(stats: Any, calibration: Any) -> Any:
+        found = usable(stats, calibration)
+        return type(found)(**{
+            name: None if name in ("missing", "held_missing") else getattr(found, name)
+            for name in found.__dataclass_fields__
+        })  # fmt: skip
+
+    return mock.patch.object(calibrated, "_usable", without)
+
+
+# By name: options of the run, and what is left out of it. Each row has one step more.
+STEPS: Mapping[str, tuple[Mapping[str, Any], tuple[Callable[[], Patch], ...]]] = {
+    "by values": ({"calibration": "off"}, ()),
+    "inputs of the dense model": ({"calibration": "parallel", "tune": 0}, ()),
+    "inputs behind compressed weights": ({"tune": 0}, (_no_drift,)),
+    "drift made up for": ({"tune": 0}, (_no_streams,)),
+    "streams made up for": ({"tune": 0}, ()),
+    "scales tuned, 1 pass": ({"tune": 1}, ()),
+    "scales tuned, 2 passes": ({"tune": 2}, ()),
+    "scales tuned, 4 passes": ({"tune": 4}, ()),
+}
+
+
+def judge_of(name: str, options: argparse.Namespace) -> Judge:
+    """The judge of one model."""
+    folder = options.data / "lm"
+    if name == "language_model":
+        return LanguageModel(folder / "tinyllama_ref.onnx", folder, options.windows)
+    if name == "smollm2":
+        if options.smollm2 is None:
+            raise SystemExit("smollm2 needs --smollm2")
+        return DecoderModel(options.smollm2, options.data, min(options.windows, 10))
+    if name == "minilm":
+        if options.minilm is None:
+            raise SystemExit("minilm needs --minilm")
+        return SentenceModel(options.minilm, options.data)
+    return ImageModel(options.data / "models" / IMAGE_MODELS[name], options.data, options.images)
+
+
+def measured(judge: Judge, data: Path, bits: int, step: str) -> dict[str, Any]:
+    """One row."""
+    options, left_out = STEPS[step]
+    feeds = judge.calibration(data)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for patch in left_out:
+            stack.enter_context(patch())
+        path, start = Path(folder) / "form.onnx", time.process_time()
+        result = onnxcomp.optimize(
+            judge.model, path, method="hyper", bits=bits, data=feeds, verify=False, **options
+        )
+        seconds = time.process_time() - start
+        found = judge(path)
+    size = int(result.report.output.bytes)
+    return {"bits": bits, "step": step, "bytes": size, "cpu_seconds": round(seconds, 1), **found}
+
+
+def rows_of(name: str, options: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[Any]:
+    """All rows of a model, whenever one more has been measured."""
+    judge = judge_of(name, options)
+    kept = {(row["bits"], row["step"]): row for row in known}
+    wanted = [(bits, step) for bits in map(int, options.bits.split(",")) for step in STEPS]
+    for bits, step in wanted:
+        if not re.search(options.only, step) or ((bits, step) in kept and not options.again):
+            continue
+        kept[bits, step] = measured(judge, options.data, bits, step)
+        print(kept[bits, step], flush=True)
+        yield judge.loss, sorted(kept.values(), key=_place)
+    if kept:
+        show(name, judge.loss, sorted(kept.values(), key=_place))
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, int]:
+    return -row["bits"], list(STEPS).index(row["step"])
+
+
+def show(name: str, loss: str, rows: list[dict[str, Any]]) -> None:
+    """Print one table."""
+    print(f"\n{name}")
+    cells = [
+        [row["bits"], row["step"], row["bytes"], f"{row[loss]:.5f}", row["cpu_seconds"]]
+        for row in rows
+    ]
+    print_table(("bits", "step", "bytes", loss, "CPU seconds"), cells)
+
+
+def main() -> None:
+    """Measure, print the tables and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--minilm", type=Path)
+    parser.add_argument("--models", default="language_model")
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--windows", type=int, default=30, help="of each set of language models")
+    parser.add_argument("--images", type=int, default=175, help="that classifiers are judged by")
+    parser.add_argument("--only", default="", help="steps whose names match")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there already")
+    options = parser.parse_args()
+    path = RESULTS / "quality.json"
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results.pop("environment", None)
+    for name in options.models.split(","):
+        found = results.setdefault(name, {"rows": []})
+        for loss, rows in rows_of(name, options, found["rows"]):
+            found |= {"windows": options.windows, "loss": loss, "rows": rows}
+            write_results("quality", results)
+
+
+if __name__ == "__main__":
+    main()

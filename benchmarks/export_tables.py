@@ -1,0 +1,54 @@
+"""The table of docs/pytorch.md, from ``results/exports.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from page_parts import markdown, read
+
+__all__ = ["exports"]
+
+_FORMS = {"optimizer": "transformer optimizer", "session": "session optimizations"}
+
+
+def exports() -> Iterator[str]:
+    """Architectures through both exporters, and behind ONNX Runtime's optimizers."""
+    found = read("exports")
+    versions = found["versions"]
+    yield (
+        f"Architectures of transformers {versions['transformers']} with random weights, by torch "
+        f"{versions['torch']}, at {found['bits']:g} bits:\n"
+        "difference of the graph to the module (relative L2), share of the bytes of weights that "
+        "are compressed,\nratio of the files, greedy tokens that the library and the portable "
+        "form have in common\n(`--precision exact`), and the ratio behind ONNX Runtime's own "
+        "optimizers, which fuse operators.\nModels are small: graphs weigh more than in real "
+        "ones (`benchmarks/bench_exports.py`).\n"
+    )
+    columns = (
+        "model", "exporter", "difference", "weights", "ratio", "tokens",
+        *(f"after {form}" for form in _FORMS.values()),
+    )  # fmt: skip
+    yield markdown(columns, [_cells(row) for row in found["rows"]])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "failed" in row:
+        return (row["model"], row["exporter"], "failed", "", "", "", "", "")
+    tokens = row.get("tokens")
+    return (
+        row["model"],
+        row["exporter"],
+        f"{row['exported']:.1e}" if "exported" in row else "",
+        f"{100 * row['weights']:.1f} %",
+        f"{row['ratio']:.2f}",
+        f"{tokens['library_and_portable']} of {tokens['of']}" if tokens else "",
+        *(_fused(row, form) for form in _FORMS),
+    )
+
+
+def _fused(row: dict[str, Any], form: str) -> str:
+    found = row.get("fused", {}).get(form)
+    if found is None:
+        return ""
+    return "failed" if "failed" in found else f"{found['ratio']:.2f}"

@@ -1,0 +1,73 @@
+// One block of second moments; included once per instruction set by moments.cc, behind product.h. No
+// include guard on purpose.
+
+namespace ONNXCOMP_ISA {
+namespace {
+
+class Moments {
+ public:
+  explicit Moments(const MomentsTask& task)
+      : task_(task), left_(kBlock * kStride), right_(kBlock * kDepth), part_(kBlock * kLanes) {}
+
+  bool ok() const { return left_.get() && right_.get() && part_.get(); }
+
+  bool run(int64_t job) {
+    const int64_t row = job / task_.across() * kBlock, column = job % task_.across() * kBlock;
+    if (task_.lower && column > row) return true;
+    const int rows = int(std::min<int64_t>(kBlock, task_.rows - row));
+    const int columns = int(std::min<int64_t>(kBlock, task_.columns - column));
+    for (int64_t first = 0; first < task_.count; first += kDepth) {
+      const int depth = int(std::min<int64_t>(kDepth, task_.count - first));
+      read_left(first, depth, row, rows);
+      read_right(first, depth, column, columns);
+      for (int start = 0; start < columns; start += kLanes)
+        add(row, rows, depth, column + start, start, std::min(kLanes, columns - start));
+    }
+    return true;
+  }
+
+ private:
+  // Distance of rows, no power of two: those would share a few places of a cache.
+  static constexpr int kStride = kDepth + 16;
+
+  // [row][t], sixteen rows at a time.
+  void read_left(int64_t first, int depth, int64_t row, int rows) {
+    for (int start = 0; start < rows; start += kLanes) {
+      const int used = std::min(kLanes, rows - start);
+      float* to = left_.get() + start * kStride;
+      for (int t = 0; t < depth; ++t) {
+        const float* vector = task_.a + (first + t) * task_.rows + row + start;
+        for (int r = 0; r < kLanes; ++r) to[r * kStride + t] = r < used ? vector[r] : 0.0f;
+      }
+    }
+  }
+
+  // [columns / 16][t][lane]
+  void read_right(int64_t first, int depth, int64_t column, int columns) {
+    for (int start = 0; start < columns; start += kLanes) {
+      const int used = std::min(kLanes, columns - start);
+      float* to = right_.get() + start * kDepth;
+      for (int t = 0; t < depth; ++t, to += kLanes) {
+        const float* vector = task_.b + (first + t) * task_.columns + column + start;
+        if (used < kLanes) std::fill(to, to + kLanes, 0.0f);
+        std::memcpy(to, vector, sizeof(float) * size_t(used));
+      }
+    }
+  }
+
+  void add(int64_t row, int rows, int depth, int64_t column, int start, int lanes) {
+    float* part = part_.get();
+    const int padded = (rows + kLanes - 1) / kLanes * kLanes;
+    multiply(left_.get(), kStride, padded, depth, right_.get() + start * kDepth, part);
+    for (int r = 0; r < rows; ++r) {
+      double* sum = task_.sum + (row + r) * task_.columns + column;
+      for (int lane = 0; lane < lanes; ++lane) sum[lane] += part[r * kLanes + lane];
+    }
+  }
+
+  const MomentsTask& task_;
+  Aligned<float> left_, right_, part_;
+};
+
+}  // namespace
+}  // namespace ONNXCOMP_ISA

@@ -1,0 +1,156 @@
+"""The compressed model beside the dense one: loss, and its gradients by scales of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.calibration.perturbation import stored_form
+from onnxcomp.passes.gradients.backward import backward, with_shapes
+from onnxcomp.passes.gradients.loss import Loss, add_loss
+from onnxcomp.passes.gradients.tape import Tape
+from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.ir.traversal import find_initializer
+from onnxcomp.passes.weight import Array, Feed, WeightSite
+
+__all__ = ["Groups", "ScaleGradients"]
+
+_GRADIENT, _LOSS = "tuning/", "tuning"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Groups:
+    """How the columns of a weight share scales.
+
+    Attributes:
+        site: The weight.
+        width: Columns of a group; the last one may have fewer.
+        count: Groups of a row.
+    """
+
+    site: WeightSite
+    width: int
+    count: int
+
+    def spread(self) -> Array:
+        """1 where a column belongs to a group: float32 ``(count, length)``."""
+        owner = np.arange(self.site.length) // self.width
+        return np.equal(owner, np.arange(self.count)[:, None]).astype(np.float32)
+
+
+class ScaleGradients:
+    """Runs both models on one input after the other.
+
+    Args:
+        model: The canonical dense model; only read.
+        fixed: Decoded weights ``(rows, length)`` that stay, in the place of dense ones.
+        groups: How the weights whose scales change share them; their values are given at each run.
+        folder: Where the two models are written.
+
+    Attributes:
+        dims: Declared sizes of the model's inputs.
+
+    Raises:
+        ModelError: There is no gradient of some operator, or ONNX Runtime refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        fixed: Sequence[tuple[WeightSite, Array]],
+        groups: Sequence[Groups],
+        folder: Path,
+    ) -> None:
+        compressed = copy_model(model)
+        for site, decoded in fixed:
+            _store(compressed, site, decoded)
+        loss = _differentiate(compressed, groups)
+        self._references = loss.references
+        self._dense = _lean_session(save(copy_model(model), folder / "dense.onnx").files[0])
+        self._session = _lean_session(save(compressed, folder / "tuned.onnx").files[0])
+        self.dims: Mapping[str, Sequence[Any]] = {
+            value.name: value.shape for value in self._dense.get_inputs()
+        }
+
+    def __call__(self, feed: Feed, weights: Mapping[str, Array]) -> tuple[float, dict[str, Array]]:
+        """Loss and gradients for one input.
+
+        Args:
+            feed: The input.
+            weights: By name, decoded weights as they are stored, float32.
+
+        Returns:
+            The loss, and by name gradients by the logarithms of scales, ``(rows, groups)``.
+        """
+        from onnxcomp.runtime.evaluate import run_session
+
+        dense = run_session(self._dense, feed)
+        exact = {new: dense[name] for name, new in self._references.items()}
+        found = run_session(self._session, {**feed, **exact, **weights})
+        loss = float(found.pop(_LOSS))
+        return loss, {name.removeprefix(_GRADIENT): array for name, array in found.items()}
+
+
+def _lean_session(path: Path) -> Any:
+    """A session that keeps no second copy of weights, and gives memory back after each run."""
+    import onnxruntime
+
+    from onnxcomp.runtime.session import open_session
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return open_session(path, session_options=options)
+
+
+def _store(model: ir.Model, site: WeightSite, decoded: Array) -> None:
+    """Put other values in the place of a weight."""
+    value = find_initializer(model, site.name)
+    if value is None or value.const_value is None:
+        raise ModelError(f"weight {site.name!r} is not in the model")
+    kind = value.const_value.dtype
+    stored = stored_form(site, decoded).astype(kind.numpy())
+    value.const_value = ir.Tensor(stored, dtype=kind, name=value.name)
+
+
+def _differentiate(model: ir.Model, groups: Sequence[Groups]) -> Loss:
+    """Make weights inputs, and loss and gradients by their scales the only outputs."""
+    graph = model.graph
+    with_shapes(model)
+    values = {graph.initializers[group.site.name]: group for group in groups}
+    for value in values:
+        if not value.is_graph_input():
+            graph.inputs.append(value)
+        del graph.initializers[value.name or ""]
+        value.const_value = None
+    tape = Tape(model)
+    loss = add_loss(tape, model)
+    gradients = backward(tape, graph, loss.seeds, list(values))
+    graph.outputs.clear()
+    for value, gradient in gradients.items():
+        moved = _by_scales(tape, values[value], value, gradient)
+        moved.name = f"{_GRADIENT}{value.name}"
+        graph.outputs.append(moved)
+    loss.value.name = _LOSS
+    graph.outputs.append(loss.value)
+    return loss
+
+
+def _by_scales(tape: Tape, groups: Groups, value: ir.Value, gradient: ir.Value) -> ir.Value:
+    """From the gradient by a weight to that by logarithms of its scales: sums of ``g W``."""
+    site, spread = groups.site, tape.constant(groups.spread())
+    product = tape.multiply(gradient, value)
+    if site.transposed:
+        return tape.product(product, spread, left=True, right=True)
+    return tape.product(
+        tape.reshape(product, tape.integers(site.rows, site.length)), spread, right=True
+    )

@@ -1,0 +1,1 @@
+"""Reverse-mode differentiation of ONNX models, as ONNX models."""

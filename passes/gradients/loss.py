@@ -1,0 +1,159 @@
+"""How far a model's outputs are from those of a reference, as nodes, and its gradient.
+
+Outputs that are distributions, or logits of some, are compared by the divergence of Kullback and
+Leibler, in nats and averaged. Where there are none, all outputs are compared by their squared
+error, relative to the power of the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.passes.gradients.tape import Tape
+from onnxcomp.passes.ir.traversal import Names, is_default_domain
+
+__all__ = ["Loss", "add_loss"]
+
+REFERENCE = "reference/"
+
+# Added to probabilities before a division, so that none divides by zero.
+_LEAST = 1e-9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loss:
+    """The nodes of a loss.
+
+    Attributes:
+        value: The loss, a scalar.
+        seeds: By output, the gradient of the loss with respect to it.
+        references: By name of the output, the new input that takes the reference's.
+    """
+
+    value: ir.Value
+    seeds: Mapping[ir.Value, ir.Value]
+    references: Mapping[str, str]
+
+
+def _reads_table(graph: ir.Graph, width: int) -> bool:
+    """Whether the model looks up rows of a table of so many rows: its outputs are its words."""
+    tables = (
+        node.inputs[0]
+        for node in graph
+        if node.op_type == "Gather" and is_default_domain(node.domain)
+    )
+    return any(
+        table is not None
+        and table.is_initializer()
+        and table.shape is not None
+        and len(table.shape) == 2
+        and table.shape[0] == width
+        for table in tables
+    )
+
+
+def _is_logits(graph: ir.Graph, value: ir.Value) -> bool:
+    if "logit" in (value.name or "").lower():
+        return True
+    width = value.shape[-1] if value.shape is not None and len(value.shape) > 1 else None
+    return isinstance(width, int) and width > 1 and _reads_table(graph, width)
+
+
+def _kinds(graph: ir.Graph) -> Iterator[tuple[ir.Value, str]]:
+    """The outputs that are compared, and how."""
+    found: dict[ir.Value, str] = {}
+    for value in graph.outputs:
+        producer = value.producer()
+        if value.dtype != ir.DataType.FLOAT or producer is None:
+            continue
+        last = producer.op_type in ("Softmax", "LogSoftmax")
+        if last and producer.attributes.get_int("axis", -1) in (-1, 1):
+            found[value] = producer.op_type
+        else:
+            found[value] = "logits" if _is_logits(graph, value) else "values"
+    if any(kind != "values" for kind in found.values()):
+        found = {value: kind for value, kind in found.items() if kind != "values"}
+    yield from found.items()
+
+
+def add_loss(tape: Tape, model: ir.Model) -> Loss:
+    """Add a loss to a model: inputs for the reference's outputs, and nodes behind the own ones.
+
+    Raises:
+        ModelError: No output is float32 and computed.
+    """
+    names, graph = Names(model), model.graph
+    terms: list[ir.Value] = []
+    seeds: dict[ir.Value, ir.Value] = {}
+    references: dict[str, str] = {}
+    for value, kind in list(_kinds(graph)):
+        name = names.value(f"{REFERENCE}{value.name}")
+        wanted = ir.Value(name=name, type=value.type, shape=value.shape)
+        graph.inputs.append(wanted)
+        references[value.name or ""] = name
+        term, seeds[value] = _TERMS[kind](tape, value, wanted)
+        terms.append(term)
+    if not terms:
+        raise ModelError("no output is float32 and computed: there is nothing to compare")
+    total = terms[0]
+    for term in terms[1:]:
+        total = tape.add(total, term)
+    return Loss(total, seeds, references)
+
+
+def _everything(tape: Tape, x: ir.Value) -> ir.Value:
+    return tape.node("ReduceSum", [x], {"keepdims": 0})
+
+
+def _count(tape: Tape, x: ir.Value) -> ir.Value:
+    """How many distributions lie along the last axis, float32."""
+    shape = tape.shape(x)
+    last = tape.node("Gather", [shape, tape.constant(np.array(-1, np.int64))], {"axis": 0})
+    count = tape.node("Div", [tape.node("Size", [x]), last])
+    return tape.node("Cast", [count], {"to": int(ir.DataType.FLOAT)})
+
+
+def _of_logits(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``sum p (log p - log q)``, whose gradient by logits is ``q - p``."""
+    count = _count(tape, wanted)
+    p, log_p = tape.node("Softmax", [wanted]), tape.node("LogSoftmax", [wanted])
+    q, log_q = tape.node("Softmax", [found]), tape.node("LogSoftmax", [found])
+    loss = _everything(tape, tape.multiply(p, tape.subtract(log_p, log_q)))
+    return tape.divide(loss, count), tape.divide(tape.subtract(q, p), count)
+
+
+def _of_probabilities(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``sum p log(p / q)``, whose gradient is ``-p / q``."""
+    count, least = _count(tape, wanted), tape.number(_LEAST)
+    ratio = tape.divide(tape.add(wanted, least), tape.add(found, least))
+    loss = _everything(tape, tape.multiply(wanted, tape.node("Log", [ratio])))
+    share = tape.divide(wanted, tape.add(found, least))
+    return tape.divide(loss, count), tape.divide(tape.node("Neg", [share]), count)
+
+
+def _of_logarithms(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``sum p (log p - log q)``, whose gradient by ``log q`` is ``-p``."""
+    count, p = _count(tape, wanted), tape.node("Exp", [wanted])
+    loss = _everything(tape, tape.multiply(p, tape.subtract(wanted, found)))
+    return tape.divide(loss, count), tape.divide(tape.node("Neg", [p]), count)
+
+
+def _of_values(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """``|y' - y|^2 / |y|^2``."""
+    error = tape.subtract(found, wanted)
+    power = tape.add(_everything(tape, tape.multiply(wanted, wanted)), tape.number(1e-30))
+    loss = tape.divide(_everything(tape, tape.multiply(error, error)), power)
+    return loss, tape.divide(tape.multiply(error, tape.number(2.0)), power)
+
+
+_TERMS = {
+    "LogSoftmax": _of_logarithms,
+    "Softmax": _of_probabilities,
+    "logits": _of_logits,
+    "values": _of_values,
+}

@@ -1,0 +1,1 @@
+"""Decoders of language models: how they are run, judged and timed."""

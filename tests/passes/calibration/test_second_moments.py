@@ -1,0 +1,80 @@
+"""Sums of outer products do not depend on threads, and linear algebra runs on one."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from onnxcomp.errors import CompressionError
+from onnxcomp.passes.calibration import blas_threads
+from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread, one_blas_thread
+from onnxcomp.passes.calibration.second_moments import add_products, mirror
+from onnxcomp.passes.codecs.hyper import native
+
+Array = npt.NDArray[Any]
+
+needs_library = pytest.mark.skipif(
+    not native.available(), reason="the encoder library is not built"
+)
+
+
+def vectors(count: int, length: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal((count, length)).astype(np.float32)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("count", "rows", "columns"), [(1, 1, 1), (300, 40, 7), (70, 200, 209), (0, 5, 3)]
+)
+def test_sums_are_those_of_numpy(
+    count: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = vectors(count, rows), vectors(count, columns, 1)
+    found, wanted = (np.ones((rows, columns)) for _ in range(2))
+    add_products(found, a, b)
+    np.testing.assert_allclose(found, 1 + a.astype(float).T @ b.astype(float), atol=2e-4)
+    monkeypatch.setattr(native, "available", lambda: False)
+    add_products(wanted, a, b)
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", native.ISAS)
+def test_sums_depend_on_neither_threads_nor_instruction_set(isa: str) -> None:
+    a, b = vectors(530, 250), vectors(530, 100, 1)
+    wanted, found = (np.zeros((250, 100)) for _ in range(2))
+    native.add_moments(wanted, a, b, lower=False)
+    try:
+        native.add_moments(found, a, b, lower=False, threads=3, isa=isa)
+    except CompressionError:
+        pytest.skip(f"this machine has no {isa}")
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_lower_half_is_mirrored() -> None:
+    a = vectors(50, 1100)
+    half, whole = (np.zeros((1100, 1100)) for _ in range(2))
+    add_products(half, a, a, lower=True)
+    add_products(whole, a, a)
+    mirror(half)
+    np.testing.assert_allclose(half, whole, atol=1e-5)
+    np.testing.assert_array_equal(half, half.T)
+
+
+def test_linear_algebra_runs_on_one_thread_and_then_on_as_many_as_before() -> None:
+    found = blas_threads._openblas()
+    if found is None:
+        pytest.skip("numpy came without OpenBLAS")
+    count, put = found
+    before = count()
+    put(2)
+    try:
+        with pytest.raises(KeyError), one_blas_thread():
+            assert count() == 1
+            raise KeyError
+        assert count() == 2
+        assert [count() for _ in on_one_blas_thread("ab")] == [1, 1]
+        assert count() == 2
+    finally:
+        put(before)
