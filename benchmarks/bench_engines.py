@@ -94,9 +94,8 @@ def installed(folder: Path, name: str, packages: Sequence[str]) -> tuple[Path, s
     python = place / "bin" / "python"
     if not python.exists():
         venv.create(place, with_pip=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", *packages], check=True, env=outside()
-        )
+    words = ["-m", "pip", "install", "--quiet", *packages]
+    subprocess.run([python, *words], check=True, env=outside())
     package = packages[0].split("==")[0]
     ask = f"import importlib.metadata as m; print(m.version({package!r}))"
     done = subprocess.run(
