@@ -116,7 +116,7 @@ def _tools() -> Iterator[str]:
     yield (
         "The size of what a tool writes. `inspect` notices every file that was folded.\n"
         if all(
-            cell.get("noticed") == (cell.get("bytes", 0) > 2 * found["bytes"]["functions"])
+            bool(cell.get("noticed")) == (cell.get("bytes", 0) > 2 * found["bytes"]["functions"])
             for row in found["tools"].values()
             for cell in row["forms"].values()
         )
