@@ -5,6 +5,7 @@
 For each kind of service: makes an environment and installs the folder's requirements from the
 package index, starts the server by its own command on the loopback, waits until its health check
 answers, sends one request and then several at once, and compares all answers with a session's.
+The rows of each run of the model are counted, so that batches can be seen.
 `--home` keeps the environments. A server that cannot be installed or started is a row with the
 reason.
 """
@@ -12,6 +13,7 @@ reason.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -41,6 +43,20 @@ PORT_WORDS: dict[str, Callable[[int], list[str]]] = {
     "bentoml": lambda port: ["--host", "127.0.0.1", "--port", str(port)],
     "kserve": lambda port: ["--http_port", str(port), "--enable_grpc", "false"],
 }
+# Put behind the folder's model.py: notes how many rows each run had.
+COUNTER = """
+
+_run = Model.run
+
+
+def _counted(self, requests):
+    with (FOLDER / "rows.txt").open("a") as file:
+        file.write(f"{sum(len(next(iter(r.values()))) for r in requests)}\\n")
+    return _run(self, requests)
+
+
+Model.run = _counted
+"""
 QUIET = {"BENTOML_DO_NOT_TRACK": "True", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
 
 
@@ -69,9 +85,15 @@ def environment(home: Path, kind: str, folder: Path) -> Path:
     if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(home / kind)], check=True)
         install = [str(programs / "pip"), "install", "-q", "-r", str(folder / "requirements.txt")]
-        subprocess.run(install, check=True, capture_output=True, text=True)
+        # Packages on the path would count as installed.
+        subprocess.run(install, check=True, capture_output=True, text=True, env=own_variables())
         done.write_text(wanted, encoding="utf-8")
     return programs
+
+
+def own_variables() -> dict[str, str]:
+    """The variables of this process without its path for packages."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
 
 def free_port() -> int:
@@ -155,6 +177,8 @@ def run(kind: str, model: Path, home: Path, work: Path) -> dict[str, Any]:
     """Install, start, ask and stop one server."""
     service, port = SERVICES[kind], free_port()
     made = onnxcomp.package(model, work / kind, kind, name="characters", max_batch_size=8)
+    with (made.path / "model.py").open("a", encoding="utf-8") as file:
+        file.write(COUNTER)
     programs = environment(home, kind, made.path)
     more = {"PATH": f"{programs}:{os.environ['PATH']}", "PORT": str(port), "THREADS": "1", **QUIET}
     words = service.command.split() + PORT_WORDS.get(kind, lambda _: [])(port)
@@ -163,11 +187,10 @@ def run(kind: str, model: Path, home: Path, work: Path) -> dict[str, Any]:
         more["MLSERVER_METRICS_PORT"] = str(free_port())
     if kind == "ray":
         port = service.port
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     log = work / f"{kind}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [str(programs / words[0]), *words[1:]], cwd=made.path, env={**kept, **more},
+            [str(programs / words[0]), *words[1:]], cwd=made.path, env={**own_variables(), **more},
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
@@ -175,17 +198,25 @@ def run(kind: str, model: Path, home: Path, work: Path) -> dict[str, Any]:
         seconds = wait_until_well(process, base + service.health)
         url = base + service.predict.format(name="characters")
         row = {"start_s": seconds, **exercise(service, url, model)}
+        runs = (made.path / "rows.txt").read_text(encoding="utf-8").split()
+        row |= {"runs": len(runs), "largest_batch": max(map(int, runs))}
     except (RuntimeError, OSError) as error:
         text = log.read_text(encoding="utf-8", errors="replace")
         print(text[-3000:], file=sys.stderr)
         row = {"failed": f"{error}: {' '.join(text.splitlines()[-1:])}"}
     finally:
+        stop(process)
+    return {**row, "version": installed(programs, service)}
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and what it started."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-    return {**row, "version": installed(programs, service)}
 
 
 def installed(programs: Path, service: Service) -> str:

@@ -7,7 +7,11 @@ from typing import Any
 
 from page_parts import markdown, read, share
 
+<<<<<<< HEAD
 __all__ = ["clients", "elsewhere"]
+=======
+__all__ = ["clients", "hub"]
+>>>>>>> a89d1eb7cabfd4fdde4fe832f9353c54490dd350
 
 
 def clients() -> Iterator[str]:
@@ -22,6 +26,30 @@ def clients() -> Iterator[str]:
         "package", "setting", "form", "models", "same answers", "right", "load", "memory", "peak",
     )  # fmt: skip
     yield markdown(columns, rows)
+
+
+def hub() -> Iterator[str]:
+    """Libraries around the Hugging Face hub."""
+    yield (
+        "MiniLM at 4 bits, packaged by `package hf`, through the snippets of its README. The\n"
+        "difference is 1 - cosine from vectors of a session with the library, which rounds\n"
+        "activations to int8; the definitions inside the file do not: `benchmarks/bench_hub.py`.\n"
+    )
+    columns = ("package", "version", "form", "result")
+    names = {"portable": "portable", "with_library": "library, by `onnxcomp exec`"}
+    rows = [
+        (entry["library"], entry["version"], name, _outcome(entry[form]))
+        for entry in read("hub")["rows"]
+        for form, name in names.items()
+        if form in entry
+    ]
+    yield markdown(columns, rows)
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return f"failed: {result['failed']}"
+    return f"difference {max(0.0, result['difference']):.0e}"
 
 
 def _rows(client: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -14,8 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from client_tables import clients, elsewhere
+=======
+from client_tables import clients, hub
+>>>>>>> a89d1eb7cabfd4fdde4fe832f9353c54490dd350
 from export_tables import exports
+from latency_tables import headline_latency, merged_products, whole_models
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
@@ -342,6 +347,8 @@ ALL: Sections = {
     "Weights": restored,
     "Products": products,
     "Products with structured tables": structured_products,
+    "Products that share their input": merged_products,
+    "Whole models": whole_models,
     "Products with shared weights": shared_products,
     "Training with shared weights": shared_training,
     "The model of the demo": demo,
@@ -355,7 +362,12 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
+<<<<<<< HEAD
     ROOT / "docs" / "clients.md": {"Their answers": clients, "": elsewhere},
+=======
+    ROOT / "docs" / "clients.md": {"Their answers": clients, "Libraries around the hub": hub},
+    ROOT / "docs" / "planning.md": {"": headline_latency},
+>>>>>>> a89d1eb7cabfd4fdde4fe832f9353c54490dd350
     ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
     ROOT / "docs" / "pytorch.md": {"": exports},
 }

@@ -39,15 +39,15 @@ def services() -> Iterator[str]:
         return
     yield (
         "Each server in an environment of its own, started by its own command, with the demo's\n"
-        "model; 16 requests one by one and at once. Answers are compared with those of a session:\n"
-        "`benchmarks/bench_services.py`.\n"
+        "model, and asked when its health check answers: 16 requests one by one, then 16 at once.\n"
+        "Answers are compared with those of a session: `benchmarks/bench_services.py`.\n"
     )
-    columns = ("kind", "version", "well after", "one by one", "at once", "largest difference")
+    columns = ("kind", "version", "runs for 32 requests", "largest batch", "largest difference")
     yield markdown(columns, [_service(row) for row in read("services")["rows"]])
 
 
 def _service(row: dict[str, Any]) -> tuple[str, ...]:
     if "failed" in row:
-        return (row["service"], row.get("version", ""), row["failed"], "", "", "")
-    times = (f"{row[key]:.2f} s" for key in ("start_s", "alone_s", "at_once_s"))
-    return (row["service"], row["version"], *times, f"{row['largest_error']:.1g}")
+        return (row["service"], row.get("version", ""), row["failed"], "", "")
+    counts = (str(row[key]) for key in ("runs", "largest_batch"))
+    return (row["service"], row["version"], *counts, f"{row['largest_error']:.1g}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +31,28 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Whether a file exists is for the library to say: its error has the exit code of a bad model.
 FILE = click.Path(path_type=Path)
-OUTPUT = click.Path(path_type=Path, dir_okay=False)
+
+
+class OutputFile(click.Path):
+    """A file to write: a regular one, or none yet, in a folder that exists."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path; a pipe, a socket, a device, or a link to one, would be waited for for ever."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                self.fail(f"the folder {str(path.parent)!r} does not exist.", param, ctx)
+            return path
+        except OSError as error:
+            self.fail(f"{str(path)!r}: {error.strerror}.", param, ctx)
+        if not stat.S_ISREG(mode):
+            self.fail(f"{str(path)!r} is no regular file but a pipe or a device.", param, ctx)
+        return path
+
+
+OUTPUT = OutputFile(path_type=Path, dir_okay=False)
 
 
 class SectionedOption(click.Option):

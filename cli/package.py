@@ -96,6 +96,22 @@ def genai(terminal: Terminal, model: Path, **settings: Any) -> None:
     show(terminal, model, "genai", **settings)
 
 
+@command.command("hf", short_help="A folder for the libraries around Hugging Face.")
+@common_options
+@click.option("--like", type=FOLDER, help="Folder of the original, with config.json and tokenizer.")
+@click.option(
+    "--variant", default="", metavar="NAME",
+    help="What the file is called behind model_, such as q4; else it is model.onnx.",
+)  # fmt: skip
+@with_terminal
+def hugging_face(terminal: Terminal, model: Path, **settings: Any) -> None:
+    """A folder for sentence-transformers, optimum, fastembed and transformers.js.
+
+    It has the original's tokenizer, configuration and modules, with MODEL as onnx/model.onnx.
+    """
+    show(terminal, model, "hf", **settings)
+
+
 SERVICES = {
     "litserve": "LitServe", "ray": "Ray Serve", "bentoml": "BentoML", "mlserver": "MLServer",
     "kserve": "KServe",

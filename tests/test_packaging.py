@@ -44,6 +44,7 @@ def check_contents(names: list[str]) -> None:
         "onnxcomp/runtime/clients/start/sitecustomize.py",
         "onnxcomp/runtime/package/templates/run.py",
         "onnxcomp/runtime/package/templates/triton.md",
+        "onnxcomp/passes/latency/tables/avx2.json",
         "onnxcomp/passes/report/page/page.html",
         "onnxcomp/passes/report/page/page.css",
         "onnxcomp/passes/report/page/page.js",

@@ -78,7 +78,8 @@ def measure_timing(
     from onnxcomp.runtime.session import open_session
 
     feed = (feeds or made_up_inputs(model, samples=1))[0]
-    here = _costs_here()
+    there = None if is_here(target) else committed_costs(target)
+    here = _costs_here(measured=there is None)
     with tempfile.TemporaryDirectory() as folder:
         path = save(copy_model(model), Path(folder) / "dense.onnx").files[0]
         run = runner(open_session(path, library=False, threads=1))
@@ -86,7 +87,6 @@ def measure_timing(
         times = [_thread_seconds(run, feed) for _ in range(_RUNS)]
     heights = product_heights(model, sites, feed)
     seconds = float(np.median(times))
-    there = None if is_here(target) else committed_costs(target)
     if there is None:
         return Timing(here, heights, seconds)
     rest = max(0.0, seconds - _dense_products(here, sites, heights))
@@ -98,8 +98,11 @@ def is_here(target: str) -> bool:
     return target in ("any", target_of(current_isa(look())))
 
 
-def _costs_here() -> CostTable:
+def _costs_here(*, measured: bool) -> CostTable:
+    """Costs of this machine; where they need not be its own, those of its class will do."""
     table = cached_costs()
+    if table is None and not measured:
+        table = committed_costs(target_of(current_isa(look())) or "any")
     if table is None:
         log.warning("measuring what products cost on this machine; this happens once")
         table = measure_costs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ __all__ = ["KINDS", "Package", "package"]
 
 PathLike = str | os.PathLike[str]
 
-KINDS = ("dir", "triton", "genai", *SERVICES)
+KINDS = ("dir", "triton", "genai", "hf", *SERVICES)
 
 
 def package(
@@ -36,6 +37,7 @@ def package(
     instances: int = 1,
     target: str = "cpu",
     like: PathLike | None = None,
+    variant: str = "",
 ) -> Package:
     """Write a folder that holds a model, its data, the operator library, and how to use them.
 
@@ -45,7 +47,7 @@ def package(
     Args:
         model: The model, compressed or not.
         output: The folder to write; for Triton the model repository, which may hold other models.
-        kind: "dir", "triton", "genai", "litserve", "ray", "bentoml", "mlserver" or "kserve".
+        kind: "dir", "triton", "genai", "hf", "litserve", "ray", "bentoml", "mlserver" or "kserve".
         portable: Leave the operator library out; the model runs by the definitions inside it.
         force: Replace an existing package. Other folders are never replaced.
         data: Example inputs for a plain folder, see `runtime.inputs.load_inputs`; None to make
@@ -59,8 +61,9 @@ def package(
         model_version: Triton: number of the version.
         instances: Triton: how many instances run at once.
         target: Triton: "cpu" or "cuda".
-        like: onnxruntime-genai: folder of the original model, with its ``genai_config.json`` and
-            tokenizer; None for the folder of `model`.
+        like: onnxruntime-genai and Hugging Face: folder of the original model, with its
+            ``genai_config.json`` or ``config.json`` and tokenizer; None for the folder of `model`.
+        variant: Hugging Face: what stands behind ``model_`` in the name of the file, such as "q4".
 
     Raises:
         UsageError: The folder exists already, or the model cannot be served like that.
@@ -72,6 +75,11 @@ def package(
             f"package kind {kind!r} is unknown", hint=f"choose one of {', '.join(KINDS)}"
         )
     contents = gather(model, portable=portable)
+    if kind == "hf":
+        from onnxcomp.runtime.package.hugging_face import write_hf
+
+        bare = dataclasses.replace(contents, library=None)
+        return write_hf(bare, output, like, variant=variant, force=force)
     if kind == "dir":
         from onnxcomp.runtime.package.folder import write_folder
 

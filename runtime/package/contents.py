@@ -32,6 +32,7 @@ __all__ = [
     "Contents",
     "Package",
     "Value",
+    "copied_weights",
     "gather",
     "staged",
     "template",
@@ -258,6 +259,16 @@ def template(file: str, /, **values: str) -> str:
     folder = importlib.resources.files("onnxcomp.runtime.package") / "templates"
     text = (folder / file).read_text(encoding="utf-8")
     return text.format(version=_version(), **values) if values else text
+
+
+def copied_weights(contents: Contents) -> tuple[str, ...]:
+    """A note for servers, where compressed weights lie inside the .onnx file."""
+    if contents.data or contents.library is None:
+        return ()
+    return (
+        "each session copies the weights, which lie in the .onnx file; compress with "
+        "--external-data always, and all sessions and processes of a machine share one copy",
+    )
 
 
 def without_library(contents: Contents) -> str:

@@ -17,6 +17,7 @@ from onnxcomp.runtime.package.contents import (
     Contents,
     Package,
     Value,
+    copied_weights,
     staged,
     template,
     without_library,
@@ -132,16 +133,7 @@ def write_service(
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
         manifest = write_manifest(contents, folder, kind, folder / MODEL)
-    return Package(Path(output), manifest, _notes(contents))
-
-
-def _notes(contents: Contents) -> tuple[str, ...]:
-    if contents.data or contents.library is None:
-        return ()
-    return (
-        "each process copies the weights, which lie in the .onnx file; compress with "
-        "--external-data always, and all processes of a machine share one copy",
-    )
+    return Package(Path(output), manifest, copied_weights(contents))
 
 
 def _readme(contents: Contents, service: Service, name: str, size: str) -> str:

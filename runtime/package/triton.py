@@ -21,6 +21,7 @@ from onnxcomp.runtime.package.contents import (
     Contents,
     Package,
     Value,
+    copied_weights,
     staged,
     template,
     unwritable,
@@ -141,6 +142,7 @@ def _notes(contents: Contents, server: Server) -> Iterator[str]:
         yield f"the server must see the repository at {server.mount_prefix}"
     if not server.max_batch_size and all(v.shape and v.shape[0] is None for v in values):
         yield "if the first dimension is a batch, --max-batch-size 8 lets Triton join requests"
+    yield from copied_weights(contents)
 
 
 def config_text(contents: Contents, server: Server, name: str) -> str:

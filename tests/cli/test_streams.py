@@ -68,6 +68,19 @@ def test_only_regular_files_are_replaced(model: Path, verb: str, kind: str) -> N
     assert kind != "link to a file" or target.read_text() == "old"
 
 
+@pytest.mark.parametrize(
+    "words", ["plan m.onnx -o", "optimize m.onnx -o o.onnx --report", "config init -o"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "missing folder"])
+def test_pages_and_plans_are_not_written_into_pipes(model: Path, words: str, kind: str) -> None:
+    os.mkfifo(model.with_name("pipe"))
+    model.with_name("link").symlink_to("pipe")
+    output = {"pipe": "pipe", "link to a pipe": "link", "missing folder": "none/out"}[kind]
+    done = shell(f"onnxcomp {words} {output}", model.parent)
+    assert done.returncode == 2, done.stderr
+    assert not model.with_name("o.onnx").exists()
+
+
 def test_a_model_from_a_pipe_says_what_to_do(model: Path) -> None:
     done = shell("cat m.onnx | onnxcomp inspect /dev/stdin", model.parent)
     assert done.returncode == 5

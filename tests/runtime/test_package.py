@@ -224,6 +224,7 @@ def test_the_triton_configuration_is_read_back_by_triton(
         max_batch_size=batch, model_version=3, instances=2, target="cuda",
     )  # fmt: skip
     assert made.path == tmp_path / "repository" / "lm"
+    assert "--external-data always" in made.notes[-1]
     assert listing(made.path) == [
         "3/libonnxcomp_ops.so", "3/model.onnx", "README.md", "config.pbtxt", "onnxcomp.json",
     ]  # fmt: skip

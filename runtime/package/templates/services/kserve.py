@@ -1,10 +1,12 @@
 """`python service.py`: the model in KServe's own server."""
 
 import asyncio
+import uuid
 from typing import Any
 
 import kserve
 import numpy as np
+from kserve.utils.numpy_codec import from_np_dtype
 from model import MAX_BATCH, WAIT_SECONDS, Model
 
 
@@ -29,11 +31,11 @@ class Service(kserve.Model):
         }
         outputs = []
         for name, value in (await self.answer(request)).items():
-            kind = kserve.utils.utils.from_np_dtype(value.dtype)
+            kind = from_np_dtype(value.dtype)
             output = kserve.InferOutput(name, list(value.shape), kind)
             output.set_data_from_numpy(value, binary_data=False)
             outputs.append(output)
-        return kserve.InferResponse(payload.id, self.name, outputs)
+        return kserve.InferResponse(payload.id or str(uuid.uuid4()), self.name, outputs)
 
     async def answer(self, request: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Wait for others, then run with those that came."""
