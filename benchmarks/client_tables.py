@@ -7,11 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read, share
 
-<<<<<<< HEAD
-__all__ = ["clients", "elsewhere"]
-=======
-__all__ = ["clients", "hub"]
->>>>>>> a89d1eb7cabfd4fdde4fe832f9353c54490dd350
+__all__ = ["clients", "elsewhere", "hub"]
 
 
 def clients() -> Iterator[str]:

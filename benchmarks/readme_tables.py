@@ -14,11 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from client_tables import clients, elsewhere
-=======
-from client_tables import clients, hub
->>>>>>> a89d1eb7cabfd4fdde4fe832f9353c54490dd350
+from client_tables import clients, elsewhere, hub
 from export_tables import exports
 from latency_tables import headline_latency, merged_products, whole_models
 from llm_tables import chosen_rows, every_row
@@ -362,12 +358,12 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
-<<<<<<< HEAD
-    ROOT / "docs" / "clients.md": {"Their answers": clients, "": elsewhere},
-=======
-    ROOT / "docs" / "clients.md": {"Their answers": clients, "Libraries around the hub": hub},
+    ROOT / "docs" / "clients.md": {
+        "Their answers": clients,
+        "Libraries around the hub": hub,
+        "": elsewhere,
+    },
     ROOT / "docs" / "planning.md": {"": headline_latency},
->>>>>>> a89d1eb7cabfd4fdde4fe832f9353c54490dd350
     ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
     ROOT / "docs" / "pytorch.md": {"": exports},
 }
