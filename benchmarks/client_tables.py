@@ -1,4 +1,4 @@
-"""The table of docs/clients.md, from ``results/clients.json``."""
+"""The tables of docs/clients.md, from the results of the benchmarks of clients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read, share
 
-__all__ = ["clients", "hub"]
+__all__ = ["clients", "elsewhere", "hub"]
 
 
 def clients() -> Iterator[str]:
@@ -71,3 +71,126 @@ def _cells(result: dict[str, Any]) -> tuple[str, ...]:
         f"{result['load_bytes'] / 1e6:.0f} MB",
         f"{result['load_peak_bytes'] / 1e6:.0f} MB",
     )
+
+
+def elsewhere() -> Iterator[str]:
+    """Engines, tools and the browser, with headings of their own."""
+    yield from _loading()
+    yield from _engines()
+    yield from _tools()
+    yield from _browser()
+
+
+def _loading() -> Iterator[str]:
+    """Time and memory to load models."""
+    found = read("loading")
+    yield "## Loading\n"
+    yield (
+        "CPU time and memory at the peak to load a model with one thread: dense, and compressed\n"
+        f"to 4 bits, without the library and with it ({found['processor']},\n"
+        "`benchmarks/bench_loading.py`). With the library, weights of convolutions are expanded,\n"
+        "too. A model that is one weight for the most part, as common.onnx of ddddocr, takes\n"
+        "several times as much without the library.\n"
+    )
+    forms = ("dense", "portable", "library")
+    rows = [
+        (
+            row["model"],
+            *(_load(row[form]) for form in forms),
+        )
+        for row in found["rows"]
+    ]
+    yield markdown(("model", "dense", "without the library", "with the library"), rows)
+
+
+def _engines() -> Iterator[str]:
+    """Which engine runs which form of a file."""
+    found = read("engines")
+    forms = list(found["bytes"])
+    yield "## Other engines\n"
+    yield (
+        f"MiniLM at 4 bits, one thread, {found['processor']}, without the operator\n"
+        "library. Each cell: relative error of the output, CPU seconds to load, and memory at the\n"
+        "peak while loading; `benchmarks/bench_engines.py` installs and runs them.\n"
+    )
+    sizes = [f"{form}, {found['bytes'][form] / 1e6:.1f} MB" for form in forms]
+    rows = [
+        (
+            f"{name.partition('-')[0]} {row['version']}",
+            f"`{row['line']}`",
+            *(_loaded(row["forms"][form]) for form in forms),
+        )
+        for name, row in found["engines"].items()
+    ]
+    yield markdown(("engine", "line of code", *sizes), rows)
+
+
+def _loaded(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return "refused"
+    error, peak = result["error"], result["peak_bytes"] / 1e6
+    return f"{error:.0e}, {result['load_s']:.2f} s, {peak:.0f} MB"
+
+
+def _tools() -> Iterator[str]:
+    """What tools make of a compressed file."""
+    found = read("engines")
+    forms = [form for form in found["bytes"] if form != "dense"]
+    yield "## Tools that fold\n"
+    yield (
+        "The size of what a tool writes. `inspect` notices every file that was folded.\n"
+        if all(
+            bool(cell.get("noticed")) == (cell.get("bytes", 0) > 2 * found["bytes"]["functions"])
+            for row in found["tools"].values()
+            for cell in row["forms"].values()
+        )
+        else "The size of what a tool writes.\n"
+    )
+    rows = [
+        (
+            f"{name} {row['version']}",
+            *(
+                f"{row['forms'][form]['bytes'] / 1e6:.1f} MB"
+                if "bytes" in row["forms"][form]
+                else "refused"
+                for form in forms
+            ),
+        )
+        for name, row in found["tools"].items()
+    ]
+    yield markdown(("tool", *forms), rows)
+
+
+def _browser() -> Iterator[str]:
+    """The page of examples/web."""
+    found = read("web")
+    yield "## The browser\n"
+    yield (
+        f"MiniLM with {found['tokens']} tokens in {found['browser']}, onnxruntime-web\n"
+        f"{found['onnxruntime-web']}, one thread, {found['processor']}: medians of\n"
+        f"{found['rounds']} visits, forms in turn; `benchmarks/bench_web.py` with the page in\n"
+        "`examples/web`. Times are on the clock of a machine with other work, good for comparing\n"
+        "rows only. The error is that of the embeddings of sentences.\n"
+    )
+    rows = [
+        (
+            row["form"],
+            f"{row['bytes'] / 1e6:.1f} MB",
+            f"{100 * row['error']:.1f} %" if row.get("error") is not None else "",
+            *_times(row),
+        )
+        for row in found["rows"]
+    ]
+    columns = ("form", "download", "error", "load", "first run", "run", "memory of the page")
+    yield markdown(columns, rows)
+
+
+def _times(row: dict[str, Any]) -> tuple[str, ...]:
+    if "failed" in row:
+        return ("failed", "", "", "")
+    times = (f"{row[name] / 1e3:.2f} s" for name in ("load_ms", "first_ms", "run_ms"))
+    return (*times, f"{row['peak_bytes'] / 1e6:.0f} MB")
+
+
+def _load(result: dict[str, float]) -> str:
+    return f"{result['load_s']:.2f} s, {result['peak_bytes'] / 1e6:.0f} MB"

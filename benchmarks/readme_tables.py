@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from client_tables import clients, hub
+from client_tables import clients, elsewhere, hub
 from export_tables import exports
 from latency_tables import headline_latency, merged_products, whole_models
 from llm_tables import chosen_rows, every_row
@@ -195,7 +195,7 @@ def language_model() -> Iterator[str]:
 def presets() -> Iterator[str]:
     """What the presets mean."""
     rows = read("presets")["rows"]
-    names = ("lossless", "balanced", "small", "max")
+    names = ("lossless", "balanced", "small", "max", "web")
     cells = {(r["model"], r["preset"]): f"{r['ratio']:.1f}x, {100 * r['loss']:.1f} %" for r in rows}
     models = dict.fromkeys(row["model"] for row in rows)
     yield (
@@ -358,7 +358,11 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "convolutions.md": {"": deep_convolutions},
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
-    ROOT / "docs" / "clients.md": {"Their answers": clients, "Libraries around the hub": hub},
+    ROOT / "docs" / "clients.md": {
+        "Their answers": clients,
+        "Libraries around the hub": hub,
+        "": elsewhere,
+    },
     ROOT / "docs" / "planning.md": {"": headline_latency},
     ROOT / "docs" / "serving.md": {"Sessions": sessions, "Servers of Python": services},
     ROOT / "docs" / "pytorch.md": {"": exports},

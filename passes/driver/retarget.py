@@ -17,7 +17,8 @@ from onnxcomp.passes.ir.files import Loaded, publish, read, refuse_overwriting, 
 from onnxcomp.passes.ir.manifest import ManifestEntry, read_manifest
 from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.lowering.expand import expand
-from onnxcomp.passes.lowering.rewrite import rewrite
+from onnxcomp.passes.lowering.lower import lower
+from onnxcomp.passes.lowering.restore import runs_alone
 
 __all__ = ["Retargeted", "retarget"]
 
@@ -76,11 +77,8 @@ def retarget(
     _check(records, prepared)
     work = Recoding(prepared.model, compressed.model, target, original is not None, jobs)
     made = [work.run(site, records[site.name]) for site in prepared.sites if site.name in records]
-    rewrite(
-        prepared.model,
-        [placement for placement, _ in made],
-        portable=bool(compressed.model.functions),
-    )
+    placements = [placement for placement, _ in made]
+    lower(prepared.model, placements, portable=runs_alone(compressed.model))
     with workspace(output) as folder:
         saved = save(prepared.model, folder / output.name)
         files = publish(saved.files, output.parent)

@@ -11,10 +11,11 @@ from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.ir.manifest import ManifestEntry
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.expand import stored_payload
-from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.lowering.lower import lower
+from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.weight import DOMAIN, WeightSite
 
-__all__ = ["place_stored", "stored_placement"]
+__all__ = ["place_stored", "runs_alone", "stored_placement"]
 
 
 def place_stored(
@@ -38,8 +39,13 @@ def place_stored(
     by_name = {site.name: site for site in sites}
     placements = [stored_placement(by_name[n], record, values) for n, record in records.items()]
     if placements:
-        alone = not any(node.domain == DOMAIN for node in compressed.graph.all_nodes())
-        rewrite(model, placements, portable=bool(compressed.functions) or alone)
+        lower(model, placements, portable=runs_alone(compressed))
+
+
+def runs_alone(compressed: ir.Model) -> bool:
+    """Whether a compressed model needs no operator library, as its definitions are inside it."""
+    calls = any(node.domain == DOMAIN for node in compressed.graph.all_nodes())
+    return bool(compressed.functions) or not calls
 
 
 def stored_placement(

@@ -192,7 +192,7 @@ def test_every_preset_can_do_without_the_library(
         plan = onnxcomp("plan", small_model, "--preset", name, "--stock", "--json")
         assert plan.code == 0
         found[name] = plan.json["settings"].get("bits")
-    assert found == {"lossless": None, "balanced": 8, "small": 4, "max": 4}
+    assert found == {"lossless": None, "balanced": 8, "small": 4, "max": 4, "web": 8}
     path = write("version: 1\npreset: balanced\nstock: true\n")
     assert config_options(path)["bits"] == 8
 

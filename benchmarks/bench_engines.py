@@ -1,0 +1,226 @@
+"""MiniLM in every form, in engines and versions of ONNX Runtime; and what tools make of it.
+
+    python benchmarks/bench_engines.py MINILM.onnx --environments FOLDER [--only NAME ...]
+
+Every engine and tool is installed from PyPI into an environment of its own below FOLDER, which must
+lie outside of the project. The error is that of the first output against the dense model's in ONNX
+Runtime for the dense model, and against the functions' form there for the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from results import compile_model, print_table, write_results
+
+import onnxcomp
+from onnxcomp.runtime.machine import look
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = Path(__file__).parent / "clients" / "engines"
+RESULTS = Path(__file__).parent / "results" / "engines.json"
+MARK = "RESULT "
+SECONDS = 600
+
+# Options of `onnxcomp optimize` for each form; None for the model as it is.
+FORMS: dict[str, tuple[str, ...] | None] = {
+    "dense": None,
+    "functions": ("--bits", "4"),
+    "inlined": ("--bits", "4", "--functions", "inline"),
+    "not to be folded": ("--bits", "4", "--functions", "inline-unfoldable"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Something that runs ONNX.
+
+    Attributes:
+        name: What it is called.
+        packages: What pip is told to install; the first one's version is reported.
+        script: Runs it, in `SCRIPTS`.
+        line: The line of code that opens a model.
+    """
+
+    name: str
+    packages: tuple[str, ...]
+    script: str
+    line: str
+
+
+_RUNTIME = 'onnxruntime.InferenceSession("m.onnx")'
+ENGINES = (
+    Engine("onnxruntime-1.18", ("onnxruntime==1.18.1", "numpy<2"), "run_onnxruntime.py", _RUNTIME),
+    Engine("onnxruntime-1.24", ("onnxruntime==1.24.1",), "run_onnxruntime.py", _RUNTIME),
+    Engine("onnxruntime", ("onnxruntime",), "run_onnxruntime.py", _RUNTIME),
+    Engine("onnx", ("onnx",), "run_onnx.py", 'ReferenceEvaluator("m.onnx")'),
+    Engine("openvino", ("openvino", "numpy"), "run_openvino.py", 'Core().compile_model("m.onnx")'),
+    Engine("tract", ("tract", "numpy"), "run_tract.py", 'tract.onnx().load("m.onnx")'),
+    Engine("mnn", ("mnn", "numpy"), "run_mnn.py", "mnnconvert -f ONNX --modelFile m.onnx ..."),
+)
+
+# Tools that write a model, and what they are told: `{0}` is the input, `{1}` the output.
+_SAVE = (
+    "import sys, onnxruntime as o; s = o.SessionOptions(); "
+    "s.optimized_model_filepath = sys.argv[2]; "
+    "s.graph_optimization_level = o.GraphOptimizationLevel.ORT_ENABLE_BASIC; "
+    "o.InferenceSession(sys.argv[1], s, providers=['CPUExecutionProvider'])"
+)
+_SIMPLIFY = (
+    "import sys, onnx, onnxsim; onnx.save(onnxsim.simplify(onnx.load(sys.argv[1]))[0], sys.argv[2])"
+)
+TOOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "onnxslim": (("onnxslim", "onnxruntime"), ("-m", "onnxslim")),
+    "onnxsim": (("onnxsim", "onnxruntime"), ("-c", _SIMPLIFY)),
+    "ONNX Runtime, saved": (("onnxruntime",), ("-c", _SAVE)),
+}
+
+
+def installed(folder: Path, name: str, packages: Sequence[str]) -> tuple[Path, str]:
+    """Python of an environment with these packages, and the version of the first."""
+    place = folder / name
+    python = place / "bin" / "python"
+    if not python.exists():
+        venv.create(place, with_pip=True)
+    words = ["-m", "pip", "install", "--quiet", *packages]
+    subprocess.run([python, *words], check=True, env=outside())
+    package = packages[0].split("==")[0]
+    ask = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run(
+        [python, "-c", ask], check=True, capture_output=True, text=True, env=outside()
+    )
+    return python, done.stdout.strip()
+
+
+def outside() -> dict[str, str]:
+    """Variables of this process without those that bring packages of its own along."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def run(python: Path, script: str, model: Path, feeds: Path) -> dict[str, Any]:
+    """What an engine makes of a model; ``failed`` where it does not run it."""
+    command = [str(python), str(SCRIPTS / script), str(model), str(feeds)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SECONDS, check=False, env=outside()
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"no result within {SECONDS} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if lines:
+        result: dict[str, Any] = json.loads(lines[-1][len(MARK) :])
+        return result
+    said = [line.strip() for line in done.stderr.splitlines() if "Hyper" in line or "rror" in line]
+    return {"failed": (said or [f"exit code {done.returncode}"])[-1][:200]}
+
+
+def prepared(model: Path, folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Each form's file, and its inputs with the output to compare with."""
+    ids = np.arange(1000, 1016, dtype=np.int64).reshape(1, 16)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    found = {}
+    for name, options in FORMS.items():
+        path = folder / f"{name.replace(' ', '_')}.onnx"
+        if options is None:
+            path.write_bytes(model.read_bytes())
+        else:
+            compile_model(model, path, *options, "--no-verify", "--external-data", "never")
+        reference = path if options is None else folder / "functions.onnx"
+        session = onnxruntime.InferenceSession(reference, providers=["CPUExecutionProvider"])
+        np.savez(path.with_suffix(".npz"), wanted=session.run(None, feeds)[0], **feeds)
+        found[name] = path, path.with_suffix(".npz")
+    return found
+
+
+def rewritten(python: Path, words: Sequence[str], model: Path, output: Path) -> dict[str, Any]:
+    """What a tool makes of a file: bytes, and whether `inspect` notices that it was folded."""
+    output.unlink(missing_ok=True)
+    command = [str(python), *words, str(model), str(output)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=outside()
+    )
+    if not output.exists():
+        return {"failed": (done.stderr.strip().splitlines() or ["nothing was written"])[-1][:200]}
+    notes = onnxcomp.inspect(output).notes
+    undone = any("folded them" in note for note in notes)
+    return {"bytes": output.stat().st_size, "noticed": undone}
+
+
+def tried(engine: Engine, place: Path, files: Mapping[str, tuple[Path, Path]]) -> dict[str, Any]:
+    """What an engine makes of every form."""
+    python, version = installed(place, engine.name, engine.packages)
+    forms = {name: run(python, engine.script, *file) for name, file in files.items()}
+    print(engine.name, version, forms, file=sys.stderr, flush=True)
+    return {"version": version, "line": engine.line, "forms": forms}
+
+
+def folded(
+    name: str, place: Path, files: Mapping[str, tuple[Path, Path]], output: Path
+) -> dict[str, Any]:
+    """What a tool makes of every compressed form."""
+    packages, words = TOOLS[name]
+    python, version = installed(place, name.split(",")[0].replace(" ", "-"), packages)
+    made = {
+        form: rewritten(python, words, file, output)
+        for form, (file, _) in files.items()
+        if form != "dense"
+    }
+    print(name, version, made, file=sys.stderr, flush=True)
+    return {"version": version, "forms": made}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--environments", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    options = parser.parse_args()
+    place = options.environments.resolve()
+    if place.is_relative_to(ROOT):
+        raise SystemExit(f"{place} lies in the project: name one outside of it")
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    engines: dict[str, Any] = before.get("engines", {})
+    tools: dict[str, Any] = before.get("tools", {})
+    with tempfile.TemporaryDirectory() as folder:
+        files = prepared(options.model, Path(folder))
+        document = {
+            "processor": look().processor,
+            "bytes": {form: file.stat().st_size for form, (file, _) in files.items()},
+            "engines": engines,
+            "tools": tools,
+        }
+        for engine in ENGINES:
+            if not options.only or engine.name in options.only:
+                engines[engine.name] = tried(engine, place, files)
+                write_results("engines", document)
+        for name in TOOLS:
+            if not options.only or name in options.only:
+                tools[name] = folded(name, place, files, Path(folder) / "rewritten.onnx")
+                write_results("engines", document)
+    rows = [
+        (name, row["version"], *(_cell(row["forms"][form]) for form in FORMS))
+        for name, row in engines.items()
+    ]
+    print_table(("engine", "version", *FORMS), rows)
+
+
+def _cell(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return f"no: {result['failed'][:50]}"
+    return f"{result['error']:.1e}, {result['load_s']:.2f} s, {result['peak_bytes'] / 1e6:.0f} MB"
+
+
+if __name__ == "__main__":
+    main()
