@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.kinds import Choice, File, Flag, PlanFile
 from onnxcomp.passes.config.option import SECTIONS, Option, Options, options_of
 from onnxcomp.passes.config.options import OptimizeOptions
@@ -40,15 +41,18 @@ class OutputFile(click.Path):
         """The path; a pipe, a socket, a device, or a link to one, would be waited for for ever."""
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         try:
-            mode = path.stat().st_mode
+            regular = stat.S_ISREG(path.stat().st_mode)
         except FileNotFoundError:
             if not path.parent.is_dir():
-                self.fail(f"the folder {str(path.parent)!r} does not exist.", param, ctx)
+                message = f"the folder {str(path.parent)!r} does not exist"
+                raise UsageError(message, hint="create it first") from None
             return path
         except OSError as error:
-            self.fail(f"{str(path)!r}: {error.strerror}.", param, ctx)
-        if not stat.S_ISREG(mode):
-            self.fail(f"{str(path)!r} is no regular file but a pipe or a device.", param, ctx)
+            message = f"the output {str(path)!r} cannot be written: {error.strerror}"
+            raise UsageError(message, hint="give another place") from error
+        if not regular:
+            message = f"the output {str(path)!r} is no regular file but a pipe or a device"
+            raise UsageError(message, hint="give the path of a file")
         return path
 
 

@@ -256,7 +256,7 @@ class _Search:
         if is_default_domain(node.domain) and node.op_type in _DECIDES:
             return True
         if node.op_type == "Cast" and is_default_domain(node.domain):
-            return not is_float(ir.DataType(node.attributes.get_int("to", 1)))
+            return _cast_to_discrete(node)
         ends = [facts.discrete for value in node.outputs for facts in self._ends.get(value, ())]
         return not any(subgraphs(node)) and (any(ends) or any(map(is_discrete, node.outputs)))
 
@@ -341,12 +341,20 @@ def is_discrete(value: ir.Value) -> bool:
     return dtype is not None and not is_float(dtype)
 
 
+def _cast_to_discrete(node: ir.Node) -> bool:
+    """Whether a Cast gives no floats; one whose type a function's caller names is taken to."""
+    to = node.attributes.get("to")
+    if to is None or to.is_ref():
+        return False
+    return not is_float(ir.DataType(to.as_int()))
+
+
 def _made_discrete(node: ir.Node, value: ir.Value) -> bool:
     """Whether an operator gives integers or truth values there, by its definition."""
     if not is_default_domain(node.domain):
         return False
     if node.op_type == "Cast":
-        return not is_float(ir.DataType(node.attributes.get_int("to", 1)))
+        return _cast_to_discrete(node)
     if node.op_type in ("TopK", "Unique"):
         return value is not node.outputs[0]
     floats = ("Sign", "Floor", "Ceil", "Round", "Hardmax", "Bernoulli")

@@ -275,6 +275,7 @@ def exact_bound(x: Array, weight: Weight) -> Array:
 # What an operator library for the emulated GPU is made of.
 EMULATED = (
     "registry.cc",
+    "common/keep_loaded.cc",
     "gpu/call.cu",
     "gpu/emulator.cc",
     *(f"hash/{name}" for name in ("cuda.cu", "gpu_ops.cc", "weight.cc")),
