@@ -15,8 +15,9 @@ _CHOSEN = (
     "float32",
     "MatMulNBits 4 bits, block 32",
     "llama.cpp Q4_K_M",
-    "llama.cpp IQ4_XS",
-    "llama.cpp Q3_K_M",
+    "llama.cpp Q4_K_M, importance matrix",
+    "llama.cpp IQ4_XS, importance matrix",
+    "llama.cpp Q3_K_M, importance matrix",
     "llama.cpp Q2_K",
     "onnxcomp 4 bits",
     "onnxcomp 4 bits, calibrated",
@@ -84,8 +85,9 @@ def _described() -> str:
         "prompt of 128 tokens, and for decoding behind 64; in brackets, how many times as fast as\n"
         f"the float32 model in ONNX Runtime, measured in turns ({found['processor']},\n"
         f"{found['isa']}). `memory` is that of the process. Calibration reads 32 windows of other\n"
-        "text. llama.cpp rounds the same weights. They were moved at random inside the 4-bit\n"
-        "cells of the published file, so that no method profits from its grid\n"
+        "text, as llama.cpp's importance matrix does. llama.cpp rounds the same weights. They\n"
+        "were moved at random inside the 4-bit cells of the published file, so that no method profits\n"
+        "from its grid\n"
         "(`benchmarks/bench_llm.py`).\n"
     )
 

@@ -20,9 +20,10 @@ from latency_tables import headline_latency, merged_products, whole_models
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
+from quality_tables import calibration_steps
 from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
-from speed_tables import headline_speed, products, shared_products, structured_products
+from speed_tables import products, shared_products, structured_products
 
 __all__ = ["stale_pages", "tables"]
 
@@ -317,8 +318,9 @@ def planner() -> Iterator[str]:
 
 def headlines() -> Iterator[str]:
     """What the README shows."""
+    yield from chosen_rows()
     yield from minilm()
-    yield from headline_speed()
+    yield from headline_latency()
 
 
 def deep_convolutions() -> Iterator[str]:
@@ -339,6 +341,7 @@ Sections = Mapping[str, Callable[[], Iterator[str]]]
 ALL: Sections = {
     "A sentence encoder": minilm,
     "A real language model": every_row,
+    "Steps of calibration": calibration_steps,
     "A language model": language_model,
     "Weights": restored,
     "Products": products,

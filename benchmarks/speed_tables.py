@@ -7,7 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read
 
-__all__ = ["headline_speed", "products", "shared_products", "structured_products"]
+__all__ = ["products", "shared_products", "structured_products"]
 
 SPEED_NAMES = {
     "fp32": "ONNX Runtime MatMul, float32",
@@ -69,28 +69,6 @@ def products() -> Iterator[str]:
     yield (
         f"Of {goals} goals for the weight of 4096x4096 (`bars` in `results/matmul.json`), missed:\n"
         f"{'; '.join(texts) or 'none'}.\n"
-    )
-
-
-def headline_speed() -> Iterator[str]:
-    """The same in a sentence."""
-    results = read("matmul")
-    over = {
-        (row["variant"], row["m"]): row["over_fp32"]
-        for row in results["records"]
-        if row["of_one_thread"] is None and row["length"] == row["rows"] == 4096
-    }
-
-    wide, narrow = (
-        [f"{over[variant, m]:.1f}" for m in (1, 128)]
-        for variant in ("hyper-k4-L7-int8", "avx2-hyper-k4-L7-int8")
-    )
-    yield (
-        "At one row of activations, a product with a 4096x4096 weight at 4 bits is\n"
-        f"{wide[0]} times as fast as float32 with AVX-512 and {narrow[0]} times with AVX2;\n"
-        f"at 128 rows, {wide[1]} and {narrow[1]} times (one thread of an\n"
-        f"{results['cpu']}, ONNX Runtime {results['onnxruntime']}):\n"
-        "`benchmarks/bench_matmul.py`.\n"
     )
 
 

@@ -1,0 +1,35 @@
+"""Tables of what calibration brings, from benchmarks/results/quality.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from page_parts import markdown, read, share
+
+__all__ = ["calibration_steps"]
+
+# What `--data` does.
+_DEFAULT = "scales tuned, 2 passes"
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    agreement = (row["books_agreement"] + row["shakespeare_agreement"]) / 2
+    size = f"{row['bytes'] / 1e6:.2f} MB"
+    seconds = f"{row['cpu_seconds']:.0f}"
+    return [str(row["bits"]), row["step"], size, f"{row['kl']:.4f}", share(agreement), seconds]
+
+
+def calibration_steps() -> Iterator[str]:
+    """What each step of calibration leaves of the loss of a small language model."""
+    rows = read("quality")["language_model"]["rows"]
+    order = {row["step"]: number for number, row in enumerate(rows)}
+    rows = sorted(rows, key=lambda row: (-row["bits"], order[row["step"]]))
+    yield (
+        "The small language model below, calibrated on its training text (128 windows):\n"
+        "divergence from the float32 predictions on held-out text of two kinds, and CPU seconds.\n"
+        f'Each step includes those before it; "{_DEFAULT}" is what `--data` does\n'
+        "(`benchmarks/bench_quality.py`). Calibrated rows of the next table are from before that.\n"
+    )
+    columns = ("bits", "step", "file", "KL (nats)", "same token", "CPU seconds")
+    yield markdown(columns, [_row(row) for row in rows])
