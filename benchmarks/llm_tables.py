@@ -86,9 +86,8 @@ def _described() -> str:
         f"the float32 model in ONNX Runtime, measured in turns ({found['processor']},\n"
         f"{found['isa']}). `memory` is that of the process. Calibration reads 32 windows of other\n"
         "text, as llama.cpp's importance matrix does. llama.cpp rounds the same weights. They\n"
-        "were moved at random inside the 4-bit cells of the published file, so that no method profits\n"
-        "from its grid\n"
-        "(`benchmarks/bench_llm.py`).\n"
+        "were moved at random inside the 4-bit cells of the published file, so that no method\n"
+        "profits from its grid (`benchmarks/bench_llm.py`).\n"
     )
 
 
