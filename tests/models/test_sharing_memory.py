@@ -30,8 +30,9 @@ def test_memory_of_a_session_is_that_of_its_file(tmp_path: Path) -> None:
     found = bench([empty, dense, shared], seconds=0.1, threads=1)["models"]
     base, plain, small = (row["rss_bytes"] for row in found)
     weights = 4 * LAYERS * WIDTH * WIDTH
-    # Less than all of them: the empty session has pages that the large one uses for its weights.
-    assert plain - base > 0.85 * weights
+    # Less than all of them (0.83 to 0.87 are seen): the empty session has pages that the large one
+    # uses for its weights.
+    assert plain - base > 0.75 * weights
     # Beside the file: workspace of the kernels, and what the nodes take.
     assert small - base < 1.1 * shared.stat().st_size + 5e6
     assert shared.stat().st_size < weights / 50
