@@ -95,18 +95,22 @@ def installed(folder: Path, name: str, packages: Sequence[str]) -> tuple[Path, s
     if not python.exists():
         venv.create(place, with_pip=True)
     words = ["-m", "pip", "install", "--quiet", *packages]
-    subprocess.run([python, *words], check=True, env=outside())
+    subprocess.run([python, *words], check=True, env=outside(python))
     package = packages[0].split("==")[0]
     ask = f"import importlib.metadata as m; print(m.version({package!r}))"
     done = subprocess.run(
-        [python, "-c", ask], check=True, capture_output=True, text=True, env=outside()
+        [python, "-c", ask], check=True, capture_output=True, text=True, env=outside(python)
     )
     return python, done.stdout.strip()
 
 
-def outside() -> dict[str, str]:
-    """Variables of this process without those that bring packages of its own along."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def outside(python: Path) -> dict[str, str]:
+    """Variables for another environment: its programs come first, and none of our packages.
+
+    `mnnconvert` installs what it misses with the first pip that it finds.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "PATH": f"{python.parent}{os.pathsep}{kept.get('PATH', '')}"}
 
 
 def run(python: Path, script: str, model: Path, feeds: Path) -> dict[str, Any]:
@@ -114,7 +118,12 @@ def run(python: Path, script: str, model: Path, feeds: Path) -> dict[str, Any]:
     command = [str(python), str(SCRIPTS / script), str(model), str(feeds)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SECONDS, check=False, env=outside()
+            command,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+            env=outside(python),
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"no result within {SECONDS} s"}
@@ -149,7 +158,7 @@ def rewritten(python: Path, words: Sequence[str], model: Path, output: Path) -> 
     output.unlink(missing_ok=True)
     command = [str(python), *words, str(model), str(output)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=outside()
+        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=outside(python)
     )
     if not output.exists():
         return {"failed": (done.stderr.strip().splitlines() or ["nothing was written"])[-1][:200]}
