@@ -96,8 +96,8 @@ def _rows_of(body: Body) -> tuple[str, str]:
 def _weight(opset: int) -> onnx.FunctionProto:
     """HyperWeight: codes, scales, ... -> float32 (rows, length)."""
     body = Body(opset)
-    width = body.node("Gather", "blocks", body.ints(0, 3), axis=0)
-    padded = body.node("Reshape", _call_rows(body, *_rows_of(body)), width)
+    # No Reshape: ONNX Runtime 1.23 cannot join one whose shape is computed with one behind it.
+    padded = body.node("Flatten", _call_rows(body, *_rows_of(body)), axis=1)
     body.crop(padded, (0, 1), "extent", "extent")
     return body.finish("HyperWeight", NODE_INPUTS, ["extent", "group"], calls=True)
 
