@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +91,42 @@ def _made(name: str, maker: Maker, model: Path, folder: Path) -> Rival:
     return Rival(name, path)
 
 
+def _refuse_unchanged(model: Path, path: Path) -> None:
+    """Raise where a quantizer found nothing to do: its row would be the dense model's."""
+    if _operators(path) == _operators(model):
+        path.unlink()
+        raise ValueError("it leaves this model as it is")
+
+
+def _operators(model: Path) -> collections.Counter[str]:
+    """How often each operator is there, subgraphs included."""
+    from onnxcomp.runtime.structure import nested_nodes, read_structure
+
+    nodes = nested_nodes(read_structure(model).graph.node)
+    return collections.Counter(node.op_type for node in nodes)
+
+
+@contextlib.contextmanager
+def _errors_only(name: str | None) -> Iterator[None]:
+    """Keep advice of a quantizer out of the terminal; the logger is as before afterwards."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def dynamic_integers(model: Path, path: Path) -> None:
     """Write the model with int8 weights, and activations that are rounded at every run."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    logging.getLogger().setLevel(logging.ERROR)  # it advises on the root logger
-    quantize_dynamic(
-        model, path, weight_type=QuantType.QInt8, use_external_data_format=_is_large(model)
-    )
+    with _errors_only(None):  # it advises on the root logger
+        quantize_dynamic(
+            model, path, weight_type=QuantType.QInt8, use_external_data_format=_is_large(model)
+        )
+    _refuse_unchanged(model, path)
 
 
 def block_integers(model: Path, path: Path, bits: int) -> None:
@@ -104,12 +134,13 @@ def block_integers(model: Path, path: Path, bits: int) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.ERROR)
     quantizer = MatMulNBitsQuantizer(
         onnx.load(model), bits=bits, block_size=_BLOCK, is_symmetric=True, accuracy_level=4
     )
-    quantizer.process()
+    with _errors_only(MatMulNBitsQuantizer.__module__):
+        quantizer.process()
     quantizer.model.save_model_to_file(str(path), use_external_data_format=_is_large(model))
+    _refuse_unchanged(model, path)
 
 
 def _is_large(model: Path) -> bool:

@@ -1,5 +1,6 @@
 """Other forms of a model, made to be compared with it."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_what_cannot_be_made_is_left_out_with_the_reason(
     missing = found.pop("ONNX Runtime dynamic int8")
     assert missing.path is None and "onnxruntime.quantization" in missing.reason
     assert found["onnxcomp, 4 bits"].path is not None
+
+
+def test_what_a_quantizer_leaves_alone_is_not_shown_as_its_work(
+    dense: Path, tmp_path: Path
+) -> None:
+    model = onnx.load(dense)
+    model.graph.node[0].op_type = "Gemm"
+    onnx.save(model, dense)
+    level = logging.getLogger().level
+    found = {rival.name: rival for rival in rivals.make_rivals(dense, tmp_path)}
+    integers = found["MatMulNBits int4"]
+    assert integers.path is None and integers.reason == "it leaves this model as it is"
+    assert found["onnxcomp, 4 bits"].path is not None
+    assert logging.getLogger().level == level
 
 
 def test_the_command_measures_them_beside_the_model(dense: Path) -> None:
