@@ -9,6 +9,7 @@ import importlib.resources
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,7 @@ __all__ = [
     "Contents",
     "Package",
     "Value",
+    "checked_name",
     "copied_weights",
     "gather",
     "staged",
@@ -50,6 +52,7 @@ _RESERVED = frozenset(
      "requirements.txt", "settings.json", "model-settings.json"}
 )  # fmt: skip
 _CHUNK = 1 << 20
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -259,6 +262,22 @@ def template(file: str, /, **values: str) -> str:
     folder = importlib.resources.files("onnxcomp.runtime.package") / "templates"
     text = (folder / file).read_text(encoding="utf-8")
     return text.format(version=_version(), **values) if values else text
+
+
+def checked_name(contents: Contents, name: str | None) -> str:
+    """What a server calls the model: the given name, else what is left of that of the file.
+
+    Raises:
+        UsageError: The given name does not fit into a path.
+    """
+    if name is None:
+        return re.sub(r"[^A-Za-z0-9_.-]+", "_", contents.model.stem).lstrip(".-") or "model"
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be the name of a model",
+            hint="use letters, digits, underscores, dots and hyphens",
+        )
+    return name
 
 
 def copied_weights(contents: Contents) -> tuple[str, ...]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
 from onnxcomp.runtime.package.contents import (
-    MANIFEST,
     MODEL,
     Contents,
     Package,
@@ -26,9 +25,9 @@ from onnxcomp.runtime.package.genai_config import (
     CONFIG,
     is_hugging_face,
     made_config,
-    read_json,
     tokenizer_config,
 )
+from onnxcomp.runtime.package.originals import original_files, read_json, without_weights
 from onnxcomp.runtime.structure import data_files, read_structure
 
 __all__ = ["write_genai"]
@@ -59,9 +58,9 @@ def write_genai(
     made = is_hugging_face(source)
     config = made_config(contents, source) if made else _read_config(source)
     decoder = _decoder(config, source)
-    originals = sorted(source.glob("*.onnx")) if made else [source / _filename(decoder)]
+    original = source / str(decoder.get("filename", MODEL))
     if not made:
-        _check_interface(contents, originals[0])
+        _check_interface(contents, original)
     tokenizer = tokenizer_config(source, config) if made else None
     decoder["filename"] = MODEL
     options = decoder.setdefault("session_options", {})
@@ -69,7 +68,11 @@ def write_genai(
         options[_LIBRARY_KEY] = contents.library.name
     target = Path(os.path.abspath(output))
     with staged(target, force=force) as folder:
-        for file in _kept_files(source, (*originals, contents.model)):
+        if made:
+            kept = without_weights(source, contents.model)
+        else:
+            kept = list(_kept_files(source, (original, contents.model)))
+        for file in kept:
             copy = folder / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
@@ -97,10 +100,6 @@ def _notes(output: Path, *, made: bool) -> tuple[str, ...]:
 def _read_config(source: Path) -> dict[str, Any]:
     hint = f"name the folder of the original model, with its {CONFIG}, by --like"
     return read_json(source / CONFIG, hint)
-
-
-def _filename(decoder: Mapping[str, Any]) -> str:
-    return str(decoder.get("filename", MODEL))
 
 
 def _decoder(config: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -143,7 +142,7 @@ def _check_interface(contents: Contents, original: Path) -> None:
 
 def _kept_files(source: Path, models: Sequence[Path]) -> Iterator[Path]:
     """Files of the original folder, without some models and the data that only they refer to."""
-    files = sorted(path for path in source.rglob("*") if path.is_file())
+    files = original_files(source)
     replaced = {model.resolve() for model in models}
     others = [f for f in files if f.suffix == ".onnx" and f.resolve() not in replaced]
     shared = {(f.parent / name).resolve() for f in others for name in data_files(f)}
@@ -151,7 +150,7 @@ def _kept_files(source: Path, models: Sequence[Path]) -> Iterator[Path]:
         if model.is_file():
             replaced |= {(model.parent / name).resolve() for name in data_files(model)} - shared
     for file in files:
-        if file.resolve() not in replaced and file.name not in (CONFIG, MANIFEST):
+        if file.resolve() not in replaced and file.name != CONFIG:
             yield file
 
 

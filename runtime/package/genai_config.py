@@ -6,7 +6,6 @@ from ``config.json``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 from onnxcomp.errors import UsageError
 from onnxcomp.runtime.language.decoder import Interface, interface_of
 from onnxcomp.runtime.package.contents import MODEL, Contents
+from onnxcomp.runtime.package.originals import read_json
 
-__all__ = ["CONFIG", "is_hugging_face", "made_config", "read_json", "tokenizer_config"]
+__all__ = ["CONFIG", "is_hugging_face", "made_config", "tokenizer_config"]
 
 CONFIG = "genai_config.json"
 _HUGGING_FACE, _GENERATION = "config.json", "generation_config.json"
@@ -27,23 +27,6 @@ _CONTEXT = 2048  # positions of a model that does not say how many it knows
 def is_hugging_face(source: Path) -> bool:
     """Whether a folder has a configuration of Hugging Face and none of onnxruntime-genai."""
     return not (source / CONFIG).exists() and (source / _HUGGING_FACE).is_file()
-
-
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """A file with one JSON object.
-
-    Raises:
-        UsageError: It cannot be read, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}", hint=hint
-        ) from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
-    return found
 
 
 def made_config(contents: Contents, source: Path) -> dict[str, Any]:

@@ -8,35 +8,21 @@ part of the folder: `onnxcomp.patch_onnxruntime` gives it to them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
-from onnxcomp.runtime.package.contents import (
-    MANIFEST,
-    Contents,
-    Package,
-    staged,
-    template,
-    write_manifest,
-)
-from onnxcomp.runtime.structure import data_files, nested_tensors, read_structure
+from onnxcomp.runtime.package.contents import Contents, Package, staged, template, write_manifest
+from onnxcomp.runtime.package.originals import read_json, without_weights
+from onnxcomp.runtime.structure import nested_tensors, read_structure
 
 __all__ = ["write_hf"]
 
 _CONFIG = "config.json"
 _README, _ORIGINAL_README = "README.md", "README.original.md"
-# Weights of other frameworks and forms, which the compressed model stands for.
-_WEIGHTS = frozenset(
-    (".bin", ".ckpt", ".gguf", ".h5", ".mlmodel", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pb",
-     ".pt", ".pth", ".safetensors", ".tflite")
-)  # fmt: skip
-_FOLDERS = frozenset({"onnx", "openvino", "coreml", ".git", ".cache", "__pycache__"})
 _VARIANT = re.compile(r"[a-z0-9]*")
 # What transformers.js calls its variants: the name of a file behind `model_`, by `dtype`.
 _DTYPES = {"": "fp32", "quantized": "q8"}
@@ -63,7 +49,8 @@ def write_hf(
         UsageError: There is no configuration in the folder, or its model is in several files.
     """
     source = contents.model.parent if like is None else Path(like)
-    config = _read_config(source)
+    hint = f"name the folder of the original model, with its {_CONFIG}, by --like"
+    config = read_json(source / _CONFIG, hint)
     if not _VARIANT.fullmatch(variant):
         raise UsageError(f"the variant {variant!r} is not of small letters and digits")
     if len(contents.data) > 1:
@@ -74,7 +61,7 @@ def write_hf(
     name = f"model_{variant}.onnx" if variant else "model.onnx"
     target = Path(os.path.abspath(output))
     with staged(target, force=force) as folder:
-        for file in _kept_files(source, contents.model):
+        for file in without_weights(source, contents.model):
             relative = file.relative_to(source)
             if str(relative) == _README:
                 relative = Path(_ORIGINAL_README)
@@ -92,32 +79,6 @@ def _notes(contents: Contents, name: str) -> tuple[str, ...]:
     if contents.portable or not contents.operators:
         return ()
     return (f"onnx/{name} does not run without the operator library, so not in a browser",)
-
-
-def _read_config(source: Path) -> dict[str, Any]:
-    path = source / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}",
-            hint="name the folder of the original model, with its config.json, by --like",
-        ) from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} does not hold a JSON object")
-    return config
-
-
-def _kept_files(source: Path, compressed: Path) -> Iterator[Path]:
-    """Files of the original folder without models, in whatever form, and their data."""
-    files = sorted(path for path in source.rglob("*") if path.is_file())
-    files = [f for f in files if not _FOLDERS & set(f.relative_to(source).parts[:-1])]
-    models = [f for f in files if f.suffix == ".onnx"]
-    dropped = {(f.parent / name).resolve() for f in models for name in data_files(f)}
-    dropped |= {compressed.resolve(), (source / MANIFEST).resolve()}
-    for file in files:
-        if file.suffix not in _WEIGHTS and file.resolve() not in dropped:
-            yield file
 
 
 def _place_model(contents: Contents, path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from onnxcomp.runtime.package.contents import (
     Contents,
     Package,
     Value,
+    checked_name,
     copied_weights,
     staged,
     template,
@@ -27,9 +27,13 @@ from onnxcomp.runtime.package.contents import (
 __all__ = ["SERVICES", "Service", "write_service"]
 
 _OPEN_PROTOCOL = "/v2/models/{name}/infer"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-# Words of the Open Inference Protocol that differ from ONNX Runtime's in capitals.
-_PROTOCOL_TYPES = {"float": "FP32", "float16": "FP16", "double": "FP64", "string": "BYTES"}
+# Element types in ONNX Runtime's words, and in those of the Open Inference Protocol.
+_PROTOCOL_TYPES = {
+    "bool": "BOOL", "float": "FP32", "float16": "FP16", "double": "FP64", "string": "BYTES",
+    "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
+    "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64",
+}  # fmt: skip
+_SETTINGS = "model-settings.json"  # of MLServer, which joins requests itself
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +81,7 @@ SERVICES: Mapping[str, Service] = MappingProxyType(
             _OPEN_PROTOCOL, "v2",
             {
                 "settings.json": {"host": "127.0.0.1", "parallel_workers": 0, "debug": False},
-                "model-settings.json": {
+                _SETTINGS: {
                     "name": "{name}", "implementation": "service.Service",
                     "max_batch_size": "{max_batch_size}", "max_batch_time": 0.01,
                 },
@@ -111,12 +115,12 @@ def write_service(
         force: Replace a package that is there already.
 
     Raises:
-        UsageError: The folder exists already, or the name does not fit into a path.
+        UsageError: The folder exists already, the name does not fit into a path, or a value of
+            the model is none that the service can send.
     """
     service = SERVICES[kind]
-    name = contents.model.stem if name is None else name
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} cannot be the name of a model", hint="choose one by --name")
+    _check_types(contents, service)
+    name = checked_name(contents, name)
     target = Path(os.path.abspath(output))
     size = str(max_batch_size or 8)
     texts = {
@@ -126,6 +130,8 @@ def write_service(
         "README.md": _readme(contents, service, name, size),
     }
     for file, content in service.files.items():
+        if file == _SETTINGS and not _joins(contents):  # MLServer joins whatever it is told to
+            content = {**content, "max_batch_size": 0, "max_batch_time": 0}
         text = json.dumps(content, indent=2).replace("{name}", name)
         texts[file] = text.replace('"{max_batch_size}"', size) + "\n"
     with staged(target, force=force) as folder:
@@ -134,6 +140,28 @@ def write_service(
             (folder / file).write_text(text, encoding="utf-8")
         manifest = write_manifest(contents, folder, kind, folder / MODEL)
     return Package(Path(output), manifest, copied_weights(contents))
+
+
+def _check_types(contents: Contents, service: Service) -> None:
+    """Refuse values that are no arrays of numpy, before the service fails at them."""
+    for value in (*contents.inputs, *contents.outputs):
+        if _kind(value) not in _PROTOCOL_TYPES:
+            raise UsageError(
+                f"a service of {service.title} cannot take or send {value.name!r}, a {value.type}",
+                hint="it serves tensors of numbers, booleans and text",
+            )
+
+
+def _kind(value: Value) -> str:
+    """Element type of a tensor, in ONNX Runtime's words."""
+    return value.type.removeprefix("tensor(").removesuffix(")")
+
+
+def _joins(contents: Contents) -> bool:
+    """Whether rows are independent: one free size is the first of everything, as in model.py."""
+    session = contents.session
+    first = [value.shape[:1] for value in (*session.get_inputs(), *session.get_outputs())]
+    return all(size == first[0] and size and isinstance(size[0], str) for size in first)
 
 
 def _readme(contents: Contents, service: Service, name: str, size: str) -> str:
@@ -152,6 +180,9 @@ def _readme(contents: Contents, service: Service, name: str, size: str) -> str:
         predict=f"http://127.0.0.1:{service.port}{service.predict.format(name=name)}",
         body=json.dumps(_body(contents.inputs, service.body), indent=2),
         max_batch_size=size,
+        batching=f"`max_batch_size` in `{_SETTINGS}`"
+        if _SETTINGS in service.files
+        else "`MAX_BATCH` in its environment",
         library=library,
         without=without_library(contents),
     )
@@ -166,7 +197,7 @@ def _body(inputs: tuple[Value, ...], form: str) -> dict[str, Any]:
                 {
                     "name": value.name,
                     "shape": shapes[value.name],
-                    "datatype": _protocol_type(value.type),
+                    "datatype": _PROTOCOL_TYPES[_kind(value)],
                     "data": [0] * _count(shapes[value.name]),
                 }
                 for value in inputs
@@ -174,11 +205,6 @@ def _body(inputs: tuple[Value, ...], form: str) -> dict[str, Any]:
         }
     lists = {name: _zeros(shape) for name, shape in shapes.items()}
     return {form: [lists] if form == "requests" else lists}
-
-
-def _protocol_type(text: str) -> str:
-    kind = text.removeprefix("tensor(").removesuffix(")")
-    return _PROTOCOL_TYPES.get(kind, kind.upper())
 
 
 def _count(shape: list[int]) -> int:

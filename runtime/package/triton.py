@@ -21,6 +21,7 @@ from onnxcomp.runtime.package.contents import (
     Contents,
     Package,
     Value,
+    checked_name,
     copied_weights,
     staged,
     template,
@@ -49,7 +50,6 @@ _TYPES = {
     "string": "STRING",
 }
 _KINDS = {"cpu": "KIND_CPU", "cuda": "KIND_GPU"}
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def write_triton(
         UsageError: The model is there already, or Triton cannot serve it.
     """
     root = Path(os.path.abspath(repository))
-    name = _checked_name(contents.model.stem if name is None else name, given=name is not None)
+    name = checked_name(contents, name)
     config = config_text(contents, server, name)
     made = not root.exists()
     if made and root.parent.is_dir():
@@ -111,17 +111,6 @@ def write_triton(
             root.rmdir()
         raise
     return Package(Path(repository) / name, manifest, tuple(_notes(contents, server)))
-
-
-def _checked_name(name: str, *, given: bool) -> str:
-    if not given:
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).lstrip(".-") or "model"
-    if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"{name!r} cannot be the name of a model",
-            hint="use letters, digits, underscores, dots and hyphens",
-        )
-    return name
 
 
 def _readme(contents: Contents, server: Server, name: str) -> str:

@@ -168,6 +168,14 @@ def test_a_folder_of_hugging_face_gets_a_configuration(hugging_face: Path, tmp_p
     assert [decoder[name] for name in (*names, "num_key_value_heads")] == [16, 64, 4, 2, 2]
     stored = json.loads((made.path / "tokenizer_config.json").read_text())
     assert stored["tokenizer_class"] == "GPT2Tokenizer" and stored["eos_token"] == "<|im_end|>"
+    # Other forms of the weights, and packages that were written there, are not taken over.
+    (hugging_face / "model.safetensors").write_bytes(bytes(10))
+    (hugging_face / "onnx").mkdir()
+    shutil.copyfile(hugging_face / "small.onnx", hugging_face / "onnx" / "model.onnx")
+    for _ in range(2):
+        inside = hugging_face / "chat"
+        kept = package(hugging_face / "small.onnx", inside, "genai", portable=True, force=True)
+        assert kept.manifest["files"].keys() == made.manifest["files"].keys()
     generation = {"eos_token_id": [2, 0], "pad_token_id": 0}
     (hugging_face / "generation_config.json").write_text(json.dumps(generation))
     again = package(hugging_face / "small.onnx", tmp_path / "again", "genai", portable=True)

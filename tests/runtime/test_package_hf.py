@@ -50,6 +50,7 @@ def encoder(twins: tuple[Path, Path], tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("library")
 def test_the_folder_has_the_original_without_its_weights(hub: Path, encoder: Path) -> None:
+    package(encoder, hub / "earlier", "hf", like=hub)
     made = package(encoder, hub.parent / "out", "hf", like=hub, variant="q4")
     files = set(made.manifest["files"])
     assert files == {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -86,6 +90,43 @@ def test_rows_that_may_depend_on_each_other_run_alone(
     model = load(made.path / "model.py").Model()
     ids = np.ones((1, 4), np.int64)
     assert not model.joins and len(model.run([{"ids": ids}, {"ids": ids}])) == 2
+    # MLServer joins requests itself, whatever the model is.
+    for source, size in ((twins[0], 8), (tmp_path / "m.onnx", 0)):
+        made = package(source, tmp_path / str(size), "mlserver")
+        settings = json.loads((made.path / "model-settings.json").read_text())
+        assert settings["max_batch_size"] == size and bool(settings["max_batch_time"]) == bool(size)
+        assert "`max_batch_size` in `model-settings.json`" in (made.path / "README.md").read_text()
+
+
+def test_a_cancelled_request_does_not_hold_up_others(
+    twins: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of those that wait starts the run, and may be gone by then."""
+    made = package(twins[0], tmp_path / "s", "kserve")
+    base = type("Model", (), {"__init__": lambda self, name: None})
+    names = ("kserve", "kserve.utils", "kserve.utils.numpy_codec")
+    kserve, _, codec = modules = [ModuleType(name) for name in names]
+    vars(kserve).update(Model=base, InferRequest=base, InferResponse=base)
+    vars(codec).update(from_np_dtype=str)
+    for name, module in zip(names, modules, strict=True):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "model", load(made.path / "model.py"))
+    service = load(made.path / "service.py").Service("lm")
+    request = {"ids": np.ones((1, 4), np.int64)}
+
+    async def ask() -> list[Any]:
+        asked = [asyncio.create_task(service.answer(request)) for _ in range(3)]
+        await asyncio.sleep(0)
+        asked[0].cancel()
+        found: list[Any] = await asyncio.gather(*asked, return_exceptions=True)
+        return [*found, await service.answer(request)]
+
+    async def limited() -> list[Any]:
+        return await asyncio.wait_for(ask(), 30)
+
+    first, *others = asyncio.run(limited())
+    assert isinstance(first, asyncio.CancelledError)
+    assert [answer["logits"].shape[:2] for answer in others] == [(1, 4)] * 3
 
 
 def test_names_that_are_no_part_of_a_path_are_refused(
@@ -93,3 +134,18 @@ def test_names_that_are_no_part_of_a_path_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match="cannot be the name of a model"):
         package(twins[0], tmp_path / "s", "kserve", name="a/b")
+    shutil.copyfile(twins[0], tmp_path / "tiny q4.1.onnx")
+    made = package(tmp_path / "tiny q4.1.onnx", tmp_path / "s", "kserve")
+    assert 'Service("tiny_q4.1")' in (made.path / "service.py").read_text()
+
+
+def test_types_that_numpy_does_not_have_are_refused(
+    twins: tuple[Path, Path], tmp_path: Path
+) -> None:
+    proto = onnx.load(twins[0])
+    to = onnx.TensorProto.BFLOAT16
+    proto.graph.node.append(onnx.helper.make_node("Cast", ["logits"], ["short"], to=to))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("short", to, None))
+    onnx.save(proto, tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match=r"'short', a tensor\(bfloat16\)"):
+        package(tmp_path / "m.onnx", tmp_path / "s", "litserve")

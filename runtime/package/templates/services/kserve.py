@@ -17,6 +17,7 @@ class Service(kserve.Model):
         super().__init__(name)
         self.model = Model()
         self.waiting: list[tuple[dict[str, np.ndarray], asyncio.Future[Any]]] = []
+        self.joining: asyncio.Task[None] | None = None
         self.ready = True
 
     async def predict(
@@ -41,12 +42,17 @@ class Service(kserve.Model):
         """Wait for others, then run with those that came."""
         result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.waiting.append((request, result))
-        if len(self.waiting) == 1:
-            await asyncio.sleep(WAIT_SECONDS)
-            while self.waiting:
-                joined, self.waiting = self.waiting[:MAX_BATCH], self.waiting[MAX_BATCH:]
-                self.run(joined)
+        if len(self.waiting) == 1:  # a task of its own: this request may be cancelled
+            self.joining = asyncio.create_task(self.join())
         return await result
+
+    async def join(self) -> None:
+        """Run all requests that wait, those that nobody wants any more left out."""
+        await asyncio.sleep(WAIT_SECONDS)
+        waiting, self.waiting = self.waiting, []
+        wanted = [item for item in waiting if not item[1].done()]
+        for start in range(0, len(wanted), MAX_BATCH):
+            self.run(wanted[start : start + MAX_BATCH])
 
     def run(self, joined: list[Any]) -> None:
         """Give each request its answer, or the error of the run."""
