@@ -168,8 +168,12 @@ def speed_text(task: Mapping[str, float] | None) -> str:
 
 
 def generation_verdict(models: Sequence[Mapping[str, Any]]) -> str:
-    """How fast the models write, the others relative to the first one."""
-    tasks = [(model["decode"] or [model["prompt"]])[0] for model in models]
+    """How fast the models write, the others relative to the first one.
+
+    Where one has no KV cache, they are compared by what all can do: the prompt.
+    """
+    decoding = all(model["decode"] for model in models)
+    tasks = [model["decode"][0] if decoding else model["prompt"] for model in models]
     if len(models) == 1:
         return speed_text(tasks[0])
     parts = [
@@ -177,7 +181,8 @@ def generation_verdict(models: Sequence[Mapping[str, Any]]) -> str:
         f"{task['tokens_per_second'] / tasks[0]['tokens_per_second']:.2f}x"
         for model, task in zip(models[1:], tasks[1:], strict=True)
     ]
-    return f"speed of decoding relative to {models[0]['path']}: {', '.join(parts)}"
+    what = "decoding" if decoding else "the prompt"
+    return f"speed of {what} relative to {models[0]['path']}: {', '.join(parts)}"
 
 
 def show_bench(terminal: Terminal, models: Sequence[Mapping[str, Any]]) -> None:

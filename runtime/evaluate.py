@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Feed",
     "Outputs",
+    "cannot_run",
     "iterate_model",
     "run_model",
     "run_session",
@@ -73,9 +74,14 @@ def runner(session: onnxruntime.InferenceSession) -> Callable[[Feed], list[Any]]
             given = {name: to_runtime_value(np.asarray(array)) for name, array in feed.items()}
             return [to_array(value) for value in session.run_with_ort_values(names, given)]
         except Exception as error:  # the classes differ between versions and share no base
-            raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
+            raise cannot_run(error) from error
 
     return run
+
+
+def cannot_run(error: Exception) -> ModelError:
+    """What ONNX Runtime raised in a run as an error of ours."""
+    return ModelError(f"ONNX Runtime cannot run the model: {error}")
 
 
 def to_runtime_value(array: Array) -> Any:

@@ -57,14 +57,12 @@ def load_inputs(data: Data, model: PathLike) -> list[Feed]:
     """
     specs = read_signature(model)
     feeds: list[Feed] = []
-    for source, arrays in _sources(data, model, specs):
-        if Path(source).suffix == _TEXT:
-            feeds += _samples(source, arrays, specs, stacked=True)
-        elif SETS in arrays and SETS not in {spec.name for spec in specs}:
+    for source, arrays, stacked in _sources(data, model, specs):
+        if SETS in arrays and SETS not in {spec.name for spec in specs}:
             for name, part in _sets(source, arrays):
                 feeds += _samples(name, part, specs, stacked=True)
         else:
-            feeds += _samples(source, arrays, specs)
+            feeds += _samples(source, arrays, specs, stacked=stacked)
     if not feeds:
         raise UsageError(f"there are no inputs in {data!r}", hint=expected(specs))
     return feeds
@@ -72,8 +70,8 @@ def load_inputs(data: Data, model: PathLike) -> list[Feed]:
 
 def _sources(
     data: Data, model: PathLike, specs: Sequence[InputSpec]
-) -> Iterator[tuple[str, Mapping[str, Array]]]:
-    """Sets of arrays, each with the words to name it in errors.
+) -> Iterator[tuple[str, Mapping[str, Array], bool]]:
+    """Sets of arrays, each with the words to name it in errors, and whether they hold samples.
 
     A plain .npy file belongs to the model's only input.
     """
@@ -82,7 +80,7 @@ def _sources(
     named: dict[str, Array] = {}
     for item in items:
         if isinstance(item, Mapping):
-            yield "the given arrays", item
+            yield "the given arrays", item, False
             continue
         name, mark, file = os.fspath(item).partition("=")
         if mark and not Path(item).exists():
@@ -92,14 +90,14 @@ def _sources(
         elif Path(item).suffix == _TEXT:
             from onnxcomp.runtime.language.windows import text_inputs
 
-            yield str(item), text_inputs(Path(item), model, specs)
+            yield str(item), text_inputs(Path(item), model, specs), True
         elif only is not None and Path(item).suffix == ".npy":
-            yield str(item), {only: _array(Path(item))}
+            yield str(item), {only: _array(Path(item))}, False
         else:
             for path in _files(Path(item)):
-                yield str(path), _read(path)
+                yield str(path), _read(path), False
     if named:
-        yield "the given files", named
+        yield "the given files", named, False
 
 
 def _files(path: Path) -> list[Path]:
@@ -149,7 +147,7 @@ def _samples(
     arrays: Mapping[str, Array],
     specs: Sequence[InputSpec],
     *,
-    stacked: bool = False,
+    stacked: bool,
 ) -> Iterator[Feed]:
     """The samples of one set of arrays; `stacked` ones have an axis for samples in any case."""
     wanted = {spec.name for spec in specs}

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.runtime.evaluate import to_array, to_runtime_value
+from onnxcomp.runtime.evaluate import cannot_run, to_array, to_runtime_value
 from onnxcomp.runtime.language.roles import role_of, sized
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ class Decoder:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # the classes differ between versions and share no base
-            raise ModelError(f"ONNX Runtime cannot run the model: {error}") from error
+            raise cannot_run(error) from error
         found, *presents = binding.get_outputs()
         if keep:
             self._caches = {c.past: v for c, v in zip(form.caches, presents, strict=True)}

@@ -121,6 +121,11 @@ class Divergence:
         if not self._kl:
             return plain
         kl = np.concatenate(self._kl)
+        if not np.isfinite(kl).all():
+            raise ModelError(
+                "the divergence is not finite: logits of the reference or the model are not",
+                hint="onnxcomp verify shows more",
+            )
         return dataclasses.replace(
             plain,
             reference_perplexity=_perplexity(self._reference_surprise / count),

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onnxcomp.cli.bench import generation_verdict
+
 Run = Callable[..., Any]  # gives an Answer: code, out, err, json, verdict
 
 
@@ -66,3 +68,13 @@ def test_bench_generate_prints_tokens_per_second(onnxcomp: Run, decoder_folder: 
     assert [m["decode"][0]["context"] for m in document["models"]] == [7, 7]
     answer = onnxcomp(*words, "--shape", "input_ids:1,2")
     assert answer.code == 2 and "leave out --data and --shape" in answer.err
+
+
+def test_models_without_a_cache_are_compared_by_the_prompt() -> None:
+    fast, slow = {"tokens_per_second": 400.0}, {"tokens_per_second": 100.0}
+    cached = {"path": "a.onnx", "form": "standard", "prompt": fast, "decode": [slow]}
+    plain = {"path": "b.onnx", "form": "library", "prompt": slow, "decode": []}
+    assert generation_verdict([cached, cached]).endswith("a.onnx (standard) 1.00x")
+    assert generation_verdict([cached, plain]) == (
+        "speed of the prompt relative to a.onnx: b.onnx (library) 0.25x"
+    )

@@ -170,7 +170,11 @@ def test_models_that_keep_the_last_logits_only_are_refused(
 def test_logits_that_are_no_numbers_are_an_error() -> None:
     found = Divergence()
     found.add(np.array([[0.0, np.nan]]), np.array([1]))
-    with pytest.raises(ModelError, match="not finite"):
+    with pytest.raises(ModelError, match="the model's logits are not finite"):
+        found.score(1)
+    found = Divergence()
+    found.add(np.zeros((1, 2)), np.array([1]), np.array([[0.0, np.nan]]))
+    with pytest.raises(ModelError, match="logits of the reference or the model are not"):
         found.score(1)
 
 
