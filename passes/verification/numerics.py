@@ -181,7 +181,7 @@ class Comparison:
             text = f"shape {value.shape} instead of {reference.shape}"
             if sizes is not None and sizes.allow(reference.shape, value.shape):
                 self._resized = self._resized or text
-                self._resized_floats += _is_float(reference)
+                self._resized_floats += is_float(reference)
             else:
                 self._note(text)
             return
