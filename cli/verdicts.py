@@ -19,6 +19,14 @@ _NOTABLE = 0.1
 # The share of detections that are found again below which the same is said.
 _FOUND = 0.98
 
+# Classes that change: the share of labels from which on it is said, and the part of those that the
+# model itself expects to be wrong. A language model is in doubt about every other token, and near
+# ties between tokens fall differently at no loss of perplexity. One label alone may be chance.
+_CHANGED, _OF_DOUBT, _LEAST_CHANGED = 0.01, 1 / 8, 2
+
+# The known loss from which on outputs that come out in another size are not taken for near ties.
+_TIES = 0.01
+
 # What int8 activations add from which on it is remarked: eight times what they add to one product.
 _INT8 = 0.064
 
@@ -77,7 +85,7 @@ def warnings_of(verify: Mapping[str, Any] | None) -> list[str]:
     """What a user must not miss, one line each; the worst comes last."""
     if verify is None:
         return []
-    return [*_int8_lines(verify), *_far_lines(verify)]
+    return [*_int8_lines(verify), *_resized_lines(verify), *_far_lines(verify)]
 
 
 def remarks_of(verify: Mapping[str, Any] | None, *, judged: bool = False) -> list[str]:
@@ -93,10 +101,29 @@ def remarks_of(verify: Mapping[str, Any] | None, *, judged: bool = False) -> lis
     detections = verify.get("detections")
     if detections and detections["reference"] and detections["share"] < _FOUND:
         return [f"warning: {detections_text(detections)}: {advice}"]
+    changed = "" if detections and detections["reference"] else _changed_classes(verify)
+    if changed:
+        return [f"warning: {changed}: {advice}"]
     error, differs = _farthest(verify)
     if not _NOTABLE < error <= FAR:
         return []
     return [f"warning: {differs}, and answers may change: {advice}"]
+
+
+def _changed_classes(verify: Mapping[str, Any]) -> str:
+    """A sentence about the output whose classes change most, beyond what its doubt explains."""
+    found = []
+    for outputs in (verify["outputs"], verify.get("before_decisions", {})):
+        for name, metrics in outputs.items():
+            count = metrics.get("labels", 0)
+            changed = round(count * (1 - metrics.get("label_agreement", 1.0)))
+            limit = max(_CHANGED, _OF_DOUBT * metrics.get("label_doubt", 0.0))
+            if changed >= _LEAST_CHANGED and changed > limit * count:
+                found.append((changed / count, changed, count, name))
+    if not found:
+        return ""
+    _, changed, count, name = max(found)
+    return f"{changed} of {count} classes of output {name!r} are others than the original's"
 
 
 def _int8_lines(verify: Mapping[str, Any]) -> Iterable[str]:
@@ -108,6 +135,22 @@ def _int8_lines(verify: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
+def _resized_lines(verify: Mapping[str, Any]) -> Iterable[str]:
+    """Floats whose size depends on values and is another: nothing says how far they are."""
+    if (verify.get("detections") or {}).get("reference"):
+        return
+    known = [error for error, _, _ in _errors(verify)]
+    if max(known, default=1.0) <= _TIES:
+        return
+    for name, metrics in verify["outputs"].items():
+        if count := metrics.get("resized_floats", 0):
+            yield (
+                f"warning: output {name!r} has another size on {count} of {verify['samples']} "
+                f"inputs ({metrics['resized']}), and its loss there is not known: "
+                "try the result before you use it"
+            )
+
+
 def _far_lines(verify: Mapping[str, Any]) -> Iterable[str]:
     error, differs = _farthest(verify)
     if error > FAR:
@@ -116,10 +159,14 @@ def _far_lines(verify: Mapping[str, Any]) -> Iterable[str]:
 
 def _farthest(verify: Mapping[str, Any]) -> tuple[float, str]:
     """The largest error, of an output or a slice, and a sentence about it."""
-    found = [*_worst(verify["outputs"]), *_worst(verify.get("before_decisions", {}))]
-    error, name, where = max(found, default=(0.0, "", ""))
+    error, name, where = max(_errors(verify), default=(0.0, "", ""))
     part = f" ({where})" if where else ""
     return error, f"output {name!r}{part} differs by {100 * error:.0f} % from the original's"
+
+
+def _errors(verify: Mapping[str, Any]) -> list[tuple[float, str, str]]:
+    """Error, name and slice of all floats that were compared, those before decisions included."""
+    return [*_worst(verify["outputs"]), *_worst(verify.get("before_decisions", {}))]
 
 
 def _worst(outputs: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[float, str, str]]:

@@ -30,7 +30,8 @@ _ELEMENTS = frozenset(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UN
 def check_attributes(model: onnx.ModelProto) -> None:
     """Refuse attributes that are there twice or of another type than their operator defines.
 
-    Names of nodes and operators must be text, and inputs that an operator needs must be there.
+    Names of nodes and operators, and what is noted on nodes, must be text. Inputs that an operator
+    needs must be there.
 
     Raises:
         ModelError: There is such a node.
@@ -69,6 +70,13 @@ def _check_names(node: onnx.NodeProto) -> None:
         if not isinstance(text, str):
             raise ModelError(
                 f"a node or operator has a name that is not a string: {text!r}",
+                hint="the file is damaged; export the model again",
+            )
+    for entry in node.metadata_props:
+        if not isinstance(entry.key, str) or not isinstance(entry.value, str):
+            raise ModelError(
+                f"node {node.name or node.op_type!r} has metadata that are no strings: "
+                f"{entry.key!r}: {entry.value!r}",
                 hint="the file is damaged; export the model again",
             )
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DetectionAgreement", "Detections"]
+__all__ = ["DetectionAgreement", "Detections", "score_columns"]
 
 Array = npt.NDArray[Any]
 
@@ -74,6 +74,18 @@ class DetectionAgreement:
         if not self._seen or not self._reference + self._added:
             return None
         return Detections(self._reference, self._found, self._added)
+
+
+def score_columns(array: Array) -> tuple[int, slice] | None:
+    """Axis and place of the scores in one output that holds boxes beside them; None for others.
+
+    Scores so small that their type rounds them coarsely are none.
+    """
+    if array.dtype.kind != "f" or (told := _single(array)) is None:
+        return None
+    if told[1].max() < np.finfo(array.dtype).tiny:
+        return None
+    return (2 if array.shape[1] >= array.shape[2] else 1), slice(4, None)
 
 
 def _images(outputs: Mapping[str, Array]) -> Iterator[tuple[Array, Array]]:

@@ -68,9 +68,13 @@ class Metrics:
             outputs that are floats rounded to steps, those one step apart count as equal.
         label_agreement: Share of equal arg-max over the last axis, of outputs that look like
             scores of classes; else None.
+        labels: How many labels these are, where exactly one class holds in each; else None.
+        label_doubt: Share of them that the reference itself expects to be wrong: mean of one less
+            the probability of the best class.
         problem: Why the two are not comparable, in words; else empty.
         resized: How a size differs that depends on values, in words; else empty. The numbers are
             those of the samples without such a difference then.
+        resized_floats: In how many samples that is so, of floats: how far these are is not known.
         worst_slice: The slice with the largest error; None where none is judged on its own.
         elements: How many elements were compared.
     """
@@ -81,8 +85,11 @@ class Metrics:
     snr_db: float | None
     agreement: float | None = None
     label_agreement: float | None = None
+    labels: int | None = None
+    label_doubt: float | None = None
     problem: str = ""
     resized: str = ""
+    resized_floats: int = 0
     worst_slice: WorstSlice | None = None
     elements: int = 0
 
@@ -105,8 +112,11 @@ class Metrics:
         extra = {
             "agreement": self.agreement,
             "label_agreement": self.label_agreement,
+            "labels": self.labels,
+            "label_doubt": self.label_doubt,
             "problem": self.problem or None,
             "resized": self.resized or None,
+            "resized_floats": self.resized_floats or None,
             "worst_slice": None if self.worst_slice is None else self.worst_slice.to_json(),
         }
         return {**numbers, **{name: value for name, value in extra.items() if value is not None}}
@@ -155,9 +165,10 @@ class Comparison:
         self._classes = bool(_CLASSES.search(name))
         self._sizes, self._stepped = sizes, stepped
         self._slices = SliceErrors(None if sizes is None else sizes.fixed)
-        self._resized = ""
+        self._resized, self._resized_floats = "", 0
         self._elements = self._equal = self._discrete = 0
-        self._labels = self._same_labels = 0
+        self._labels = self._same_labels = self._exclusive = 0
+        self._doubt = 0.0
         self._reference = self._value = self._difference = self._product = 0.0
         self._largest = 0.0
         self._problem = ""
@@ -170,6 +181,7 @@ class Comparison:
             text = f"shape {value.shape} instead of {reference.shape}"
             if sizes is not None and sizes.allow(reference.shape, value.shape):
                 self._resized = self._resized or text
+                self._resized_floats += is_float(reference)
             else:
                 self._note(text)
             return
@@ -219,6 +231,10 @@ class Comparison:
         guess = value.reshape(scores.shape).argmax(axis=-1)
         self._labels += guess.size
         self._same_labels += int(np.count_nonzero(guess == scores.argmax(axis=-1)))
+        best = _probabilities_of_best(scores)
+        if best is not None:
+            self._exclusive += best.size
+            self._doubt += float((1.0 - best).sum())
 
     def _note(self, problem: str) -> None:
         self._problem = self._problem or problem
@@ -233,8 +249,11 @@ class Comparison:
             snr_db=None if self._problem or rel_l2 == 0 else -20 * math.log10(rel_l2),
             agreement=self._equal / self._discrete if self._discrete else None,
             label_agreement=self._same_labels / self._labels if self._labels else None,
+            labels=self._exclusive if 0 < self._exclusive == self._labels else None,
+            label_doubt=self._doubt / self._labels if 0 < self._exclusive == self._labels else None,
             problem=self._problem,
             resized=self._resized,
+            resized_floats=self._resized_floats,
             worst_slice=None if self._problem else self._slices.worst(),
             elements=self._elements,
         )
@@ -263,6 +282,18 @@ def _scores(array: Array) -> Array | None:
 def _sums_to_one(scores: Array) -> bool:
     wide = scores.astype(np.float64)
     return bool((wide >= 0).all() and np.allclose(wide.sum(axis=-1), 1.0, atol=1e-2))
+
+
+def _probabilities_of_best(scores: Array) -> Array | None:
+    """Of the best class of each label, ``(...)``; None where several classes may hold in one."""
+    if _sums_to_one(scores):
+        return np.asarray(scores.max(axis=-1), np.float64)
+    if (scores >= 0).all() and (scores <= 1).all():
+        return None  # a probability for each class
+    wide = scores.astype(np.float32)
+    wide -= wide.max(axis=-1, keepdims=True)
+    with np.errstate(all="ignore"):
+        return np.asarray(np.nan_to_num(1.0 / np.exp(wide).sum(axis=-1, dtype=np.float64)))
 
 
 def _ratio(difference: float, reference: float) -> float:

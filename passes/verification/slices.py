@@ -6,6 +6,10 @@ slice by slice on axes of up to eight. Longer ones (anchors, classes) are cut wh
 changes: slices whose norms follow one another within a factor of ten are judged together, since
 that of the rarest class of eighty is chance. For the same reason a single slice is measured by no
 less than a tenth of the scale of those that it belongs to.
+
+What is below a millionth of the largest slice is taken for rounding and not judged. The scores of a
+detector that finds nothing are not: where they can be told from the boxes beside them, they are
+judged together, however small.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from onnxcomp.passes.verification.detections import score_columns
 
 __all__ = ["SliceErrors", "WorstSlice"]
 
@@ -62,11 +68,18 @@ class WorstSlice:
 
 
 class _Axis:
-    """Sums of squares of one axis, slice by slice."""
+    """Sums of squares of one axis, slice by slice.
+
+    Attributes:
+        reference: Of the reference.
+        difference: Of the difference.
+        scores: Which slices are scores beside boxes.
+    """
 
     def __init__(self, size: int) -> None:
         self.reference = np.zeros(size)
         self.difference = np.zeros(size)
+        self.scores = np.ones(size, bool)
 
 
 class SliceErrors:
@@ -83,18 +96,23 @@ class SliceErrors:
     def add(self, reference: Array, value: Array) -> None:
         """Take in one pair of arrays of one shape."""
         axes = range(1, reference.ndim) if self._axes is None else self._axes
+        told = score_columns(reference)
         for axis in axes:
             if axis < reference.ndim and 1 < reference.shape[axis] <= _LONGEST:
-                self._add(axis, reference, value)
+                scores = told[1] if told is not None and told[0] == axis else None
+                self._add(axis, reference, value, scores)
             else:
                 self._sums[axis] = None
 
-    def _add(self, axis: int, reference: Array, value: Array) -> None:
+    def _add(self, axis: int, reference: Array, value: Array, scores: slice | None) -> None:
         size = reference.shape[axis]
         sums = self._sums.setdefault(axis, _Axis(size))
         if sums is None or len(sums.reference) != size or _is_distribution(reference, axis):
             self._sums[axis] = None
             return
+        here = np.zeros(size, bool)
+        here[scores or slice(0)] = True
+        sums.scores &= here
         step = max(1, _CHUNK * size // max(1, reference.size))
         for start in range(0, size, step):
             part = slice(start, start + step)
@@ -107,7 +125,7 @@ class SliceErrors:
     def worst(self) -> WorstSlice | None:
         """The worst slice over all pairs so far; None where no axis was judged."""
         found = [
-            _worst(axis, sums.reference, sums.difference)
+            _worst(axis, sums)
             for axis, sums in self._sums.items()
             if sums is not None and sums.reference.any()
         ]
@@ -131,18 +149,23 @@ def _is_distribution(array: Array, axis: int) -> bool:
         return bool((wide >= 0).all() and np.allclose(wide.sum(axis=axis), 1.0, atol=1e-2))
 
 
-def _scales(norms: Array) -> list[Array]:
-    """Indices of slices of one scale; the empty ones belong to the smallest."""
-    order = np.argsort(norms, kind="stable")
-    full = order[norms[order] > _EMPTY * norms.max()]
-    empty = order[: len(order) - len(full)]
-    ratios = norms[full][1:] / norms[full][:-1]
-    groups = np.split(full, np.flatnonzero(ratios > _GAP) + 1)
-    return [np.sort(np.concatenate([empty, groups[0]])), *(np.sort(group) for group in groups[1:])]
+def _scales(norms: Array, scores: Array) -> list[Array]:
+    """Indices of slices of one scale; the empty ones belong to the smallest, but for scores."""
+    full = norms > _EMPTY * norms.max()
+    quiet = scores & ~full
+    if (scores & full).any() or not norms[quiet].any():
+        quiet = np.zeros(len(norms), bool)
+    order = np.flatnonzero(full)[np.argsort(norms[full], kind="stable")]
+    ratios = norms[order][1:] / norms[order][:-1]
+    first, *others = np.split(order, np.flatnonzero(ratios > _GAP) + 1)
+    groups = [np.concatenate([np.flatnonzero(~full & ~quiet), first]), *others]
+    groups += [np.flatnonzero(quiet)] if quiet.any() else []
+    return [np.sort(group) for group in groups]
 
 
-def _worst(axis: int, reference: Array, difference: Array) -> WorstSlice | None:
-    groups = _scales(np.sqrt(reference))
+def _worst(axis: int, sums: _Axis) -> WorstSlice | None:
+    reference, difference = sums.reference, sums.difference
+    groups = _scales(np.sqrt(reference), sums.scores)
     found: list[WorstSlice] = []
     for group in groups:
         if len(reference) > _SINGLE:

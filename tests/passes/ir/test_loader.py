@@ -151,6 +151,20 @@ def test_a_value_nobody_makes_is_refused(tools):
         load(model)
 
 
+@pytest.mark.parametrize("field", ["exporter", "torch 2.9", "product.0"])
+def test_text_that_is_no_utf8_is_refused(tmp_path, tools, field):
+    """Protobuf gives it back as bytes, which nothing behind the loader expects."""
+    model = tools.everything()
+    model.graph.node[0].name = "product.0"
+    model.graph.node[0].metadata_props.add(key="exporter", value="torch 2.9")
+    content = model.SerializeToString()
+    assert content.count(field.encode()) == 1
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content.replace(field.encode(), b"\xff" + field.encode()[1:]))
+    with pytest.raises(ModelError, match=r"no strings|not a string"):
+        load(path)
+
+
 def test_a_wrong_number_of_bytes_is_refused(tmp_path, tools):
     model = tools.build(
         "g (float[2, 20] x) => (float[2, 20] y) { y = MatMul (x, w) }", {"w": tools.weight(20, 20)}

@@ -72,6 +72,47 @@ def test_a_channel_that_is_empty_is_measured_by_its_neighbours() -> None:
     assert found.rel_l2 < 0.01
 
 
+def quiet_detector(scale: float, dtype: type = np.float32) -> np.ndarray:
+    """What a head of four numbers of hundreds and ten classes gives where it finds nothing."""
+    rng = np.random.default_rng(3)
+    scores = rng.uniform(0.1, 1.0, (1, 10, 300)) * scale
+    return np.concatenate([rng.uniform(100, 640, (1, 4, 300)), scores], 1).astype(dtype)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_scores_of_a_detector_that_finds_nothing_count_however_small(turned: bool) -> None:
+    """Scores of 1e-7 beside boxes of 640 pixels; those of the other are off by 30 %."""
+    reference = quiet_detector(1e-7)
+    value = reference.copy()
+    value[:, 4:] *= np.float32(1.3)
+    if turned:
+        reference, value = reference.transpose(0, 2, 1), value.transpose(0, 2, 1)
+    comparison = Comparison("y")
+    for _ in range(2):
+        comparison.add(reference, value)
+    found = comparison.result().worst_slice
+    assert found is not None
+    assert (found.axis, found.indices) == (2 if turned else 1, tuple(range(4, 14)))
+    assert found.rel_l2 == pytest.approx(0.3, rel=1e-3)
+    close = metrics(reference, reference * np.float32(1.001)).worst_slice
+    assert close is not None and close.rel_l2 < 0.002
+
+
+def test_what_is_too_small_to_tell_from_rounding_is_still_not_judged() -> None:
+    reference = quiet_detector(1e-7, np.float16)  # one or two steps of the type
+    value = reference.copy()
+    value[:, 4:] = 0
+    assert metrics(reference, value).judged < 1e-3
+    nothing = quiet_detector(0.0)
+    other = nothing.copy()
+    other[:, 4:] = 1e-9
+    assert metrics(nothing, other).judged < 1e-6
+    channels = quiet_detector(1e-7) - np.float32(2e-8)  # of both signs: no scores
+    noisy = channels.copy()
+    noisy[:, 4:] *= -1
+    assert metrics(channels, noisy).judged < 1e-6
+
+
 def boxes(count: int) -> np.ndarray:
     corners = np.arange(count)[:, None] * [100.0, 0.0, 100.0, 0.0] + [0.0, 0.0, 50.0, 50.0]
     return corners[None].astype(np.float32)
