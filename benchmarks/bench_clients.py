@@ -28,11 +28,11 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from environments import installed, own_variables
 from results import RESULTS, print_table, write_results
 
 ROOT = Path(__file__).parents[1]
@@ -118,14 +118,9 @@ class Environment:
     def __init__(self, client: Client, folder: Path) -> None:
         self.client = client
         self.folder = folder / client.name
-        self.python = self.folder / "bin" / "python"
-        if not self.python.exists():
-            venv.create(self.folder, with_pip=True)
-        if client.bare:
-            self._pip("install", "--quiet", "--no-deps", client.name)
-            self._pip("install", "--quiet", *client.requirements)
-        else:
-            self._pip("install", "--quiet", client.name, *client.requirements)
+        together = (client.name, *client.requirements)
+        apart = (("--no-deps", client.name), client.requirements)
+        self.python = installed(self.folder, *(apart if client.bare else (together,)))
         listed = json.loads(self._pip("list", "--format", "json"))
         versions = {e["name"].lower().replace("_", "-"): e["version"] for e in listed}
         self.versions = {name: versions[name] for name in (client.name, "onnxruntime")}
@@ -169,7 +164,7 @@ class Environment:
 
 def variables() -> dict[str, str]:
     """The environment of a client: without the paths by which this process finds onnxcomp."""
-    return {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    return {**own_variables(), "OMP_NUM_THREADS": "1"}
 
 
 def onnxcomp(*words: str) -> list[str]:

@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+from environments import installed, own_variables, version_of
 from results import compile_model, print_table, write_results
 
 import onnxcomp
@@ -88,31 +87,6 @@ TOOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def installed(folder: Path, name: str, packages: Sequence[str]) -> tuple[Path, str]:
-    """Python of an environment with these packages, and the version of the first."""
-    place = folder / name
-    python = place / "bin" / "python"
-    if not python.exists():
-        venv.create(place, with_pip=True)
-    words = ["-m", "pip", "install", "--quiet", *packages]
-    subprocess.run([python, *words], check=True, env=outside(python))
-    package = packages[0].split("==")[0]
-    ask = f"import importlib.metadata as m; print(m.version({package!r}))"
-    done = subprocess.run(
-        [python, "-c", ask], check=True, capture_output=True, text=True, env=outside(python)
-    )
-    return python, done.stdout.strip()
-
-
-def outside(python: Path) -> dict[str, str]:
-    """Variables for another environment: its programs come first, and none of our packages.
-
-    `mnnconvert` installs what it misses with the first pip that it finds.
-    """
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return {**kept, "PATH": f"{python.parent}{os.pathsep}{kept.get('PATH', '')}"}
-
-
 def run(python: Path, script: str, model: Path, feeds: Path) -> dict[str, Any]:
     """What an engine makes of a model; ``failed`` where it does not run it."""
     command = [str(python), str(SCRIPTS / script), str(model), str(feeds)]
@@ -123,7 +97,7 @@ def run(python: Path, script: str, model: Path, feeds: Path) -> dict[str, Any]:
             text=True,
             timeout=SECONDS,
             check=False,
-            env=outside(python),
+            env=own_variables(python),
         )
     except subprocess.TimeoutExpired:
         return {"failed": f"no result within {SECONDS} s"}
@@ -158,7 +132,12 @@ def rewritten(python: Path, words: Sequence[str], model: Path, output: Path) -> 
     output.unlink(missing_ok=True)
     command = [str(python), *words, str(model), str(output)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=SECONDS, check=False, env=outside(python)
+        command,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env=own_variables(python),
     )
     if not output.exists():
         return {"failed": (done.stderr.strip().splitlines() or ["nothing was written"])[-1][:200]}
@@ -169,7 +148,8 @@ def rewritten(python: Path, words: Sequence[str], model: Path, output: Path) -> 
 
 def tried(engine: Engine, place: Path, files: Mapping[str, tuple[Path, Path]]) -> dict[str, Any]:
     """What an engine makes of every form."""
-    python, version = installed(place, engine.name, engine.packages)
+    python = installed(place / engine.name, engine.packages)
+    version = version_of(python, engine.packages[0].split("==")[0])
     forms = {name: run(python, engine.script, *file) for name, file in files.items()}
     print(engine.name, version, forms, file=sys.stderr, flush=True)
     return {"version": version, "line": engine.line, "forms": forms}
@@ -180,7 +160,8 @@ def folded(
 ) -> dict[str, Any]:
     """What a tool makes of every compressed form."""
     packages, words = TOOLS[name]
-    python, version = installed(place, name.split(",")[0].replace(" ", "-"), packages)
+    python = installed(place / name.split(",")[0].replace(" ", "-"), packages)
+    version = version_of(python, packages[0])
     made = {
         form: rewritten(python, words, file, output)
         for form, (file, _) in files.items()

@@ -37,6 +37,7 @@ from results import RESULTS, print_table, write_results
 import onnxcomp
 from onnxcomp.errors import CompressionError
 from onnxcomp.models import decoder_example, export
+from onnxcomp.runtime.language.decoder import Decoder
 
 WIDTH, HEADS, LAYERS, TOKENS, STEPS = 96, 4, 2, 256, 16
 PROMPT = (3, 14, 15, 92, 65, 35, 89)
@@ -184,28 +185,12 @@ MODELS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Row]]] = {
 
 def generated(session: Any, prompt: Sequence[int], steps: int = STEPS) -> list[int]:
     """Greedy tokens behind a prompt, with a cache that starts empty."""
-    inputs = {value.name: value for value in session.get_inputs()}
-    outputs = [value.name for value in session.get_outputs()]
-    past = {
-        name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-        for name, value in inputs.items()
-        if name.startswith("past_key_values.")
-    }
-    tokens, step = list(prompt), list(prompt)
+    decoder, step = Decoder(session), list(prompt)
+    tokens: list[int] = []
     for _ in range(steps):
-        first = len(tokens) - len(step)
-        feed: Row = {
-            "input_ids": np.array([step]),
-            "attention_mask": np.ones((1, len(tokens)), np.int64),
-            "position_ids": np.arange(first, len(tokens))[None],
-            **past,
-        }
-        found = session.run(None, {name: array for name, array in feed.items() if name in inputs})
-        results = dict(zip(outputs, found, strict=True))
-        past = {name: results[name.replace("past_key_values", "present")] for name in past}
-        step = [int(results["logits"][0, -1].argmax())]
+        step = [int(decoder.step(np.array([step]))[0, -1].argmax())]
         tokens += step
-    return tokens[len(prompt) :]
+    return tokens
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from environments import InstallError, installed, own_variables, version_of
 from onnx import TensorProto, helper
 from results import write_results
 
@@ -123,24 +124,6 @@ def difference(answer: str, wanted: np.ndarray) -> float:
     return float((1 - (found * right).sum(1) / norms).max())
 
 
-def environment(home: Path, name: str) -> Path:
-    """The interpreter of an environment with a library of Python."""
-    python = home / name / "bin" / "python"
-    done = home / name / "installed.txt"
-    if not done.is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home / name)], check=True)
-        command = [str(python), "-m", "pip", "install", "-q", *PYTHON[name]]
-        # Packages on the path would count as installed.
-        subprocess.run(command, check=True, capture_output=True, text=True, env=own_variables())
-        done.touch()
-    return python
-
-
-def own_variables() -> dict[str, str]:
-    """The variables of this process without its path for packages."""
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-
 def run(command: list[str], folder: Path, wanted: np.ndarray) -> dict[str, Any]:
     """Run a program in the package and compare what it says."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -163,14 +146,13 @@ def through_exec(command: list[str]) -> list[str]:
 
 def in_python(name: str, code: str, home: Path, folder: Path, wanted: np.ndarray) -> dict[str, Any]:
     """One library of Python, without the operator library and with it."""
-    python = str(environment(home, name))
-    program = folder.parent / f"snippet_{len(code)}.py"
+    python = installed(home / name, PYTHON[name])
+    program = folder.parent / f"snippet_{name}.py"
     program.write_text(f"{code}\n{TAILS[name]}\n", encoding="utf-8")
     package = PYTHON[name][-1].split("[")[0] if name == "optimum" else name
-    ask = f"from importlib.metadata import version; print(version({package!r}))"
-    version = subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip()
-    command = [python, str(program)]
+    command = [str(python), str(program)]
     portable, library = (run(c, folder, wanted) for c in (command, through_exec(command)))
+    version = version_of(python, package)
     return {"version": version, "portable": portable, "with_library": library}
 
 
@@ -213,7 +195,9 @@ def main() -> None:
                     row = in_node(codes[library], home, folder, wanted)
                 else:
                     row = in_python(library, codes[library], home, folder, wanted)
-            except (OSError, subprocess.CalledProcessError) as error:
+            except InstallError as error:
+                row = {"failed": str(error)}
+            except (OSError, subprocess.CalledProcessError) as error:  # of npm
                 text = str(getattr(error, "stderr", None) or error).strip()
                 row = {"failed": f"does not install: {text[-300:]}"}
             rows.append({"library": library, **row})

@@ -29,6 +29,7 @@ from bench_matmul import cpu_name
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
+from onnxcomp.errors import CompressionError
 from onnxcomp.passes.driver.rivals import DYNAMIC, block_integers, dynamic_integers
 from onnxcomp.runtime.bench import bench
 from onnxcomp.runtime.machine import current_isa, look
@@ -151,7 +152,7 @@ def forms(name: str, dense: Path, folder: Path) -> dict[str, Path]:
             print(f"making {path.name}", flush=True)
             try:
                 make(dense, path)
-            except Exception as error:
+            except (CompressionError, ImportError, RuntimeError, ValueError) as error:
                 print(f"left out: {name}, {form}: {error}", flush=True)
                 continue
         found[form] = path

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bench_hyper_models import IMAGE_MODELS
-from judges import DecoderModel, ImageModel, Judge, LanguageModel, SentenceModel
+import bench_hyper_models
+from judges import DecoderModel, Judge
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
@@ -69,18 +69,11 @@ STEPS: Mapping[str, tuple[Mapping[str, Any], tuple[Callable[[], Patch], ...]]] =
 
 def judge_of(name: str, options: argparse.Namespace) -> Judge:
     """The judge of one model."""
-    folder = options.data / "lm"
-    if name == "language_model":
-        return LanguageModel(folder / "tinyllama_ref.onnx", folder, options.windows)
-    if name == "smollm2":
-        if options.smollm2 is None:
-            raise SystemExit("smollm2 needs --smollm2")
-        return DecoderModel(options.smollm2, options.data, min(options.windows, 10))
-    if name == "minilm":
-        if options.minilm is None:
-            raise SystemExit("minilm needs --minilm")
-        return SentenceModel(options.minilm, options.data)
-    return ImageModel(options.data / "models" / IMAGE_MODELS[name], options.data, options.images)
+    if name != "smollm2":
+        return bench_hyper_models.judge_of(name, options)
+    if options.smollm2 is None:
+        raise SystemExit("smollm2 needs --smollm2")
+    return DecoderModel(options.smollm2, options.data, min(options.windows, 10))
 
 
 def measured(judge: Judge, data: Path, bits: int, step: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from environments import InstallError, installed, own_variables, version_of
 from results import write_results
 
 import onnxcomp
@@ -75,25 +76,6 @@ def feeds() -> Iterator[Feed]:
     random = np.random.default_rng(0)
     for _ in range(REQUESTS):
         yield {"pairs": random.integers(0, 200, (1, 64))}
-
-
-def environment(home: Path, kind: str, folder: Path) -> Path:
-    """The folder of programs of an environment with what the service needs."""
-    programs = home / kind / "bin"
-    done = home / kind / "installed.txt"
-    wanted = (folder / "requirements.txt").read_text(encoding="utf-8")
-    if not done.is_file() or done.read_text(encoding="utf-8") != wanted:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home / kind)], check=True)
-        install = [str(programs / "pip"), "install", "-q", "-r", str(folder / "requirements.txt")]
-        # Packages on the path would count as installed.
-        subprocess.run(install, check=True, capture_output=True, text=True, env=own_variables())
-        done.write_text(wanted, encoding="utf-8")
-    return programs
-
-
-def own_variables() -> dict[str, str]:
-    """The variables of this process without its path for packages."""
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
 
 def free_port() -> int:
@@ -179,8 +161,9 @@ def run(kind: str, model: Path, home: Path, work: Path) -> dict[str, Any]:
     made = onnxcomp.package(model, work / kind, kind, name="characters", max_batch_size=8)
     with (made.path / "model.py").open("a", encoding="utf-8") as file:
         file.write(COUNTER)
-    programs = environment(home, kind, made.path)
-    more = {"PATH": f"{programs}:{os.environ['PATH']}", "PORT": str(port), "THREADS": "1", **QUIET}
+    wanted = (made.path / "requirements.txt").read_text(encoding="utf-8")
+    python = installed(home / kind, wanted.splitlines())
+    more = {"PORT": str(port), "THREADS": "1", **QUIET}
     words = service.command.split() + PORT_WORDS.get(kind, lambda _: [])(port)
     if kind == "mlserver":
         more |= {"MLSERVER_HTTP_PORT": str(port), "MLSERVER_GRPC_PORT": str(free_port())}
@@ -190,7 +173,8 @@ def run(kind: str, model: Path, home: Path, work: Path) -> dict[str, Any]:
     log = work / f"{kind}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [str(programs / words[0]), *words[1:]], cwd=made.path, env={**own_variables(), **more},
+            [str(python.with_name(words[0])), *words[1:]], cwd=made.path,
+            env={**own_variables(python), **more},
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
@@ -206,7 +190,8 @@ def run(kind: str, model: Path, home: Path, work: Path) -> dict[str, Any]:
         row = {"failed": f"{error}: {' '.join(text.splitlines()[-1:])}"}
     finally:
         stop(process)
-    return {**row, "version": installed(programs, service)}
+    package = service.requirements[0].split(">")[0].split("[")[0]
+    return {**row, "version": version_of(python, package)}
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -217,14 +202,6 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             process.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def installed(programs: Path, service: Service) -> str:
-    """Version of the server's package."""
-    name = service.requirements[0].split(">")[0].split("[")[0]
-    program = f"from importlib.metadata import version; print(version({name!r}))"
-    command = [str(programs / "python"), "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
@@ -243,8 +220,8 @@ def main() -> None:
         for kind in options.only or SERVICES:
             try:
                 row = run(kind, model, home, work)
-            except subprocess.CalledProcessError as error:
-                row = {"failed": f"does not install: {(error.stderr or '').strip()[-300:]}"}
+            except InstallError as error:
+                row = {"failed": str(error)}
             rows.append({"service": kind, **row})
             print(json.dumps(rows[-1]), flush=True)
     if not options.only:

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from llm_texts import unspaced
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxcomp.passes.ir.model import load, save
 
-__all__ = ["cut_decoder", "despaced", "past_free_feeds", "token_windows"]
+__all__ = ["cut_decoder", "past_free_feeds", "token_windows"]
 
 Array = npt.NDArray[Any]
 
@@ -69,13 +70,6 @@ def cut_decoder(source: Path, target: Path, layers: int) -> Path:
     return target
 
 
-def despaced(text: str) -> str:
-    """Text of WikiText without the spaces that its tokens were cut at."""
-    text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r" ([.,;:!?%)\]]|'s|'t|n't)", r"\1", text)
-    return re.sub(r"([(\[]) ", r"\1", text)
-
-
 def token_windows(tokenizer: Path, text: str, count: int, size: int) -> Array:
     """Token numbers of windows that are spread evenly over a text: int64 ``(count, size)``."""
     from tokenizers import Tokenizer
@@ -115,7 +109,7 @@ def main() -> None:
     if options.layers:
         path = cut_decoder(options.source, options.target, options.layers)
     if options.text:
-        text = despaced(options.text.read_text(encoding="utf-8"))
+        text = unspaced(options.text.read_text(encoding="utf-8"))
         tokenizer = options.source.parent / "tokenizer.json"
         windows = token_windows(tokenizer, text, options.windows, options.size)
         np.savez(options.target.with_suffix(".npz"), **past_free_feeds(load(path), windows))

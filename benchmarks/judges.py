@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import onnxruntime
 from bench_minilm import embed, make_batches, quality, read_pairs
 from inputs import CLASSIFIERS
+from llm_texts import calibration_feeds, unspaced
 from tokenizers import Tokenizer
 
 import onnxcomp
@@ -50,15 +50,6 @@ SETS = ("books", "shakespeare")
 TRAINING_PAIRS = 1500
 HELD = 8
 CALIBRATION_WINDOWS = 32
-
-# Spaces that the corpus puts in, and what the text has instead.
-SPACES = (
-    (r" @([-,.])@ ", r"\1"),
-    (r" ([,.;:!?)\]}%])", r"\1"),
-    (r"([(\[{$£]) ", r"\1"),
-    (r" (n't|'s|'m|'d|'ll|'ve|'re)\b", r"\1"),
-    (r'" ([^"]*?) "', r'"\1"'),
-)
 
 
 def _log_probabilities(session: Any, tokens: Array) -> Iterator[Array]:
@@ -142,33 +133,20 @@ class DecoderModel:
     def __init__(self, folder: Path, data: Path, windows: int) -> None:
         self.model = folder / "model.onnx"
         self._config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        text = (data / "eval" / "wikitext2" / "valid.txt").read_text(encoding="utf-8")
-        for pattern, wanted in SPACES:
-            text = re.sub(pattern, wanted, text)
+        file = data / "eval" / "wikitext2" / "valid.txt"
+        text = unspaced(file.read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         middle = text.index("\n", len(text) // 2)
         halves = (text[:middle], text[middle:])
         self._seen, held = (np.array(tokenizer.encode(half).ids, np.int64) for half in halves)
         self._windows = held[: windows * CONTEXT].reshape(windows, CONTEXT)
 
-    def _fed(self, tokens: Array) -> dict[str, Array]:
-        """Windows ``(n, tokens)`` as inputs, with an empty cache."""
-        count, length = tokens.shape
-        heads, size = self._config["num_key_value_heads"], self._config["head_dim"]
-        places = np.tile(np.arange(length), (count, 1))
-        fed = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "position_ids": places}
-        for layer in range(self._config["num_hidden_layers"]):
-            for kind in ("key", "value"):
-                empty = np.zeros((count, heads, 0, size), np.float32)
-                fed[f"past_key_values.{layer}.{kind}"] = empty
-        return fed
-
     def __call__(self, path: Path) -> dict[str, float]:
         """Divergence and agreement."""
         dense, form = onnxruntime.InferenceSession(self.model), onnxcomp.InferenceSession(path)
         divergence = agreeing = 0.0
         for window in self._windows:
-            fed = self._fed(window[None])
+            fed = calibration_feeds(window[None], self._config)
             logits = [session.run(["logits"], fed)[0][0] for session in (dense, form)]
             exact, found = (part - part.max(axis=-1, keepdims=True) for part in logits)
             exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
@@ -181,8 +159,8 @@ class DecoderModel:
     def calibration(self, data: Path) -> Feeds:
         """Windows of the other half of the text."""
         tokens = self._seen[: CALIBRATION_WINDOWS * CONTEXT].reshape(-1, CONTEXT)
-        dims = dict.fromkeys(self._fed(tokens[:1]), ("batch",))
-        return [dict(feed) for feed in split_batches([self._fed(tokens)], dims)]
+        fed = calibration_feeds(tokens, self._config)
+        return [dict(feed) for feed in split_batches([fed], dict.fromkeys(fed, ("batch",)))]
 
 
 class SentenceModel:

@@ -25,6 +25,7 @@ __all__ = [
     "calibration_tokens",
     "held_out",
     "prompts",
+    "unspaced",
     "windows",
 ]
 
@@ -43,11 +44,17 @@ _SPACES = (
 )
 
 
-def plain(text: str) -> str:
-    """Wikitext as it is written."""
+def unspaced(text: str) -> str:
+    """Wikitext without the spaces that its tokens were cut at."""
     for pattern, wanted in _SPACES:
         text = re.sub(pattern, wanted, text)
-    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+    return text
+
+
+def plain(text: str) -> str:
+    """Wikitext as it is written, without empty lines."""
+    lines = (line.strip() for line in unspaced(text).splitlines())
+    return "\n".join(line for line in lines if line)
 
 
 def _half(data: Path, name: str, tokenizer: Tokenizer, *, second: bool) -> Tokens:

@@ -10,11 +10,11 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MARK", "data_folder", "measure", "part_of", "rendered"]
+__all__ = ["MARK", "data_folder", "measure", "part_of", "rendered", "words_read"]
 
 MARK = "RESULT "
 
@@ -99,3 +99,20 @@ def rendered(part: str, count: int, *, height: int) -> Iterator[tuple[Any, list[
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 6, (image.height, image.width))
         page = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
         yield np.repeat(page[:, :, None], 3, 2), [word for words in lines for word in words]
+
+
+def words_read(
+    read: Callable[[Any], Sequence[str]], pages: Iterable[tuple[Any, list[str]]]
+) -> dict[str, Any]:
+    """What a reader of text finds: a word of the page, or nothing, and the share found.
+
+    Args:
+        read: Gives the lines of a page; blanks in them are ignored, since readers drop some.
+        pages: As `rendered` makes them.
+    """
+    answers, right = [], []
+    for page, words in pages:
+        text = "".join(read(page)).replace(" ", "")
+        right += [word in text for word in words]
+        answers += [word if word in text else "" for word in words]
+    return {"answers": answers, "right": sum(right) / len(right)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from harness import measure, rendered
+from harness import measure, rendered, words_read
 
 
 def load() -> Any:
@@ -20,14 +20,8 @@ def load() -> Any:
 
 def work(engine: Any, part: str) -> dict[str, Any]:
     """Words found on rendered pages."""
-    answers, found, total = [], 0, 0
-    for page, words in rendered(part, 4 if part == "calibration" else 8, height=15):
-        (lines,) = engine.ocr(page, cls=False)
-        read = "".join(text for _, (text, _) in lines).replace(" ", "")
-        answers += [word if word in read else "" for word in words]
-        found += sum(word in read for word in words)
-        total += len(words)
-    return {"answers": answers, "right": found / total}
+    pages = rendered(part, 4 if part == "calibration" else 8, height=15)
+    return words_read(lambda page: [text for _, (text, _) in engine.ocr(page, cls=False)[0]], pages)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.errors import UsageError
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.perturbation import Probe
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import publish, read, refuse_overwriting, workspace
-from onnxcomp.passes.ir.manifest import ManifestEntry, read_manifest
+from onnxcomp.passes.ir.manifest import ManifestEntry
 from onnxcomp.passes.ir.model import copy_model, load, save
-from onnxcomp.passes.lowering.restore import place_stored
+from onnxcomp.passes.lowering.restore import check_match, compressed_records, place_stored
 from onnxcomp.passes.verification.bisect import blame, decoded_weights
 from onnxcomp.passes.verification.fidelity import Verification, verify
 from onnxcomp.passes.weight import Array, WeightSite
@@ -123,16 +123,11 @@ def _feeds(
 
 
 def _records(model: ir.Model, prepared: Prepared) -> dict[str, ManifestEntry]:
-    records = {name: r for name, r in read_manifest(model).items() if r.recipe.codec != "dense"}
+    records = compressed_records(model)
     if not records:
         raise UsageError("the second model holds no compressed weights", hint="check the order")
-    sites = {site.name: site for site in prepared.sites}
-    for name, record in records.items():
-        if name not in sites or sites[name].shape != record.site.shape:
-            raise ModelError(
-                f"the compressed weight {name!r} does not match a weight of the original",
-                hint="where the graph itself was changed, give optimize a --tolerance instead",
-            )
+    hint = "where the graph itself was changed, give optimize a --tolerance instead"
+    check_match(records, prepared.sites, hint)
     return records
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onnxcomp.errors import ModelError, UsageError
-from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.config.values import Target
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.encoding.recode import Recoded, Recoding
 from onnxcomp.passes.ir.files import Loaded, publish, read, refuse_overwriting, workspace
-from onnxcomp.passes.ir.manifest import ManifestEntry, read_manifest
 from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.lowering.expand import expand
 from onnxcomp.passes.lowering.lower import lower
-from onnxcomp.passes.lowering.restore import runs_alone
+from onnxcomp.passes.lowering.restore import check_match, compressed_records, runs_alone
 
 __all__ = ["Retargeted", "retarget"]
 
@@ -67,14 +64,13 @@ def retarget(
         UsageError: The first model is not compressed, or the output is one of the inputs.
     """
     compressed = read(model)
-    manifest = read_manifest(compressed.model).items()
-    records = {name: record for name, record in manifest if record.recipe.codec != "dense"}
+    records = compressed_records(compressed.model)
     if not records:
         raise UsageError("the model holds no compressed weights", hint="compress it with optimize")
     dense = _dense(model, original)
     refuse_overwriting(compressed.files | dense.files, output)
     prepared = prepare(dense, Settings(min_size=0))
-    _check(records, prepared)
+    check_match(records, prepared.sites, "leave out --original to take the decoded weights")
     work = Recoding(prepared.model, compressed.model, target, original is not None, jobs)
     made = [work.run(site, records[site.name]) for site in prepared.sites if site.name in records]
     placements = [placement for placement, _ in made]
@@ -93,13 +89,3 @@ def _dense(model: Path, original: Path | None) -> Loaded:
     loaded = read(model)
     expand(loaded.model)
     return loaded
-
-
-def _check(records: Mapping[str, ManifestEntry], prepared: Prepared) -> None:
-    sites = {site.name: site for site in prepared.sites}
-    for name, record in records.items():
-        if name not in sites or sites[name].shape != record.site.shape:
-            raise ModelError(
-                f"the compressed weight {name!r} does not match a weight of the original",
-                hint="leave out --original to take the decoded weights",
-            )

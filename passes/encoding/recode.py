@@ -6,17 +6,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.encoding.encoded import weight_error
 from onnxcomp.passes.ir.manifest import ManifestEntry
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.restore import stored_placement
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.lowering.targets import better_params
-from onnxcomp.passes.weight import Array, WeightSite
+from onnxcomp.passes.weight import WeightSite
 
 __all__ = ["Recoded", "Recoding"]
 
@@ -77,13 +77,7 @@ class Recoding:
             site.name,
             record.recipe.params,
             params.to_json(),
-            _distance(codec.decode(site, kept.payload), weight) if self.known else None,
-            _distance(codec.decode(site, payload), weight),
+            weight_error(weight, codec.decode(site, kept.payload)) if self.known else None,
+            weight_error(weight, codec.decode(site, payload)),
         )
         return dataclasses.replace(kept, payload=payload, params=params), facts
-
-
-def _distance(found: Array, weight: Array) -> float:
-    """Relative Frobenius error."""
-    norm = float(np.linalg.norm(weight))
-    return float(np.linalg.norm(found - weight)) / norm if norm else 0.0

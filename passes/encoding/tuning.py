@@ -103,14 +103,14 @@ class _Scales:
         flat *= columns.T if site.transposed else columns
 
     def encoded(self, model: ir.Model) -> EncodedWeight:
-        """The weight with the scales as they are now."""
+        """The weight with the scales as they are now; errors of its products are not known."""
         encoded, site = self._encoded, self.groups.site
         assert encoded.payload is not None
         scales = self._start * np.exp(self._way)
         payload = self._scaling.replace(site, encoded.payload, scales)
         decoded = CODECS[encoded.choice.codec].decode(site, payload)
         error = weight_error(read_weight(model, site), decoded)
-        return dataclasses.replace(encoded, payload=payload, error=error)
+        return dataclasses.replace(encoded, payload=payload, error=error, output_error=None)
 
 
 def tune(

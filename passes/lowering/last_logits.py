@@ -20,7 +20,7 @@ from onnxcomp.passes.weight import DOMAIN
 __all__ = ["keep_last_logits", "logits_of"]
 
 # Operators that treat every element alone, and those that do so where the other input is constant.
-_ALONE = frozenset({"Cast", "Identity", "Neg", "Sigmoid", "Softmax", "LogSoftmax", "Tanh"})
+_ALONE = frozenset({"Cast", "Identity", "Neg", "Sigmoid", "Tanh"})
 _WITH_CONSTANT = frozenset({"Add", "Div", "Mul", "Sub"})
 
 # Domain -> products, whose first input holds a position in each row.
@@ -28,6 +28,11 @@ _PRODUCTS = {
     "": frozenset({"MatMul"}),
     "com.microsoft": frozenset({"FusedMatMul", "MatMulBnb4", "MatMulNBits"}),
 }
+# Operators that treat every position alone where they work along the last of the three axes.
+_ALONG = frozenset({"Softmax", "LogSoftmax"})
+_LAST_AXIS = (-1, 2)
+_AXIS_LAST = 13  # the opset from which that is the axis where none is given
+
 _END = np.iinfo(np.int64).max
 _SLICE = 10  # the opset from which Slice takes its bounds as inputs
 _HINT = "it is for decoders, whose logits are (batch, length, vocabulary) and come from a product"
@@ -44,7 +49,7 @@ def keep_last_logits(model: ir.Model, count: int) -> None:
         UsageError: It has no logits that come from a product over positions.
     """
     logits = logits_of(model)
-    *between, head = _down_to_product(logits)
+    *between, head = _down_to_product(logits, default_opset(model) or 0)
     names, x = Names(model), head.inputs[0]
     assert x is not None
     bounds = [
@@ -82,7 +87,7 @@ def logits_of(model: ir.Model) -> ir.Value:
     return found
 
 
-def _down_to_product(logits: ir.Value) -> list[ir.Node]:
+def _down_to_product(logits: ir.Value, opset: int) -> list[ir.Node]:
     """Nodes from the output down to the product that makes the logits, which comes last."""
     found: list[ir.Node] = []
     value: ir.Value | None = logits
@@ -90,7 +95,7 @@ def _down_to_product(logits: ir.Value) -> list[ir.Node]:
         found.append(node)
         if _is_product(node):
             return [*found[:-1], *_chain(node)]
-        value = _passed_on(node)
+        value = _passed_on(node, opset)
     kind = found[-1].op_type if found else "nothing"
     raise UsageError(
         f"logits_to_keep: {kind} gives {logits.name!r}, and no product of positions", hint=_HINT
@@ -111,14 +116,15 @@ def _is_product(node: ir.Node) -> bool:
     ours = domain == DOMAIN and node.op_type.endswith("MatMul")
     x = node.inputs[0] if node.inputs else None
     known = ours or node.op_type in _PRODUCTS.get(domain, ())
+    known = known and not node.attributes.get_int("transA", 0)
     return known and x is not None and x.const_value is None
 
 
-def _passed_on(node: ir.Node) -> ir.Value | None:
+def _passed_on(node: ir.Node, opset: int) -> ir.Value | None:
     """The input whose positions are those of the output; None where that is not known."""
     if not is_default_domain(node.domain):
         return None
-    if node.op_type in _ALONE:
+    if node.op_type in _ALONE or (node.op_type in _ALONG and _along_last(node, opset)):
         return node.inputs[0]
     moving = [value for value in node.inputs if value is not None and value.const_value is None]
     if node.op_type not in _WITH_CONSTANT or len(moving) != 1:
@@ -126,3 +132,8 @@ def _passed_on(node: ir.Node) -> ir.Value | None:
     fixed = [value for value in node.inputs if value is not None and value.const_value is not None]
     alike = all(value.shape is not None and set(value.shape.dims[:-1]) <= {1} for value in fixed)
     return moving[0] if alike else None
+
+
+def _along_last(node: ir.Node, opset: int) -> bool:
+    axis = node.attributes.get_int("axis", -1 if opset >= _AXIS_LAST else 1)
+    return axis in _LAST_AXIS

@@ -6,16 +6,49 @@ from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
+from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.config.methods import typed_params
-from onnxcomp.passes.ir.manifest import ManifestEntry
+from onnxcomp.passes.ir.manifest import ManifestEntry, read_manifest
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.expand import stored_payload
 from onnxcomp.passes.lowering.lower import lower
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.weight import DOMAIN, WeightSite
 
-__all__ = ["place_stored", "runs_alone", "stored_placement"]
+__all__ = [
+    "check_match",
+    "compressed_records",
+    "place_stored",
+    "runs_alone",
+    "stored_placement",
+]
+
+
+def compressed_records(model: ir.Model) -> dict[str, ManifestEntry]:
+    """What was done with each weight that is not stored as it was; empty for a dense model."""
+    return {name: r for name, r in read_manifest(model).items() if r.recipe.codec != "dense"}
+
+
+def check_match(
+    records: Mapping[str, ManifestEntry], sites: Collection[WeightSite], hint: str
+) -> None:
+    """Check that compressed weights are weights of a dense model.
+
+    Args:
+        records: The compressed weights.
+        sites: Weights of the dense model.
+        hint: What to do where they are not.
+
+    Raises:
+        ModelError: A weight is not in the dense model, or has another shape there.
+    """
+    by_name = {site.name: site for site in sites}
+    for name, record in records.items():
+        if name not in by_name or by_name[name].shape != record.site.shape:
+            raise ModelError(
+                f"the compressed weight {name!r} does not match a weight of the original", hint=hint
+            )
 
 
 def place_stored(
@@ -44,8 +77,9 @@ def place_stored(
 
 def runs_alone(compressed: ir.Model) -> bool:
     """Whether a compressed model needs no operator library, as its definitions are inside it."""
-    calls = any(node.domain == DOMAIN for node in compressed.graph.all_nodes())
-    return bool(compressed.functions) or not calls
+    nodes = compressed.graph.all_nodes()
+    calls = {node.op_identifier() for node in nodes if node.domain == DOMAIN}
+    return calls <= set(compressed.functions)
 
 
 def stored_placement(

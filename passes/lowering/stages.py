@@ -28,6 +28,7 @@ from onnxcomp.passes.weight import DOMAIN, Kind
 __all__ = [
     "end_waiting",
     "is_staged",
+    "kind_of",
     "loading_peak",
     "remove_stages",
     "stage_loading",
@@ -42,6 +43,11 @@ _LEAST = 16 << 20
 _KINDS: Mapping[str, Kind] = {
     "MatMul": "matmul", "Gather": "gather", "Weight": "weight", "Decode": "decode",
 }  # fmt: skip
+
+
+def kind_of(operator: str) -> Kind | None:
+    """How an operator of ours uses a weight."""
+    return next((kind for end, kind in _KINDS.items() if operator.endswith(end)), None)
 
 
 def stages_of(needs: Sequence[LoadMemory]) -> list[int]:
@@ -137,7 +143,7 @@ def _calls(
             if call.domain != DOMAIN or placement is None:
                 continue
             index = _waiting_input(call, placement.codec)
-            kind = next((k for end, k in _KINDS.items() if call.op_type.endswith(end)), None)
+            kind = kind_of(call.op_type)
             if index is not None and kind is not None:
                 yield call, index, _need(placement, kind)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -11,7 +10,6 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.ir.manifest import ManifestEntry, own_name, read_manifest
-from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.traversal import initializers
 
 __all__ = ["better_params", "better_weights"]
@@ -45,13 +43,12 @@ def better_params(
     return None if codec.kind(found) == codec.kind(params) else found
 
 
-def better_weights(path: Path, target: str) -> tuple[list[str], int]:
+def better_weights(model: ir.Model, target: str) -> tuple[list[str], int]:
     """Weights of a model that other codes would make faster on a class of machines, of how many.
 
     Raises:
-        CompressionError: The model or its record of what was done cannot be read.
+        CompressionError: The record of what was done cannot be read.
     """
-    model = load(path)
     records, values = read_manifest(model), initializers(model)
     found = [name for name, record in records.items() if better_params(record, values, target)]
     return found, len(records)

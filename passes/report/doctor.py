@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from onnxcomp.errors import CompressionError
+from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.report.file_findings import codes, compressed_text, form
 from onnxcomp.passes.report.load_memory import load_bytes
 from onnxcomp.runtime.doctor import Diagnosis, Finding, environment
@@ -61,20 +64,28 @@ def _model(path: Path, machine: Machine, *, runnable: bool) -> Iterator[Finding]
     size = model_bytes(path)
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
     facts = {"path": str(path), "bytes": size, "opsets": opsets, "ir_version": proto.ir_version}
-    kind = compressed_text(path)
+    model: ir.Model | None = None
+    hint = ""
+    try:
+        model = load(path)
+        kind = compressed_text(model)
+    except CompressionError as error:
+        kind, hint = error.message, error.hint
     text = (
         f"{path}: {size / 1e6:.1f} MB, opset {opsets.get('', '-')}, IR {proto.ir_version}, {kind}"
     )
-    yield Finding("model", "ok", text, facts=facts)
-    yield form(path)
+    yield Finding("model", "note" if model is None else "ok", text, hint, facts)
+    if model is not None:
+        yield form(model)
     if not runnable:
         return
     yield from _formats(opsets.get("", 1), proto.ir_version)
     if operators:
         yield _kernels(operators)
-        yield from codes(path, machine)
+        if model is not None:
+            yield from codes(path, model, machine)
         yield from _on_gpu(path, machine)
-        yield from _loads(path, operators, machine)
+        yield from _loads(path, model, operators, machine)
     else:
         yield _load(path, "model loads", library=False, needed=True)
 
@@ -146,7 +157,9 @@ def _runs(known: bool, folded: bool) -> str:
     return "kernel" if known else "definition"
 
 
-def _loads(path: Path, operators: Mapping[str, int], machine: Machine) -> Iterator[Finding]:
+def _loads(
+    path: Path, model: ir.Model | None, operators: Mapping[str, int], machine: Machine
+) -> Iterator[Finding]:
     """Whether both forms load."""
     from onnxcomp.runtime.session import needs_library
     from onnxcomp.runtime.structure import DOMAIN, read_structure
@@ -160,7 +173,7 @@ def _loads(path: Path, operators: Mapping[str, int], machine: Machine) -> Iterat
         text = f"no: the file has no definition of {', '.join(absent)}"
         yield Finding(title, "note", text, "compress it again with portable definitions")
         return
-    expected = load_bytes(path)
+    expected = load_bytes(path, model)
     if machine.available is not None and expected > _SHARE * machine.available:
         text = f"not tried: it takes about {expected / 1e9:.1f} GB"
         hint = f"{machine.available / 1e9:.1f} GB are available; register the operator library"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxcomp.errors import CompressionError
 
 if TYPE_CHECKING:
-    from onnxcomp.passes.weight import Kind
+    import onnx_ir as ir
 
 __all__ = ["load_bytes"]
 
@@ -17,12 +16,18 @@ __all__ = ["load_bytes"]
 _SESSION = 80 << 20
 
 
-def load_bytes(path: Path) -> int:
-    """Memory at the peak of loading the model without the operator library."""
-    return _SESSION + path.stat().st_size + _folding_bytes(path)
+def load_bytes(path: Path, model: ir.Model | None) -> int:
+    """Memory at the peak of loading a model without the operator library.
+
+    Args:
+        path: Its file.
+        model: What is in it; None where that cannot be read.
+    """
+    folding = 0 if model is None else _folding_bytes(model)
+    return _SESSION + path.stat().st_size + folding
 
 
-def _folding_bytes(path: Path) -> int:
+def _folding_bytes(model: ir.Model) -> int:
     """Memory that expanding the weights takes; 0 where the file does not say how they are stored.
 
     Intermediate results stay until ONNX Runtime has folded the last weight, or the last of a piece.
@@ -30,14 +35,11 @@ def _folding_bytes(path: Path) -> int:
     from onnxcomp.passes.codecs import CODECS
     from onnxcomp.passes.config.methods import typed_params
     from onnxcomp.passes.ir.manifest import own_name, read_manifest
-    from onnxcomp.passes.ir.model import load
     from onnxcomp.passes.ir.traversal import initializers
-    from onnxcomp.passes.lowering.stages import is_staged, loading_peak
+    from onnxcomp.passes.lowering.stages import is_staged, kind_of, loading_peak
 
-    needs = []
+    needs, values = [], initializers(model)
     try:
-        model = load(path)
-        values = initializers(model)
         for name, record in read_manifest(model).items():
             codec = CODECS.get(record.recipe.codec)
             if codec is None or not record.recipe.params or not record.recipe.tensors:
@@ -47,15 +49,10 @@ def _folding_bytes(path: Path) -> int:
             value = values.get(own_name(name, record.recipe.tensors[0]))
             readers = [node.op_type for node, _ in value.uses()] if value is not None else []
             needs += [
-                codec.load_memory(record.site, params, kind) for kind in map(_kind, readers) if kind
+                codec.load_memory(record.site, params, kind)
+                for kind in map(kind_of, readers)
+                if kind is not None
             ]
     except CompressionError:  # a damaged record, or one of a newer version
         return 0
     return loading_peak(needs, staged=is_staged(model))
-
-
-def _kind(operator: str) -> Kind | None:
-    """How a custom operator uses a weight."""
-    endings: Mapping[str, Kind] = {"MatMul": "matmul", "Gather": "gather"}
-    endings = {**endings, "Decode": "weight", "Weight": "weight"}
-    return next((kind for end, kind in endings.items() if operator.endswith(end)), None)

@@ -71,7 +71,7 @@ class SiteReport:
         bytes_after: Bytes of what is stored for it.
         weight_error: Measured relative Frobenius error; None when nothing was encoded.
         output_error: Relative error of its products on held-out calibration inputs; None where it
-            was not measured.
+            was not measured, or where scales were tuned after that.
         reason: Why it is stored like this, or stays as it was.
         note: What is to be said about its calibration; mostly empty.
         spectrum: Singular values of a weight stored as low-rank factors, relative to the largest,

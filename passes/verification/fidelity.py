@@ -28,7 +28,7 @@ from onnxcomp.passes.verification.forms import (
     judge,
     worst_error,
 )
-from onnxcomp.passes.verification.numerics import Metrics, fidelity_tolerance
+from onnxcomp.passes.verification.numerics import Metrics, fidelity_tolerance, is_float
 
 if TYPE_CHECKING:
     import onnx
@@ -243,11 +243,8 @@ def _verify(
 
     clock = Clock()
     feeds, wanted, signature = _reference(reference, inputs, taps, clock)
-    given = inputs.data is not None or inputs.shapes
-    if given and not any(array.size for run in wanted for array in run.values()):
-        raise UsageError(
-            "the given inputs or shapes make empty outputs", hint="give inputs with rows"
-        )
+    if inputs.data is not None or inputs.shapes:
+        _check_outputs(wanted)
     two_forms = needs_library(compressed)
     products = _products(compressed) if two_forms else []
     int8 = any(product["precision"].i == INT8 for product in products)
@@ -350,6 +347,23 @@ def _reference(
     feeds = [feeds[number * len(feeds) // count] for number in range(count)]
     wanted += [_outputs(session, feed, added, clock) for feed in feeds[1:]]
     return feeds, wanted, Signature.of(session, added)
+
+
+def _check_outputs(wanted: Sequence[Outputs]) -> None:
+    """Refuse inputs of which nothing comes that could differ: any model would pass."""
+    import numpy as np
+
+    arrays = [array for run in wanted for array in run.values() if array.size]
+    if not arrays:
+        raise UsageError(
+            "the given inputs or shapes make empty outputs", hint="give inputs with rows"
+        )
+    floats = [array for array in arrays if is_float(array)]
+    if floats and not any(np.isfinite(array).any() for array in floats):
+        raise UsageError(
+            "the given inputs make outputs that are NaN or infinite throughout",
+            hint="give inputs that the model is made for; do they hold NaN?",
+        )
 
 
 def _outputs(session: Any, feed: Feed, added: Mapping[str, str], clock: Clock) -> Outputs:

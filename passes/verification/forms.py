@@ -18,6 +18,7 @@ from onnxcomp.passes.verification.numerics import (
     Comparison,
     Metrics,
     Sizes,
+    is_float,
 )
 from onnxcomp.passes.weight import Array
 
@@ -170,7 +171,7 @@ class _Run:
 
     def _add_tap(self, tap: Tap, wanted: Outputs, found: Outputs, fallen: set[str]) -> None:
         a, b = wanted.get(tap.key), found.get(tap.key)
-        if a is None or b is None or not _floats(a) or not _floats(b):
+        if a is None or b is None or not is_float(a) or not is_float(b):
             return
         before = self.taps.behind.get(tap.key, frozenset())
         if tap.loop and not tap.once:
@@ -197,12 +198,8 @@ class _Run:
         )
 
 
-def _floats(array: Array) -> bool:
-    return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
-
-
 def _same(a: Array, b: Array) -> bool:
-    return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=_floats(a)))
+    return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=is_float(a)))
 
 
 def _common_rounds(decisions: Sequence[Tap], wanted: Outputs, found: Outputs) -> int:

@@ -24,6 +24,7 @@ __all__ = [
     "Sizes",
     "export_tolerance",
     "fidelity_tolerance",
+    "is_float",
     "metrics",
 ]
 
@@ -180,7 +181,7 @@ class Comparison:
             text = f"shape {value.shape} instead of {reference.shape}"
             if sizes is not None and sizes.allow(reference.shape, value.shape):
                 self._resized = self._resized or text
-                self._resized_floats += _is_float(reference)
+                self._resized_floats += is_float(reference)
             else:
                 self._note(text)
             return
@@ -188,7 +189,7 @@ class Comparison:
             self._note(f"type {value.dtype} instead of {reference.dtype}")
             return
         self._elements += reference.size
-        if not _is_float(reference):
+        if not is_float(reference):
             self._discrete += reference.size
             self._equal += int(np.count_nonzero(_equal(reference, value, stepped=self._stepped)))
         if reference.dtype.kind in "OSUT":
@@ -196,7 +197,7 @@ class Comparison:
         for start in range(0, reference.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             self._sum(reference.reshape(-1)[part], value.reshape(-1)[part])
-        if _is_float(reference):
+        if is_float(reference):
             self._slices.add(reference, value)
         self._add_labels(reference, value)
 
@@ -224,7 +225,7 @@ class Comparison:
         self._largest = max(self._largest, float(np.abs(difference).max(initial=0.0)))
 
     def _add_labels(self, reference: Array, value: Array) -> None:
-        scores = _scores(reference) if _is_float(reference) and reference.size else None
+        scores = _scores(reference) if is_float(reference) and reference.size else None
         if scores is None or not (self._classes or _sums_to_one(scores)):
             return
         guess = value.reshape(scores.shape).argmax(axis=-1)
@@ -265,7 +266,7 @@ def _equal(reference: Array, value: Array, *, stepped: bool) -> Array:
     return np.asarray(reference == value)
 
 
-def _is_float(array: Array) -> bool:
+def is_float(array: Array) -> bool:
     """Whether the type is floating point, the types of ml_dtypes included."""
     return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
 

@@ -1,6 +1,6 @@
 """Models of transformers, with their caches, become small ONNX models that generate the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import onnxcomp
 from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError
 from onnxcomp.models import decoder_example, export
 from onnxcomp.ops import library_path
+from onnxcomp.runtime.language.decoder import Decoder
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[torch]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -65,29 +66,15 @@ def whisper() -> Any:
 
 def generated(session: Any, prompt: Sequence[int], steps: int) -> list[int]:
     """Greedy tokens behind a prompt, with a cache that starts empty."""
-    inputs = {value.name: value for value in session.get_inputs()}
-    outputs = [value.name for value in session.get_outputs()]
-    past = {
-        name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-        for name, value in inputs.items()
-        if name.startswith("past_key_values.")
-    }
-    assert len(past) == 2 * LAYERS
-    tokens, step = list(prompt), list(prompt)
+    decoder, step = Decoder(session), list(prompt)
+    caches = {cache.past: cache.present for cache in decoder.interface.caches}
+    assert len(caches) == 2 * LAYERS
+    assert caches == {past: past.replace("past_key_values", "present") for past in caches}
+    tokens: list[int] = []
     for _ in range(steps):
-        first = len(tokens) - len(step)
-        feed: Mapping[str, Any] = {
-            "input_ids": np.array([step]),
-            "attention_mask": np.ones((1, len(tokens)), np.int64),
-            "position_ids": np.arange(first, len(tokens))[None],
-            **past,
-        }
-        found = session.run(None, {name: array for name, array in feed.items() if name in inputs})
-        results = dict(zip(outputs, found, strict=True))
-        past = {name: results[name.replace("past_key_values", "present")] for name in past}
-        step = [int(results["logits"][0, -1].argmax())]
+        step = [int(decoder.step(np.array([step]))[0, -1].argmax())]
         tokens += step
-    return tokens[len(prompt) :]
+    return tokens
 
 
 @pytest.mark.usefixtures("library")

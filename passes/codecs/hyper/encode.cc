@@ -74,18 +74,12 @@ ONNXCOMP_END_TARGET
 
 namespace {
 
-// Instruction sets by number: 0 baseline, 1 AVX2, 2 AVX-512 with VNNI. -1 takes the best.
+// Kernels for a number of `chosen_isa`.
 const Kernels* kernels_of(int32_t isa) {
+  isa = chosen_isa(isa);
 #ifdef ONNXCOMP_X86
-  using onnxcomp::X86;
-  const bool avx2 = onnxcomp::HasX86({X86::kAvx2});
-  const bool avx512 = avx2 && onnxcomp::HasX86({X86::kAvx512F, X86::kAvx512Bw, X86::kAvx512Vl,
-                                                X86::kAvx512Dq, X86::kAvx512Vnni});
-  if (isa == -1) isa = avx512 ? 2 : avx2 ? 1 : 0;
-  if (isa == 2) return avx512 ? &isa_avx512::kernels : nullptr;
-  if (isa == 1) return avx2 ? &isa_avx2::kernels : nullptr;
-#else
-  if (isa == -1) isa = 0;
+  if (isa == 2) return &isa_avx512::kernels;
+  if (isa == 1) return &isa_avx2::kernels;
 #endif
   return isa == 0 ? &isa_baseline::kernels : nullptr;
 }
@@ -299,7 +293,6 @@ class BlockEncoder::Block {
 BlockEncoder::BlockEncoder(const Format& format, const PlainCode& code)
     : block_(new Block(format, code)) {}
 BlockEncoder::~BlockEncoder() = default;
-bool BlockEncoder::supports(int32_t isa) { return kernels_of(isa) != nullptr; }
 bool BlockEncoder::ok() const { return block_->x.get() && block_->encoder.ok(); }
 float* BlockEncoder::targets() { return block_->x.get(); }
 bool BlockEncoder::run() { return block_->encoder.run(0); }

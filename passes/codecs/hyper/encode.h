@@ -9,7 +9,7 @@
 
 namespace hyper {
 
-// A code and how the plain encoder uses it; `isa` counts as in encode.cc.
+// A code and how the plain encoder uses it; `isa` is one of `chosen_isa`.
 struct PlainCode {
   const int8_t* table;
   double spread;
@@ -23,7 +23,6 @@ class BlockEncoder {
   BlockEncoder(const Format& format, const PlainCode& code);
   ~BlockEncoder();
 
-  static bool supports(int32_t isa);
   bool ok() const;
   // Where the weights go: [t][lane].
   float* targets();

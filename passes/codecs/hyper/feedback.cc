@@ -166,14 +166,14 @@ ONNXCOMP_END_TARGET
 
 namespace {
 
-// Kernels by the numbers of encode.cc.
+// Kernels for a number of `chosen_isa`.
 const Kernels* feedback_kernels(int32_t isa) {
-  if (!BlockEncoder::supports(isa)) return nullptr;
+  isa = chosen_isa(isa);
 #ifdef ONNXCOMP_X86
-  if (isa == 2 || (isa == -1 && BlockEncoder::supports(2))) return &feedback_avx512::kernels;
-  if (isa == 1 || (isa == -1 && BlockEncoder::supports(1))) return &feedback_avx2::kernels;
+  if (isa == 2) return &feedback_avx512::kernels;
+  if (isa == 1) return &feedback_avx2::kernels;
 #endif
-  return &feedback_baseline::kernels;
+  return isa == 0 ? &feedback_baseline::kernels : nullptr;
 }
 
 // Searches alone, for tests and for encoders that are not native.

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <cstdint>
+
 #include "common/processor.h"
 
 #ifdef ONNXCOMP_X86
@@ -22,3 +24,22 @@
 #define ONNXCOMP_AVX512_SETS \
   "avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,prefer-vector-width=512"
 #endif
+
+namespace hyper {
+
+// Instruction sets by number: 0 baseline, 1 AVX2, 2 AVX-512 with VNNI; -1 takes the best. Returns
+// the number of what to take, -1 where this machine does not have it.
+inline int32_t chosen_isa(int32_t isa) {
+  int32_t best = 0;
+#ifdef ONNXCOMP_X86
+  using onnxcomp::X86;
+  if (onnxcomp::HasX86({X86::kAvx2})) best = 1;
+  if (best == 1 && onnxcomp::HasX86({X86::kAvx512F, X86::kAvx512Bw, X86::kAvx512Vl, X86::kAvx512Dq,
+                                     X86::kAvx512Vnni}))
+    best = 2;
+#endif
+  if (isa == -1) return best;
+  return isa >= 0 && isa <= best ? isa : -1;
+}
+
+}  // namespace hyper

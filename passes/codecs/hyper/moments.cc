@@ -5,7 +5,6 @@
 
 #include <exception>
 
-#include "encode.h"
 #include "instruction_sets.h"
 #include "jobs.h"
 
@@ -58,17 +57,18 @@ ONNXCOMP_END_TARGET
 #endif
 
 // sum[i][j] += a[t][i] b[t][j] over all t < count; with `lower` only in blocks of kBlock that are on
-// the diagonal or below it. `isa` as in encode.cc.
+// the diagonal or below it. `isa` is one of `chosen_isa`.
 ONNXCOMP_EXPORT int32_t onnxcomp_add_moments(const float* a, const float* b, int64_t count,
                                              int64_t rows, int64_t columns, int32_t lower,
                                              int32_t threads, int32_t isa, double* sum) {
-  if (count < 0 || rows <= 0 || columns <= 0 || !BlockEncoder::supports(isa)) return kInvalid;
+  isa = chosen_isa(isa);
+  if (count < 0 || rows <= 0 || columns <= 0 || isa < 0) return kInvalid;
   const MomentsTask task = {a, b, count, rows, columns, lower != 0, sum};
   try {
 #ifdef ONNXCOMP_X86
-    if (isa == 2 || (isa == -1 && BlockEncoder::supports(2)))
+    if (isa == 2)
       return for_each_job<moments_avx512::Moments>(task.jobs(), threads, task, 1);
-    if (isa == 1 || (isa == -1 && BlockEncoder::supports(1)))
+    if (isa == 1)
       return for_each_job<moments_avx2::Moments>(task.jobs(), threads, task, 1);
 #endif
     return for_each_job<moments_baseline::Moments>(task.jobs(), threads, task, 1);

@@ -1,6 +1,8 @@
 // Calibrated encoding of sixteen rows; included once per instruction set by feedback.cc. No include
 // guard on purpose. Arrays are [column][lane] and [group][lane]; the lanes are the rows.
 
+#include "rotation.h"
+
 namespace ONNXCOMP_ISA {
 namespace {
 
@@ -13,23 +15,6 @@ void add_products(const float* a, const float* b, int count, double* sum) {
 
 void add_to(float* sum, const float* x, int count) {
   for (int i = 0; i < count * kLanes; ++i) sum[i] += x[i];
-}
-
-// Hadamard transform along t.
-void transform(float* x, int group) {
-  for (int half = 1; half < group; half *= 2)
-    for (int start = 0; start < group; start += 2 * half)
-      for (int i = start * kLanes; i < (start + half) * kLanes; ++i) {
-        const float a = x[i], b = x[i + half * kLanes];
-        x[i] = a + b;
-        x[i + half * kLanes] = a - b;
-      }
-}
-
-void flip_signs(float* x, int group) {
-  for (int t = 0; t < group; ++t)
-    if (sign_is_negative(t))
-      for (int lane = 0; lane < kLanes; ++lane) x[t * kLanes + lane] = -x[t * kLanes + lane];
 }
 
 // What a group of sixteen rows is encoded to.
@@ -72,8 +57,7 @@ class GroupSearch {
     if (!plain_.run()) return false;
     multiply(cost.moments, group_, group_, group_, targets(), pulled_);
     std::memcpy(rotated_, targets(), size_ * sizeof(float));
-    flip_signs(rotated_, group_);
-    transform(rotated_, group_);
+    rotate(rotated_, group_);
     std::memcpy(best_.path, plain_.path(), size_ * sizeof(uint16_t));
     for (int lane = 0; lane < kLanes; ++lane) best_.scale[lane] = from_half(plain_.scales()[lane]);
     look_up(best_);

@@ -12,6 +12,8 @@
 // `store_history` keeps the low bytes of the costs of four stems, which end in the indices; what is
 // above these does not matter. `history_at` is where the byte of a stem lies.
 
+#include "rotation.h"
+
 namespace ONNXCOMP_ISA {
 
 #if defined(ONNXCOMP_AVX512)
@@ -219,19 +221,6 @@ struct Trellis {
     }
   }
 };
-
-inline void rotate(float* x, int group) {
-  for (int t = 0; t < group; ++t)
-    if (sign_is_negative(t))
-      for (int lane = 0; lane < kLanes; ++lane) x[t * kLanes + lane] = -x[t * kLanes + lane];
-  for (int half = 1; half < group; half *= 2)
-    for (int start = 0; start < group; start += 2 * half)
-      for (int i = start * kLanes; i < (start + half) * kLanes; ++i) {
-        const float a = x[i], b = x[i + half * kLanes];
-        x[i] = a + b;
-        x[i + half * kLanes] = a - b;
-      }
-}
 
 // Targets in 1/16 of a table unit, twice in a row so that any window of the cycle is contiguous.
 inline void set_targets(const float* x, const float* factor, int group, int32_t unit,

@@ -120,12 +120,16 @@ def test_few_inputs_and_no_scales_tune_nothing(path: Path) -> None:
 
 
 def test_the_option_tunes_and_repeats(path: Path, tmp_path: Path) -> None:
-    outputs = {}
+    outputs, errors = {}, {}
     for name, passes in (("none", 0), ("once", 3), ("again", 3)):
-        onnxcomp.optimize(
+        result = onnxcomp.optimize(
             path, tmp_path / f"{name}.onnx", method="hyper", bits=2, min_size=0,
             data=samples(), tune=passes, verify=False, set_=[".*:group=64"],
         )  # fmt: skip
+        errors[name] = {site.name: site.output_error for site in result.report.sites}
         outputs[name] = (tmp_path / f"{name}.onnx").read_bytes()
     assert outputs["once"] == outputs["again"] != outputs["none"]
     assert len(outputs["once"]) == len(outputs["none"])
+    # What was measured of the codes before is not said of those that were written.
+    assert all(error is not None for error in errors["none"].values())
+    assert set(errors["once"].values()) == {None}

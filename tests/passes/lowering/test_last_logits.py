@@ -97,6 +97,12 @@ def node(op_type: str, *inputs: str, out: str = "logits") -> onnx.NodeProto:
     return helper.make_node(op_type, list(inputs), [out])
 
 
+OVER_POSITIONS = (
+    node("MatMul", "x", "w", out="y"),
+    helper.make_node("Softmax", ["y"], ["logits"], axis=1),
+)
+
+
 @pytest.mark.parametrize(
     "nodes",
     [
@@ -104,8 +110,9 @@ def node(op_type: str, *inputs: str, out: str = "logits") -> onnx.NodeProto:
         (node("MatMul", "x", "w", out="y"), node("Add", "b", "y")),
         (node("MatMul", "x", "w", out="y"), node("Tanh", "y", out="z"), node("Mul", "z", "b")),
         (node("MatMul", "x", "u", out="y"), node("MatMul", "y", "v")),
+        (node("MatMul", "x", "w", out="y"), node("Softmax", "y")),
     ],
-    ids=["product", "bias", "soft cap", "two factors"],
+    ids=["product", "bias", "soft cap", "two factors", "probabilities"],
 )
 def test_what_stands_behind_the_product_does_not_matter(
     nodes: tuple[onnx.NodeProto, ...], tmp_path: Path
@@ -132,6 +139,8 @@ def test_what_stands_behind_the_product_does_not_matter(
         (model(node("Relu", "x")), "Relu gives 'logits', and no product"),
         (model(node("MatMul", "x", "w", out="y"), node("Add", "y", "rows")), "Add gives"),
         (model(node("Identity", "x")), "Identity gives"),
+        (model(*OVER_POSITIONS), "Softmax gives"),
+        (model(node("MatMul", "x", "w", out="y"), node("Softmax", "y"), opset=12), "Softmax gives"),
     ],
 )
 def test_other_models_are_refused(made: ir.Model, words: str) -> None:

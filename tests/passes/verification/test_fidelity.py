@@ -160,6 +160,14 @@ def test_a_loss_is_reported_and_judged_only_by_a_tolerance(
     assert strict.failures[0].startswith("output 'logits': relative difference")
 
 
+def test_inputs_of_nan_alone_are_refused(twins: tuple[Path, Path]) -> None:
+    data = {"x": np.full((3, LENGTH), np.nan, np.float32)}
+    with pytest.raises(UsageError, match="NaN or infinite throughout"):
+        verify(*twins, data=data)
+    data["x"][1] = 1.0
+    assert verify(*twins, data=data).passed
+
+
 def test_nan_where_the_original_has_none_fails(twins: tuple[Path, Path], no_kernels: None) -> None:
     scales = np.full((2, 2, 16, 1), np.nan, np.float16)
     result = verify(twins[0], changed(twins[1], set_tensor("scales", scales)))
