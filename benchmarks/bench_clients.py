@@ -127,6 +127,9 @@ class Environment:
         (site,) = self.folder.glob("lib/python*/site-packages")
         found = (path for pattern in client.models for path in site.glob(pattern))
         self.models = sorted(path.resolve() for path in found)
+        for model in self.models:
+            if b"com.onnxcomp" in model.read_bytes():  # a run was killed while it was swapped
+                raise SystemExit(f"{model} is compressed: remove {self.folder} to install it anew")
 
     def _pip(self, *words: str) -> str:
         command = [str(self.python), "-m", "pip", "--disable-pip-version-check", *words]

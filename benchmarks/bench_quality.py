@@ -141,7 +141,7 @@ def main() -> None:
     for name in options.models.split(","):
         found = results.setdefault(name, {"rows": []})
         for loss, rows in rows_of(name, options, found["rows"]):
-            image = name in IMAGE_MODELS
+            image = name in bench_hyper_models.IMAGE_MODELS
             judged = {"images": options.images} if image else {"windows": options.windows}
             found |= {**judged, "loss": loss, "rows": rows}
             write_results("quality", results)

@@ -17,9 +17,11 @@ def clients() -> Iterator[str]:
         "Answers are those on inputs that were not recorded; boxes count as the same with the\n"
         "same class and an overlap of half or more (F1). Load is CPU time to open the pipeline,\n"
         "memory what the process grows by then, and at most: `benchmarks/bench_clients.py`.\n"
+        "The last column says whether `optimize` warned of the loss of one of the models.\n"
     )
     columns = (
         "package", "setting", "form", "models", "same answers", "right", "load", "memory", "peak",
+        "warned",
     )  # fmt: skip
     yield markdown(columns, rows)
 
@@ -54,11 +56,13 @@ def _rows(client: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     name = f"{client['client']} {client['versions'][client['client']]}"
     what = f"{client['count']} {client['answers']}"
     before = sum(entry.get("bytes_before", 0) for entry in first)
-    yield (f"{name}: {what}", "dense", "", f"{before / 1e6:.2f} MB", *_cells(client["dense"]))
+    yield (f"{name}: {what}", "dense", "", f"{before / 1e6:.2f} MB", *_cells(client["dense"]), "")
     for setting, results in sorted(settings.items()):
         size = sum(entry.get("bytes", 0) for entry in results["compiled"])
+        warned = "yes" if any(entry.get("warned") for entry in results["compiled"]) else ""
         for form in ("library", "portable"):
-            yield ("", setting, form, f"{size / 1e6:.2f} MB", *_cells(results[form]))
+            cells = _cells(results[form])
+            yield ("", setting, form, f"{size / 1e6:.2f} MB", *cells, warned)
 
 
 def _cells(result: dict[str, Any]) -> tuple[str, ...]:

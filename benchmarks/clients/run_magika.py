@@ -16,6 +16,8 @@ def files() -> list[Path]:
     folders = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
     for folder in folders:
         for path in sorted(Path(folder).rglob("*")):
+            if {"__pycache__", "magika"} & set(path.parts[-5:]):
+                continue  # these come and go: byte code, and models that are swapped
             if path.is_file() and path.stat().st_size > 200 and len(chosen[path.suffix]) < 12:
                 chosen[path.suffix].append(path)
     return [path for paths in chosen.values() for path in paths]
