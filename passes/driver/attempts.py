@@ -25,6 +25,7 @@ from onnxcomp.passes.driver.state import PlannedModel
 from onnxcomp.passes.encoding.calibrated import Samples, load_samples, warn_of_uncalibrated_factors
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.ir.unverified import kept_unverified
 from onnxcomp.passes.planning.plan import Plan
 
 __all__ = ["Attempt", "attempt"]
@@ -50,12 +51,13 @@ class Attempt:
     verdict: Verdict
 
 
-def attempt(planned: PlannedModel, path: Path, run: Run) -> Attempt:
+def attempt(planned: PlannedModel, path: Path, output: Path, run: Run) -> Attempt:
     """Emit a plan and run the gates, with other plans until one passes or none is left.
 
     Args:
         planned: The model and its plan. Without gates that judge the loss it is changed in place.
         path: The .onnx file; temporary files lie in its folder.
+        output: Where it goes in the end; beside it a model lies while gates look at it.
         run: The circumstances.
 
     Returns:
@@ -69,11 +71,13 @@ def attempt(planned: PlannedModel, path: Path, run: Run) -> Attempt:
     planned = _comparable(planned, path)
     if limit is None and slow is None and run.evaluation is None:
         cache = None if run.cache is None else PayloadCache(run.cache)
-        return _emitted(planned, path, cache, run, again=False)
-    return _searched(planned, path, run, limit)
+        return _emitted(planned, path, output, cache, run, again=False)
+    return _searched(planned, path, output, run, limit)
 
 
-def _searched(planned: PlannedModel, path: Path, run: Run, limit: float | None) -> Attempt:
+def _searched(
+    planned: PlannedModel, path: Path, output: Path, run: Run, limit: float | None
+) -> Attempt:
     """Attempts with one plan after the other."""
     cache = PayloadCache(path.parent / "payloads" if run.cache is None else run.cache)
     free = _has_free_size(planned, run)
@@ -87,7 +91,7 @@ def _searched(planned: PlannedModel, path: Path, run: Run, limit: float | None) 
     for number in range(last + 1):
         folder = path.parent / f"attempt{number}"
         folder.mkdir()
-        done = _emitted(planned, folder / path.name, cache, run, again=True)
+        done = _emitted(planned, folder / path.name, output, cache, run, again=True)
         best = _better(best, done)
         if number == last:
             break
@@ -135,13 +139,20 @@ def _comparable(planned: PlannedModel, path: Path) -> PlannedModel:
 
 
 def _emitted(
-    planned: PlannedModel, path: Path, cache: PayloadCache | None, run: Run, *, again: bool
+    planned: PlannedModel,
+    path: Path,
+    output: Path,
+    cache: PayloadCache | None,
+    run: Run,
+    *,
+    again: bool,
 ) -> Attempt:
     """Emit a plan and ask the gates.
 
     Args:
         planned: The model and its plan.
         path: The .onnx file.
+        output: Where it goes in the end.
         cache: Payloads of earlier attempts.
         run: The circumstances.
         again: Whether the model may be emitted once more, and so must not change.
@@ -165,7 +176,8 @@ def _emitted(
     verdict = Verdict()
     if run.verify or again:
         data = _inputs(planned, samples, run)
-        verdict = ask_gates(subject.reference(), written.saved.files[0], data, plan.settings, run)
+        with kept_unverified(written.saved.files, output) as small:
+            verdict = ask_gates(subject.reference(), small, data, plan.settings, run)
     return Attempt(planned, written, verdict)
 
 

@@ -75,7 +75,7 @@ def compile_model(
     with files.workspace(output) as folder:
         subject = Subject.of(model, loaded, run.data, output.name, folder)
         planned = plan_subject(subject, settings, given, run)
-        done = attempt(planned, folder / output.name, run)
+        done = attempt(planned, folder / output.name, output, run)
         accepted = done.verdict.passed or run.force
         saved, chosen = done.written.saved, done.planned.plan.settings
         published = publish(saved, output, chosen, accepted=accepted, verify=run.verify)
