@@ -352,6 +352,7 @@ ALL: Sections = {
     "Training with shared weights": shared_training,
     "The model of the demo": demo,
     "Models of other projects": models,
+    "Models in packages": clients,
     "Plans": planner,
     "Presets": presets,
     "Structured pruning": pruning,
@@ -362,7 +363,6 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
     ROOT / "docs" / "clients.md": {
-        "Their answers": clients,
         "Libraries around the hub": hub,
         "": elsewhere,
     },

@@ -19,7 +19,7 @@ __all__ = ["CONTEXT", "WINDOWS", "text_inputs"]
 
 Array = npt.NDArray[Any]
 
-# Enough for calibration: more windows gain little.
+# More windows gain much where there is time: see "How much text" in docs/language_models.md.
 WINDOWS, CONTEXT = 32, 256
 
 
