@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from onnxcomp.passes.ir.atomic import uninterrupted
 __all__ = ["kept_unverified"]
 
 log = logging.getLogger(__name__)
+
+# Bytes of a file name that leave room for the marks of 255, and the characters kept of longer ones.
+_LONGEST, _PREFIX = 230, 40
 
 
 @contextlib.contextmanager
@@ -69,8 +73,9 @@ def _move(files: tuple[Path, ...], model: Path, moved: list[tuple[Path, Path]]) 
 def _free_name(output: Path) -> Path:
     """``small.onnx`` -> ``small.unverified.onnx``, with a number where that is taken."""
     suffix = output.suffix or ".onnx"
+    stem = output.stem if len(os.fsencode(output.name)) <= _LONGEST else output.stem[:_PREFIX]
     marks = (f"unverified{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
-    paths = (output.with_name(f"{output.stem}.{mark}{suffix}") for mark in marks)
+    paths = (output.with_name(f"{stem}.{mark}{suffix}") for mark in marks)
     return next(path for path in paths if not (path.exists() or _data_of(path).exists()))
 
 

@@ -227,10 +227,10 @@ def test_data_lowers_the_errors_of_products(
 ) -> None:
     np.save(tmp_path / "ids.npy", np.concatenate([f["ids"] for f in samples]).astype(np.int32))
     data = tmp_path / "ids.npy"
-    sites = compiled(chain, tmp_path / "a.onnx", data=data, verify=False)
+    sites = compiled(chain, tmp_path / "a.onnx", data=data, tune=0, verify=False)
     compiled(chain, tmp_path / "plain.onnx", verify=False)
     compiled(chain, tmp_path / "off.onnx", data=data, calibration="off", verify=False)
-    compiled(chain, tmp_path / "b.onnx", data=f"ids={data}", jobs=1)
+    compiled(chain, tmp_path / "b.onnx", data=f"ids={data}", tune=0, jobs=1)
     same = [(tmp_path / name).read_bytes() for name in ("a.onnx", "b.onnx")]
     assert same[0] == same[1]
     assert (tmp_path / "plain.onnx").read_bytes() == (tmp_path / "off.onnx").read_bytes()
@@ -250,8 +250,9 @@ def test_data_lowers_the_errors_of_products(
 def test_behind_dense_weights_other_codes_are_found(
     chain: Path, samples: list[dict[str, Array]], tmp_path: Path
 ) -> None:
-    compiled(chain, tmp_path / "a.onnx", data=samples, verify=False)
-    sites = compiled(chain, tmp_path / "b.onnx", data=samples, calibration="parallel", verify=False)
+    given = {"data": samples, "tune": 0, "verify": False}
+    compiled(chain, tmp_path / "a.onnx", **given)
+    sites = compiled(chain, tmp_path / "b.onnx", calibration="parallel", **given)
     assert sites["out"].output_error is not None
     assert (tmp_path / "a.onnx").read_bytes() != (tmp_path / "b.onnx").read_bytes()
 
