@@ -19,7 +19,7 @@ __all__ = ["CONTEXT", "WINDOWS", "text_inputs"]
 
 Array = npt.NDArray[Any]
 
-# More windows gain much where there is time: see "How much text" in docs/language_models.md.
+# What a run takes in minutes; more windows lose less, and time and memory of a run follow them.
 WINDOWS, CONTEXT = 32, 256
 
 
