@@ -20,7 +20,8 @@ from onnxcomp.runtime.structure import model_bytes
 __all__ = ["ROWS", "Maker", "Row", "bytes_of"]
 
 HERE = Path(__file__).parent
-WINDOWS = 32  # of calibration
+# Windows of calibration: as many as published rows have, and as llama.cpp and we do better with.
+WINDOWS, MANY = 32, 128
 
 # How rows of ONNX Runtime are called; the others say it themselves.
 _NAMES = {
@@ -47,12 +48,14 @@ class Row:
         tool: "dense", "onnxruntime", "llama" or "onnxcomp".
         kind: What the tool is asked for.
         data: Whether it gets the calibration text.
+        windows: How much of it.
     """
 
     name: str
     tool: str
     kind: tuple[str, ...] = ()
     data: bool = False
+    windows: int = WINDOWS
 
     def can(self, task: str) -> bool:
         """Whether a task makes sense: predictions need the logits of all positions."""
@@ -68,10 +71,16 @@ def _rows() -> list[Row]:
         rows.append(Row(f"llama.cpp {kind}, importance matrix", "llama", (kind,), True))
     for bits in ("4", "3", "2"):
         rows.append(Row(f"onnxcomp {bits} bits", "onnxcomp", ("--bits", bits)))
+    for kind in ("Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"):
+        name = f"llama.cpp {kind}, importance matrix of {MANY} windows"
+        rows.append(Row(name, "llama", (kind,), True, MANY))
     last = ("--bits", "4", "--logits-to-keep", "1")
     rows.append(Row("onnxcomp 4 bits, last logits", "onnxcomp", last))
     for bits in ("4", "3", "2"):
         rows.append(Row(f"onnxcomp {bits} bits, calibrated", "onnxcomp", ("--bits", bits), True))
+    for bits in ("4", "3", "2"):
+        name = f"onnxcomp {bits} bits, calibrated on {MANY} windows"
+        rows.append(Row(name, "onnxcomp", ("--bits", bits), True, MANY))
     for ratio in ("8", "10"):
         asked = ("--ratio", ratio)
         rows.append(Row(f"onnxcomp --ratio {ratio}", "onnxcomp", asked))
@@ -120,33 +129,34 @@ class Maker:
         """The interpreter that runs the row's model."""
         return str(self._llama) if row.tool == "llama" else sys.executable
 
-    @functools.cached_property
-    def tokens(self) -> Path:
-        """Tokens of the calibration text."""
-        path = self.work / "calibration.npy"
+    def tokens(self, windows: int = WINDOWS) -> Path:
+        """Tokens of so many windows of the calibration text."""
+        path = self._of_windows("calibration.npy", windows)
         if not path.exists():
-            np.save(path, calibration_tokens(self._data, self.model, WINDOWS))
+            np.save(path, calibration_tokens(self._data, self.model, windows))
         return path
 
-    @functools.cached_property
-    def feeds(self) -> Path:
+    def feeds(self, windows: int = WINDOWS) -> Path:
         """Inputs made of them."""
-        path = self.work / "calibration.npz"
+        path = self._of_windows("calibration.npz", windows)
         if not path.exists():
             config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
-            np.savez(path, **calibration_feeds(np.load(self.tokens), config))
+            np.savez(path, **calibration_feeds(np.load(self.tokens(windows)), config))
         return path
+
+    def _of_windows(self, name: str, windows: int) -> Path:
+        return self.work / (name if windows == WINDOWS else f"{windows}.{name}")
 
     @functools.cached_property
     def gguf(self) -> Path:
         """The dense weights as GGUF."""
         return self._tool("dense.gguf", sys.executable, "llm_gguf.py", "write", self.model)
 
-    @functools.cached_property
-    def importance(self) -> Path:
+    def importance(self, windows: int = WINDOWS) -> Path:
         """The importance matrix of the calibration text."""
-        words = ("llm_gguf.py", "weigh", self.model, self.tokens)
-        return self._tool("importance.npz", sys.executable, *words)
+        words = ("llm_gguf.py", "weigh", self.model, self.tokens(windows))
+        name = self._of_windows("importance.npz", windows).name
+        return self._tool(name, sys.executable, *words)
 
     def _tool(self, name: str, *words: str | Path) -> Path:
         """A file that a script beside this one writes, its path the last argument."""
@@ -180,13 +190,13 @@ class Maker:
         """What makes the row's model."""
         dense = self.model / "model.onnx"
         if row.tool == "llama":
-            given = ["--importance", self.importance] if row.data else []
+            given = ["--importance", self.importance(row.windows)] if row.data else []
             words = [HERE / "llm_gguf.py", "round", self.gguf, path, *row.kind]
             return [str(self._llama), *words, *given]
         if row.tool == "onnxruntime":
             python = self._torch if row.kind == ("hqq4_32",) else sys.executable
-            given = ["--calibration", self.tokens] if row.data else []
+            given = ["--calibration", self.tokens(row.windows)] if row.data else []
             return [str(python), HERE / "llm_rivals.py", dense, path, *row.kind, *given]
-        given = ["--data", self.feeds] if row.data else []
+        given = ["--data", self.feeds(row.windows)] if row.data else []
         words = ["-m", "onnxcomp", "optimize", dense, "-o", path, "--no-verify", *row.kind]
         return [sys.executable, *words, *given]

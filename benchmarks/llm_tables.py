@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llm_rows import ROWS
+from llm_rows import MANY, ROWS, WINDOWS
 from page_parts import markdown, read, share
 
 __all__ = ["chosen_rows", "every_row"]
@@ -18,11 +18,16 @@ _CHOSEN = (
     "llama.cpp Q4_K_M, importance matrix",
     "llama.cpp IQ4_XS, importance matrix",
     "llama.cpp Q3_K_M, importance matrix",
+    *(
+        f"llama.cpp {kind}, importance matrix of {MANY} windows"
+        for kind in ("Q4_K_M", "IQ4_XS", "Q3_K_M")
+    ),
     "llama.cpp Q2_K",
     "onnxcomp 4 bits",
     "onnxcomp 4 bits, calibrated",
     "onnxcomp 3 bits, calibrated",
     "onnxcomp 2 bits, calibrated",
+    *(f"onnxcomp {bits} bits, calibrated on {MANY} windows" for bits in "432"),
 )
 
 
@@ -84,10 +89,11 @@ def _described() -> str:
         "nats), and perplexity. Speed is tokens per second of one thread's processor time for a\n"
         "prompt of 128 tokens, and for decoding behind 64; in brackets, how many times as fast as\n"
         f"the float32 model in ONNX Runtime, measured in turns ({found['processor']},\n"
-        f"{found['isa']}). `memory` is that of the process. Calibration reads 32 windows of other\n"
-        "text, as llama.cpp's importance matrix does. llama.cpp rounds the same weights. They\n"
-        "were moved at random inside the 4-bit cells of the published file, so that no method\n"
-        "profits from its grid (`benchmarks/bench_llm.py`).\n"
+        f"{found['isa']}). `memory` is that of the process. Calibration reads {WINDOWS} windows\n"
+        "of 256 tokens of other text where no number is given, as llama.cpp's importance matrix\n"
+        "does. llama.cpp rounds the same weights. They were moved at random inside the 4-bit\n"
+        "cells of the published file, so that no method profits from its grid\n"
+        "(`benchmarks/bench_llm.py`).\n"
     )
 
 
