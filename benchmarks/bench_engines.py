@@ -87,18 +87,22 @@ TOOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def _done(python: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A program of an engine's environment, run to its end."""
+    return subprocess.run(
+        [str(python), *words],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+        env=own_variables(python),
+    )
+
+
 def run(python: Path, script: str, model: Path, feeds: Path) -> dict[str, Any]:
     """What an engine makes of a model; ``failed`` where it does not run it."""
-    command = [str(python), str(SCRIPTS / script), str(model), str(feeds)]
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-            env=own_variables(python),
-        )
+        done = _done(python, str(SCRIPTS / script), str(model), str(feeds))
     except subprocess.TimeoutExpired:
         return {"failed": f"no result within {SECONDS} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
@@ -130,15 +134,7 @@ def prepared(model: Path, folder: Path) -> dict[str, tuple[Path, Path]]:
 def rewritten(python: Path, words: Sequence[str], model: Path, output: Path) -> dict[str, Any]:
     """What a tool makes of a file: bytes, and whether `inspect` notices that it was folded."""
     output.unlink(missing_ok=True)
-    command = [str(python), *words, str(model), str(output)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-        env=own_variables(python),
-    )
+    done = _done(python, *words, str(model), str(output))
     if not output.exists():
         return {"failed": (done.stderr.strip().splitlines() or ["nothing was written"])[-1][:200]}
     notes = onnxcomp.inspect(output).notes

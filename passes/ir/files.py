@@ -25,7 +25,9 @@ from onnxcomp.passes.ir.model import load, output_size
 
 __all__ = [
     "Loaded",
+    "alone_in",
     "file_hash",
+    "marked_path",
     "publish",
     "read",
     "refuse_overwriting",
@@ -35,8 +37,11 @@ __all__ = [
 
 _CHUNK = 1 << 20
 
-# Characters of an output's name in that of its workspace, which must stay a valid name.
+# Characters of an output's name in names made of it, which must stay valid.
 _PREFIX = 40
+
+# Bytes of a file name, of 255, that leave room for a mark and for the name of the data file.
+_LONGEST = 230
 
 # What ends the name of a workspace.
 _TOKEN = re.compile("[0-9a-f]{8}")
@@ -176,7 +181,7 @@ def workspace(output: Path) -> Iterator[Path]:
 def _held(folder: Path, output: Path, stack: contextlib.ExitStack) -> Iterator[Path]:
     try:
         try:
-            with _alone_in(output.parent):
+            with alone_in(output.parent):
                 _remove_abandoned(output)
                 folder.mkdir(mode=0o700)
                 _lock(folder, stack)
@@ -226,7 +231,7 @@ def publish(files: tuple[Path, ...], folder: Path) -> tuple[Path, ...]:
     model that is replaced goes with it, unless it is replaced as well.
     """
     model = folder / files[0].name
-    with uninterrupted(), _alone_in(folder):
+    with uninterrupted(), alone_in(folder):
         stale = _own_data(model) if len(files) == 1 else None
         for file in reversed(files):
             file.replace(folder / file.name)
@@ -250,7 +255,7 @@ def _own_data(model: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Keep other runs from publishing into a folder; without effect where folders have no locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -265,4 +270,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def rejected_path(output: Path) -> Path:
     """Where a model that failed verification is kept: ``small.onnx`` -> ``small.rejected.onnx``."""
-    return output.with_name(f"{output.stem}.rejected{output.suffix or '.onnx'}")
+    return marked_path(output, "rejected")
+
+
+def marked_path(output: Path, mark: str) -> Path:
+    """A path beside an output with a mark before its suffix; long names are shortened for it."""
+    stem = output.stem if len(os.fsencode(output.name)) <= _LONGEST else output.stem[:_PREFIX]
+    return output.with_name(f"{stem}.{mark}{output.suffix or '.onnx'}")

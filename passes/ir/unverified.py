@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.ir.atomic import uninterrupted
+from onnxcomp.passes.ir.files import alone_in, marked_path
 
 __all__ = ["kept_unverified"]
 
 log = logging.getLogger(__name__)
-
-# Bytes of a file name that leave room for the marks of 255, and the characters kept of longer ones.
-_LONGEST, _PREFIX = 230, 40
 
 
 @contextlib.contextmanager
@@ -34,23 +31,27 @@ def kept_unverified(files: tuple[Path, ...], output: Path) -> Iterator[Path]:
     Yields:
         The model for the gates. It is moved, not linked: readers refuse data with two names.
     """
-    model = _free_name(output)
     moved: list[tuple[Path, Path]] = []
+    kept = False
     try:
-        with uninterrupted():
+        with uninterrupted(), alone_in(output.parent):
+            model = _free_name(output)
             _move(files, model, moved)
-        yield model
-    except Exception as error:
-        if not isinstance(error, UsageError):
+        try:
+            yield model
+        except UsageError:
+            raise
+        except Exception:
             log.warning("the model is kept as %s: it was not verified", model)
-            moved.clear()
-        raise
+            kept = True
+            raise
     finally:
-        with uninterrupted():
-            if moved and len(files) > 1:
-                model.unlink(missing_ok=True)
-            for place, file in moved:
-                place.replace(file)
+        if not kept:
+            with uninterrupted():
+                if moved and len(files) > 1:
+                    model.unlink(missing_ok=True)
+                for place, file in moved:
+                    place.replace(file)
 
 
 def _move(files: tuple[Path, ...], model: Path, moved: list[tuple[Path, Path]]) -> None:
@@ -72,10 +73,8 @@ def _move(files: tuple[Path, ...], model: Path, moved: list[tuple[Path, Path]]) 
 
 def _free_name(output: Path) -> Path:
     """``small.onnx`` -> ``small.unverified.onnx``, with a number where that is taken."""
-    suffix = output.suffix or ".onnx"
-    stem = output.stem if len(os.fsencode(output.name)) <= _LONGEST else output.stem[:_PREFIX]
     marks = (f"unverified{'' if number == 1 else f'-{number}'}" for number in itertools.count(1))
-    paths = (output.with_name(f"{stem}.{mark}{suffix}") for mark in marks)
+    paths = (marked_path(output, mark) for mark in marks)
     return next(path for path in paths if not (path.exists() or _data_of(path).exists()))
 
 

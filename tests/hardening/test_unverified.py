@@ -76,3 +76,16 @@ def test_what_ends_the_gates_decides_what_stays(
     assert kept.exists() == stays
     assert kept.with_name(f"{kept.name}.data").exists() == (stays and len(files) > 1)
     assert files[-1].exists() != stays
+
+
+def test_two_runs_with_one_output_do_not_take_each_others_model(slow: Path, tmp_path: Path) -> None:
+    output = tmp_path / f"{'o' * 240}.onnx"  # with a mark it would be too long
+    files = []
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        files.append(save(load(slow), tmp_path / str(number) / output.name).files)
+    with kept_unverified(files[0], output) as first, kept_unverified(files[1], output) as second:
+        assert first != second
+        assert first.exists() and second.exists()
+    assert all(file.exists() for pair in files for file in pair)
+    assert not list(tmp_path.glob("*unverified*"))
