@@ -20,7 +20,7 @@ from onnxcomp.runtime.structure import model_bytes
 __all__ = ["ROWS", "Maker", "Row", "bytes_of"]
 
 HERE = Path(__file__).parent
-# Windows of calibration: as many as published rows have, and as llama.cpp and we do better with.
+# Windows of calibration: of most rows, and of those that show what more text brings.
 WINDOWS, MANY = 32, 128
 
 # How rows of ONNX Runtime are called; the others say it themselves.
