@@ -31,7 +31,7 @@ def check_attributes(model: onnx.ModelProto) -> None:
     """Refuse attributes that are there twice or of another type than their operator defines.
 
     Names of nodes and operators, and what is noted on nodes, must be text. Inputs that an operator
-    needs must be there.
+    needs must be there, and an output.
 
     Raises:
         ModelError: There is such a node.
@@ -45,6 +45,11 @@ def check_attributes(model: onnx.ModelProto) -> None:
             standard = node.domain in ("", "ai.onnx")
             if standard:
                 _check_inputs(node, _required(node.op_type, version))
+            if not node.output and (standard or node.domain == "com.microsoft"):
+                raise ModelError(
+                    f"node {node.name!r} ({node.op_type}) has no output",
+                    hint="the file is damaged; export the model again",
+                )
             kinds = _kinds(node.op_type, version) if standard else {}
             names = set()
             for attribute in node.attribute:

@@ -151,6 +151,20 @@ def test_a_value_nobody_makes_is_refused(tools):
         load(model)
 
 
+@pytest.mark.parametrize(
+    ("domain", "operator"),
+    [("", "MatMul"), ("", "Identity"), ("", "Loop"), ("com.microsoft", "FusedMatMul")],
+)
+def test_a_node_without_outputs_is_refused(tools, domain, operator):
+    """Nothing can be put in its place."""
+    model = tools.build("g (float[4] x) => (float[4] y) { y = Relu (x) }")
+    model.graph.node.add(op_type=operator, domain=domain, input=["x", "x"])
+    with pytest.raises(ModelError, match="has no output"):
+        load(model)
+    model.graph.node[1].CopyFrom(onnx.NodeProto(op_type="Log", domain="com.other", input=["x"]))
+    load(model)
+
+
 @pytest.mark.parametrize("field", ["exporter", "torch 2.9", "product.0"])
 def test_text_that_is_no_utf8_is_refused(tmp_path, tools, field):
     """Protobuf gives it back as bytes, which nothing behind the loader expects."""
