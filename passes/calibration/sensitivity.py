@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.cache_outputs import without_caches
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import Probe
 from onnxcomp.passes.calibration.staged_noise import StagedProbe, Trial
@@ -114,6 +115,8 @@ def measure_sensitivities(
 ) -> Sensitivities:
     """What noise in each weight, and a smaller weight, do to the outputs.
 
+    Caches of a decoder are not looked at where there are other outputs.
+
     Args:
         model: The canonical model; only read.
         sites: Its weights.
@@ -125,6 +128,7 @@ def measure_sensitivities(
     """
     if not sites:
         return Sensitivities()
+    model = without_caches(model)
     with tempfile.TemporaryDirectory() as folder:
         try:
             if sum(site.nbytes for site in sites) > _WHOLE:
