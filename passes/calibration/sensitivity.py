@@ -45,8 +45,11 @@ _SHRUNK = 0.1
 _BLOCK = 128
 
 # Bytes of dense weights up to which the whole model is run for each weight; larger ones are run in
-# stages, on fewer inputs, of these bytes at most where weights are not larger.
-_WHOLE, _STAGE, _STAGED_FEEDS = 1 << 25, 1 << 28, 8
+# stages of these bytes at most where weights are not larger.
+_WHOLE, _STAGE = 1 << 25, 1 << 28
+
+# Inputs of such a model that are looked at: the fewest, and more up to so many elements in all.
+_STAGED_FEEDS, _STAGED = (4, 8), 1 << 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,7 +135,9 @@ def measure_sensitivities(
     with tempfile.TemporaryDirectory() as folder:
         try:
             if sum(site.nbytes for site in sites) > _WHOLE:
-                chosen = spread(feeds, _STAGED_FEEDS)
+                size = max(array.size for array in feeds[0].values())
+                count = min(max(_STAGED_FEEDS[0], _STAGED // max(1, size)), _STAGED_FEEDS[1])
+                chosen = spread(feeds, count)
                 found = _in_stages(model, sites, chosen, Path(folder))
             else:
                 small = sum(array.size for array in feeds[0].values()) <= _SMALL
