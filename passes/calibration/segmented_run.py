@@ -167,6 +167,7 @@ class Chain:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not folded:
             options.add_session_config_entry(_LEFT_OUT, "ConstantFolding")
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         library = self._library and needs_library(path)
         session = open_session(path, library=library, session_options=options)
         names = [value.name for value in session.get_inputs()]
