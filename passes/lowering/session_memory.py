@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxcomp.errors import CompressionError
+from onnxcomp.errors import CompressionError, ModelError
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import LoadMemory
 from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.ir.manifest import own_name, read_manifest
+from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.tensors import is_float
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.stages import is_staged, kind_of, loading_peak
 
-__all__ = ["BASE", "expansions", "load_bytes", "session_bytes", "tensor_bytes"]
+__all__ = ["expansions", "held_bytes", "load_bytes", "session_bytes", "tensor_bytes"]
 
 # Memory of a process with a session of a small model.
-BASE = 80 << 20
+_BASE = 80 << 20
 
 
 def load_bytes(path: Path, model: ir.Model | None) -> int:
@@ -29,7 +31,7 @@ def load_bytes(path: Path, model: ir.Model | None) -> int:
         model: What is in it; None where that cannot be read.
     """
     folding = 0 if model is None else _folding_bytes(model, library=False)
-    return BASE + path.stat().st_size + folding
+    return _BASE + path.stat().st_size + folding
 
 
 def session_bytes(path: Path, model: ir.Model, *, library: bool) -> int:
@@ -42,7 +44,28 @@ def session_bytes(path: Path, model: ir.Model, *, library: bool) -> int:
     """
     tensors = [value.const_value for value in initializers(model).values()]
     stored = sum(tensor_bytes(tensor) for tensor in tensors if tensor is not None)
-    return BASE + path.stat().st_size + stored + _folding_bytes(model, library=library)
+    return _BASE + path.stat().st_size + stored + _folding_bytes(model, library=library)
+
+
+def held_bytes(forms: Iterable[tuple[Path, bool]]) -> int:
+    """Memory at the peak of opening sessions one after the other, all of which stay open.
+
+    Args:
+        forms: Models, and whether they run with the operator library. One that cannot be read is
+            not counted.
+    """
+    peak = held = 0
+    for path, library in forms:
+        try:
+            model = load(path)
+        except ModelError:
+            continue
+        opening = session_bytes(path, model, library=library)
+        peak = max(peak, held + opening)
+        folded = sum(need.kept for _, need in expansions(model, library=library))
+        results = sum(need.result for _, need in expansions(model, library=library))
+        held += opening if not folded else session_bytes(path, model, library=True) + results
+    return peak
 
 
 def tensor_bytes(tensor: ir.TensorProtocol) -> int:
