@@ -13,6 +13,7 @@ from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_int import LowRankIntCodec
 from onnxcomp.passes.codecs.registry import CodecRegistry
+from onnxcomp.passes.codecs.sparse.codec import SparseCodec
 from onnxcomp.passes.codecs.winding.codec import WindingCodec
 
 __all__ = ["CODECS"]
@@ -29,6 +30,7 @@ CODECS = CodecRegistry(
         HyperLowRankCodec(),
         WindingCodec(),
         HashCodec(),
+        SparseCodec(),
         ConstantCodec(),
     )
 )
