@@ -124,6 +124,8 @@ class WeightSite:
         constant: What is known of it where it is no trained weight; else None.
         wide: Whether the stored tensor is float64. Codecs see it as float32, and all its uses read
             the dense weight, converted back.
+        kept: Elements with a bit that is set, where leaving out the others makes it smaller; else
+            None.
     """
 
     name: str
@@ -138,6 +140,7 @@ class WeightSite:
     rank: int | None = None
     constant: Constant | None = None
     wide: bool = False
+    kept: int | None = None
 
     @property
     def size(self) -> int:

@@ -171,7 +171,8 @@ class ByteOptions(Options):
         "keep", Choice(Rest), "method",
         "Weights that no method makes smaller: as they are, in half precision, or in half "
         "precision where no value changes.",
-        "`fp16` takes those whose values allow it; excluded weights stay as they are.",
+        "`fp16` takes those whose values allow it, `exact` leaves out zeros, too; excluded weights "
+        "stay as they are.",
     )  # fmt: skip
     prune_ratio: float | None = option(
         None, Number(above=0, below=1, metavar="SHARE"), "prune",

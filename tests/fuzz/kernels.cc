@@ -574,6 +574,26 @@ void AddWeightOfWinding(Random& random, Case& made, int64_t rows, int64_t length
   SetInts(node.inputs[5], {full, points, random.Between(1, order)});
 }
 
+void AddWeightOfSparse(Random& random, Case& made, int64_t rows, int64_t length) {
+  Node& node = made.node;
+  const int64_t bytes = (length + 7) / 8;
+  Value mask(onnxcomp::kUint8, Dims{rows, bytes});
+  random.Fill(mask);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < rows * bytes; ++i) {
+    auto bits = static_cast<uint8_t>(mask.data()[i]);
+    if (i % bytes == bytes - 1) bits &= static_cast<uint8_t>(0xff >> (8 * bytes - length));
+    mask.data()[i] = static_cast<char>(bits);
+    kept += __builtin_popcount(bits);
+  }
+  node.inputs.push_back(std::move(mask));
+  node.inputs.emplace_back(made.op->GetInputType(made.op, made.first + 1), Dims{1 + kept});
+  made.parts = 2;
+  Value& values = node.inputs[made.first + 1];
+  FillFloats(random, values, 0.05);
+  std::memset(values.data(), 0, SizeOf(values.type));
+}
+
 Case MakeCase(Random& random) {
   Case made;
   made.op = registered[static_cast<size_t>(
@@ -590,6 +610,8 @@ Case MakeCase(Random& random) {
     AddWeightOfHash(random, made, rows, length);
   } else if (made.name.rfind("Winding", 0) == 0) {
     AddWeightOfWinding(random, made, rows, length);
+  } else if (made.name.rfind("Sparse", 0) == 0) {
+    AddWeightOfSparse(random, made, rows, length);
   } else {
     std::fprintf(stderr, "%s: no cases are made for this operator\n", made.name.c_str());
     std::exit(2);
