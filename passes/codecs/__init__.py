@@ -8,6 +8,7 @@ from onnxcomp.passes.codecs.half import HalfCodec
 from onnxcomp.passes.codecs.hash.codec import HashCodec
 from onnxcomp.passes.codecs.hyper.codec import HyperCodec
 from onnxcomp.passes.codecs.integer.codec import IntegerCodec
+from onnxcomp.passes.codecs.integer.dynamic import DynamicCodec
 from onnxcomp.passes.codecs.lowrank.codec import LowRankCodec
 from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec
@@ -22,6 +23,7 @@ CODECS = CodecRegistry(
         DenseCodec(),
         HyperCodec(),
         IntegerCodec(),
+        DynamicCodec(),
         HalfCodec(),
         LowRankCodec(),
         LowRankHyperCodec(),
