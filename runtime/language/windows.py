@@ -19,8 +19,8 @@ __all__ = ["CONTEXT", "WINDOWS", "text_inputs"]
 
 Array = npt.NDArray[Any]
 
-# What a run takes in minutes. More windows lose less, and time and memory of a run follow them: of a
-# language model of 135 million weights at 4 bits, a quarter of these loses a third more.
+# What a run takes in minutes. More windows lose less, and time and memory of a run follow them: a
+# quarter of these costs a model of 135 million weights a third more divergence at 4 bits.
 WINDOWS, CONTEXT = 128, 256
 
 
