@@ -1,11 +1,14 @@
 """Architectures of transformers through the exporters: exported, compressed, fused, and generating.
 
     python benchmarks/bench_exports.py [--only NAME ...] [--exporters NAME ...] [--smollm2 FOLDER]
+        [--data FOLDER] [--work FOLDER]
 
 Needs torch and transformers, and optimum for the exporter of that name. Models are small, with
 random weights: what is shown is which graphs the exporters make of each architecture and what
-becomes of them. FOLDER holds model.onnx of SmolLM2-135M-Instruct, whose weights go into a module of
-transformers again. For each architecture and way out of torch:
+becomes of them. SmolLM2-135M alone has weights of its own (`export_smollm2.py`): those of the
+model.onnx in its folder ($ONNXCOMP_SMOLLM2). It reads a text of the folder of data
+($ONNXCOMP_DATA), and is left out where they are not there. Its exports stay in the last folder and
+are taken from there again. Optimum is not asked for it. For each architecture and way out of torch:
 
 * `exported`: relative L2 difference of the graph to the module, on inputs of three sizes;
 * `weights`: share of the bytes of weights that are compressed, and `ratio`: bytes before and after;
@@ -20,24 +23,33 @@ Rows of models that are not asked for stay what they were in ``results/exports.j
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
 import transformers
+from export_smollm2 import (
+    SMOLLM2,
+    Row,
+    common,
+    generated,
+    measure_smollm2,
+    missing,
+    outcome,
+)
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
 from onnxcomp.errors import CompressionError
 from onnxcomp.models import decoder_example, export
-from onnxcomp.runtime.language.decoder import Decoder
 
 WIDTH, HEADS, LAYERS, TOKENS, STEPS = 96, 4, 2, 256, 16
 PROMPT = (3, 14, 15, 92, 65, 35, 89)
@@ -45,8 +57,6 @@ EXPORTERS = ("dynamo", "torchscript")
 
 # Tasks of optimum's exporter, for other models than decoders.
 TASKS = {"ViT": "image-classification", "CLIP": "zero-shot-image-classification"}
-
-Row = dict[str, Any]
 
 
 def _decoder(kind: str, **options: Any) -> Any:
@@ -183,22 +193,6 @@ MODELS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Row]]] = {
 }
 
 
-def generated(session: Any, prompt: Sequence[int], steps: int = STEPS) -> list[int]:
-    """Greedy tokens behind a prompt, with a cache that starts empty."""
-    decoder, step = Decoder(session), list(prompt)
-    tokens: list[int] = []
-    for _ in range(steps):
-        step = [int(decoder.step(np.array([step]))[0, -1].argmax())]
-        tokens += step
-    return tokens
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    same = [a == b for a, b in zip(one, other, strict=True)]
-    return same.index(False) if False in same else len(same)
-
-
 def tokens_of(model: Any, dense: Path, small: Path, prompt: Sequence[int], options: Row) -> Row:
     """Greedy tokens that forms have in common, in exact arithmetic: random weights are touchy."""
     onnxcomp.optimize(dense, small, precision="exact", verify=False, **options)
@@ -206,13 +200,13 @@ def tokens_of(model: Any, dense: Path, small: Path, prompt: Sequence[int], optio
         torch.tensor([list(prompt)]), max_new_tokens=STEPS, do_sample=False, eos_token_id=None,
         pad_token_id=0,
     )[0, len(prompt) :].tolist()  # fmt: skip
-    portable = generated(onnxruntime.InferenceSession(small), prompt)
+    ours = generated(onnxcomp.InferenceSession(small), prompt, STEPS)
+    portable = generated(onnxruntime.InferenceSession(small), prompt, STEPS)
+    exact = generated(onnxruntime.InferenceSession(dense), prompt, STEPS)
     return {
         "of": STEPS,
-        "dense_and_module": common(generated(onnxruntime.InferenceSession(dense), prompt), wanted),
-        "library_and_portable": common(
-            generated(onnxcomp.InferenceSession(small), prompt), portable
-        ),
+        "dense_and_module": common(exact, wanted),
+        "library_and_portable": common(ours, portable),
         "compressed_and_module": common(portable, wanted),
     }
 
@@ -220,18 +214,7 @@ def tokens_of(model: Any, dense: Path, small: Path, prompt: Sequence[int], optio
 def compressed(model: Path, output: Path, **options: Any) -> Row:
     """What `optimize` makes of a graph."""
     report = onnxcomp.optimize(model, output, force=True, **options).report
-    return _outcome(report)
-
-
-def _outcome(report: Any) -> Row:
-    verify = report.to_json().get("verify") or {}
-    return {
-        "bytes_before": report.input.bytes,
-        "bytes": report.output.bytes,
-        "ratio": round(report.ratio, 2),
-        "weights": round(report.coverage, 4),
-        "verified": bool(verify.get("passed")),
-    }
+    return outcome(report)
 
 
 def fused(dense: Path, folder: Path, options: Row) -> Row:
@@ -299,7 +282,7 @@ def measure(name: str, exporter: str, folder: Path, options: Row) -> Row:
         return {**row, "failed": error.message, "hint": error.hint}
     assert result.torch is not None
     exported = max(metrics.rel_l2 for metrics in result.torch.exported.values())
-    row |= {"exported": float(f"{exported:.2g}"), **_outcome(result.report)}
+    row |= {"exported": float(f"{exported:.2g}"), **outcome(result.report)}
     row["bytes_before"] = dense.stat().st_size
     row["ratio"] = round(row["bytes_before"] / row["bytes"], 2)
     if arguments is decoder_example:
@@ -308,40 +291,10 @@ def measure(name: str, exporter: str, folder: Path, options: Row) -> Row:
     return row
 
 
-def smollm2(source: Path, folder: Path, exporter: str, options: Row) -> Row:
-    """Real weights: those of an ONNX model in a module of transformers, and out again."""
-    config = transformers.LlamaConfig(
-        **json.loads((source / "config.json").read_text(encoding="utf-8"))
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    stored = onnx.load(source / "model.onnx")
-    named = {t.name: onnx.numpy_helper.to_array(t) for t in stored.graph.initializer}
-    state = {}
-    for name, parameter in model.named_parameters():
-        array = named[name]
-        turned = array.shape != tuple(parameter.shape) or name.endswith("proj.weight")
-        state[name] = torch.from_numpy(np.ascontiguousarray(array.T if turned else array))
-    model.load_state_dict(state, strict=False)
-    dense, small = folder / "dense.onnx", folder / "small.onnx"
-    result = export(
-        model, (), small, **decoder_example(model), exporter=exporter, dense=dense, **options
-    )
-    assert result.torch is not None
-    from tokenizers import Tokenizer
-
-    text = "The history of the steam engine begins in the"
-    prompt = Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
-    row = {"model": "SmolLM2-135M-Instruct, real weights", "exporter": exporter}
-    row["exported"] = max(metrics.rel_l2 for metrics in result.torch.exported.values())
-    row |= _outcome(result.report)
-    tokens = tokens_of(model, dense, folder / "exact.onnx", prompt, options)
-    return {**row, "tokens": tokens}
-
-
 def write(rows: Mapping[tuple[str, str], Row], bits: float) -> None:
     """Write all rows, models in the order of the list."""
-    order = {name: number for number, name in enumerate(MODELS)}
-    ordered = sorted(rows.values(), key=lambda row: (order.get(row["model"], -1), row["exporter"]))
+    order = {name: number for number, name in enumerate((*MODELS, SMOLLM2))}
+    ordered = sorted(rows.values(), key=lambda row: (order[row["model"]], row["exporter"]))
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     write_results("exports", {"versions": versions, "bits": bits, "rows": ordered})
 
@@ -353,7 +306,8 @@ def print_rows(rows: Sequence[Row]) -> None:
         if "failed" in row:
             return (row["model"], row["exporter"], row["failed"][:60], "", "", "", "")
         tokens = row.get("tokens", {})
-        both = f"{tokens['library_and_portable']} of {tokens['of']}" if tokens else ""
+        same = tokens.get("library_and_portable", tokens.get("compressed_and_dense"))
+        both = f"{same} of {tokens['of']}" if tokens else ""
         after = {name: found.get("ratio", "failed") for name, found in row.get("fused", {}).items()}
         return (
             row["model"], row["exporter"], row.get("exported", ""), f"{row['weights']:.1%}",
@@ -367,9 +321,11 @@ def print_rows(rows: Sequence[Row]) -> None:
 def main() -> None:
     """Measure the models that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="*", default=list(MODELS))
+    parser.add_argument("--only", nargs="*", default=[*MODELS, SMOLLM2])
     parser.add_argument("--exporters", nargs="*", default=list(EXPORTERS))
-    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--smollm2", type=Path, default=os.environ.get("ONNXCOMP_SMOLLM2"))
+    parser.add_argument("--data", type=Path, default=os.environ.get("ONNXCOMP_DATA"))
+    parser.add_argument("--work", type=Path, default=RESULTS.parents[1] / ".cache" / "exports")
     parser.add_argument("--bits", type=float, default=4)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -377,19 +333,22 @@ def main() -> None:
     path = RESULTS / "exports.json"
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = {(row["model"], row["exporter"]): row for row in known}
-    for name in given.only:
-        for exporter in given.exporters:
-            with tempfile.TemporaryDirectory() as folder:
-                if exporter == "optimum":
-                    rows[name, exporter] = by_optimum(name, Path(folder), options)
-                else:
-                    rows[name, exporter] = measure(name, exporter, Path(folder), options)
-            write(rows, given.bits)
-    if given.smollm2 is not None:
+    reason = missing(given.smollm2, given.data) if SMOLLM2 in given.only else ""
+    if reason:
+        print(f"{SMOLLM2} is left out: {reason}")
+    for name, exporter in itertools.product(given.only, given.exporters):
+        if name == SMOLLM2 and (reason or exporter not in EXPORTERS):
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            row = smollm2(given.smollm2, Path(folder), "torchscript", options)
-        rows[row["model"], row["exporter"]] = row
-    write(rows, given.bits)
+            if name == SMOLLM2:
+                work = given.work / exporter
+                row = measure_smollm2(given.smollm2, given.data, exporter, work, given.bits)
+            elif exporter == "optimum":
+                row = by_optimum(name, Path(folder), options)
+            else:
+                row = measure(name, exporter, Path(folder), options)
+        rows[name, exporter] = row
+        write(rows, given.bits)
     print_rows(list(rows.values()))
 
 
