@@ -21,6 +21,9 @@ __all__ = ["progress"]
 # Seconds between lines where nobody can watch a bar.
 _PAUSE = 5.0
 
+# After so many pauses a line is said again though nothing has changed.
+_REPEAT = 12
+
 
 @contextlib.contextmanager
 def progress(terminal: Terminal, title: str, unit: str = "") -> Iterator[Progress | None]:
@@ -56,12 +59,15 @@ def _lines(title: str, unit: str) -> Iterator[Progress]:
         text[0] = f"{title}: {amounts}, {site}" if done < total else ""
 
     def note(what: str, done: int, total: int, item: str) -> None:
-        text[0] = activity_text(what, done, total, item)
+        text[0] = f"now: {activity_text(what, done, total, item)}"
 
     def repeat() -> None:
+        said, silent = "", 0
         while not ended.wait(_PAUSE):
-            if text[0]:
-                click.echo(text[0], err=True)
+            silent += 1
+            if text[0] and (text[0] != said or silent > _REPEAT):
+                said, silent = text[0], 0
+                click.echo(said, err=True)
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

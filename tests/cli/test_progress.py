@@ -37,7 +37,7 @@ def test_a_long_step_is_shown_while_it_lasts(
         show(500, 2000, "w")
         time.sleep(0.2)
     lines = capsys.readouterr().err.splitlines()
-    assert "preparing the graph: fold-linear-chains" in lines
+    assert "now: preparing the graph: fold-linear-chains" in lines
     assert "encoding: 500 B of 2.00 KB, w" in lines
 
 
