@@ -18,6 +18,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["Chain", "read_values", "segment"]
 
@@ -119,6 +120,7 @@ class Chain:
             ModelError: ONNX Runtime cannot load or run the segment.
         """
         stop = self.position(wanted)
+        activity("running the model", self._done, len(self._nodes), f"up to {wanted[0]}")
         part = [index for index in self._needed if self._done <= index < stop]
         later = {name for name, last in self._last.items() if last >= stop}
         made = {value.name or "" for index in part for value in self._nodes[index].outputs}
