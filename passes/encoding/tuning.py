@@ -41,7 +41,7 @@ RATE, _MEMORY = 2e-3, (0.9, 0.95)
 _PIECE = 256
 
 # Pieces that one pass takes at most, evenly from all inputs.
-_MOST = 256
+_MOST = 64
 
 # Bytes of initializers above which a model is not tuned: it is in memory twice.
 _LARGEST = 1 << 30

@@ -33,7 +33,10 @@ def candidate_sets(prepared: Prepared, known: Measurements) -> list[CandidateSet
     Raises:
         UsageError: A rule names a parameter or a rank that no method of the weight has.
     """
-    estimates = Estimates(prepared.model, calibrated=known.calibrated, timer=known.timing)
+    rounding = {} if known.timing is None else known.timing.rounding
+    estimates = Estimates(
+        prepared.model, calibrated=known.calibrated, timer=known.timing, rounding=rounding
+    )
     found: dict[str, CandidateSet] = {}
     for site, stats in observed(prepared.model, prepared.sites, known.feeds):
         activity("planning", len(found), len(prepared.sites), site.name)
