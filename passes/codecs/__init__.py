@@ -8,6 +8,7 @@ from onnxcomp.passes.codecs.half import HalfCodec
 from onnxcomp.passes.codecs.hash.codec import HashCodec
 from onnxcomp.passes.codecs.hyper.codec import HyperCodec
 from onnxcomp.passes.codecs.integer.codec import IntegerCodec
+from onnxcomp.passes.codecs.integer.dynamic import DynamicCodec
 from onnxcomp.passes.codecs.lowrank.family import LOWRANK_CODECS
 from onnxcomp.passes.codecs.registry import CodecRegistry
 from onnxcomp.passes.codecs.sparse.codec import SparseCodec
@@ -21,6 +22,7 @@ CODECS = CodecRegistry(
         DenseCodec(),
         HyperCodec(),
         IntegerCodec(),
+        DynamicCodec(),
         HalfCodec(),
         *LOWRANK_CODECS,
         WindingCodec(),

@@ -123,6 +123,10 @@ class Builder(Protocol[V]):
         """Add a node with one output before the use and return the output."""
         ...
 
+    def outputs(self, op_type: str, inputs: Sequence[V], count: int) -> Sequence[V]:
+        """Add a node of the default domain with several outputs and return them."""
+        ...
+
 
 class Measure(Protocol):
     """Errors of some settings for one weight, for much less work than encoding it."""
@@ -316,6 +320,8 @@ class Codec(Protocol):
         width: Name of the parameter that counts bits per weight and that ``--bits`` sets; None
             where there is none: then ``--bits`` picks settings by the bytes they take.
         composite: Whether `emit` makes several of our operators for one use.
+        rounds_inputs: Whether all activations of a product are rounded to 8 bits with one range.
+            Where the time of a run counts, the method "auto" stands for such a codec, too.
     """
 
     name: ClassVar[str]
@@ -324,6 +330,7 @@ class Codec(Protocol):
     automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = None
     composite: ClassVar[bool] = False
+    rounds_inputs: ClassVar[bool] = False
 
     @property
     def measure(self) -> Measure | None:

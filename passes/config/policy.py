@@ -55,7 +55,7 @@ class Policy:
         """
         rule = match_rule(settings.rules, names, operators)
         asked = settings.method if rule is None else rule.methods or settings.method
-        methods = method_names(asked, CODECS, stock=settings.stock)
+        methods = method_names(asked, CODECS, stock=settings.stock, timed=_rounds(settings))
         own = rule is not None and bool(rule.methods)
         if settings.rest != "keep" and not own:
             methods = (*(name for name in methods if name not in ("dense", HALF)), HALF)
@@ -69,6 +69,11 @@ class Policy:
             settings.rest == "exact" and not own,
             settings.target,
         )
+
+
+def _rounds(settings: Settings) -> bool:
+    """Whether products may round all their activations with one range, for speed on a CPU."""
+    return settings.timed and settings.precision == "int8" and settings.target != "cuda"
 
 
 def resolve_policy(site: WeightSite, settings: Settings) -> Policy:

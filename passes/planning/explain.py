@@ -52,6 +52,8 @@ def _of_bits(pick: Candidate, policy: Policy, bits: int) -> str:
     own = int(getattr(pick.params, width))
     if own == bits:
         return f"{bits} bits for all weights"
+    if own != bits and pick.time:
+        return "expected to be the fastest form that is no less accurate"
     if own < bits:
         return f"nothing with {bits} bits is smaller than the weight"
     if pick.site.filters_input:

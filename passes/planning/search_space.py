@@ -367,6 +367,6 @@ def distance(candidate: Candidate) -> int:
 
 
 def _worse(candidate: Candidate, options: Sequence[Candidate]) -> bool:
-    """Whether a candidate is worse than the one nearest to the codec's defaults."""
-    nearest = min(options, key=distance)
+    """Whether a candidate is worse than the smallest of those nearest to the codec's defaults."""
+    nearest = min(options, key=lambda option: (distance(option), option.bytes))
     return candidate.error > nearest.error * (1 + 1e-9)
