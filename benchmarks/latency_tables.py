@@ -166,3 +166,35 @@ def merged_products() -> Iterator[str]:
         "Split behind (`benchmarks/bench_merge.py`).\n"
     )
     yield markdown(("products", *names.values()), rows)
+    yield (
+        "Merging gate and up gains nothing. Merging q, k and v would save\n"
+        f"{merge_gains(found)} of a run of the whole model. It is not done: one weight in the\n"
+        "place of three would lose the names that rules, plans and `expand` know them by.\n"
+    )
+
+
+# Cases of bench_merge.py by the layers of their model and the case of bench_latency.py.
+MERGED = {
+    ("SmolLM2 q, k, v", 1): (30, ("smollm2", "decode, context 64")),
+    ("MiniLM q, k, v", 32): (6, ("minilm", "1x32")),
+    ("MiniLM q, k, v", 128): (6, ("minilm", "1x128")),
+}
+
+
+def merge_gains(found: Mapping[str, Any]) -> str:
+    """What whole models would gain by one product for q, k and v: the range over cases."""
+    shares = []
+    for name, records in found.items():
+        latency = read(name.replace("merge", "latency"))
+        kind = "structured" if "avx2" in name else "winding"
+        times = {
+            (r["model"], r["shape"]): r["forms"][f"onnxcomp, 4 bits, {kind}"]["cpu_ms"]
+            for r in latency["records"]
+            if r["threads"] == 1
+        }
+        for record in records:
+            layers, case = MERGED.get((record["case"], record["m"]), (0, None))
+            if layers:
+                saved = layers * (record["apart"] - record["merged"]) / 1000
+                shares.append(saved / times[case])
+    return f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %"

@@ -82,11 +82,13 @@ def structured_products() -> Iterator[str]:
         "ONNX Runtime is kept to AVX2 as well (`benchmarks/mask_cpuid`); `structured` are the\n"
         "tables for such machines: `benchmarks/bench_matmul.py`.\n"
     )
-    square = [row for row in records if row["length"] == row["rows"] == 4096]
+    every = [row for row in records if row["length"] == row["rows"] == 4096]
+    square = [row for row in every if row["of_one_thread"] is None]
     heights = sorted({row["m"] for row in square})
     cells = [(4096, 4096, m) for m in heights]
     columns = ("product", *(f"{m} row" + "s" * (m > 1) for m in heights))
     yield markdown(columns, speed_rows(square, cells))
+    yield from of_memory(every)
     missed = [bar for bar in results["bars"] if not bar["met"]]
     texts = [
         f"{bar['what']}: {bar['found']:.2f} where {bar['must']} was the goal" for bar in missed
@@ -103,6 +105,25 @@ def structured_products() -> Iterator[str]:
     cells = [(*shape, m) for shape in ((4096, 4096), (768, 3072)) for m in (1, 4, 16, 128)]
     columns = ("product", *(f"{length}x{rows}, {m}" for length, rows, m in cells))
     yield markdown(columns, speed_rows(wide["records"], cells))
+
+
+def of_memory(records: Sequence[Any]) -> Iterator[str]:
+    """How much of the speed of memory products with one row reach."""
+    share = {
+        (row["variant"], row["threads"]): f"{100 * row['of_read_speed']:.0f} %"
+        for row in records
+        if row.get("of_read_speed") is not None and row["m"] == 1
+    }
+    threads = sorted({number for _, number in share})
+    yield (
+        "Bytes of weights that products with one row read per second, as a share of what as many\n"
+        "threads read that do nothing else.\n"
+    )
+    rows = [
+        [speed_name(variant), *(share[variant, number] for number in threads)]
+        for variant in dict.fromkeys(variant for variant, _ in share)
+    ]
+    yield markdown(("product", *(f"{n} thread" + "s" * (n > 1) for n in threads)), rows)
 
 
 def machine_text(results: Mapping[str, Any]) -> str:
