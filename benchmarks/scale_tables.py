@@ -16,6 +16,10 @@ _NAMES = {
 }  # fmt: skip
 
 
+# Length of a window of --data.
+_TOKENS = 256
+
+
 def large_models() -> Iterator[str]:
     """Time and memory of the compiler."""
     results = read("scale")
@@ -26,8 +30,7 @@ def large_models() -> Iterator[str]:
         "of the whole process and of its phases, on a machine that did other things as well\n"
         f"(`benchmarks/bench_scale.py`, {results['processor']}).\n"
         "The largest tensor of the model of 1 GB takes 0.20 GB in float32, that of 4 GB 0.26 GB.\n"
-        "`verify` runs whole sessions where nothing else is said. `--data` had\n"
-        f"{_windows(rows)} windows of 256 tokens.\n"
+        "`verify` runs whole sessions where nothing else is said." + _windows(rows)
     )
     cells = [
         (
@@ -63,7 +66,9 @@ def large_models() -> Iterator[str]:
 
 def _windows(rows: list[dict[str, Any]]) -> str:
     found = sorted({row["windows"] for row in rows if "windows" in row})
-    return " or ".join(map(str, found)) or "no"
+    if not found:
+        return "\n"
+    return f" `--data` had {' or '.join(map(str, found))} windows\nof {_TOKENS} tokens.\n"
 
 
 def _limit(row: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
 from onnxcomp.runtime.activity import activity
+from onnxcomp.runtime.clients.patching import return_freed_memory
 
 __all__ = ["Chain", "read_values", "segment"]
 
@@ -134,6 +135,8 @@ class Chain:
                     held = {**held, **run(held)}
                 self._held[number] = {n: array for n, array in held.items() if n in later}
                 yield {name: held[name] for name in wanted}
+        run = None  # its session goes, and its memory with it
+        return_freed_memory()
         self._done = max(self._done, stop)
         self._weights = {n: w for n, w in self._weights.items() if self._last.get(n, -1) >= stop}
 
