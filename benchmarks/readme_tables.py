@@ -24,7 +24,7 @@ from quality_tables import calibration_steps
 from scale_tables import large_models
 from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
-from speed_tables import products, shared_products, structured_products
+from speed_tables import products, shared_products, sparse_products, structured_products
 
 __all__ = ["stale_pages", "tables"]
 
@@ -350,6 +350,7 @@ ALL: Sections = {
     "Products that share their input": merged_products,
     "Whole models": whole_models,
     "Products with shared weights": shared_products,
+    "Products with sparse weights": sparse_products,
     "Training with shared weights": shared_training,
     "The model of the demo": demo,
     "Models of other projects": models,
