@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llm_rows import MANY, ROWS, WINDOWS
+from llm_rows import FEW, ROWS, WINDOWS
 from page_parts import markdown, read, share
 
 __all__ = ["chosen_rows", "every_row"]
@@ -18,16 +18,13 @@ _CHOSEN = (
     "llama.cpp Q4_K_M, importance matrix",
     "llama.cpp IQ4_XS, importance matrix",
     "llama.cpp Q3_K_M, importance matrix",
-    *(
-        f"llama.cpp {kind}, importance matrix of {MANY} windows"
-        for kind in ("Q4_K_M", "IQ4_XS", "Q3_K_M")
-    ),
-    "llama.cpp Q2_K",
+    "llama.cpp Q2_K, importance matrix",
     "onnxcomp 4 bits",
     "onnxcomp 4 bits, calibrated",
     "onnxcomp 3 bits, calibrated",
     "onnxcomp 2 bits, calibrated",
-    *(f"onnxcomp {bits} bits, calibrated on {MANY} windows" for bits in "432"),
+    "onnxcomp --ratio 7.15, calibrated",
+    f"onnxcomp 4 bits, calibrated on {FEW} windows",
 )
 
 

@@ -26,6 +26,7 @@ from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from quality_tables import calibration_steps
+from scale_tables import large_models
 from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
 from speed_tables import products, shared_products, structured_products
@@ -362,6 +363,7 @@ ALL: Sections = {
     "Plans": planner,
     "Presets": presets,
     "Structured pruning": pruning,
+    "Large models": large_models,
 }
 PAGES: Mapping[Path, Sections] = {
     ROOT / "README.md": {"": headlines},

@@ -17,6 +17,9 @@ __all__ = ["HALF", "Policy", "resolve_policy"]
 # The codec of half precision, for what stays dense.
 HALF = "fp16"
 
+# The codec that leaves out zeros, exactly.
+_SPARSE = "sparse"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
@@ -56,6 +59,8 @@ class Policy:
         own = rule is not None and bool(rule.methods)
         if settings.rest != "keep" and not own:
             methods = (*(name for name in methods if name not in ("dense", HALF)), HALF)
+        if settings.rest == "exact" and not own and not settings.stock:
+            methods = tuple(dict.fromkeys((*methods, _SPARSE)))
         return cls(
             methods,
             (rule.mode if rule is not None else None) or settings.mode,
