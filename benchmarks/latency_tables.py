@@ -7,7 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read
 
-__all__ = ["headline_latency", "merged_products", "whole_models"]
+__all__ = ["headline_latency", "merged_products", "planned_for_time", "whole_models"]
 
 # Result files, and the codes for their machines.
 CLASSES: Mapping[str, str] = {"latency_avx2": "structured", "latency_avx512": "winding"}
@@ -145,6 +145,29 @@ def headline_latency() -> Iterator[str]:
         )
         columns = ("model and inputs", "dynamic int8", "MatMulNBits int4", "4 bits", "2 bits")
         yield markdown(columns, rows)
+
+
+def planned_for_time() -> Iterator[str]:
+    """What `--objective latency` chooses for MiniLM."""
+    yield (
+        "MiniLM at 4 bits, without calibration, and with `--objective latency`, which chooses for\n"
+        "each product between codes, dynamic int8 and the dense weight: times as fast as float32,\n"
+        "one thread, and in brackets the relative error of the embeddings on inputs that the plan\n"
+        "has not seen. The last column counts the products that became int8\n"
+        "(`benchmarks/bench_choice.py`).\n"
+    )
+    rows = []
+    for name in ("choice_avx2", "choice_avx512"):
+        for record in read(name)["records"]:
+            forms = list(record["forms"].values())[1:]
+            chosen = record["chosen"]
+            rows.append([
+                f"{'AVX2 only' if name.endswith('avx2') else 'AVX-512'}, {record['shape']}",
+                *(f"{form['over_float32']:.2f} ({form['error']:.2f})" for form in forms),
+                f"{chosen.get('dynamic', 0)} of {sum(chosen.values())}",
+            ])  # fmt: skip
+    columns = ("machine and inputs", "ONNX Runtime dynamic int8", "4 bits", "for latency", "int8")
+    yield markdown(columns, rows)
 
 
 def merged_products() -> Iterator[str]:

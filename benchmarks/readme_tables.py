@@ -16,7 +16,12 @@ from typing import Any
 
 from client_tables import clients, elsewhere, hub
 from export_tables import exports
-from latency_tables import headline_latency, merged_products, whole_models
+from latency_tables import (
+    headline_latency,
+    merged_products,
+    planned_for_time,
+    whole_models,
+)
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
@@ -348,6 +353,7 @@ ALL: Sections = {
     "Products": products,
     "Products with structured tables": structured_products,
     "Products that share their input": merged_products,
+    "Plans for time": planned_for_time,
     "Whole models": whole_models,
     "Products with shared weights": shared_products,
     "Products with sparse weights": sparse_products,
