@@ -28,6 +28,10 @@ inline __m256i LoadBytes(const int8_t* from) {
 
 inline Line Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Line Load(const float* x) { return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)}; }
+inline void Store(const Line& a, float* x) {
+  _mm256_storeu_ps(x, a.low);
+  _mm256_storeu_ps(x + 8, a.high);
+}
 inline Line LoadCodes(const int8_t* codes) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
@@ -108,7 +112,7 @@ void FromHalf(const uint16_t* halves, int64_t count, float* out) {
 namespace onnxcomp::sparse {
 
 const Isa& Avx2Isa() {
-  static const Isa isa{"avx2", 8, Expand, FromHalf, ProductInt8, ProductExact};
+  static const Isa isa{"avx2", 8, 0, Expand, FromHalf, ProductInt8, ProductExact};
   return isa;
 }
 

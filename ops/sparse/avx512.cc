@@ -18,6 +18,7 @@ using Word = __m512i;
 
 inline Line Zero() { return _mm512_setzero_ps(); }
 inline Line Load(const float* x) { return _mm512_loadu_ps(x); }
+inline void Store(Line a, float* x) { _mm512_storeu_ps(x, a); }
 inline Line LoadCodes(const int8_t* codes) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
@@ -39,8 +40,7 @@ inline Word LoadWord(const int8_t* codes) { return _mm512_loadu_si512(codes); }
 inline Sums Bias(Sums sums, Word word) { return _mm512_dpbusd_epi32(sums, High(), word); }
 inline Sums Minus(Sums sums, Sums bias) { return _mm512_sub_epi32(sums, bias); }
 inline Sums Dot(Sums sums, Word word, const int8_t* x) {
-  const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(x), High());
-  return _mm512_dpbusd_epi32(sums, raised, word);
+  return _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(x), word);
 }
 inline Line ToLine(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 
@@ -75,7 +75,7 @@ void FromHalf(const uint16_t* halves, int64_t count, float* out) {
 namespace onnxcomp::sparse {
 
 const Isa& Avx512Isa() {
-  static const Isa isa{"avx512", kWord, Expand, FromHalf, ProductInt8, ProductExact};
+  static const Isa isa{"avx512", kWord, -128, Expand, FromHalf, ProductInt8, ProductExact};
   return isa;
 }
 

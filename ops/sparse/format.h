@@ -17,11 +17,12 @@ struct Activations {
   int64_t groups;
   int group;
   const int8_t* codes;  // precision 1: (rows, groups * group)
-  const float* scales;  // precision 1: (rows, groups)
+  const float* scales;  // precision 1: (rows, groups), and kLanes more that can be read
   const float* values;  // precision 0: (rows, groups * group)
 };
 
-// One row of a weight, dense: groups * group codes, and a scale for each group.
+// One row of a weight, dense: groups * group codes, and a scale for each group, kLanes more that can be
+// read.
 struct Row {
   const int8_t* codes;
   const float* scales;
@@ -33,6 +34,9 @@ struct Isa {
 
   // Bytes behind the codes of a row that `expand` may read.
   int64_t slack;
+
+  // What the codes of activations are combined with by exclusive or.
+  int8_t flip;
 
   // out[64 i + j] is the next code where bit j of word i is set, else 0, for 64 * words columns. The
   // words lie at any address.

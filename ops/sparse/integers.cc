@@ -28,14 +28,17 @@ inline void FromFloat(float value, Brain* y) { y->bits = FloatToBfloat(value); }
 template <class T>
 class Prepared {
  public:
-  Prepared(const IntFormat& format, const T* x, int64_t rows, bool int8)
+  Prepared(const Isa& isa, const IntFormat& format, const T* x, int64_t rows, bool int8)
       : rounding_(hyper::SelectIsa()),
+        flip_(isa.flip),
         format_(format),
         x_(x),
         int8_(int8),
         codes_(int8 ? rows * format.padded : 0),
-        scales_(int8 ? rows * format.groups : 0),
-        values_(int8 ? 0 : rows * format.padded) {}
+        scales_(int8 ? rows * format.groups + kLanes : 0),
+        values_(int8 ? 0 : rows * format.padded) {
+    if (int8) std::fill_n(scales_.get() + rows * format.groups, kLanes, 0.0f);
+  }
 
   Activations view() const {
     return {format_.groups, format_.group, codes_.get(), scales_.get(), values_.get()};
@@ -51,6 +54,7 @@ class Prepared {
       int8_t* codes = codes_.get() + row * format_.padded + g * format_.group;
       scales_.get()[row * format_.groups + g] =
           rounding_.quantize(out, format_.group, codes, &sum);
+      for (int t = 0; t < format_.group; ++t) codes[t] ^= flip_;
     }
   }
 
@@ -64,6 +68,7 @@ class Prepared {
   }
 
   const hyper::Isa& rounding_;  // all families round activations alike
+  int8_t flip_;
   const IntFormat& format_;
   const T* x_;
   bool int8_;
@@ -100,7 +105,7 @@ class MatMulKernel : public Kernel {
   void Run(OrtKernelContext* context, const IntWeight& weight, const T* x, int64_t count,
            T* y) const {
     const IntFormat& format = reader_.format();
-    const Prepared<T> prepared(format, x, count, int8_);
+    const Prepared<T> prepared(isa_, format, x, count, int8_);
     ParallelPieces(api_, context, count, kTaskWork / 8 / format.padded,
                    [&](int64_t row) { prepared.Run(row); });
     const Activations view = prepared.view();

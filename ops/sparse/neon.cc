@@ -29,6 +29,9 @@ inline To Each(const Op& op) {
 inline Line Broadcast(float x) { return Each<Line>([x](int) { return vdupq_n_f32(x); }); }
 inline Line Zero() { return Broadcast(0.0f); }
 inline Line Load(const float* x) { return Each<Line>([x](int i) { return vld1q_f32(x + 4 * i); }); }
+inline void Store(const Line& a, float* x) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(x + 4 * i, a.v[i]);
+}
 inline Line LoadCodes(const int8_t* codes) {
   const int8x16_t bytes = vld1q_s8(codes);
   const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
@@ -91,7 +94,7 @@ void FromHalf(const uint16_t* halves, int64_t count, float* out) {
 namespace onnxcomp::sparse {
 
 const Isa& NeonIsa() {
-  static const Isa isa{"neon", 8, Expand, FromHalf, ProductInt8, ProductExact};
+  static const Isa isa{"neon", 8, 0, Expand, FromHalf, ProductInt8, ProductExact};
   return isa;
 }
 

@@ -29,6 +29,9 @@ inline To Each(const Op& op) {
 
 inline Line Zero() { return Line{}; }
 inline Line Load(const float* x) { return Each<Line>([x](int i) { return x[i]; }); }
+inline void Store(const Line& a, float* x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = a.v[i];
+}
 inline Line LoadCodes(const int8_t* codes) {
   return Each<Line>([codes](int i) { return static_cast<float>(codes[i]); });
 }
@@ -85,7 +88,7 @@ void FromHalf(const uint16_t* halves, int64_t count, float* out) {
 namespace onnxcomp::sparse {
 
 const Isa& PlainIsa() {
-  static const Isa isa{"plain", 0, Expand, FromHalf, ProductInt8, ProductExact};
+  static const Isa isa{"plain", 0, 0, Expand, FromHalf, ProductInt8, ProductExact};
   return isa;
 }
 

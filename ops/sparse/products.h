@@ -1,10 +1,10 @@
 // Products of one dense row of codes with rows of activations. Included at the end of the file of each
 // instruction set, which defines before it, in an unnamed namespace of onnxcomp::sparse:
 //
-//   Line     sixteen float32: Zero, Load, LoadCodes, Broadcast, Add, Multiply, MultiplyAdd, Sum
+//   Line     sixteen float32: Zero, Load, Store, LoadCodes, Broadcast, Add, Multiply, MultiplyAdd, Sum
 //   Sums     sixteen int32: Nothing, Dot, ToLine
 //   Word     64 codes: LoadWord
-//   kBiased  whether Dot takes activations for 128 more than they are; then Bias says what that
+//   kBiased  whether activations count 128 more than they are (Isa::flip); then Bias says what that
 //            comes to, and Minus takes it off
 
 namespace onnxcomp::sparse {
@@ -22,7 +22,15 @@ void TileInt8(const Row& row, const Activations& x, int64_t first, float* y) {
     codes[m] = x.codes + (first + m) * padded;
     total[m] = Zero();
   }
+  alignas(64) float factors[count][kLanes];
   for (int64_t g = 0; g < x.groups; ++g) {
+    const int64_t at = g % kLanes;
+    if (at == 0) {  // of sixteen groups
+      const Line own = Load(row.scales + g);
+      for (int m = 0; m < count; ++m) {
+        Store(Multiply(own, Load(x.scales + (first + m) * x.groups + g)), factors[m]);
+      }
+    }
     Sums sums[count];
     Sums bias = Nothing();
     for (int m = 0; m < count; ++m) sums[m] = Nothing();
@@ -33,8 +41,7 @@ void TileInt8(const Row& row, const Activations& x, int64_t first, float* y) {
     }
     for (int m = 0; m < count; ++m) {
       const Sums sum = kBiased ? Minus(sums[m], bias) : sums[m];
-      const float scale = row.scales[g] * x.scales[(first + m) * x.groups + g];
-      total[m] = Add(total[m], Multiply(ToLine(sum), Broadcast(scale)));
+      total[m] = Add(total[m], Multiply(ToLine(sum), Broadcast(factors[m][at])));
     }
   }
   for (int m = 0; m < count; ++m) y[first + m] = Sum(total[m]);

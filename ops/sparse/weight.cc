@@ -1,6 +1,7 @@
 // Checks everything a model file can get wrong before a kernel touches a byte of it, and makes rows of
 // integers dense.
 
+#include <algorithm>
 #include <cstring>
 
 #include "common/weight_op.h"
@@ -35,6 +36,17 @@ struct PairedBits {
 const PairedBits& AllPairedBits() {
   static const PairedBits bits;
   return bits;
+}
+
+// Bytes of a mask of pairs that make three whole words.
+constexpr int64_t kPairedBytes = 16;
+
+void JoinPaired(const PairedBits& table, const uint8_t* mask, uint64_t* words) {
+  const auto at = [&](int i) { return static_cast<uint64_t>(table.bits[mask[i]]); };
+  const uint64_t fifth = at(5), tenth = at(10);
+  words[0] = at(0) | at(1) << 12 | at(2) << 24 | at(3) << 36 | at(4) << 48 | fifth << 60;
+  words[1] = fifth >> 4 | at(6) << 8 | at(7) << 20 | at(8) << 32 | at(9) << 44 | tenth << 56;
+  words[2] = tenth >> 8 | at(11) << 4 | at(12) << 16 | at(13) << 28 | at(14) << 40 | at(15) << 52;
 }
 
 int ReadOneOf(const NodeInfo& node, const char* name, std::initializer_list<int> allowed) {
@@ -143,23 +155,26 @@ RowMaker::RowMaker(const Isa& isa, const IntFormat& format, const IntWeight& wei
       weight_(weight),
       dense_(format.padded),
       unpacked_(format.bits == 4 ? format.padded + 2 * kWord : 0),
-      words_(format.paired ? format.padded / kWord + 1 : 0),
-      scales_(format.groups) {}
+      words_(format.paired ? 3 * CeilDiv(format.bytes, kPairedBytes) : 0),
+      scales_(format.groups + kLanes) {
+  std::fill_n(scales_.get() + format.groups, kLanes, 0.0f);
+}
 
 const uint8_t* RowMaker::Bits(int64_t row) const {
   const uint8_t* mask = weight_.mask + row * format_.bytes;
   if (!format_.paired) return mask;
   const PairedBits& table = AllPairedBits();
   uint64_t* words = words_.get();
-  std::memset(words, 0, static_cast<size_t>(format_.padded / kWord + 1) * sizeof(uint64_t));
-  for (int64_t i = 0; i < format_.bytes; ++i) {
-    const uint64_t bits = table.bits[mask[i]];
-    const int64_t place = i * kPairedColumns, word = place / kWord;
-    const int shift = static_cast<int>(place % kWord);
-    words[word] |= bits << shift;
-    if (shift > kWord - kPairedColumns) words[word + 1] |= bits >> (kWord - shift);
+  int64_t i = 0;
+  for (; i + kPairedBytes <= format_.bytes; i += kPairedBytes, words += 3) {
+    JoinPaired(table, mask + i, words);
   }
-  return reinterpret_cast<const uint8_t*>(words);
+  if (i < format_.bytes) {
+    uint8_t last[kPairedBytes] = {};
+    std::memcpy(last, mask + i, static_cast<size_t>(format_.bytes - i));
+    JoinPaired(table, last, words);
+  }
+  return reinterpret_cast<const uint8_t*>(words_.get());
 }
 
 const int8_t* RowMaker::Codes(int64_t row) const {

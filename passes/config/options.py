@@ -231,9 +231,10 @@ class ByteOptions(Options):
     objective: Objective = option(
         "size", Choice(Objective), "target",
         "What is made small where the other wishes leave a choice: bytes, or the time of a run.",
-        "`latency` takes the form of each weight that is expected to be fastest, dense among them, "
-        "of those that are no less accurate than what it would get otherwise; with a size, the "
-        "fastest plan of that size. Expected times are those that `--max-slowdown` uses.",
+        "`latency` takes the form of each weight that is expected to be fastest, dense and dynamic "
+        "int8 among them, of those that are no less accurate than what it would get otherwise; "
+        "with a size, the fastest plan of that size. Expected times are those that "
+        "`--max-slowdown` uses.",
     )  # fmt: skip
     sparsity: Converted[str | float | None, str | None] = option(
         None, Sparsity(), "prune",

@@ -42,7 +42,8 @@ inline void CompareSparseRow(const Isa& isa, int groups, int group, std::mt19937
 
   std::vector<uint16_t> halves(static_cast<size_t>(groups));
   for (uint16_t& half : halves) half = static_cast<uint16_t>(random() % 0x7c00u);
-  std::vector<float> scales(halves.size()), others(halves.size());
+  constexpr size_t kMore = onnxcomp::sparse::kLanes;  // products read more scales than there are
+  std::vector<float> scales(halves.size() + kMore), others(scales);
   isa.from_half(halves.data(), groups, scales.data());
   plain.from_half(halves.data(), groups, others.data());
   if (!SameBytes(scales.data(), others.data(), 4 * scales.size())) {
@@ -51,14 +52,17 @@ inline void CompareSparseRow(const Isa& isa, int groups, int group, std::mt19937
 
   std::vector<int8_t> rounded(kRows * padded);
   for (int8_t& code : rounded) code = static_cast<int8_t>(word());
-  std::vector<float> values(kRows * padded), steps(kRows * halves.size());
+  std::vector<float> values(kRows * padded), steps(kRows * halves.size() + kMore);
   std::normal_distribution<float> normal;
   for (float& value : values) value = normal(random);
   for (float& step : steps) step = normal(random);
+  std::vector<int8_t> flipped(rounded);
+  for (int8_t& code : flipped) code = static_cast<int8_t>(code ^ isa.flip);
+  const Activations own{groups, group, flipped.data(), steps.data(), values.data()};
   const Activations x{groups, group, rounded.data(), steps.data(), values.data()};
   const Row row{here.data(), scales.data()};
   float a[kRows], b[kRows];
-  isa.product_int8(row, x, kRows, a);
+  isa.product_int8(row, own, kRows, a);
   plain.product_int8(row, x, kRows, b);
   if (!SameBytes(a, b, sizeof a)) SparseDiffers(isa, "product_int8", groups, group);
   isa.product_exact(row, x, kRows, a);
