@@ -34,7 +34,7 @@ _INT32, _BOOL = int(TensorProto.INT32), int(TensorProto.BOOL)
 
 # Bytes for each weight that the results of all nodes of the body take beside elements, how often
 # elements are copied, and bytes for each weight at a time.
-_KEPT, _COPIES, _WORKING = 15, 3, 8
+_KEPT, _COPIES, _WORKING = 20, 3, 8
 
 _FLOAT = int(TensorProto.FLOAT)
 _TENSOR_TYPES = {
@@ -51,7 +51,7 @@ _FORMAT = ("extent", "group", "bits", "pattern")
 _KINDS = {"extent": onnx.AttributeProto.INTS, "pattern": onnx.AttributeProto.INTS}
 
 # The same for integers: bytes for each weight, all in all and at a time.
-_INT_KEPT, _INT_WORKING = 56, 12
+_INT_KEPT, _INT_WORKING = 64, 12
 
 
 def _counts(body: Body, table: str) -> str:
