@@ -34,6 +34,7 @@ __all__ = [
     "Payload",
     "Qualities",
     "RankGoals",
+    "RowParts",
     "Scaling",
     "SharedValues",
     "TensorLayout",
@@ -301,6 +302,19 @@ class ValueSharing:
     write: Callable[[WeightSite, Params, Payload, Array], Payload]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowParts:
+    """How a payload is cut into payloads of some rows each.
+
+    Attributes:
+        unit: Rows of which every part but the last has a multiple.
+        part: Rows ``start`` to ``stop``, and their entries on the first axis of all own tensors.
+    """
+
+    unit: Callable[[WeightSite, Payload], int]
+    part: Callable[[WeightSite, Payload, int, int], tuple[Payload, slice]]
+
+
 class Codec(Protocol):
     """A way to store one weight. Stateless and deterministic.
 
@@ -371,6 +385,11 @@ class Codec(Protocol):
     @property
     def sharing(self) -> ValueSharing | None:
         """The numbers that weights are copies of."""
+        return None
+
+    @property
+    def row_parts(self) -> RowParts | None:
+        """How its weights are expanded in parts."""
         return None
 
     @property

@@ -36,23 +36,30 @@ def _folding_bytes(model: ir.Model) -> int:
     from onnxcomp.passes.config.methods import typed_params
     from onnxcomp.passes.ir.manifest import own_name, read_manifest
     from onnxcomp.passes.ir.traversal import initializers
+    from onnxcomp.passes.lowering.row_parts import divided, largest_part
     from onnxcomp.passes.lowering.stages import is_staged, kind_of, loading_peak
+    from onnxcomp.passes.weight import DOMAIN
 
     needs, values = [], initializers(model)
     try:
-        for name, record in read_manifest(model).items():
+        manifest, staged = read_manifest(model), is_staged(model)
+        sites = [record.site for record in manifest.values()]
+        largest = largest_part(sites) if staged else None
+        for name, record in manifest.items():
             codec = CODECS.get(record.recipe.codec)
             if codec is None or not record.recipe.params or not record.recipe.tensors:
                 continue
             params = typed_params(codec.params_type, record.recipe.params, codec.name)
             codec.check(params)
             value = values.get(own_name(name, record.recipe.tensors[0]))
-            readers = [node.op_type for node, _ in value.uses()] if value is not None else []
-            needs += [
-                codec.load_memory(record.site, params, kind)
-                for kind in map(kind_of, readers)
-                if kind is not None
-            ]
+            readers = [node for node, _ in value.uses()] if value is not None else []
+            kinds = [kind_of(node.op_type) for node in readers if node.domain == DOMAIN]
+            if any(node.domain != DOMAIN for node in readers):
+                kinds.append("weight")  # inlined, perhaps in parts
+            for kind in kinds:
+                if kind is not None:
+                    need = codec.load_memory(record.site, params, kind)
+                    needs += divided(need, record.site, codec, kind, largest)
     except CompressionError:  # a damaged record, or one of a newer version
         return 0
-    return loading_peak(needs, staged=is_staged(model))
+    return loading_peak(needs, staged=staged)
