@@ -23,6 +23,7 @@ from onnxcomp.passes.ir.manifest import (
     WEIGHT_KEY,
     own_name,
     read_manifest,
+    shared_name,
 )
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import dtype_name
@@ -267,7 +268,9 @@ class _Inliner:
         operands: Sequence[ir.Value | None],
         attributes: Mapping[str, ir.Attr],
     ) -> ir.Value:
-        name = self._names.node(f"{place.name}/{op_type}")
+        # Models of convolutions have many of these: long names would be a twentieth of the file.
+        short = kind_of(place.op_type) == "weight"
+        name = self._names.node(shared_name(op_type) if short else f"{place.name}/{op_type}")
         notes = {KEY: place.metadata_props.get(KEY, _SHARED)}
         made = ir.Node("", op_type, operands, attributes.values(), name=name, metadata_props=notes)
         made.outputs[0].name = self._names.value(name)
