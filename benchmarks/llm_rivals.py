@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +32,30 @@ TABLE, HEAD = "model.embed_tokens.weight", "head.weight"
 
 
 class Reader:
-    """Calibration inputs, one window at a time, as ONNX Runtime's tools read them."""
+    """Calibration inputs, one window at a time, as ONNX Runtime's tools read and copy them."""
 
     def __init__(self, windows: Any, model: onnx.ModelProto) -> None:
-        self._windows, self._model = windows, model
-        self.rewind()
-
-    def _feeds(self) -> Iterator[dict[str, Any]]:
-        caches = [value for value in self._model.graph.input if value.name.startswith("past")]
+        caches = [value for value in model.graph.input if value.name.startswith("past")]
         shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in caches}
-        for window in self._windows:
-            ids = window[None]
-            feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-            feed["position_ids"] = np.arange(ids.shape[1])[None]
-            for name, (_, heads, _, size) in shapes.items():
-                feed[name] = np.zeros((1, heads, 0, size), np.float32)
-            yield feed
+        self._empty = {
+            name: np.zeros((1, heads, 0, size), np.float32)
+            for name, (_, heads, _, size) in shapes.items()
+        }
+        self._windows, self._next = windows, 0
 
     def rewind(self) -> None:
         """Begin again."""
-        self._iterator = self._feeds()
+        self._next = 0
 
     def get_next(self) -> dict[str, Any] | None:
         """The next window; None after the last one."""
-        return next(self._iterator, None)
+        if self._next == len(self._windows):
+            return None
+        ids = self._windows[self._next][None]
+        self._next += 1
+        places = np.arange(ids.shape[1])[None]
+        words = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": places}
+        return {**words, **self._empty}
 
 
 def untie_head(model: onnx.ModelProto) -> None:

@@ -20,8 +20,8 @@ from onnxcomp.runtime.structure import model_bytes
 __all__ = ["ROWS", "Maker", "Row", "bytes_of"]
 
 HERE = Path(__file__).parent
-# Windows of calibration: of most rows, and of those that show what more text brings.
-WINDOWS, MANY = 32, 128
+# Windows of calibration: of most rows, and of those that show what less text does.
+WINDOWS, FEW = 128, 32
 
 # How rows of ONNX Runtime are called; the others say it themselves.
 _NAMES = {
@@ -71,17 +71,22 @@ def _rows() -> list[Row]:
         rows.append(Row(f"llama.cpp {kind}, importance matrix", "llama", (kind,), True))
     for bits in ("4", "3", "2"):
         rows.append(Row(f"onnxcomp {bits} bits", "onnxcomp", ("--bits", bits)))
-    for kind in ("Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"):
-        name = f"llama.cpp {kind}, importance matrix of {MANY} windows"
-        rows.append(Row(name, "llama", (kind,), True, MANY))
+    name = f"llama.cpp Q4_K_M, importance matrix of {FEW} windows"
+    rows.append(Row(name, "llama", ("Q4_K_M",), True, FEW))
     last = ("--bits", "4", "--logits-to-keep", "1")
     rows.append(Row("onnxcomp 4 bits, last logits", "onnxcomp", last))
     for bits in ("4", "3", "2"):
         rows.append(Row(f"onnxcomp {bits} bits, calibrated", "onnxcomp", ("--bits", bits), True))
-    for bits in ("4", "3", "2"):
-        name = f"onnxcomp {bits} bits, calibrated on {MANY} windows"
-        rows.append(Row(name, "onnxcomp", ("--bits", bits), True, MANY))
-    for ratio in ("8", "10"):
+    plain = ("--tune", "0")
+    for bits, more in (("4", "5"), ("3", "4"), ("2", "3")):
+        asked = ("--bits", bits, *plain)
+        rows.append(Row(f"onnxcomp {bits} bits, calibrated, not tuned", "onnxcomp", asked, True))
+        asked = (*asked, "--set", f"embed_tokens:bits={more}")
+        name = f"onnxcomp {bits} bits, tied table {more} bits, calibrated, not tuned"
+        rows.append(Row(name, "onnxcomp", asked, True))
+    name = f"onnxcomp 4 bits, calibrated on {FEW} windows"
+    rows.append(Row(name, "onnxcomp", ("--bits", "4"), True, FEW))
+    for ratio in ("7.15", "8", "10"):
         asked = ("--ratio", ratio)
         rows.append(Row(f"onnxcomp --ratio {ratio}", "onnxcomp", asked))
         rows.append(Row(f"onnxcomp --ratio {ratio}, calibrated", "onnxcomp", asked, True))

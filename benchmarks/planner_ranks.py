@@ -24,7 +24,7 @@ from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.ir.files import read
 from onnxcomp.passes.latency.cost_table import cached_costs, measure_costs
-from onnxcomp.passes.latency.model import product_heights
+from onnxcomp.passes.latency.model import product_inputs
 from onnxcomp.runtime.inputs import load_inputs
 
 __all__ = ["error_ranks", "pooled", "time_ranks"]
@@ -83,7 +83,7 @@ def time_ranks(model: Path, judge: Path) -> dict[str, Any]:
     costs = cached_costs() or measure_costs()
     work = _prepared(model)
     feed = load_inputs(judge, model)[0]
-    heights = product_heights(work.model, work.sites, feed)
+    inputs = product_inputs(work.model, work.sites, feed)
     expected, measured = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,8 +94,8 @@ def time_ranks(model: Path, judge: Path) -> dict[str, Any]:
             times = _node_times(small, feed, folder)
             for site in work.sites:
                 uses = [use.node for use in site.uses if use.need == "matmul"]
-                for node, height in zip(uses, heights.get(site.name, ()), strict=False):
-                    seconds = costs.seconds(f"hyper {bits}", height, site.rows, site.length)
+                for node, x in zip(uses, inputs.get(site.name, ()), strict=False):
+                    seconds = costs.seconds(f"hyper {bits}", x.rows, site.rows, site.length)
                     if node in times and seconds is not None:
                         expected.append(seconds)
                         measured.append(times[node])

@@ -79,6 +79,7 @@ def command(
         raise click.UsageError("name at least one model, or give --costs")
     if generate and rivals:
         raise click.UsageError("--generate and --rivals are two kinds of tables: give one of them")
+    refuse_without_memory(models, portable=settings["portable"])
     if generate:
         if data or shapes:
             raise click.UsageError("--generate makes up its tokens: leave out --data and --shape")
@@ -91,6 +92,29 @@ def command(
         document = bench(models, data=data or None, shapes=dict(shapes), **settings)
     show_bench(terminal, document["models"])
     terminal.finish(document, bench_verdict(document["models"]))
+
+
+def refuse_without_memory(models: Sequence[Path], *, portable: bool) -> None:
+    """Refuse models whose sessions do not fit into memory side by side.
+
+    Raises:
+        UsageError: They do not, with the figures.
+    """
+    from onnxcomp.errors import UsageError
+    from onnxcomp.passes.lowering.session_memory import held_bytes
+    from onnxcomp.runtime.bench import forms_of
+    from onnxcomp.runtime.memory import available_memory
+
+    available = available_memory()
+    forms = [(path, form != "portable") for path in models for form in forms_of(path, portable)]
+    needed = held_bytes(forms)
+    if available is not None and needed > available:
+        raise UsageError(
+            f"{len(forms)} {'session' if len(forms) == 1 else 'sessions side by side'} need about "
+            f"{bytes_text(needed)} of memory, and {bytes_text(available)} are available",
+            hint="measure one model at a time, without --portable; verify compares models that "
+            "do not fit",
+        )
 
 
 def bench_rivals(

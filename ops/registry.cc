@@ -11,6 +11,7 @@
 #include "common/keep_loaded.h"
 #include "hash/kernel.h"
 #include "hyper/kernel.h"
+#include "sparse/kernel.h"
 #include "winding/kernel.h"
 
 namespace onnxcomp {
@@ -100,6 +101,8 @@ OrtCustomOpDomain* BuildDomain(const Api& api, Domain& domain) {
 #if !defined(ONNXCOMP_CUDA_EMULATED)
   hyper::AddOps(api, domain.ops);
   hash::AddOps(api, domain.ops);
+  sparse::AddOps(api, domain.ops);
+  sparse::AddIntOps(api, domain.ops);
 #endif
 #if defined(ONNXCOMP_CUDA)
   hyper::AddGpuOps(api, domain.ops);

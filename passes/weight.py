@@ -124,6 +124,9 @@ class WeightSite:
         constant: What is known of it where it is no trained weight; else None.
         wide: Whether the stored tensor is float64. Codecs see it as float32, and all its uses read
             the dense weight, converted back.
+        kept: Elements with a bit that is set, where leaving out the others makes it smaller; else
+            None.
+        paired: Whether at most two of every four elements of its rows are kept.
     """
 
     name: str
@@ -138,6 +141,8 @@ class WeightSite:
     rank: int | None = None
     constant: Constant | None = None
     wide: bool = False
+    kept: int | None = None
+    paired: bool = False
 
     @property
     def size(self) -> int:

@@ -20,6 +20,7 @@ __all__ = [
     "Outputs",
     "cannot_run",
     "iterate_model",
+    "named_arrays",
     "run_model",
     "run_session",
     "runner",
@@ -50,8 +51,13 @@ def run_session(session: onnxruntime.InferenceSession, feed: Feed) -> Outputs:
         ModelError: ONNX Runtime refuses the input or fails.
     """
     names = [output.name for output in session.get_outputs()]
+    return named_arrays(zip(names, runner(session)(feed), strict=True))
+
+
+def named_arrays(values: Iterable[tuple[str, Any]]) -> Outputs:
+    """Outputs by name as arrays, see `run_session`."""
     result: Outputs = {}
-    for name, value in zip(names, runner(session)(feed), strict=True):
+    for name, value in values:
         result.update(_arrays(name, value))
     return result
 

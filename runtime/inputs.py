@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,6 @@ import numpy.typing as npt
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.runtime.signature import InputSpec, expected, fits, read_signature
 from onnxcomp.runtime.stored_inputs import Data, load_inputs
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 __all__ = ["LARGE", "Data", "Feed", "load_inputs", "synthesize_inputs"]
 
@@ -249,7 +247,7 @@ def synthesize_inputs(
     shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     samples: int = 1,
-    session: onnxruntime.InferenceSession | None = None,
+    trial: Callable[[Feed], object] | None = None,
 ) -> list[Feed]:
     """Make inputs that the model accepts.
 
@@ -262,7 +260,8 @@ def synthesize_inputs(
         shapes: Shapes of some inputs, by name; they also fix the dimensions they name.
         seed: Same seed, same inputs.
         samples: How many inputs, different in their values.
-        session: A session of the model to try inputs in; None to open one where needed.
+        trial: Runs the model on an input, or raises ModelError; None to open a session where
+            needed.
 
     Raises:
         UsageError: `shapes` do not fit the model, or the model fails on everything.
@@ -275,11 +274,12 @@ def synthesize_inputs(
     attempts = _attempts(specs, known, seed, samples)
     if not _needs_trial(specs):
         return next(attempts)
-    session = session or open_session(model, library=False)
+    if trial is None:
+        trial = functools.partial(run_session, open_session(model, library=False))
     refusals: list[ModelError] = []
     for feeds in attempts:
         try:
-            run_session(session, feeds[0])
+            trial(feeds[0])
         except ModelError as error:
             refusals.append(error)
         else:

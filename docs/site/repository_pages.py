@@ -24,6 +24,7 @@ PAGES = {
     "README.md": "index.md",
     "ops/hash/spec.md": "formats/hash.md",
     "ops/hyper/spec.md": "formats/hyper.md",
+    "ops/sparse/spec.md": "formats/sparse.md",
     "ops/winding/spec.md": "formats/winding.md",
 }
 SOURCES = {page: source for source, page in PAGES.items() if page != "index.md"}

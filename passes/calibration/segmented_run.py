@@ -18,10 +18,15 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
+from onnxcomp.runtime.activity import activity
+from onnxcomp.runtime.clients.patching import return_freed_memory
 
 __all__ = ["Chain", "read_values", "segment"]
 
 Feed = Mapping[str, Array]
+
+# What ONNX Runtime leaves out of its work on a graph.
+_LEFT_OUT = "optimization.disable_specified_optimizers"
 
 
 def read_values(node: ir.Node) -> Iterator[ir.Value]:
@@ -42,6 +47,9 @@ class Chain:
         groups: Names of the main graph's values that will be asked for, in sets of values that
             are asked for together.
         folder: Where segments are written for ONNX Runtime; None for the system's place.
+        library: Whether the operator library is registered where a segment has a use for it.
+        repeat: Numbers of nodes that depend on weights alone: every segment that reads what they
+            give computes it again, so that it is not held as a dense copy for each input.
     """
 
     def __init__(
@@ -50,9 +58,14 @@ class Chain:
         feeds: Sequence[Feed],
         groups: Iterable[Sequence[str]],
         folder: Path | None = None,
+        *,
+        library: bool = True,
+        repeat: frozenset[int] = frozenset(),
     ) -> None:
         self._model = model
         self._folder = folder
+        self._library = library
+        self._repeat = repeat
         self._nodes = list(model.graph)
         self._producer = {
             value.name or "": index
@@ -92,12 +105,14 @@ class Chain:
         """Put other values in the place of an initializer, for the nodes that have not run."""
         self._weights[name] = weight
 
-    def advance(self, wanted: Sequence[str]) -> Iterator[dict[str, Array]]:
+    def advance(self, wanted: Sequence[str], *, folded: bool = True) -> Iterator[dict[str, Array]]:
         """Run the nodes up to some values, one input after the other.
 
         Args:
             wanted: Values to return: one of the groups the chain was made for, whose position is
                 not before that of the last call.
+            folded: Whether ONNX Runtime may compute what depends on weights alone when it loads
+                the segment. If not, each run does, in less memory.
 
         Yields:
             For each input the values by name.
@@ -106,24 +121,46 @@ class Chain:
             ModelError: ONNX Runtime cannot load or run the segment.
         """
         stop = self.position(wanted)
+        activity("running the model", self._done, len(self._nodes), f"up to {wanted[0]}")
         part = [index for index in self._needed if self._done <= index < stop]
         later = {name for name, last in self._last.items() if last >= stop}
         made = {value.name or "" for index in part for value in self._nodes[index].outputs}
-        outputs = sorted(made & (later | set(wanted)))
+        again = {v.name or "" for index in self._repeat for v in self._nodes[index].outputs}
+        outputs = sorted(made & ((later - again) | set(wanted)))
+        part = self._with_repeated(part, outputs)
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            run = self._session(part, outputs, Path(folder)) if outputs else None
+            run = self._session(part, outputs, Path(folder), folded) if outputs else None
             for number, held in enumerate(self._held):
                 if run is not None:
                     held = {**held, **run(held)}
                 self._held[number] = {n: array for n, array in held.items() if n in later}
                 yield {name: held[name] for name in wanted}
+        run = None  # its session goes, and its memory with it
+        return_freed_memory()
         self._done = max(self._done, stop)
         self._weights = {n: w for n, w in self._weights.items() if self._last.get(n, -1) >= stop}
 
-    def _session(self, part: Sequence[int], outputs: Sequence[str], folder: Path) -> Any:
+    def _with_repeated(self, part: list[int], outputs: Sequence[str]) -> list[int]:
+        """The nodes of a segment with those that are computed again for them, and no others."""
+        if not self._repeat:
+            return part
+        pending = [index for index in part if index not in self._repeat]
+        pending += [self._producer[name] for name in outputs]
+        found = set(pending)
+        while pending:
+            for value in read_values(self._nodes[pending.pop()]):
+                index = self._producer.get(value.name or "", -1)
+                if index in self._repeat and index not in found:
+                    found.add(index)
+                    pending.append(index)
+        return sorted(found)
+
+    def _session(
+        self, part: Sequence[int], outputs: Sequence[str], folder: Path, folded: bool
+    ) -> Any:
         """A function from held values to the segment's outputs."""
         from onnxcomp.runtime.evaluate import runner
-        from onnxcomp.runtime.session import import_runtime, open_session
+        from onnxcomp.runtime.session import import_runtime, needs_library, open_session
 
         if not self._held:
             return None
@@ -133,17 +170,16 @@ class Chain:
         options.log_severity_level = 4
         # Between segments the threads would wait in a loop, while encoders want the processors.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = open_session(path, session_options=options)
+        if not folded:
+            options.add_session_config_entry(_LEFT_OUT, "ConstantFolding")
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        library = self._library and needs_library(path)
+        session = open_session(path, library=library, session_options=options)
         names = [value.name for value in session.get_inputs()]
         call = runner(session)
 
         def run(held: Feed) -> dict[str, Array]:
             results = call({name: held[name] for name in names})
-            for name, result in zip(outputs, results, strict=True):
-                if not isinstance(result, np.ndarray):
-                    raise ModelError(
-                        f"value {name!r} is not a tensor: the model cannot be split there"
-                    )
             return dict(zip(outputs, results, strict=True))
 
         return run
@@ -188,7 +224,10 @@ def segment(
 
 def _as_input(value: ir.Value, sample: Array) -> ir.Value:
     """An input in the place of a value whose producer is not in the segment."""
-    kind = ir.TensorType(ir.DataType.from_numpy(sample.dtype))
+    if not isinstance(sample, np.ndarray):
+        raise ModelError(f"value {value.name!r} is not a tensor: the model cannot be split there")
+    text = sample.dtype.kind in "OSU"
+    kind = ir.TensorType(ir.DataType.STRING if text else ir.DataType.from_numpy(sample.dtype))
     shape = ir.Shape([None] * sample.ndim)
     new = ir.Value(name=value.name, shape=shape, type=kind)
     name, value.name = value.name, None

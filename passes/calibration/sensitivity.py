@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.cache_outputs import without_caches
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import Probe
 from onnxcomp.passes.calibration.staged_noise import StagedProbe, Trial
@@ -44,8 +45,11 @@ _SHRUNK = 0.1
 _BLOCK = 128
 
 # Bytes of dense weights up to which the whole model is run for each weight; larger ones are run in
-# stages, on fewer inputs, of these bytes at most where weights are not larger.
-_WHOLE, _STAGE, _STAGED_FEEDS = 1 << 25, 1 << 28, 8
+# stages of these bytes at most where weights are not larger.
+_WHOLE, _STAGE = 1 << 25, 1 << 28
+
+# Inputs of such a model that are looked at: the fewest, and more up to so many elements in all.
+_STAGED_FEEDS, _STAGED = (4, 8), 1 << 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,6 +118,8 @@ def measure_sensitivities(
 ) -> Sensitivities:
     """What noise in each weight, and a smaller weight, do to the outputs.
 
+    Caches of a decoder are not looked at where there are other outputs.
+
     Args:
         model: The canonical model; only read.
         sites: Its weights.
@@ -125,10 +131,13 @@ def measure_sensitivities(
     """
     if not sites:
         return Sensitivities()
+    model = without_caches(model)
     with tempfile.TemporaryDirectory() as folder:
         try:
             if sum(site.nbytes for site in sites) > _WHOLE:
-                chosen = spread(feeds, _STAGED_FEEDS)
+                size = max(array.size for array in feeds[0].values())
+                count = min(max(_STAGED_FEEDS[0], _STAGED // max(1, size)), _STAGED_FEEDS[1])
+                chosen = spread(feeds, count)
                 found = _in_stages(model, sites, chosen, Path(folder))
             else:
                 small = sum(array.size for array in feeds[0].values()) <= _SMALL

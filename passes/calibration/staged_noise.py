@@ -23,12 +23,16 @@ from onnxcomp.passes.calibration.perturbation import NoiseShares, opened, typed
 from onnxcomp.passes.calibration.segmented_run import read_values, segment
 from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.weight import Array, Feed, WeightSite
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["StagedProbe", "Trial", "cut_into_stages"]
 
 # How far from an even share of the bytes a cut may be, as a part of a stage, so that few values
 # are alive there.
 _SLACK = 0.5
+
+# Vectors with less power than this share of the median count as if they had it.
+_LEAST = 0.1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,6 +48,36 @@ class Trial:
     site: WeightSite
     change: Callable[[], Array]
     inputs: slice
+
+
+class _VectorNoise:
+    """Noise of vectors along the last axis, each relative to its own size.
+
+    A few tokens of language models are a hundred times as large as others at some places. What is
+    normalised next forgets that, and noise relative to the whole does not.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, name: str, exact: Array, found: Array) -> None:
+        """Take in a value; only one of the same size counts."""
+        if found.shape != exact.shape or not exact.size:
+            return
+        wide = exact.astype(np.float64).reshape(-1, exact.shape[-1] if exact.ndim else 1)
+        size = np.square(wide).sum(axis=1)
+        size = np.maximum(size, _LEAST * np.median(size))
+        wide -= found.reshape(wide.shape)
+        lost = np.square(wide).sum(axis=1)
+        known = size > 0.0
+        total, count = self._sums.get(name, (0.0, 0))
+        total += float((lost[known] / size[known]).sum())
+        self._sums[name] = (total, count + int(known.sum()))
+
+    def mean(self) -> float:
+        """The mean over vectors, and over values."""
+        found = [total / count for total, count in self._sums.values() if count]
+        return float(np.mean(found)) if found else 0.0
 
 
 class _Carried:
@@ -62,7 +96,7 @@ class _Carried:
         self.inputs = inputs
         self.values: dict[int, dict[str, Array]] = {number: {} for number in inputs}
         self.outputs = NoiseShares()
-        self.cut = NoiseShares()
+        self.cut = _VectorNoise()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,6 +161,7 @@ class StagedProbe:
         tried: list[tuple[str, int, _Carried, float]] = []
         outputs = NoiseShares()
         for number, stage in enumerate(self._stages):
+            activity("measuring sensitivities", number, len(self._stages), "parts of the model")
             with tempfile.TemporaryDirectory(dir=self._folder) as folder:
                 run = self._session(stage, held[0], Path(folder))
                 exact = [run(values, {}) for values in held]
@@ -142,7 +177,7 @@ class StagedProbe:
                         inputs = range(len(held))[trial.inputs]
                         noise = _Carried({site.name: typed(site, trial.change())}, inputs)
                         self._advance(noise, stage, run, held, exact)
-                        tried.append((site.name, number, noise, _mean(noise.cut)))
+                        tried.append((site.name, number, noise, noise.cut.mean()))
                         if self._last[site.name] > number:
                             carried.append(noise)
                         else:
@@ -153,7 +188,7 @@ class StagedProbe:
                 del changed
                 mixed = _Carried(weights, range(len(held) if weights else 0))
                 self._advance(mixed, stage, run, held, exact)
-                common.append((mixed, _mean(mixed.cut), mixed.outputs.by_name()))
+                common.append((mixed, mixed.cut.mean(), mixed.outputs.by_name()))
                 carried.append(mixed)
             held = alive  # type: ignore[assignment]
             for noise in carried:
@@ -187,7 +222,7 @@ class StagedProbe:
         exact: Sequence[Mapping[str, Array]],
     ) -> None:
         """Carry noise through one stage."""
-        noise.cut = NoiseShares()
+        noise.cut = _VectorNoise()
         for number in noise.inputs:
             values = {**held[number], **noise.values[number]}
             found = run(values, noise.weights)
@@ -200,7 +235,7 @@ class StagedProbe:
                 if right is None or now is None:
                     continue
                 if right.dtype.kind == "f":
-                    noise.cut.add({name: right}, {name: now})
+                    noise.cut.add(name, right, now)
                 if now is not right and not np.array_equal(now, right):
                     kept[name] = now
             noise.values[number] = kept
@@ -232,11 +267,6 @@ class StagedProbe:
 def _floats(values: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
     """Those of some values that are floating-point."""
     return {name: values[name] for name in names if values[name].dtype.kind == "f"}
-
-
-def _mean(shares: NoiseShares) -> float:
-    found = list(shares.by_name().values())
-    return float(np.mean(found)) if found else 0.0
 
 
 class _Graph:

@@ -8,11 +8,11 @@ from onnxcomp.passes.codecs.half import HalfCodec
 from onnxcomp.passes.codecs.hash.codec import HashCodec
 from onnxcomp.passes.codecs.hyper.codec import HyperCodec
 from onnxcomp.passes.codecs.integer.codec import IntegerCodec
-from onnxcomp.passes.codecs.lowrank.codec import LowRankCodec
-from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec
-from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec
-from onnxcomp.passes.codecs.lowrank.lowrank_int import LowRankIntCodec
+from onnxcomp.passes.codecs.integer.dynamic import DynamicCodec
+from onnxcomp.passes.codecs.lowrank.family import LOWRANK_CODECS
 from onnxcomp.passes.codecs.registry import CodecRegistry
+from onnxcomp.passes.codecs.sparse.codec import SparseCodec
+from onnxcomp.passes.codecs.sparse.int_codec import SparseIntCodec
 from onnxcomp.passes.codecs.winding.codec import WindingCodec
 
 __all__ = ["CODECS"]
@@ -22,13 +22,13 @@ CODECS = CodecRegistry(
         DenseCodec(),
         HyperCodec(),
         IntegerCodec(),
+        DynamicCodec(),
         HalfCodec(),
-        LowRankCodec(),
-        LowRankHyperCodec(),
-        LowRankIntCodec(),
-        HyperLowRankCodec(),
+        *LOWRANK_CODECS,
         WindingCodec(),
         HashCodec(),
+        SparseCodec(),
+        SparseIntCodec(),
         ConstantCodec(),
     )
 )

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import onnx
 
+from onnxcomp.passes.codecs.load_memory import LoadMemory
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
@@ -59,21 +60,6 @@ class TensorLayout:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LoadMemory:
-    """Memory in bytes that a session without the operator library takes to expand one use.
-
-    Attributes:
-        kept: Intermediate results that stay until a pass over the model is over.
-        working: What is needed on top while this use is expanded.
-        result: What of `kept` the session needs from then on.
-    """
-
-    kept: int
-    working: int
-    result: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,6 +108,10 @@ class Builder(Protocol[V]):
         domain: str = "",
     ) -> V:
         """Add a node with one output before the use and return the output."""
+        ...
+
+    def outputs(self, op_type: str, inputs: Sequence[V], count: int) -> Sequence[V]:
+        """Add a node of the default domain with several outputs and return them."""
         ...
 
 
@@ -330,6 +320,8 @@ class Codec(Protocol):
         width: Name of the parameter that counts bits per weight and that ``--bits`` sets; None
             where there is none: then ``--bits`` picks settings by the bytes they take.
         composite: Whether `emit` makes several of our operators for one use.
+        rounds_inputs: Whether all activations of a product are rounded to 8 bits with one range.
+            Where the time of a run counts, the method "auto" stands for such a codec, too.
     """
 
     name: ClassVar[str]
@@ -338,6 +330,7 @@ class Codec(Protocol):
     automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = None
     composite: ClassVar[bool] = False
+    rounds_inputs: ClassVar[bool] = False
 
     @property
     def measure(self) -> Measure | None:

@@ -24,7 +24,11 @@ def split_methods(text: str) -> tuple[str, ...]:
 
 
 def method_names(
-    method: str | Sequence[str], known: Mapping[str, Codec], *, stock: bool = False
+    method: str | Sequence[str],
+    known: Mapping[str, Codec],
+    *,
+    stock: bool = False,
+    timed: bool = False,
 ) -> tuple[str, ...]:
     """Codec names asked for; "auto" stands for every codec that offers itself for it.
 
@@ -32,6 +36,7 @@ def method_names(
         method: Names, or several joined by ``+``.
         known: All codecs by name.
         stock: Whether only codecs are used whose models need no operator library.
+        timed: Whether "auto" stands for codecs as well that are there for speed.
 
     Raises:
         UsageError: A name is unknown, or its codec is not a stock one.
@@ -41,7 +46,11 @@ def method_names(
     result: list[str] = []
     for name in (part for item in asked for part in split_methods(item)):
         if name == "auto":
-            automatic = [n for n, codec in known.items() if codec.automatic]
+            automatic = [
+                n
+                for n, codec in known.items()
+                if codec.automatic or (timed and codec.rounds_inputs)
+            ]
             result += [n for n in automatic if known[n].stock or not stock]
             continue
         one_of("method", name, [*names, "auto"])

@@ -17,6 +17,9 @@ __all__ = ["HALF", "Policy", "resolve_policy"]
 # The codec of half precision, for what stays dense.
 HALF = "fp16"
 
+# The codec that leaves out zeros, exactly.
+_SPARSE = "sparse"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
@@ -52,10 +55,12 @@ class Policy:
         """
         rule = match_rule(settings.rules, names, operators)
         asked = settings.method if rule is None else rule.methods or settings.method
-        methods = method_names(asked, CODECS, stock=settings.stock)
+        methods = method_names(asked, CODECS, stock=settings.stock, timed=_rounds(settings))
         own = rule is not None and bool(rule.methods)
         if settings.rest != "keep" and not own:
             methods = (*(name for name in methods if name not in ("dense", HALF)), HALF)
+        if settings.rest == "exact" and not own and not settings.stock:
+            methods = tuple(dict.fromkeys((*methods, _SPARSE)))
         return cls(
             methods,
             (rule.mode if rule is not None else None) or settings.mode,
@@ -64,6 +69,11 @@ class Policy:
             settings.rest == "exact" and not own,
             settings.target,
         )
+
+
+def _rounds(settings: Settings) -> bool:
+    """Whether products may round all their activations with one range, for speed on a CPU."""
+    return settings.timed and settings.precision == "int8" and settings.target != "cuda"
 
 
 def resolve_policy(site: WeightSite, settings: Settings) -> Policy:

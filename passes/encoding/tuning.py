@@ -27,6 +27,7 @@ from onnxcomp.passes.codecs.protocol import Scaling
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.encoding.scale_gradients import Groups, ScaleGradients
 from onnxcomp.passes.weight import Array, Feed
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["Tuned", "tune"]
 
@@ -40,7 +41,7 @@ RATE, _MEMORY = 2e-3, (0.9, 0.95)
 _PIECE = 256
 
 # Pieces that one pass takes at most, evenly from all inputs.
-_MOST = 256
+_MOST = 64
 
 # Bytes of initializers above which a model is not tuned: it is in memory twice.
 _LARGEST = 1 << 30
@@ -205,6 +206,7 @@ def _descend(
     for _ in range(passes):
         for index in rng.permutation(len(feeds)):
             rate = RATE * 0.5 * (1.0 + math.cos(math.pi * number / steps))
+            activity("tuning scales", number, steps, "inputs")
             number += 1
             _, gradients = run(feeds[index], _stored(scales))
             for name, gradient in gradients.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from onnxcomp.passes.ir.tensors import SparseTensor
 from onnxcomp.passes.ir.traversal import scopes, subgraphs
 from onnxcomp.passes.ir.validate import check_attributes
 
-__all__ = ["copy_model", "from_gs", "load"]
+__all__ = ["copy_model", "from_gs", "load", "load_changed"]
 
 ModelSource = str | os.PathLike[str] | onnx.ModelProto | ir.Model | Any
 Graphs = Iterator[tuple[ir.Graph, onnx.GraphProto]]
@@ -61,6 +61,15 @@ def load(source: ModelSource) -> ir.Model:
     )
 
 
+def load_changed(path: Path, change: Callable[[onnx.ModelProto], None]) -> ir.Model:
+    """Load a model's file with a change of its message, which has no large tensors in it.
+
+    Raises:
+        ModelError: As for `load`.
+    """
+    return _load_file(path, change)
+
+
 def from_gs(graph: Any) -> ir.Model:
     """The model that an `onnx_graphsurgeon.Graph` describes; the graph is not changed.
 
@@ -88,7 +97,7 @@ def copy_model(model: ir.Model) -> ir.Model:
     return copy
 
 
-def _load_file(path: Path) -> ir.Model:
+def _load_file(path: Path, change: Callable[[onnx.ModelProto], None] | None = None) -> ir.Model:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         if path.exists() and not path.is_dir():
@@ -107,6 +116,8 @@ def _load_file(path: Path) -> ir.Model:
             f"{path}: not an ONNX file, or truncated ({error})",
             hint="download or export the file again; .ort and .tflite files are not supported",
         ) from error
+    if change is not None:
+        change(proto)
     try:
         return _from_proto(proto, DataFiles(path))
     except ModelError as error:

@@ -98,6 +98,8 @@ def _fields(buffer: Buffer, position: int, end: int) -> Iterator[_Field]:
     while position < end:
         start = position
         tag, position = _read_varint(buffer, position, end)
+        if tag < 8:  # a file of zeros would be read to its end, byte by byte
+            raise WireError(f"a field has the number 0 at byte {start}")
         begin, stop = _content(buffer, tag & 7, position, end)
         if stop > end:
             raise WireError(

@@ -28,7 +28,7 @@ from onnxcomp.passes.weight import Array, Use, WeightSite
 
 __all__ = ["CostTable", "cached_costs", "committed_costs", "costs_path", "machine", "measure_costs"]
 
-VERSION = 1
+VERSION = 2
 
 # Extents (rows, length) and rows of activations that are measured.
 _EXTENTS = ((128, 128), (512, 512), (384, 1536), (1536, 384), (1024, 1024))
@@ -159,7 +159,7 @@ def measure_costs(told: Told | None = None, *, save: bool = True) -> CostTable:
     """
     work: dict[str, tuple[Codec, Params] | None] = {"dense": None}
     for codec in CODECS.values():
-        for offered in reversed(codec.candidates(_site(1024, 1024)) if codec.automatic else ()):
+        for offered in reversed(codec.candidates(_site(1024, 1024)) if _is_offered(codec) else ()):
             for params in (offered, codec.targeted(offered, "avx2")):
                 key = codec.cost_key(params)
                 if key is not None:
@@ -173,6 +173,11 @@ def measure_costs(told: Told | None = None, *, save: bool = True) -> CostTable:
     if save:
         _store(table)
     return table
+
+
+def _is_offered(codec: Codec) -> bool:
+    """Whether plans take a codec without being asked to."""
+    return codec.automatic or codec.rounds_inputs
 
 
 def _store(table: CostTable) -> None:

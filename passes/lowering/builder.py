@@ -118,16 +118,33 @@ class GraphBuilder:
         domain: str = "",
     ) -> ir.Value:
         """Add a node with one output before the use and return the output."""
+        given = [attribute(key, value) for key, value in (attributes or {}).items()]
+        return self._added(domain, op_type, inputs, given, 1)[0]
+
+    def outputs(self, op_type: str, inputs: Sequence[ir.Value], count: int) -> Sequence[ir.Value]:
+        """Add a node of the default domain with several outputs and return them."""
+        return self._added("", op_type, inputs, [], count)
+
+    def _added(
+        self,
+        domain: str,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        attributes: Sequence[ir.Attr],
+        count: int,
+    ) -> Sequence[ir.Value]:
         name = self._pool.names.node(f"{self._label}/{op_type}")
         node = ir.Node(
             domain,
             op_type,
             inputs,
-            [attribute(key, value) for key, value in (attributes or {}).items()],
+            attributes,
+            num_outputs=count,
             name=name,
             metadata_props={KEY: self._codec},
         )
-        node.outputs[0].name = self._pool.names.value(name)
+        for output in node.outputs:
+            output.name = self._pool.names.value(name)
         if domain == DOMAIN:
             self._pool.operators.add(op_type)
         elif domain:
@@ -135,4 +152,4 @@ class GraphBuilder:
         graph = self._anchor.graph
         assert graph is not None
         graph.insert_before(self._anchor, node)
-        return node.outputs[0]
+        return node.outputs

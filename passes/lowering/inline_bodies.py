@@ -72,6 +72,8 @@ def inline_bodies(model: ir.Model, *, foldable: bool = True) -> Change:
 def inline_expansions(model: ir.Model) -> Change:
     """Inline the calls that expand a whole weight when a session is created, in place.
 
+    Those of codecs that expand weights in parts: the bodies of others are long.
+
     Args:
         model: A model that `rewrite` made, with functions; its weights may wait for each other.
 
@@ -81,9 +83,15 @@ def inline_expansions(model: ir.Model) -> Change:
     calls = [
         call
         for call in _calls(model)
-        if kind_of(call.op_type) == "weight" and call.op_identifier() in model.functions
+        if kind_of(call.op_type) == "weight"
+        and call.op_identifier() in model.functions
+        and _in_parts(call.metadata_props.get(KEY, ""))
     ]
     return _inlined(model, calls, foldable=True)
+
+
+def _in_parts(codec: str) -> bool:
+    return codec in CODECS and CODECS[codec].row_parts is not None
 
 
 def _calls(model: ir.Model) -> list[ir.Node]:

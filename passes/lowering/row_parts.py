@@ -72,6 +72,10 @@ class _PartBuilder:
         """As in the codec protocol."""
         return self._whole.node(op_type, inputs, attributes, domain=domain)
 
+    def outputs(self, op_type: str, inputs: Sequence[ir.Value], count: int) -> Sequence[ir.Value]:
+        """As in the codec protocol."""
+        return self._whole.outputs(op_type, inputs, count)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
@@ -121,8 +125,7 @@ def divided(
     """Memory to expand a weight, for each of its parts."""
     cut = kind == "weight" and largest is not None and codec.row_parts is not None
     count = max(1, 4 * site.size // largest) if cut and largest else 1
-    part = LoadMemory(need.kept // count, need.working // count, need.result // count)
-    return [part] * count
+    return [need.share(count)] * count
 
 
 def _bounds(rows: int, step: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -73,14 +73,22 @@ class Estimates:
         model: The canonical model; only read, one weight at a time.
         calibrated: Whether weights will be encoded for their inputs where codecs can.
         timer: What settings cost in time.
+        rounding: Relative error of the activations of each weight when they are rounded to 8 bits
+            with one range, by name; where it is not known, nothing is lost.
     """
 
     def __init__(
-        self, model: ir.Model, *, calibrated: bool = False, timer: Timer | None = None
+        self,
+        model: ir.Model,
+        *,
+        calibrated: bool = False,
+        timer: Timer | None = None,
+        rounding: Mapping[str, float] | None = None,
     ) -> None:
         self._model = model
         self._calibrated = calibrated
         self._timer = timer
+        self._rounding = rounding or {}
         self._stats: Stats | None = None
         self._gains: Gains | None = None
 
@@ -102,6 +110,8 @@ class Estimates:
     ) -> Sequence[Estimate]:
         """What is expected of some settings of a codec for a weight."""
         found = self._errors(codec, site, params)
+        if codec.rounds_inputs:
+            found = [self._with_rounding(site, estimate) for estimate in found]
         if self._timer is None:
             return found
         times = [self._timer(codec, site, item) for item in params]
@@ -125,6 +135,15 @@ class Estimates:
             Estimate(error, product, harm)
             for error, product, harm in zip(plain, products, harms, strict=True)
         ]
+
+    def _with_rounding(self, site: WeightSite, estimate: Estimate) -> Estimate:
+        """The estimate with noise in the activations, which is as bad as so much in the weight."""
+        added = self._rounding.get(site.name, 0.0)
+        harm = estimate.error if estimate.harm is None else estimate.harm
+        product = estimate.output_error
+        if product is not None and self._gains is not None:
+            product = math.hypot(product, self._gains.white * added)
+        return dataclasses.replace(estimate, output_error=product, harm=math.hypot(harm, added))
 
     def _feedback(self, codec: Codec, site: WeightSite, params: Params) -> float:
         able = codec.calibration is not None and codec.calibration.suits(site, params)

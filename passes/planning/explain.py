@@ -45,11 +45,15 @@ def _of_bits(pick: Candidate, policy: Policy, bits: int) -> str:
         return "as it is, as asked for"
     if width in policy.params or (width is None and policy.params):
         return f"set by the rule {policy.rule}"
+    if width is None and pick.error == 0.0:
+        return f"every bit is kept in {8 * pick.bytes / pick.site.size:.3g} bits per weight"
     if width is None:
         return f"{pick.codec} has no number of bits"
     own = int(getattr(pick.params, width))
     if own == bits:
         return f"{bits} bits for all weights"
+    if own != bits and pick.time:
+        return "expected to be the fastest form that is no less accurate"
     if own < bits:
         return f"nothing with {bits} bits is smaller than the weight"
     if pick.site.filters_input:

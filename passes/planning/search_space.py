@@ -268,8 +268,16 @@ def uniform(candidates: CandidateSet, bits: int) -> Candidate:
 
     Of its settings with that width it is the smallest that is no worse than the default. Where
     settings are not counted in bits, it is the largest with at most `bits` bits for each weight;
-    see `_no_worse_than` for codecs that suit some weights only.
+    see `_no_worse_than` for codecs that suit some weights only. What loses nothing and is no larger
+    is better than all of these.
     """
+    pick = _with_bits(candidates, bits)
+    exact = [c for c in candidates.options if c.error == 0.0 and not c.reason]
+    return min((c for c in exact if c.bytes <= pick.bytes), key=lambda c: c.bytes, default=pick)
+
+
+def _with_bits(candidates: CandidateSet, bits: int) -> Candidate:
+    """The candidate with that many bits, whatever it loses."""
     options = [c for c in candidates.options if _width(c) == bits]
     if options:
         first = [c for c in options if c.codec == options[0].codec]
@@ -359,6 +367,6 @@ def distance(candidate: Candidate) -> int:
 
 
 def _worse(candidate: Candidate, options: Sequence[Candidate]) -> bool:
-    """Whether a candidate is worse than the one nearest to the codec's defaults."""
-    nearest = min(options, key=distance)
+    """Whether a candidate is worse than the smallest of those nearest to the codec's defaults."""
+    nearest = min(options, key=lambda option: (distance(option), option.bytes))
     return candidate.error > nearest.error * (1 + 1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -77,7 +78,7 @@ def choose(
     if seconds is None or sum(pick.time for pick in picks) <= seconds:
         return picks, total
     if budget.bytes is None:
-        picks = _fast_enough(picks, seconds)
+        picks = _fast_enough(sets, picks, seconds)
         return picks, size_of(picks)
     sets = _priced(sets, sum(pick.bytes for pick in picks), seconds)
     return fit(sets, budget.bytes, size_of)
@@ -91,21 +92,53 @@ def _fastest(sets: Sequence[CandidateSet], picks: Sequence[Candidate]) -> list[C
         least = min((c.time for c in (pick, *options)), default=0.0)
         good = [c for c in (pick, *options) if c.time <= least + _SAME_TIME * abs(least)]
         best = min(good, key=lambda c: (c.bytes, c.time))
-        slow = best.codec == "dense" and pick.codec != "dense"
-        found.append(keep(best.site, "dense is expected to be the fastest") if slow else best)
+        reason = "dense is expected to be the fastest"
+        found.append(best if pick.codec == "dense" else _as_dense(best, reason))
     return found
 
 
-def _fast_enough(picks: Sequence[Candidate], seconds: float) -> list[Candidate]:
-    """The choices, with weights made dense by time saved per byte until the plan is fast."""
+def _fast_enough(
+    sets: Sequence[CandidateSet], picks: Sequence[Candidate], seconds: float
+) -> list[Candidate]:
+    """The choices, with faster forms that are no less accurate until the plan is fast.
+
+    Those come first that save most time for each byte that they add; where that does not suffice,
+    the fastest forms.
+    """
     found = list(picks)
-    slow = [number for number, pick in enumerate(found) if pick.time > 0.0]
-    slow.sort(key=lambda n: -found[n].time / max(1, found[n].site.nbytes - found[n].bytes))
-    for number in slow:
-        if sum(pick.time for pick in found) <= seconds:
-            break
-        found[number] = keep(found[number].site, "compressed it would run too slowly")
+    faster = [
+        [c for c in with_dense(own).options if c.time < pick.time and c.harm <= pick.harm]
+        for own, pick in zip(sets, picks, strict=True)
+    ]
+    for best in (_saved_per_byte, _saved):
+        steps = [
+            (n, max(options, key=functools.partial(best, picks[n])))
+            for n, options in enumerate(faster)
+            if options
+        ]
+        steps.sort(key=lambda step: -best(picks[step[0]], step[1]))
+        for number, candidate in steps:
+            if sum(pick.time for pick in found) <= seconds:
+                return found
+            if candidate.time < found[number].time:
+                found[number] = _as_dense(candidate, "compressed it would run too slowly")
     return found
+
+
+def _saved(pick: Candidate, other: Candidate) -> float:
+    """Seconds that another candidate saves."""
+    return pick.time - other.time
+
+
+def _saved_per_byte(pick: Candidate, other: Candidate) -> float:
+    """The same for each byte that it adds; smaller ones come before all others."""
+    added = other.bytes - pick.bytes
+    return _saved(pick, other) / added if added > 0 else math.inf
+
+
+def _as_dense(candidate: Candidate, reason: str) -> Candidate:
+    """The candidate, with a reason where it leaves the weight dense."""
+    return keep(candidate.site, reason) if candidate.codec == "dense" else candidate
 
 
 def _priced(sets: Sequence[CandidateSet], size: int, seconds: float) -> list[CandidateSet]:
@@ -208,7 +241,8 @@ def _fixed_bits(candidates: CandidateSet) -> int | None:
 def _check_bits(bits: int, methods: Sequence[str]) -> None:
     """Raise `UsageError` for bits per weight that no method offers, even for a large weight."""
     use = Use("", "MatMul", 1, "matmul")
-    sample = WeightSite("", (1024, 1024), "float32", (use,), "", 1024, 1024, False)
+    extent = (1024, 1024)
+    sample = WeightSite("", extent, "float32", (use,), "", *extent, False, kept=512 * 1024)
     offered: set[int] = set()
     for codec in (CODECS[name] for name in methods):
         if codec.width is None:

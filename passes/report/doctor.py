@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.ir.model import load
+from onnxcomp.passes.lowering.session_memory import load_bytes
 from onnxcomp.passes.report.file_findings import codes, compressed_text, form
-from onnxcomp.passes.report.load_memory import load_bytes
 from onnxcomp.runtime.doctor import Diagnosis, Finding, environment
 from onnxcomp.runtime.machine import Machine, look
 

@@ -17,6 +17,7 @@ from onnxcomp.passes.analysis.taps import Tap
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
     import onnxruntime
 
 __all__ = ["INT8", "Copy"]
@@ -66,10 +67,7 @@ class Copy:
 
         library = library and needs_library(self.path)
         proto = read_structure(self.path)
-        if self.exact:
-            for node in _int8_products(proto):
-                _set_exact(node)
-        names = _add_outputs(proto, self.taps)
+        names = self._change(proto)
         if _has_data(proto):
             return self._beside_data(proto.SerializeToString(), library), names
         with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +75,19 @@ class Copy:
             path.write_bytes(proto.SerializeToString())
             del proto  # its weights would be in memory twice
             return open_session(path, library=library), names
+
+    def model(self) -> tuple[ir.Model, Mapping[str, str]]:
+        """The copy with its weights left in their files, and the keys of taps as for `session`."""
+        from onnxcomp.passes.ir.loader import load_changed
+
+        names: dict[str, str] = {}
+        return load_changed(Path(self.path), lambda proto: names.update(self._change(proto))), names
+
+    def _change(self, proto: onnx.ModelProto) -> dict[str, str]:
+        if self.exact:
+            for node in _int8_products(proto):
+                _set_exact(node)
+        return _add_outputs(proto, self.taps)
 
     def _beside_data(self, content: bytes, library: bool) -> onnxruntime.InferenceSession:
         from onnxcomp.runtime.session import import_runtime, open_session

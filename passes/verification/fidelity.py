@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import ModelError, UsageError, VerifyError
@@ -28,6 +28,7 @@ from onnxcomp.passes.verification.forms import (
     judge,
     worst_error,
 )
+from onnxcomp.passes.verification.forms_in_memory import Memory
 from onnxcomp.passes.verification.numerics import Metrics, fidelity_tolerance, is_float
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ PathLike = str | os.PathLike[str]
 
 # Attributes of products: TensorProto types.
 _TYPE_NAMES = {1: "float32", 10: "float16", 16: "bfloat16"}
+
+# Forms of the compressed model, as subjects of sentences.
+_LIBRARY, _PORTABLE, _EXACT = (
+    "the compressed model", "without the library it", "in exact arithmetic it",
+)  # fmt: skip
 
 # What comes before the subject of a sentence about the two forms.
 _BOTH = "with and without the library, "
@@ -98,6 +104,7 @@ class Verification:
         slowdown: How many times as long as the original the library form ran on these inputs, as
             far as such short runs tell: in processor time, without the first run where there are
             several.
+        layer_by_layer: Forms that did not fit into memory and ran in pieces, in words.
     """
 
     passed: bool
@@ -112,6 +119,7 @@ class Verification:
     tolerance: float | None = None
     detections: Detections | None = None
     slowdown: float | None = None
+    layer_by_layer: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of ``onnxcomp verify``."""
@@ -125,6 +133,8 @@ class Verification:
         }
         if self.slowdown is not None:
             found["slowdown"] = round(self.slowdown, 3)
+        if self.layer_by_layer:
+            found["layer_by_layer"] = list(self.layer_by_layer)
         if self.int8 is not None:
             found["int8"] = self.int8.to_json()
         if self.detections is not None:
@@ -155,11 +165,12 @@ def verify(
     samples: int = 4,
     seed: int = 0,
     tolerance: float | None = None,
+    memory: int | None = None,
 ) -> Verification:
     """Compare a compressed model with its original, with and without the operator library.
 
     One session at a time is open; outputs of the samples are kept in memory, of so many samples as
-    take 256 MiB.
+    take 256 MiB. A form that does not fit into memory runs layer by layer, with a notice.
 
     Args:
         reference: The original model.
@@ -170,13 +181,14 @@ def verify(
         seed: Of made-up inputs.
         tolerance: Largest accepted relative L2 difference of an output, or of one of its slices, to
             the original; None to report it only.
+        memory: Bytes that a session may take; None for what is available.
 
     Raises:
         RuntimeMissingError: ONNX Runtime or the operator library is missing.
         ModelError: The original cannot be loaded or run.
         UsageError: `data` or `shapes` do not fit the model.
     """
-    inputs = _Inputs(data, shapes or {}, samples, seed)
+    inputs = _Inputs(data, shapes or {}, samples, seed, Memory(memory))
     if _has_discrete_outputs(reference):
         taps = _taps(reference)
         try:
@@ -195,21 +207,22 @@ def verify(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Inputs:
-    """What models are run on; see `verify`."""
+    """What models are run on, and in how much memory; see `verify`."""
 
     data: Data | None
     shapes: Mapping[str, Sequence[int]]
     samples: int
     seed: int
+    memory: Memory
 
-    def load(self, model: PathLike, session: Any) -> list[Feed]:
-        """The inputs; made-up ones are tried in a session of the model."""
+    def load(self, model: PathLike, trial: Callable[[Feed], object]) -> list[Feed]:
+        """The inputs; made-up ones are tried in the model."""
         from onnxcomp.runtime.inputs import LARGE, load_inputs, synthesize_inputs
 
         if self.data is not None:
             return list(load_inputs(self.data, model))
         feeds = synthesize_inputs(
-            model, shapes=self.shapes, seed=self.seed, samples=self.samples, session=session
+            model, shapes=self.shapes, seed=self.seed, samples=self.samples, trial=trial
         )
         size = sum(array.size for array in feeds[0].values())
         return list(feeds[: max(1, 2 * LARGE // max(size, 1))])
@@ -252,14 +265,23 @@ def _verify(
     copy = Copy(compressed, tuple(inner))
     broken: list[str] = []
     clock.turn()
-    library = portable = _run(copy, feeds, broken, "the compressed model", clock, library=True)
+    memory = inputs.memory
+
+    def run(copy: Copy, what: str, *, library: bool = True) -> list[Outputs]:
+        """Outputs of one form; a form that does not run is a failure and has no outputs."""
+        try:
+            return memory.open(copy, what, library=library).outputs(feeds, clock)
+        except ModelError as error:
+            broken.append(f"{what} does not run: {error.message}")
+            return []
+
+    library = portable = run(copy, _LIBRARY)
     slowdown = clock.ratio
     exact = library
     if two_forms:
-        portable = _run(copy, feeds, broken, "without the library it", clock, library=False)
+        portable = run(copy, _PORTABLE, library=False)
     if int8:
-        exact_copy = dataclasses.replace(copy, exact=True)
-        exact = _run(exact_copy, feeds, broken, "in exact arithmetic it", clock, library=True)
+        exact = run(dataclasses.replace(copy, exact=True), _EXACT)
 
     def compared(first: list[Outputs], second: list[Outputs]) -> Compared:
         return compare(first, second, feeds, signature, taps)
@@ -274,7 +296,8 @@ def _verify(
     )
     apart = judge(between.faithful, between.taps, bound, _BOTH)
     if apart and two_forms and not broken:
-        nudged = _run(copy, _nudged(feeds), [], "", Clock(), library=False)
+        form = memory.open(copy, _PORTABLE, library=False)
+        nudged = form.outputs(_nudged(feeds), Clock())
         bound = _amplified(bound, compared(portable, nudged), feeds)
         apart = judge(between.faithful, between.taps, bound, _BOTH)
     failures = (*broken, *(far or portable_far), *apart)
@@ -294,6 +317,7 @@ def _verify(
         tolerance=tolerance,
         detections=loss.detections,
         slowdown=slowdown,
+        layer_by_layer=tuple(memory.split),
     )
 
 
@@ -337,16 +361,23 @@ def _reference(
 ) -> tuple[list[Feed], list[Outputs], Signature]:
     """Inputs, what the original makes of them, and what it declares of its outputs.
 
-    Where all outputs would take more than `_KEPT`, samples spread over the given ones are run.
+    Where all outputs would take more than `_KEPT`, or a quarter of it where memory is short,
+    samples spread over the given ones are run.
     """
-    session, added = Copy(model, taps.all).session(library=True)
-    feeds = inputs.load(model, session)
-    wanted = [_outputs(session, feeds[0], added, clock)]
+    form = inputs.memory.open(Copy(model, taps.all), "the original", library=True)
+    wanted: list[Outputs] = []
+
+    def trial(feed: Feed) -> None:
+        wanted[:] = form.outputs([feed], clock)
+
+    feeds = inputs.load(model, trial)
+    wanted = wanted or form.outputs(feeds[:1], clock)
     size = sum(array.nbytes for array in wanted[0].values())
-    count = min(len(feeds), max(1, _KEPT // max(size, 1)))
+    kept = _KEPT // 4 if inputs.memory.split else _KEPT
+    count = min(len(feeds), max(1, kept // max(size, 1)))
     feeds = [feeds[number * len(feeds) // count] for number in range(count)]
-    wanted += [_outputs(session, feed, added, clock) for feed in feeds[1:]]
-    return feeds, wanted, Signature.of(session, added)
+    wanted += form.outputs(feeds[1:], clock)
+    return feeds, wanted, form.signature
 
 
 def _check_outputs(wanted: Sequence[Outputs]) -> None:
@@ -364,33 +395,6 @@ def _check_outputs(wanted: Sequence[Outputs]) -> None:
             "the given inputs make outputs that are NaN or infinite throughout",
             hint="give inputs that the model is made for; do they hold NaN?",
         )
-
-
-def _outputs(session: Any, feed: Feed, added: Mapping[str, str], clock: Clock) -> Outputs:
-    """Outputs of one run, values that were added by their keys."""
-    from onnxcomp.runtime.evaluate import run_session
-
-    with clock.running():
-        found = run_session(session, feed)
-    return {added.get(name, name): array for name, array in found.items()}
-
-
-def _run(
-    copy: Copy,
-    feeds: Sequence[Feed],
-    failures: list[str],
-    what: str,
-    clock: Clock,
-    *,
-    library: bool,
-) -> list[Outputs]:
-    """Outputs of one form; a form that does not run is a failure and has no outputs."""
-    try:
-        session, added = copy.session(library=library)
-        return [_outputs(session, feed, added, clock) for feed in feeds]
-    except ModelError as error:
-        failures.append(f"{what} does not run: {error.message}")
-        return []
 
 
 def _products(model: PathLike) -> list[dict[str, onnx.AttributeProto]]:

@@ -9,6 +9,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcomp.passes.analysis.taps import Tap, Taps
 from onnxcomp.passes.verification.detections import DetectionAgreement, Detections
@@ -62,6 +63,26 @@ class Signature:
             frozenset(v.name for v in outputs if "float" not in v.type and "double" not in v.type),
         )
 
+    @classmethod
+    def of_graph(cls, graph: ir.Graph, added: Container[str] = ()) -> Signature:
+        """The signature that a graph declares, without outputs that were added to it."""
+        inputs = [value for value in graph.inputs if not value.is_initializer()]
+        outputs = {v.name or "": v for v in graph.outputs if v.name not in added}
+        return cls(
+            {name: _declared(value) for name, value in outputs.items()},
+            {value.name or "": _declared(value) or () for value in inputs},
+            frozenset(
+                name
+                for name, value in outputs.items()
+                if value.type is not None and not isinstance(value.type, ir.TensorType)
+            ),
+            frozenset(
+                name
+                for name, value in outputs.items()
+                if value.dtype is not None and not value.dtype.is_floating_point()
+            ),
+        )
+
     def sizes(self, name: str, wanted: Array, feed: Feed) -> Sizes:
         """Which sizes of an output are fixed, by the model or by its inputs."""
         dims = self.shapes.get(name)
@@ -85,6 +106,12 @@ class Signature:
         if dims is None:
             return Sizes(None)
         return Sizes(tuple(dim if isinstance(dim, int) else None for dim in dims))
+
+
+def _declared(value: ir.Value) -> tuple[int | str | None, ...] | None:
+    if value.shape is None:
+        return None
+    return tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
 
 
 def _dims(shape: Sequence[int | str | None] | None) -> tuple[int | str | None, ...] | None:

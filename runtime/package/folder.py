@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxcomp.errors import UsageError
+from onnxcomp.runtime.evaluate import run_session
 from onnxcomp.runtime.inputs import Feed, load_inputs, synthesize_inputs
 from onnxcomp.runtime.package.contents import (
     MODEL,
@@ -90,7 +92,8 @@ def _inputs(
         if data is not None:
             feed = load_inputs(data, contents.model)[0]
         else:
-            feed = synthesize_inputs(contents.model, shapes=shapes, session=contents.session)[0]
+            trial = functools.partial(run_session, contents.session)
+            feed = synthesize_inputs(contents.model, shapes=shapes, trial=trial)[0]
     except UsageError as error:
         if data is not None or shapes:
             raise

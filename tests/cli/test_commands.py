@@ -258,6 +258,39 @@ def test_bench_measures_all_forms(onnxcomp: Run, small_model: Path, compressed: 
     assert models[1]["file_bytes"] == compressed.stat().st_size
 
 
+def test_bench_says_what_does_not_fit_into_memory(
+    onnxcomp: Run, small_model: Path, compressed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONNXCOMP_MEMORY", "1MB")
+    answer = onnxcomp("bench", small_model, compressed, "--portable")
+    assert answer.code == 2
+    wanted = (
+        r"3 sessions side by side need about 2\d\d\.\d MB of memory, and 1\.00 MB are available"
+    )
+    assert re.search(wanted, answer.err)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_verified_layer_by_layer(
+    onnxcomp: Run,
+    small_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "small.onnx"
+    whole = onnxcomp("optimize", small_model, "-o", path, "--json")
+    monkeypatch.setenv("ONNXCOMP_MEMORY", "1MB")
+    answer = onnxcomp("optimize", small_model, "-o", path, "--json")
+    assert answer.code == 0, answer.err
+    assert "the original needs about" in caplog.text and "layer by layer" in caplog.text
+    schema = json.loads((ROOT / "docs" / "result.schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(answer.json)
+    found, known = answer.json["verify"], whole.json["verify"]
+    assert found["layer_by_layer"][0] == "the original"
+    assert found["outputs"]["y"]["rel_l2"] == pytest.approx(known["outputs"]["y"]["rel_l2"])
+    assert answer.json["output"]["sha256"] == whole.json["output"]["sha256"]
+
+
 def test_an_interrupt_ends_a_run_with_130_and_leaves_no_process(small_model: Path) -> None:
     command = [sys.executable, "-m", "onnxcomp", "bench", str(small_model), "--seconds", "60"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

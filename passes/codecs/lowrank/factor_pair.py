@@ -94,6 +94,10 @@ class PartBuilder(Generic[V]):
         """As of the whole."""
         return self.whole.node(op_type, inputs, attributes, domain=domain)
 
+    def outputs(self, op_type: str, inputs: Sequence[V], count: int) -> Sequence[V]:
+        """As of the whole."""
+        return self.whole.outputs(op_type, inputs, count)
+
 
 def _rank_of(payload: Payload) -> int:
     extent = payload.attributes["right_extent"]

@@ -68,6 +68,13 @@ def test_tensors_that_are_external_already_are_left_alone():
     assert without_tensors(data) == data
 
 
+def test_a_file_of_zeros_is_refused_at_its_first_byte():
+    with pytest.raises(WireError, match="number 0 at byte 0"):
+        without_tensors(bytes(64))
+    with pytest.raises(WireError, match="number 0 at byte 2"):
+        without_tensors(b"\x08\x08" + bytes(64))
+
+
 def is_readable(data):
     try:
         onnx.ModelProto.FromString(without_tensors(data))

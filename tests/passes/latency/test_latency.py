@@ -21,7 +21,7 @@ from onnxcomp.passes.latency import cost_table, measure
 from onnxcomp.passes.latency import model as latency_model
 from onnxcomp.passes.latency.cost_table import CostTable, cached_costs, costs_path, machine
 from onnxcomp.passes.latency.measure import Slowdown
-from onnxcomp.passes.latency.model import product_heights
+from onnxcomp.passes.latency.model import product_inputs
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
 RNG = np.random.default_rng(3)
@@ -126,10 +126,18 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def test_heights_are_rows_of_activations(model: Path) -> None:
+def test_inputs_of_products_are_looked_at(model: Path) -> None:
     prepared = prepare(read(model), Settings())
-    found = product_heights(prepared.model, prepared.sites, {"x": np.zeros((64, 256), np.float32)})
-    assert found == {"many": [64], "one": [1]}
+    x = RNG.standard_normal((64, 256)).astype(np.float32)
+    found = product_inputs(prepared.model, prepared.sites, {"x": x})
+    assert [[each.rows for each in found[name]] for name in ("many", "one")] == [[64], [1]]
+    # What DynamicQuantizeLinear loses of these activations.
+    step = (x.max() - x.min()) / 255
+    lost = np.rint(x / step) * step - x
+    expected = np.linalg.norm(lost) / np.linalg.norm(x)
+    assert found["many"][0].rounding == pytest.approx(expected, rel=0.02)
+    nothing = product_inputs(prepared.model, prepared.sites, {"x": np.zeros_like(x)})
+    assert nothing["many"][0].rounding == 0.0
 
 
 SLOW = {f"hyper_{bits}": [0.0, 0.0, 3e-9, 0.0] for bits in range(1, 7)}
@@ -171,6 +179,29 @@ def test_the_fastest_form_that_is_no_less_accurate_is_taken(
     assert found.slowdown is not None and found.slowdown < 1.0
     small = oc.plan(model, objective="latency", data=data, method="hyper", ratio=3)
     assert small.met and small.bytes is not None and small.bytes * 3 <= model.stat().st_size
+
+
+def test_int8_is_taken_where_it_is_faster_and_activations_allow_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamic int8 is the fastest form of both products; one has an outlier among its inputs."""
+    fast = SLOW | {"dynamic_8": [0.0, 0.0, 0.5e-9, 0.0]}
+    known = table(dense=[0.0, 0.0, 1e-9, 0.0], **fast)
+    monkeypatch.setattr(latency_model, "cached_costs", lambda: known)
+    monkeypatch.setattr(latency_model, "_thread_seconds", lambda run, feed: 65 * 256**2 * 1e-9)
+    x = RNG.standard_normal((64, 256)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    np.savez(tmp_path / "far.npz", x=np.where(np.arange(x.size).reshape(x.shape) == 77, 3e3, x))
+    for objective in ({"objective": "latency"}, {"max_slowdown": 0.51}):
+        plain = oc.plan(model, data=tmp_path / "x.npz", bits=4, **objective)
+        assert {choice.codec for choice in plain} == {"dynamic"}
+        assert {choice.reason for choice in plain} == {
+            "expected to be the fastest form that is no less accurate"
+        }
+        far = oc.plan(model, data=tmp_path / "far.npz", bits=4, **objective)
+        assert far["many"].codec == "dense"
+    bound = oc.plan(model, data=tmp_path / "x.npz", bits=4, max_slowdown=1.0)
+    assert [bound[name].codec for name in ("many", "one")] == ["dynamic", "hyper"]
 
 
 def test_costs_of_a_class_of_machines_come_with_the_compiler(

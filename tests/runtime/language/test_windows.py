@@ -28,6 +28,7 @@ def text(tmp_path: Path) -> Path:
 def test_windows_are_spread_over_the_text(decoder_folder: Path, text: Path) -> None:
     from tokenizers import Tokenizer
 
+    text.write_text(4 * TEXT, encoding="utf-8")
     feeds = load_inputs(text, decoder_folder / "model.onnx")
     assert len(feeds) == WINDOWS
     first, last = feeds[0], feeds[-1]

@@ -57,6 +57,11 @@ class _ProtoBuilder:
         self.nodes.append(made)
         return output
 
+    def outputs(self, op_type: str, inputs: Sequence[str], count: int) -> list[str]:
+        names = [f"y{len(self.nodes)}.{number}" for number in range(count)]
+        self.nodes.append(helper.make_node(op_type, list(inputs), names))
+        return names
+
 
 def _emitted(
     codec: Codec, site: WeightSite, payload: Payload, kind: Kind, opset: int, x: Array | None

@@ -1,0 +1,50 @@
+"""Weights with so many zeros that to leave them out makes them smaller.
+
+Zeros are counted by their bits: a negative zero is an element like any other, since it must come
+back as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, MaskLayout, count_kept, is_paired
+from onnxcomp.passes.ir.traversal import default_opset, find_initializer
+from onnxcomp.passes.weight import DTYPES, WeightSite
+
+__all__ = ["mark_zeros"]
+
+# The operator set that has CumSum, by which a runtime without the operator library finds elements.
+_LEAST_OPSET = 11
+
+
+def mark_zeros(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[WeightSite, ...]:
+    """The sites, with `WeightSite.kept` where that pays; each is read once.
+
+    Args:
+        model: The canonical model.
+        sites: Its weights.
+    """
+    if (default_opset(model) or 0) < _LEAST_OPSET:
+        return sites
+    return tuple(_marked(model, site) for site in sites)
+
+
+def _marked(model: ir.Model, site: WeightSite) -> WeightSite:
+    value = find_initializer(model, site.name)
+    # What codecs see of a float64 weight is rounded to float32.
+    if value is None or value.const_value is None or site.wide or site.dtype not in DTYPES:
+        return site
+    stored = np.asarray(value.const_value.numpy())
+    kept = count_kept(stored.reshape(-1, site.shape[-1]))
+    layout = MaskLayout(site.rows, site.length, kept, DTYPES[site.dtype].itemsize)
+    if layout.nbytes >= site.nbytes or kept > MOST_KEPT:
+        return site
+    matrix = stored.reshape(site.length, site.rows).T if site.transposed else stored
+    # In rows of a length that is no multiple of four, more than half may be kept.
+    paired = kept <= 2 * site.rows * -(-site.length // 4)
+    paired = paired and is_paired(matrix.reshape(site.rows, site.length))
+    return dataclasses.replace(site, kept=kept, paired=paired)

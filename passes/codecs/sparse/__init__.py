@@ -1,0 +1,1 @@
+"""The codec sparse: only the elements of a weight that are not zero."""
