@@ -7,7 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read
 
-__all__ = ["headline_latency", "merged_products", "whole_models"]
+__all__ = ["headline_latency", "merged_products", "planned_for_time", "whole_models"]
 
 # Result files, and the codes for their machines.
 CLASSES: Mapping[str, str] = {"latency_avx2": "structured", "latency_avx512": "winding"}
@@ -147,6 +147,29 @@ def headline_latency() -> Iterator[str]:
         yield markdown(columns, rows)
 
 
+def planned_for_time() -> Iterator[str]:
+    """What `--objective latency` chooses for MiniLM."""
+    yield (
+        "MiniLM at 4 bits, without calibration, and with `--objective latency`, which chooses for\n"
+        "each product between codes, dynamic int8 and the dense weight: times as fast as float32,\n"
+        "one thread, and in brackets the relative error of the embeddings on inputs that the plan\n"
+        "has not seen. The last column counts the products that became int8\n"
+        "(`benchmarks/bench_choice.py`).\n"
+    )
+    rows = []
+    for name in ("choice_avx2", "choice_avx512"):
+        for record in read(name)["records"]:
+            forms = list(record["forms"].values())[1:]
+            chosen = record["chosen"]
+            rows.append([
+                f"{'AVX2 only' if name.endswith('avx2') else 'AVX-512'}, {record['shape']}",
+                *(f"{form['over_float32']:.2f} ({form['error']:.2f})" for form in forms),
+                f"{chosen.get('dynamic', 0)} of {sum(chosen.values())}",
+            ])  # fmt: skip
+    columns = ("machine and inputs", "ONNX Runtime dynamic int8", "4 bits", "for latency", "int8")
+    yield markdown(columns, rows)
+
+
 def merged_products() -> Iterator[str]:
     """What it would gain to make one product of those that share their input."""
     names = {"merge_avx2": "AVX2 only", "merge_avx512": "AVX-512"}
@@ -166,3 +189,35 @@ def merged_products() -> Iterator[str]:
         "Split behind (`benchmarks/bench_merge.py`).\n"
     )
     yield markdown(("products", *names.values()), rows)
+    yield (
+        "Merging gate and up gains nothing. Merging q, k and v would save\n"
+        f"{merge_gains(found)} of a run of the whole model. It is not done: one weight in the\n"
+        "place of three would lose the names that rules, plans and `expand` know them by.\n"
+    )
+
+
+# Cases of bench_merge.py by the layers of their model and the case of bench_latency.py.
+MERGED = {
+    ("SmolLM2 q, k, v", 1): (30, ("smollm2", "decode, context 64")),
+    ("MiniLM q, k, v", 32): (6, ("minilm", "1x32")),
+    ("MiniLM q, k, v", 128): (6, ("minilm", "1x128")),
+}
+
+
+def merge_gains(found: Mapping[str, Any]) -> str:
+    """What whole models would gain by one product for q, k and v: the range over cases."""
+    shares = []
+    for name, records in found.items():
+        latency = read(name.replace("merge", "latency"))
+        kind = "structured" if "avx2" in name else "winding"
+        times = {
+            (r["model"], r["shape"]): r["forms"][f"onnxcomp, 4 bits, {kind}"]["cpu_ms"]
+            for r in latency["records"]
+            if r["threads"] == 1
+        }
+        for record in records:
+            layers, case = MERGED.get((record["case"], record["m"]), (0, None))
+            if layers:
+                saved = layers * (record["apart"] - record["merged"]) / 1000
+                shares.append(saved / times[case])
+    return f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %"

@@ -77,6 +77,13 @@ def _rows() -> list[Row]:
     rows.append(Row("onnxcomp 4 bits, last logits", "onnxcomp", last))
     for bits in ("4", "3", "2"):
         rows.append(Row(f"onnxcomp {bits} bits, calibrated", "onnxcomp", ("--bits", bits), True))
+    plain = ("--tune", "0")
+    for bits, more in (("4", "5"), ("3", "4"), ("2", "3")):
+        asked = ("--bits", bits, *plain)
+        rows.append(Row(f"onnxcomp {bits} bits, calibrated, not tuned", "onnxcomp", asked, True))
+        asked = (*asked, "--set", f"embed_tokens:bits={more}")
+        name = f"onnxcomp {bits} bits, tied table {more} bits, calibrated, not tuned"
+        rows.append(Row(name, "onnxcomp", asked, True))
     name = f"onnxcomp 4 bits, calibrated on {FEW} windows"
     rows.append(Row(name, "onnxcomp", ("--bits", "4"), True, FEW))
     for ratio in ("7.15", "8", "10"):

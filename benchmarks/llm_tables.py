@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llm_rows import FEW, ROWS, WINDOWS
+from llm_rows import ROWS, WINDOWS
 from page_parts import markdown, read, share
 
 __all__ = ["chosen_rows", "every_row"]
@@ -20,11 +20,10 @@ _CHOSEN = (
     "llama.cpp Q3_K_M, importance matrix",
     "llama.cpp Q2_K, importance matrix",
     "onnxcomp 4 bits",
-    "onnxcomp 4 bits, calibrated",
-    "onnxcomp 3 bits, calibrated",
-    "onnxcomp 2 bits, calibrated",
-    "onnxcomp --ratio 7.15, calibrated",
-    f"onnxcomp 4 bits, calibrated on {FEW} windows",
+    "onnxcomp 4 bits, calibrated, not tuned",
+    "onnxcomp 4 bits, tied table 5 bits, calibrated, not tuned",
+    *(f"onnxcomp {bits} bits, calibrated" for bits in "432"),
+    "onnxcomp 3 bits, tied table 4 bits, calibrated, not tuned",
 )
 
 
@@ -89,8 +88,9 @@ def _described() -> str:
         f"{found['isa']}). `memory` is that of the process. Calibration reads {WINDOWS} windows\n"
         "of 256 tokens of other text where no number is given, as llama.cpp's importance matrix\n"
         "does. llama.cpp rounds the same weights. They were moved at random inside the 4-bit\n"
-        "cells of the published file, so that no method profits from its grid\n"
-        "(`benchmarks/bench_llm.py`).\n"
+        "cells of the published file, so that no method profits from its grid. `not tuned` is\n"
+        "`--tune 0`, and `tied table 5 bits` is `--set 'embed_tokens:bits=5'`: the table is the\n"
+        "head as well (`benchmarks/bench_llm.py`).\n"
     )
 
 

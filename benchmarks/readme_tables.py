@@ -16,14 +16,20 @@ from typing import Any
 
 from client_tables import clients, elsewhere, hub
 from export_tables import exports
-from latency_tables import headline_latency, merged_products, whole_models
+from latency_tables import (
+    headline_latency,
+    merged_products,
+    planned_for_time,
+    whole_models,
+)
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
 from quality_tables import calibration_steps
+from scale_tables import large_models
 from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
-from speed_tables import products, shared_products, structured_products
+from speed_tables import products, shared_products, sparse_products, structured_products
 
 __all__ = ["stale_pages", "tables"]
 
@@ -347,8 +353,10 @@ ALL: Sections = {
     "Products": products,
     "Products with structured tables": structured_products,
     "Products that share their input": merged_products,
+    "Plans for time": planned_for_time,
     "Whole models": whole_models,
     "Products with shared weights": shared_products,
+    "Products with sparse weights": sparse_products,
     "Training with shared weights": shared_training,
     "The model of the demo": demo,
     "Models of other projects": models,
@@ -356,6 +364,7 @@ ALL: Sections = {
     "Plans": planner,
     "Presets": presets,
     "Structured pruning": pruning,
+    "Large models": large_models,
 }
 PAGES: Mapping[Path, Sections] = {
     ROOT / "README.md": {"": headlines},

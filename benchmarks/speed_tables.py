@@ -7,7 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read
 
-__all__ = ["products", "shared_products", "structured_products"]
+__all__ = ["products", "shared_products", "sparse_products", "structured_products"]
 
 SPEED_NAMES = {
     "fp32": "ONNX Runtime MatMul, float32",
@@ -82,11 +82,13 @@ def structured_products() -> Iterator[str]:
         "ONNX Runtime is kept to AVX2 as well (`benchmarks/mask_cpuid`); `structured` are the\n"
         "tables for such machines: `benchmarks/bench_matmul.py`.\n"
     )
-    square = [row for row in records if row["length"] == row["rows"] == 4096]
+    every = [row for row in records if row["length"] == row["rows"] == 4096]
+    square = [row for row in every if row["of_one_thread"] is None]
     heights = sorted({row["m"] for row in square})
     cells = [(4096, 4096, m) for m in heights]
     columns = ("product", *(f"{m} row" + "s" * (m > 1) for m in heights))
     yield markdown(columns, speed_rows(square, cells))
+    yield from of_memory(every)
     missed = [bar for bar in results["bars"] if not bar["met"]]
     texts = [
         f"{bar['what']}: {bar['found']:.2f} where {bar['must']} was the goal" for bar in missed
@@ -103,6 +105,25 @@ def structured_products() -> Iterator[str]:
     cells = [(*shape, m) for shape in ((4096, 4096), (768, 3072)) for m in (1, 4, 16, 128)]
     columns = ("product", *(f"{length}x{rows}, {m}" for length, rows, m in cells))
     yield markdown(columns, speed_rows(wide["records"], cells))
+
+
+def of_memory(records: Sequence[Any]) -> Iterator[str]:
+    """How much of the speed of memory products with one row reach."""
+    share = {
+        (row["variant"], row["threads"]): f"{100 * row['of_read_speed']:.0f} %"
+        for row in records
+        if row.get("of_read_speed") is not None and row["m"] == 1
+    }
+    threads = sorted({number for _, number in share})
+    yield (
+        "Bytes of weights that products with one row read per second, as a share of what as many\n"
+        "threads read that do nothing else.\n"
+    )
+    rows = [
+        [speed_name(variant), *(share[variant, number] for number in threads)]
+        for variant in dict.fromkeys(variant for variant, _ in share)
+    ]
+    yield markdown(("product", *(f"{n} thread" + "s" * (n > 1) for n in threads)), rows)
 
 
 def machine_text(results: Mapping[str, Any]) -> str:
@@ -143,3 +164,36 @@ def shared_products() -> Iterator[str]:
         "has 67 MB: `benchmarks/bench_hash.py`.\n"
     )
     yield markdown(("memory", *(f"{m} row" + "s" * (m > 1) for m in heights)), rows)
+
+
+SPARSE_NAMES = {
+    "fp32": "ONNX Runtime MatMul, float32",
+    "nbits8": "MatMulNBits, 8 bits for all, block 128",
+    "nbits4": "MatMulNBits, 4 bits for all, block 128",
+    "sparse-int8": "any half, 8 bits",
+    "sparse-int4": "any half, 4 bits",
+    "paired-int8": "two of four, 8 bits",
+    "paired-int4": "two of four, 4 bits",
+}
+
+
+def sparse_products() -> Iterator[str]:
+    """Speed of products with weights of which half is zero."""
+    results = read("matmul_sparse")
+    loads = [row["load_average"] for row in results["records"]]
+    yield (
+        "A 4096x4096 weight of which half is zero (`sparse+int`), against dense ones: bits for\n"
+        "each weight, and the speed by rows of activations against float32 (1.00): CPU time of\n"
+        f"one thread of an {results['cpu']} with a load of {min(loads):.0f} to {max(loads):.0f};\n"
+        "activations in int8, weights not in the cache: `benchmarks/bench_sparse_matmul.py`.\n"
+    )
+    records = {(row["variant"], row["m"]): row for row in results["records"]}
+    heights = sorted({m for _, m in records})
+    rows = []
+    for variant in dict.fromkeys(name for name, _ in records):
+        isa, _, rest = variant.partition("-")
+        name = f"{SPARSE_NAMES[rest]}, {ISAS[isa]}" if isa in ISAS else SPARSE_NAMES[variant]
+        speeds = [f"{records[variant, m]['over_fp32']:.2f}" for m in heights]
+        rows.append([name, f"{records[variant, 1]['bits_per_weight']:.2f}", *speeds])
+    columns = ("weight", "bits", *(f"{m} row" + "s" * (m > 1) for m in heights))
+    yield markdown(columns, rows)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from onnxcomp.cli.options import FILE, OUTPUT, option_of
+from onnxcomp.cli.progress import progress
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
 
 __all__ = ["command"]
@@ -32,7 +33,8 @@ def command(
     import onnxcomp
     from onnxcomp.passes.report.form import INLINED
 
-    saved = onnxcomp.expand(model, output, external_data=external_data, keep_codes=keep_codes)
+    with progress(terminal, "expanding"):
+        saved = onnxcomp.expand(model, output, external_data=external_data, keep_codes=keep_codes)
     files = [str(path) for path in saved.files]
     document = {"output": {"path": files[0], "bytes": saved.bytes, "files": files}}
     kind = f"operators of ONNX only; {INLINED}" if keep_codes else "plain ONNX"

@@ -16,6 +16,7 @@ from onnxcomp.cli.options import (
     settings_in_effect,
     table_options,
 )
+from onnxcomp.cli.progress import progress
 from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 from onnxcomp.passes.config.options import PlanOptions
@@ -59,9 +60,12 @@ def command(
 
     settings = settings_in_effect(settings)
     if frontier:
-        show_frontier(terminal, onnxcomp.frontier(model, **settings))
+        with progress(terminal, "planning"):
+            points = onnxcomp.frontier(model, **settings)
+        show_frontier(terminal, points)
         return
-    plan = onnxcomp.plan(model, **settings)
+    with progress(terminal, "planning"):
+        plan = onnxcomp.plan(model, **settings)
     if output is not None:
         plan.save(output)
     show_division(terminal, plan.division)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
 from onnxcomp.cli.terminal import Terminal, bytes_text
+from onnxcomp.runtime.activity import shown_by
 
 if TYPE_CHECKING:
     from onnxcomp.passes.config.options import Progress
@@ -20,10 +21,15 @@ __all__ = ["progress"]
 # Seconds between lines where nobody can watch a bar.
 _PAUSE = 5.0
 
+# After so many pauses a line is said again though nothing has changed.
+_REPEAT = 12
+
 
 @contextlib.contextmanager
 def progress(terminal: Terminal, title: str, unit: str = "") -> Iterator[Progress | None]:
     """Give a callback that shows progress; None when the command is quiet.
+
+    What the code itself says it is at (`runtime.activity`) is shown as well.
 
     Args:
         terminal: How the command talks.
@@ -36,23 +42,47 @@ def progress(terminal: Terminal, title: str, unit: str = "") -> Iterator[Progres
         with _bar(title, unit) as show:
             yield show
     else:
-        yield _lines(title, unit)
+        with _lines(title, unit) as show:
+            yield show
 
 
-def _lines(title: str, unit: str) -> Progress:
-    last = time.monotonic()
+@contextlib.contextmanager
+def _lines(title: str, unit: str) -> Iterator[Progress]:
+    """Say every few seconds what is being done; a thread does, so that long steps are seen too."""
+    text = [""]
+    ended = threading.Event()
 
     def show(done: int, total: int, site: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _PAUSE and done < total:
-            last = now
-            amounts = f"{done} of {total} {unit}"
-            if not unit:
-                amounts = f"{bytes_text(done)} of {bytes_text(total)}"
-            click.echo(f"{title}: {amounts}, {site}", err=True)
+        amounts = f"{done} of {total} {unit}"
+        if not unit:
+            amounts = f"{bytes_text(done)} of {bytes_text(total)}"
+        text[0] = f"{title}: {amounts}, {site}" if done < total else ""
 
-    return show
+    def note(what: str, done: int, total: int, item: str) -> None:
+        text[0] = f"now: {activity_text(what, done, total, item)}"
+
+    def repeat() -> None:
+        said, silent = "", 0
+        while not ended.wait(_PAUSE):
+            silent += 1
+            if text[0] and (text[0] != said or silent > _REPEAT):
+                said, silent = text[0], 0
+                click.echo(said, err=True)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        with shown_by(note):
+            yield show
+    finally:
+        ended.set()
+        thread.join()
+
+
+def activity_text(what: str, done: int, total: int, item: str) -> str:
+    """What is being done, on one line."""
+    parts = [part for part in (f"{done} of {total}" if total else "", item) if part]
+    return f"{what}: {', '.join(parts)}" if parts else what
 
 
 @contextlib.contextmanager
@@ -83,4 +113,9 @@ def _bar(title: str, unit: str) -> Iterator[Progress]:
             memory = f"peak {bytes_text(peak_rss())}"
             bar.update(task, completed=done, total=total, memory=memory, tensor=site)
 
-        yield show
+        def note(what: str, done: int, total: int, item: str) -> None:
+            memory = f"peak {bytes_text(peak_rss())}"
+            bar.update(task, memory=memory, tensor=activity_text(what, done, total, item))
+
+        with shown_by(note):
+            yield show

@@ -49,7 +49,7 @@ def speed_lines(report: Mapping[str, Any], machine: str | None) -> Iterable[str]
     if slow:
         yield (
             f"warning: it ran {factor:.1f} times as long as the original on these inputs: "
-            "--max-slowdown 1 leaves weights dense where codes are slow"
+            "--max-slowdown 1 takes int8 or dense weights where codes are slow"
         )
     named = report["config"].get("target", "any") != "any"
     if machine in ("avx2", "neon") and not named and any(map(_multiplied, report["sites"])):

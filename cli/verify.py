@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from onnxcomp.cli.options import FILE, OUTPUT, input_options, option_of
+from onnxcomp.cli.progress import progress
 from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 from onnxcomp.cli.verdicts import detections_text, judged_text, slice_text, warnings_of
 
@@ -58,14 +59,15 @@ def command(
     if tolerance is not None:
         settings["tolerance"] = tolerance
     settings |= {"data": data or None, "shapes": dict(shapes)}
-    if bisect:
-        if tolerance is None:
-            raise click.UsageError("--bisect needs --tolerance")
-        mended = onnxcomp.mend(reference, compressed, output, **settings)
-        result, document = mended.verification, mended.to_json()
-    else:
-        result = onnxcomp.verify(reference, compressed, **settings)
-        document = result.to_json()
+    if bisect and tolerance is None:
+        raise click.UsageError("--bisect needs --tolerance")
+    with progress(terminal, "verifying"):
+        if bisect:
+            mended = onnxcomp.mend(reference, compressed, output, **settings)
+            result, document = mended.verification, mended.to_json()
+        else:
+            result = onnxcomp.verify(reference, compressed, **settings)
+            document = result.to_json()
     show_verification(terminal, document, made_up=not data)
     for name in document.get("bisect", {}).get("blamed", ()):
         terminal.say(f"causes the error: {name}")

@@ -102,6 +102,7 @@ OrtCustomOpDomain* BuildDomain(const Api& api, Domain& domain) {
   hyper::AddOps(api, domain.ops);
   hash::AddOps(api, domain.ops);
   sparse::AddOps(api, domain.ops);
+  sparse::AddIntOps(api, domain.ops);
 #endif
 #if defined(ONNXCOMP_CUDA)
   hyper::AddGpuOps(api, domain.ops);

@@ -126,6 +126,7 @@ class WeightSite:
             the dense weight, converted back.
         kept: Elements with a bit that is set, where leaving out the others makes it smaller; else
             None.
+        paired: Whether at most two of every four elements of its rows are kept.
     """
 
     name: str
@@ -141,6 +142,7 @@ class WeightSite:
     constant: Constant | None = None
     wide: bool = False
     kept: int | None = None
+    paired: bool = False
 
     @property
     def size(self) -> int:

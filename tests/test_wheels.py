@@ -121,6 +121,22 @@ def test_the_release_builds_every_package_on_every_system() -> None:
     assert set(flow["jobs"]["publish"]["needs"]) == {"onnxcomp", "sdist", "cuda"}
 
 
+def test_what_the_release_names_is_in_the_repository() -> None:
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())
+    steps = [step for job in flow["jobs"].values() for step in job["steps"]]
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"build", "dist"}
+    words = {word for step in steps for word in step.get("run", "").split()}
+    named = {word for word in words if word.split("/")[0] in folders}
+    assert named == {"packaging/onnxcomp-cuda"}
+    assert all((ROOT / word).exists() for word in named)
+    for project in flow["jobs"]["onnxcomp"]["strategy"]["matrix"]["project"]:
+        text = (ROOT / project / "pyproject.toml").read_text()
+        assert "[tool.cibuildwheel" in text and "test-command" in text
+    # Wheels are put where the steps after look for them.
+    uploads = [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")]
+    assert sorted(uploads) == ["dist/*.tar.gz", "wheelhouse/*.whl", "wheelhouse/*.whl"]
+
+
 # What packaging/build_wheels.py wrote.
 
 LIBRARIES = {

@@ -27,6 +27,7 @@ enum class X86 {
   kAvx512Vbmi,
   kAvx512Vnni,
   kAvxVnni,
+  kAvx512Vbmi2,
 };
 
 // Bits of `X86` that processor and operating system both support. Source: Intel's Software
@@ -54,6 +55,7 @@ inline uint32_t X86Bits() {
     add(X86::kAvx512Vl, b >> 31);
     add(X86::kAvx512Vbmi, c >> 1);
     add(X86::kAvx512Vnni, c >> 11);
+    add(X86::kAvx512Vbmi2, c >> 6);
   }
   if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) add(X86::kAvxVnni, a >> 4);
   return found;

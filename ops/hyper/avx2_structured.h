@@ -76,16 +76,18 @@ class Windows<4, 1> {
   static constexpr int kDwords = 1;
   static constexpr int kVectors = 2;
 
-  explicit Windows(const uint8_t* last) : before_(Nibble(LoadDword(last), 4)) {}
+  explicit Windows(const uint8_t* last) : before_(LoadDword(last)) {}
 
   template <class Visit>
   __attribute__((always_inline)) void Step(const uint8_t* codes, Visit visit) {
     const __m256i dword = LoadDword(codes);
     const __m256i even = _mm256_and_si256(dword, _mm256_set1_epi8(15));
     const __m256i odd = Nibble(dword, 4);
-    visit(Vector<0>(), even, ByteBefore(odd, before_));
+    const __m256i odd_before =
+        _mm256_or_si256(_mm256_slli_epi32(odd, 8), _mm256_srli_epi32(before_, 28));
+    visit(Vector<0>(), even, odd_before);
     visit(Vector<1>(), odd, even);
-    before_ = odd;
+    before_ = dword;
   }
 
  private:
@@ -117,7 +119,9 @@ class Windows<2, Back> {
       visit(Vector<2>(), w2, w1);
       visit(Vector<3>(), w3, w2);
     } else {
-      const __m256i second = ByteBefore(w2, Nibble(before_, 2));
+      const __m256i carried = _mm256_srli_epi32(before_, 26);  // w2 of the byte before, and two bits
+      const __m256i second = _mm256_or_si256(
+          _mm256_slli_epi32(w2, 8), _mm256_and_si256(carried, _mm256_set1_epi8(15)));
       visit(Vector<0>(), w0, second);
       visit(Vector<1>(), w1, last);
       visit(Vector<2>(), w2, w0);

@@ -89,8 +89,35 @@ class Sums {
   __m256i words_ = _mm256_setzero_si256();
 };
 
+// The sums over one group of a panel for one row of activations, which both halves of the panel read
+// together.
+template <int K, int Back, int Joined, class Table>
+inline void SumPanel(const Table& table, const uint8_t* codes, int group, const int8_t* x,
+                     __m256i* totals) {
+  using Cut = Windows<K, Back>;
+  const uint8_t* last = codes + (group * K / 32 - 1) * kLine;
+  Cut low_cut(last);
+  Cut high_cut(last + 32);
+  Sums<Joined, 1> low_sums;
+  Sums<Joined, 1> high_sums;
+  for (int t = 0; t < group; t += 4 * Cut::kVectors) {
+    Prefetch<Cut::kDwords>(codes);
+    low_cut.Step(codes, [&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
+      low_sums.template Add<v()>(table.Find(newest, low), x);
+    });
+    codes += 32;
+    high_cut.Step(codes, [&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
+      high_sums.template Add<v()>(table.Find(newest, low), x);
+    });
+    codes += Cut::kDwords * kLine - 32;
+    x += 4 * Cut::kVectors;
+  }
+  totals[0] = low_sums.total(0);
+  totals[1] = high_sums.total(0);
+}
+
 // The sums over one group for eight rows of weights and M interleaved ones of activations. Rows are
-// taken in halves of a panel because the windows of both do not fit the registers; the lines of a
+// taken in halves of a panel because the sums of both do not fit the registers; the lines of a
 // group are in the cache for the second half.
 template <int K, int Back, int Joined, int M, class Table>
 inline void SumGroup(const Table& table, const uint8_t* codes, int group, const int8_t* x,
@@ -122,11 +149,19 @@ __attribute__((noinline)) void StreamPanel(const Table table, const Weight& weig
     const int64_t unit = tile.unit(g);
     const int8_t* values = x.codes + unit * format.group;
     const uint16_t* stored = weight.scale(panel, g);
+    // With fewer bits the windows and sums of both halves do not fit the registers.
+    constexpr bool kTogether = M == 1 && K == 4;
+    __m256i both[2];
+    if constexpr (kTogether) SumPanel<K, Back, Joined>(table, codes, format.group, values, both);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       __m256i totals[M];
-      SumGroup<K, Back, Joined, M>(table, codes + 32 * half, format.group, values, half == 0,
-                                   totals);
+      if constexpr (kTogether) {
+        totals[0] = both[half];
+      } else {
+        SumGroup<K, Back, Joined, M>(table, codes + 32 * half, format.group, values, half == 0,
+                                     totals);
+      }
       const __m256 scales = LoadScales(stored + 8 * half);
       for (int i = 0; i < M; ++i) {
         y[half][i] = Accumulate(y[half][i], totals[i], shift, x.biases[unit + i], scales,

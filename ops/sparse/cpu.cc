@@ -48,7 +48,7 @@ class DecodeKernel : public Kernel {
     const Dims wanted{extent_[0], bytes_};
     const Dims found = DimsOf(api_, mask);
     if (found != wanted) Fail("mask has shape ", Text(found), ", must be ", Text(wanted));
-    std::vector<int64_t> starts = RowStarts(DataOf<uint8_t>(api_, mask), extent_[0], extent_[1]);
+    std::vector<int64_t> starts = RowStarts(DataOf<uint8_t>(api_, mask), extent_[0], bytes_, extent_[1]);
     const Dims held = DimsOf(api_, values);
     if (held != Dims{starts.back() + 1}) {
       Fail("values have shape ", Text(held), ", the mask asks for ", Text({starts.back() + 1}));

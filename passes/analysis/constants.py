@@ -47,6 +47,7 @@ from onnxcomp.passes.ir.traversal import (
     subgraphs,
 )
 from onnxcomp.passes.weight import DTYPES, Array, Constant, ConstantForm, WeightSite
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["EXACT", "mark_constants"]
 
@@ -114,7 +115,11 @@ def mark_constants(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[Weig
     """
     opset = default_opset(model) or 0
     graphs = _Graphs.of(model)
-    return tuple(_marked(model, site, opset, graphs) for site in sites)
+    marked = []
+    for number, site in enumerate(sites):
+        activity("looking for constants", number, len(sites), site.name)
+        marked.append(_marked(model, site, opset, graphs))
+    return tuple(marked)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

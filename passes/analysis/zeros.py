@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, MaskLayout, count_kept
+from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, MaskLayout, count_kept, is_paired
 from onnxcomp.passes.ir.traversal import default_opset, find_initializer
 from onnxcomp.passes.weight import DTYPES, WeightSite
 
@@ -38,8 +38,13 @@ def _marked(model: ir.Model, site: WeightSite) -> WeightSite:
     # What codecs see of a float64 weight is rounded to float32.
     if value is None or value.const_value is None or site.wide or site.dtype not in DTYPES:
         return site
-    kept = count_kept(np.asarray(value.const_value.numpy()).reshape(-1, site.shape[-1]))
+    stored = np.asarray(value.const_value.numpy())
+    kept = count_kept(stored.reshape(-1, site.shape[-1]))
     layout = MaskLayout(site.rows, site.length, kept, DTYPES[site.dtype].itemsize)
     if layout.nbytes >= site.nbytes or kept > MOST_KEPT:
         return site
-    return dataclasses.replace(site, kept=kept)
+    matrix = stored.reshape(site.length, site.rows).T if site.transposed else stored
+    # In rows of a length that is no multiple of four, more than half may be kept.
+    paired = kept <= 2 * site.rows * -(-site.length // 4)
+    paired = paired and is_paired(matrix.reshape(site.rows, site.length))
+    return dataclasses.replace(site, kept=kept, paired=paired)

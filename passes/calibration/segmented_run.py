@@ -18,6 +18,8 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
+from onnxcomp.runtime.activity import activity
+from onnxcomp.runtime.clients.patching import return_freed_memory
 
 __all__ = ["Chain", "read_values", "segment"]
 
@@ -119,6 +121,7 @@ class Chain:
             ModelError: ONNX Runtime cannot load or run the segment.
         """
         stop = self.position(wanted)
+        activity("running the model", self._done, len(self._nodes), f"up to {wanted[0]}")
         part = [index for index in self._needed if self._done <= index < stop]
         later = {name for name, last in self._last.items() if last >= stop}
         made = {value.name or "" for index in part for value in self._nodes[index].outputs}
@@ -132,6 +135,8 @@ class Chain:
                     held = {**held, **run(held)}
                 self._held[number] = {n: array for n, array in held.items() if n in later}
                 yield {name: held[name] for name in wanted}
+        run = None  # its session goes, and its memory with it
+        return_freed_memory()
         self._done = max(self._done, stop)
         self._weights = {n: w for n, w in self._weights.items() if self._last.get(n, -1) >= stop}
 

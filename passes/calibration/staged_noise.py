@@ -23,6 +23,7 @@ from onnxcomp.passes.calibration.perturbation import NoiseShares, opened, typed
 from onnxcomp.passes.calibration.segmented_run import read_values, segment
 from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.weight import Array, Feed, WeightSite
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["StagedProbe", "Trial", "cut_into_stages"]
 
@@ -160,6 +161,7 @@ class StagedProbe:
         tried: list[tuple[str, int, _Carried, float]] = []
         outputs = NoiseShares()
         for number, stage in enumerate(self._stages):
+            activity("measuring sensitivities", number, len(self._stages), "parts of the model")
             with tempfile.TemporaryDirectory(dir=self._folder) as folder:
                 run = self._session(stage, held[0], Path(folder))
                 exact = [run(values, {}) for values in held]

@@ -12,6 +12,7 @@ from onnxcomp.passes.codecs.integer.dynamic import DynamicCodec
 from onnxcomp.passes.codecs.lowrank.family import LOWRANK_CODECS
 from onnxcomp.passes.codecs.registry import CodecRegistry
 from onnxcomp.passes.codecs.sparse.codec import SparseCodec
+from onnxcomp.passes.codecs.sparse.int_codec import SparseIntCodec
 from onnxcomp.passes.codecs.winding.codec import WindingCodec
 
 __all__ = ["CODECS"]
@@ -27,6 +28,7 @@ CODECS = CodecRegistry(
         WindingCodec(),
         HashCodec(),
         SparseCodec(),
+        SparseIntCodec(),
         ConstantCodec(),
     )
 )

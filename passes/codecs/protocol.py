@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import onnx
 
+from onnxcomp.passes.codecs.load_memory import LoadMemory
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
@@ -34,6 +35,7 @@ __all__ = [
     "Payload",
     "Qualities",
     "RankGoals",
+    "RowParts",
     "Scaling",
     "SharedValues",
     "TensorLayout",
@@ -58,21 +60,6 @@ class TensorLayout:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LoadMemory:
-    """Memory in bytes that a session without the operator library takes to expand one use.
-
-    Attributes:
-        kept: Intermediate results that stay until a pass over the model is over.
-        working: What is needed on top while this use is expanded.
-        result: What of `kept` the session needs from then on.
-    """
-
-    kept: int
-    working: int
-    result: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -305,6 +292,19 @@ class ValueSharing:
     write: Callable[[WeightSite, Params, Payload, Array], Payload]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowParts:
+    """How a payload is cut into payloads of some rows each.
+
+    Attributes:
+        unit: Rows of which every part but the last has a multiple.
+        part: Rows ``start`` to ``stop``, and their entries on the first axis of all own tensors.
+    """
+
+    unit: Callable[[WeightSite, Payload], int]
+    part: Callable[[WeightSite, Payload, int, int], tuple[Payload, slice]]
+
+
 class Codec(Protocol):
     """A way to store one weight. Stateless and deterministic.
 
@@ -378,6 +378,11 @@ class Codec(Protocol):
     @property
     def sharing(self) -> ValueSharing | None:
         """The numbers that weights are copies of."""
+        return None
+
+    @property
+    def row_parts(self) -> RowParts | None:
+        """How its weights are expanded in parts."""
         return None
 
     @property

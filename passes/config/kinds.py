@@ -33,6 +33,7 @@ __all__ = [
     "Rules",
     "Shapes",
     "Size",
+    "Sparsity",
 ]
 
 
@@ -184,6 +185,42 @@ class Size(Kind):
     def schema(self) -> dict[str, Any]:
         """Text or bytes."""
         return {"type": ["string", "integer"], "minimum": self.least}
+
+
+# Elements of a group of which some are kept: columns are gone through in blocks of 128.
+_GROUPS = (2, 4, 8, 16, 32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sparsity(Kind):
+    """A share of elements, or n of every m that are kept, as text."""
+
+    metavar: str = dataclasses.field(default="SHARE|N:M", kw_only=True)
+
+    def checked(self, value: Any, name: str) -> str:
+        """``"0.5"`` or ``"2:4"``."""
+        wanted = "a share above 0 and below 1, or a pattern such as '2:4' (n of every 2 to 32)"
+        if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
+            raise _wrong(name, value, wanted)
+        text = str(value).strip()
+        kept, colon, group = text.partition(":")
+        if colon:
+            if not (kept.isdecimal() and group.isdecimal() and int(group) in _GROUPS):
+                raise _wrong(name, value, wanted)
+            if not 0 < int(kept) < int(group):
+                raise _wrong(name, value, wanted)
+            return f"{int(kept)}:{int(group)}"
+        try:
+            share = float(text)
+        except ValueError:
+            raise _wrong(name, value, wanted) from None
+        if not 0 < share < 1:
+            raise _wrong(name, value, wanted)
+        return repr(share)
+
+    def schema(self) -> dict[str, Any]:
+        """Text or a number."""
+        return {"type": ["string", "number"]}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from onnxcomp.passes.config.kinds import (
     Rules,
     Shapes,
     Size,
+    Sparsity,
 )
 from onnxcomp.passes.config.option import Options, option, table
 from onnxcomp.passes.config.values import (
@@ -230,9 +231,17 @@ class ByteOptions(Options):
     objective: Objective = option(
         "size", Choice(Objective), "target",
         "What is made small where the other wishes leave a choice: bytes, or the time of a run.",
-        "`latency` takes the form of each weight that is expected to be fastest, dense among them, "
-        "of those that are no less accurate than what it would get otherwise; with a size, the "
-        "fastest plan of that size. Expected times are those that `--max-slowdown` uses.",
+        "`latency` takes the form of each weight that is expected to be fastest, dense and dynamic "
+        "int8 among them, of those that are no less accurate than what it would get otherwise; "
+        "with a size, the fastest plan of that size. Expected times are those that "
+        "`--max-slowdown` uses.",
+    )  # fmt: skip
+    sparsity: Converted[str | float | None, str | None] = option(
+        None, Sparsity(), "prune",
+        "Set this share of each weight of a product to zero, or all but 2 of every 4 elements.",
+        "The smallest go. With data those go that matter least to the products, and the others "
+        "make up for them. The methods `sparse` and `sparse+int` store what is left.",
+        example='"2:4"',
     )  # fmt: skip
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from onnxcomp.errors import UsageError
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.driver.run_report import encoded_site, skipped_sites
 from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import encode
+from onnxcomp.passes.encoding.encoder import SPILL_BYTES, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.model import Saved, save
 from onnxcomp.passes.lowering.lower import lower
@@ -29,6 +31,22 @@ __all__ = ["Stage", "Written", "emit"]
 def _untimed(name: str) -> contextlib.AbstractContextManager[None]:
     del name
     return contextlib.nullcontext()
+
+
+def _check_space(path: Path, plan: Plan) -> None:
+    """Refuse a disk that would be full in the end: what the output takes is known exactly.
+
+    Payloads of large models lie in a temporary file beside it until it is written.
+    """
+    payloads = sum(choice.bytes or 0 for choice in plan if not choice.kept)
+    needed = (plan.bytes or 0) + (payloads if payloads > SPILL_BYTES else 0)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UsageError(
+            f"cannot write {path.name}: it and its temporary file take {needed / 1e6:,.1f} MB, "
+            f"and {free / 1e6:,.1f} MB of the disk are free",
+            hint="choose a folder with enough free space",
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +84,11 @@ def emit(
         progress: Called before each weight and after the last one.
         stage: Times a part of the work by its name.
         samples: Calibration inputs; None to encode plainly.
+
+    Raises:
+        UsageError: The disk has no space for the output.
     """
+    _check_space(path, plan)
     model, sites = prepared.model, prepared.sites
     with stage("encode"):
         encoded = encode(

@@ -14,6 +14,7 @@ from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.verification.user_metric import Evaluation
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["Run", "worker_count"]
 
@@ -76,6 +77,7 @@ class Run:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time one stage."""
+        activity(name)
         start = time.perf_counter()
         try:
             yield

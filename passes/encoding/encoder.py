@@ -32,7 +32,7 @@ from onnxcomp.passes.lowering.rewrite import precision_attributes
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["encode"]
+__all__ = ["SPILL_BYTES", "encode"]
 
 log = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from onnxcomp.passes.codecs.protocol import Scaling
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.encoding.scale_gradients import Groups, ScaleGradients
 from onnxcomp.passes.weight import Array, Feed
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["Tuned", "tune"]
 
@@ -205,6 +206,7 @@ def _descend(
     for _ in range(passes):
         for index in rng.permutation(len(feeds)):
             rate = RATE * 0.5 * (1.0 + math.cos(math.pi * number / steps))
+            activity("tuning scales", number, steps, "inputs")
             number += 1
             _, gradients = run(feeds[index], _stored(scales))
             for name, gradient in gradients.items():

@@ -30,6 +30,7 @@ from onnxcomp.passes.ir.serializer import (
     tensor_proto,
 )
 from onnxcomp.passes.ir.tensors import SparseTensor
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["EXTERNAL_BYTES", "PAGE", "THRESHOLD", "ExternalData", "Saved", "output_size", "save"]
 
@@ -86,7 +87,8 @@ class _DataFile:
 
     def write(self, file: BinaryIO) -> None:
         """Write every tensor at its place."""
-        for offset, tensor in self.regions:
+        for number, (offset, tensor) in enumerate(self.regions):
+            activity("writing", number, len(self.regions), tensor.name or "")
             file.write(bytes(offset - file.tell()))
             _stream(tensor, file)
 

@@ -16,7 +16,15 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.ir.manifest import KEY, USE_KEY, WEIGHT_KEY, own_name, read_manifest
+from onnxcomp.passes.ir.manifest import (
+    KEY,
+    STAGE_KEY,
+    USE_KEY,
+    WEIGHT_KEY,
+    own_name,
+    read_manifest,
+    shared_name,
+)
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import dtype_name
 from onnxcomp.passes.ir.traversal import (
@@ -27,14 +35,15 @@ from onnxcomp.passes.ir.traversal import (
     replace_value,
     scopes,
 )
+from onnxcomp.passes.lowering.join_shapes import join_shapes
 from onnxcomp.passes.lowering.rewrite import in_parts
 from onnxcomp.passes.lowering.routes import operand, route
 from onnxcomp.passes.lowering.runtime_value import FrontNodes, runtime_one
 from onnxcomp.passes.lowering.split_operators import SPLIT_KINDS
-from onnxcomp.passes.lowering.stages import end_waiting
+from onnxcomp.passes.lowering.stages import end_waiting, kind_of
 from onnxcomp.passes.weight import DOMAIN
 
-__all__ = ["inline_bodies"]
+__all__ = ["inline_bodies", "inline_expansions"]
 
 # What is noted on nodes that serve several weights.
 _SHARED = "shared"
@@ -57,7 +66,39 @@ def inline_bodies(model: ir.Model, *, foldable: bool = True) -> Change:
             input that they could depend on.
     """
     end_waiting(model)
-    calls = [node for scope in scopes(model) for node in scope.graph if node.domain == DOMAIN]
+    return _inlined(model, _calls(model), foldable=foldable)
+
+
+def inline_expansions(model: ir.Model) -> Change:
+    """Inline the calls that expand a whole weight when a session is created, in place.
+
+    Those of codecs that expand weights in parts: the bodies of others are long.
+
+    Args:
+        model: A model that `rewrite` made, with functions; its weights may wait for each other.
+
+    Returns:
+        The number of calls that were inlined.
+    """
+    calls = [
+        call
+        for call in _calls(model)
+        if kind_of(call.op_type) == "weight"
+        and call.op_identifier() in model.functions
+        and _in_parts(call.metadata_props.get(KEY, ""))
+    ]
+    return _inlined(model, calls, foldable=True)
+
+
+def _in_parts(codec: str) -> bool:
+    return codec in CODECS and CODECS[codec].row_parts is not None
+
+
+def _calls(model: ir.Model) -> list[ir.Node]:
+    return [node for scope in scopes(model) for node in scope.graph if node.domain == DOMAIN]
+
+
+def _inlined(model: ir.Model, calls: Sequence[ir.Node], *, foldable: bool) -> Change:
     if not calls:
         return Change(0)
     missing = sorted(
@@ -93,6 +134,12 @@ class _Inliner:
             value
             for name, value in model.graph.initializers.items()
             if name.startswith(f"{DOMAIN}::")
+        }
+        self._shared |= {
+            value
+            for node in model.graph
+            if STAGE_KEY in node.metadata_props and node.op_type == "Mul"
+            for value in node.outputs
         }
         self._made: dict[tuple[object, ...], ir.Value] = {}
         self._one = None if foldable else self._runtime_one()
@@ -136,6 +183,8 @@ class _Inliner:
         name = call.name
         call.graph.remove(call, safe=True)
         producer.name = name
+        if kind_of(call.op_type) == "weight":
+            join_shapes(result)
 
     def _use(self, call: ir.Node) -> tuple[list[object], ir.Value] | None:
         """How to mark what takes the place of a product or a look-up."""
@@ -227,7 +276,9 @@ class _Inliner:
         operands: Sequence[ir.Value | None],
         attributes: Mapping[str, ir.Attr],
     ) -> ir.Value:
-        name = self._names.node(f"{place.name}/{op_type}")
+        # Models of convolutions have many of these: long names would be a twentieth of the file.
+        short = kind_of(place.op_type) == "weight"
+        name = self._names.node(shared_name(op_type) if short else f"{place.name}/{op_type}")
         notes = {KEY: place.metadata_props.get(KEY, _SHARED)}
         made = ir.Node("", op_type, operands, attributes.values(), name=name, metadata_props=notes)
         made.outputs[0].name = self._names.value(name)
@@ -237,16 +288,30 @@ class _Inliner:
 
     def finish(self) -> None:
         """Place shared nodes, mark the uses, and drop what nothing calls any more."""
-        self._front.place()
+        self._front.place(STAGE_KEY)
         for result, (mark, source) in self._uses.items():
             producer = result.producer()
             assert producer is not None
             site, kind, _, *rest = mark
             way = route(result, self._results.get(source, source))
             producer.metadata_props[USE_KEY] = json.dumps([site, kind, way, *rest])
+        called = self._called()
         for identifier in [key for key in self._model.functions if key[0] == DOMAIN]:
-            del self._model.functions[identifier]
-        self._model.graph.opset_imports.pop(DOMAIN, None)
+            if identifier not in called:
+                del self._model.functions[identifier]
+        if not called:
+            self._model.graph.opset_imports.pop(DOMAIN, None)
+
+    def _called(self) -> set[ir.OperatorIdentifier]:
+        """Our operators that are still called, by the model or by a body of one."""
+        called = set[ir.OperatorIdentifier]()
+        pending = [call.op_identifier() for call in _calls(self._model)]
+        while pending:
+            identifier = pending.pop()
+            called.add(identifier)
+            function = self._model.functions.get(identifier)
+            pending += [n.op_identifier() for n in function or () if n.domain == DOMAIN]
+        return called
 
 
 def _resolved(attributes: Iterable[ir.Attr], given: Mapping[str, ir.Attr]) -> dict[str, ir.Attr]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnxcomp.passes.config.values import Functions
-from onnxcomp.passes.lowering.inline_bodies import inline_bodies
+from onnxcomp.passes.lowering.inline_bodies import inline_bodies, inline_expansions
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
+from onnxcomp.passes.lowering.row_parts import largest_part
 from onnxcomp.passes.lowering.stages import stage_loading
 
 __all__ = ["lower"]
@@ -32,9 +33,12 @@ def lower(
     Raises:
         ModelError: A site is not in the model, or its definitions cannot be inlined.
     """
+    staged = portable and functions == "local"
     if placements:
-        rewrite(model, placements, portable=portable)
-    if portable and functions == "local":
+        largest = largest_part([placement.site for placement in placements]) if staged else None
+        rewrite(model, placements, portable=portable, largest=largest)
+    if staged:
         stage_loading(model, placements)
+        inline_expansions(model)
     elif portable:
         inline_bodies(model, foldable=functions == "inline")

@@ -29,6 +29,7 @@ from onnxcomp.passes.ir.manifest import (
     ManifestEntry,
     Recipe,
     read_manifest,
+    shared_name,
     write_manifest,
 )
 from onnxcomp.passes.ir.model import Change
@@ -45,6 +46,7 @@ from onnxcomp.passes.ir.traversal import (
 )
 from onnxcomp.passes.lowering.builder import GraphBuilder, InitializerPool
 from onnxcomp.passes.lowering.routes import route
+from onnxcomp.passes.lowering.row_parts import Part, joined, parts_of
 from onnxcomp.passes.lowering.split_operators import split, splits
 from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Use, WeightSite
 
@@ -79,7 +81,13 @@ class Placement:
     params: Params | None = None
 
 
-def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool = True) -> Change:
+def rewrite(
+    model: ir.Model,
+    placements: Sequence[Placement],
+    *,
+    portable: bool = True,
+    largest: int | None = None,
+) -> Change:
     """Replace weights by payloads, in place.
 
     Names, order and types of the model's inputs and outputs stay, as does its operator set. The
@@ -90,6 +98,7 @@ def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool 
         model: The model the sites were found in.
         placements: At most one for each site.
         portable: Add the functions, so that the model runs without the operator library.
+        largest: Bytes of the parts, in float32, in which whole weights are expanded; None for one.
 
     Returns:
         The number of uses rewired, with a note for each weight.
@@ -100,7 +109,7 @@ def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool 
     opset = default_opset(model)
     if opset is None:
         raise ModelError("the model imports no standard operator set")
-    work = _Rewriter(model, InitializerPool(model, opset))
+    work = _Rewriter(model, InitializerPool(model, opset), largest)
     fused = [work.fuse(placement) for placement in placements]
     # Products may have weights as their other operand: those follow when all products are fused.
     dense = [work.restore(placement) for placement in placements]
@@ -120,8 +129,9 @@ def rewrite(model: ir.Model, placements: Sequence[Placement], *, portable: bool 
 class _Rewriter:
     """The state of one rewrite."""
 
-    def __init__(self, model: ir.Model, pool: InitializerPool) -> None:
+    def __init__(self, model: ir.Model, pool: InitializerPool, largest: int | None) -> None:
         self.pool = pool
+        self._largest = largest
         self.weights = initializers(model)
         self._nodes = {node.name: node for scope in scopes(model) for node in scope.graph}
 
@@ -204,7 +214,7 @@ class _Rewriter:
             assert graph is not None
             anchor = next(node for node in graph if node in consumers)
             builder = self._builder(placement, anchor, placement.site.name)
-            restored = _stored_form(placement, builder)
+            restored = _stored_form(placement, builder, self._largest)
             for node, index in uses:
                 node.replace_input_with(index, restored)
         return sum(map(len, by_graph.values()))
@@ -266,13 +276,10 @@ def _scaled(value: ir.Value, factor: float, dtype: str, builder: GraphBuilder) -
     return builder.node("Mul", [value, builder.constant(f"scalar.{dtype}.{factor!r}", array)])
 
 
-def _stored_form(placement: Placement, builder: GraphBuilder) -> ir.Value:
-    """The decoded weight in the shape and type of the tensor it replaces."""
-    site, codec = placement.site, placement.codec
-    kinds = codec.kinds(site)
-    wanted: Kind = "decode" if placement.mode == "decode" else "weight"
-    kind: Kind = wanted if wanted in kinds else "weight" if "weight" in kinds else "decode"
-    value = codec.emit(builder, site, placement.payload, kind, None)
+def _expanded(codec: Codec, part: Part, kind: Kind) -> ir.Value:
+    """A decoded weight, or some rows of it, in the stored shape."""
+    site, builder = part.site, part.builder
+    value = codec.emit(builder, site, part.payload, kind, None)
     shape = (site.rows, site.length)
     if site.transposed:
         value = builder.node("Transpose", [value], {"perm": [1, 0]})
@@ -281,6 +288,17 @@ def _stored_form(placement: Placement, builder: GraphBuilder) -> ir.Value:
         dims = "x".join(map(str, site.shape))
         target = builder.constant(f"shape.{dims}", np.array(site.shape, np.int64))
         value = builder.node("Reshape", [value, target])
+    return value
+
+
+def _stored_form(placement: Placement, builder: GraphBuilder, largest: int | None) -> ir.Value:
+    """The decoded weight in the shape and type of the tensor it replaces."""
+    site, codec = placement.site, placement.codec
+    kinds = codec.kinds(site)
+    wanted: Kind = "decode" if placement.mode == "decode" else "weight"
+    kind: Kind = wanted if wanted in kinds else "weight" if "weight" in kinds else "decode"
+    parts = parts_of(codec, site, placement.payload, builder, largest if kind == "weight" else None)
+    value = joined([_expanded(codec, part, kind) for part in parts], site, builder)
     producer = value.producer()
     if producer is not None:
         value.shape = ir.Shape(site.shape)
@@ -332,7 +350,7 @@ def _plain(value: Attribute) -> Attribute:
 
 
 def _add_to_manifest(model: ir.Model, placements: Sequence[Placement]) -> None:
-    manifest = read_manifest(model)
+    manifest, stored = read_manifest(model), initializers(model)
     for placement in placements:
         if placement.codec.name == "dense":
             continue
@@ -343,7 +361,7 @@ def _add_to_manifest(model: ir.Model, placements: Sequence[Placement]) -> None:
             placement.mode,
             {key: _plain(value) for key, value in placement.payload.attributes.items()},
             list(placement.payload.tensors),
-            list(placement.payload.shared),
+            [key for key in placement.payload.shared if shared_name(key) in stored],
         )
         manifest[placement.site.name] = ManifestEntry(placement.site, recipe)
     write_manifest(model, manifest)

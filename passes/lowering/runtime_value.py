@@ -84,10 +84,17 @@ class FrontNodes:
             return known
         return new_initializer(self._model, self._names.value(name), np.array(values, np.int64))
 
-    def place(self) -> None:
-        """Put what was made at the start of the main graph, in the order it was made."""
+    def place(self, behind: str | None = None) -> None:
+        """Put what was made at the start of the main graph, in the order it was made.
+
+        Args:
+            behind: A key of metadata: nodes with it are left in front.
+        """
         graph = self._model.graph
-        if self._nodes:
+        earlier = [node for node in graph if behind is not None and behind in node.metadata_props]
+        if self._nodes and earlier:
+            graph.insert_after(earlier[-1], self._nodes)
+        elif self._nodes:
             graph.insert_before(graph[0], self._nodes)
         self._nodes = []
 

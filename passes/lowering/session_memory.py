@@ -16,6 +16,7 @@ from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.tensors import is_float
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.stages import is_staged, kind_of, loading_peak
+from onnxcomp.passes.weight import DOMAIN, Kind
 
 __all__ = ["expansions", "held_bytes", "load_bytes", "session_bytes", "tensor_bytes"]
 
@@ -91,13 +92,26 @@ def expansions(model: ir.Model, *, library: bool) -> list[tuple[ir.Node, LoadMem
             params = typed_params(codec.params_type, record.recipe.params, codec.name)
             codec.check(params)
             value = values.get(own_name(name, record.recipe.tensors[0]))
-            for node, _ in value.uses() if value is not None else ():
-                kind = kind_of(node.op_type)
+            readers = [node for node, _ in value.uses()] if value is not None else []
+            own = not codec.stock
+            inlined = [node for node in readers if own and _is_inlined(node)]
+            for node in readers:
+                kind: Kind | None = "weight" if node in inlined else kind_of(node.op_type)
                 if kind is not None and not (library and kind != "weight"):
-                    found.append((node, codec.load_memory(record.site, params, kind)))
+                    need = codec.load_memory(record.site, params, kind)
+                    parts = len(inlined) if node in inlined else 1
+                    found.append((node, need.share(parts)))
     except CompressionError:  # a damaged record, or one of a newer version
         return []
     return found
+
+
+def _is_inlined(node: ir.Node) -> bool:
+    """Whether a definition that expands a weight, or one part of it, begins here.
+
+    A Reshape keeps codes from being folded.
+    """
+    return node.domain != DOMAIN and node.op_type != "Reshape"
 
 
 def _folding_bytes(model: ir.Model, *, library: bool) -> int:

@@ -14,6 +14,7 @@ do not read `blocks`. ONNX Runtime repeats passes up to ten times: seven pieces 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
@@ -138,14 +139,27 @@ def _calls(
         for key in placement.payload.tensors
     }
     for scope in scopes(model):
-        for call in scope.graph:
-            placement = next((owners[v.name] for v in call.inputs if v and v.name in owners), None)
-            if call.domain != DOMAIN or placement is None:
-                continue
-            index = _waiting_input(call, placement.codec)
-            kind = kind_of(call.op_type)
-            if index is not None and kind is not None:
-                yield call, index, _need(placement, kind)
+        calls = [call for call in scope.graph if call.domain == DOMAIN]
+        read = [next(filter(owners.get, map(_stored_name, call.inputs)), "") for call in calls]
+        # A graph expands a weight once; several calls are its parts.
+        parts = collections.Counter(
+            name
+            for call, name in zip(calls, read, strict=True)
+            if kind_of(call.op_type) == "weight"
+        )
+        for call, name in zip(calls, read, strict=True):
+            placement, kind = owners.get(name), kind_of(call.op_type)
+            index = None if placement is None else _waiting_input(call, placement.codec)
+            if placement is not None and index is not None and kind is not None:
+                yield call, index, _need(placement, kind, parts[name] if kind == "weight" else 1)
+
+
+def _stored_name(value: ir.Value | None) -> str:
+    """The name of an input, or of the initializer that it is a part of."""
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "Slice":
+        value = producer.inputs[0]
+    return "" if value is None else value.name or ""
 
 
 def _waiting_input(call: ir.Node, codec: Codec) -> int | None:
@@ -156,13 +170,14 @@ def _waiting_input(call: ir.Node, codec: Codec) -> int | None:
     return next((index for index, name in enumerate(names) if name.startswith(start)), None)
 
 
-def _need(placement: Placement, kind: Kind) -> LoadMemory:
-    """Memory of one call; calls of a codec that makes several count as equal parts."""
+def _need(placement: Placement, kind: Kind, parts: int) -> LoadMemory:
+    """Memory of one call, where calls of a codec that makes several count as equal parts."""
     codec, site = placement.codec, placement.site
     params = placement.params or codec.params_type()
     whole = codec.load_memory(site, params, kind)
-    parts = codec.calls
-    return LoadMemory(whole.kept // parts, whole.working, whole.result // parts)
+    parts = max(parts, codec.calls)
+    working = whole.working if codec.row_parts is None else whole.working // parts
+    return LoadMemory(whole.kept // parts, working, whole.result // parts)
 
 
 def _tokens(front: FrontNodes, one: ir.Value, count: int) -> list[ir.Value]:

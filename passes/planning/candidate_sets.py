@@ -18,6 +18,7 @@ from onnxcomp.passes.planning.measurements import Measurements, observed
 from onnxcomp.passes.planning.rank_goals import with_rank
 from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set
 from onnxcomp.passes.weight import WeightSite
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["candidate_sets"]
 
@@ -38,6 +39,7 @@ def candidate_sets(prepared: Prepared, known: Measurements) -> list[CandidateSet
     )
     found: dict[str, CandidateSet] = {}
     for site, stats in observed(prepared.model, prepared.sites, known.feeds):
+        activity("planning", len(found), len(prepared.sites), site.name)
         estimates.look_at(stats)
         found[site.name] = _candidate_set(site, prepared, known, estimates)
     return [dataclasses.replace(found[site.name], chance=known.chance) for site in prepared.sites]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs import CODECS
@@ -180,13 +181,21 @@ def predicted(codec: Codec, site: WeightSite, params: Sequence[Params]) -> list[
     return [Estimate(codec.predict(site, item)) for item in params]
 
 
+def _own(policy: Policy) -> dict[str, Any]:
+    """What a policy holds fixed, without the name of a quality."""
+    return {name: value for name, value in policy.params.items() if name != QUALITY}
+
+
+def _check_names(codec: Codec, policy: Policy) -> None:
+    """Raise `UsageError` where a codec has no parameter that is held fixed, or not of that type."""
+    typed_params(codec.params_type, _own(policy), codec.name)
+
+
 def _candidates(
     codec: Codec, site: WeightSite, policy: Policy, estimator: Estimator
 ) -> list[Candidate]:
-    fixed = policy.params
-    own = {name: value for name, value in fixed.items() if name != QUALITY}
-    typed_params(codec.params_type, own, codec.name)
-    offered = _settings_of(codec, site, own, fixed.get(QUALITY), _target(site, policy))
+    quality = policy.params.get(QUALITY)
+    offered = _settings_of(codec, site, _own(policy), quality, _target(site, policy))
     return [
         Candidate(site, codec.name, params, codec.size(site, params), found.error, found)
         for params, found in zip(offered, estimator(codec, site, offered), strict=True)
@@ -224,11 +233,12 @@ def candidate_set(
     reasons: list[str] = []
     wrong: list[UsageError] = []
     for codec in (known[name] for name in policy.methods):
-        refusal = codec.refuse(site)
-        if refusal is not None:
-            reasons.append(f"{codec.name}: {refusal}")
-            continue
         try:
+            _check_names(codec, policy)
+            refusal = codec.refuse(site)
+            if refusal is not None:
+                reasons.append(f"{codec.name}: {refusal}")
+                continue
             offered = _candidates(codec, site, policy, estimator)
         except UsageError as error:
             wrong.append(error)

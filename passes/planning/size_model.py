@@ -12,12 +12,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.codecs.protocol import Codec, LoadMemory, Payload
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import output_size
 from onnxcomp.passes.lowering.last_logits import keep_last_logits
 from onnxcomp.passes.lowering.lower import lower
 from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes
+from onnxcomp.passes.lowering.row_parts import divided, largest_part
 from onnxcomp.passes.lowering.stages import loading_peak
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Kind, WeightSite
@@ -71,12 +72,14 @@ def portable_load_bytes(sites: Iterable[WeightSite], choices: Sequence[Choice]) 
     Intermediate results of a piece of the model stay until ONNX Runtime has folded all of it, see
     `lowering.stages`. What a session of any model takes (tens of megabytes) is not in it.
     """
-    needs = [
-        CODECS[choice.codec].load_memory(site, choice.params, kind)
-        for site, choice in zip(sites, choices, strict=True)
-        if not choice.kept
-        for kind in _expanded(site, choice)
-    ]
+    stored = [pair for pair in zip(sites, choices, strict=True) if not pair[1].kept]
+    largest = largest_part([site for site, _ in stored])
+    needs: list[LoadMemory] = []
+    for site, choice in stored:
+        codec = CODECS[choice.codec]
+        for kind in _expanded(site, choice):
+            need = codec.load_memory(site, choice.params, kind)
+            needs += divided(need, site, codec, kind, largest)
     return loading_peak(needs)
 
 

@@ -241,13 +241,15 @@ def _fixed_bits(candidates: CandidateSet) -> int | None:
 def _check_bits(bits: int, methods: Sequence[str]) -> None:
     """Raise `UsageError` for bits per weight that no method offers, even for a large weight."""
     use = Use("", "MatMul", 1, "matmul")
-    sample = WeightSite("", (1024, 1024), "float32", (use,), "", 1024, 1024, False)
+    extent = (1024, 1024)
+    sample = WeightSite("", extent, "float32", (use,), "", *extent, False, kept=512 * 1024)
     offered: set[int] = set()
     for codec in (CODECS[name] for name in methods):
-        if codec.width is None:
+        if codec.width is not None:
+            offered |= {int(getattr(params, codec.width)) for params in codec.candidates(sample)}
+        elif not codec.automatic:
             return
-        offered |= {int(getattr(params, codec.width)) for params in codec.candidates(sample)}
-    if bits not in offered:
+    if offered and bits not in offered:
         raise UsageError(
             f"no method offers {bits} bits per weight",
             hint=f"choose from {', '.join(str(b) for b in sorted(offered))}",

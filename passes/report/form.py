@@ -71,6 +71,8 @@ def form_of(model: ir.Model) -> Form:
         for name, entry in manifest.items()
         if any(own_name(name, key) not in values for key in entry.recipe.tensors)
     )
+    from onnxcomp.passes.lowering.stages import is_staged
+
     calls = {
         node.op_identifier()
         for scope in scopes(model)
@@ -79,6 +81,8 @@ def form_of(model: ir.Model) -> Form:
     }
     if calls:
         return Form("functions" if calls <= set(model.functions) else "library", undone)
+    if is_staged(model):  # all that was called expands whole weights, and stands inlined
+        return Form("functions", undone)
     kept = [entry.recipe for name, entry in manifest.items() if name not in undone]
     inlined = any(not _stock(recipe.codec) for recipe in kept)
     return Form("inlined" if inlined else "plain", undone)

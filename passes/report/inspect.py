@@ -60,7 +60,7 @@ class CompressedWeight:
         codec: Who stores it.
         params: Settings of the codec.
         mode: The mode that was asked for.
-        operators: Operators of our own that read it.
+        operators: Operators that read it; "inlined" where a definition stands for one of our own.
         bytes_before: Bytes of the dense tensor.
         bytes_after: Bytes of its own tensors now.
         kind: Kind of its codes, for a codec that has several: "winding" or "structured" for hyper.
@@ -215,8 +215,10 @@ def _compressed(model: ir.Model) -> Iterable[CompressedWeight]:
         own = [values[n] for n in _own_names(record) if n in values]
         if not own:
             continue  # undone by another tool, see `form_of`
-        readers = {node.op_type: None for value in own for node, _ in value.uses()}
         recipe, site = record.recipe, record.site
+        nodes = [node for value in own for node, _ in value.uses()]
+        stock = recipe.codec not in CODECS or CODECS[recipe.codec].stock
+        readers = {n.op_type if stock or n.domain == DOMAIN else "inlined": None for n in nodes}
         yield CompressedWeight(
             name,
             site.shape,

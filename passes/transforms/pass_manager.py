@@ -23,6 +23,7 @@ from onnxcomp.passes.transforms.canonical_form import (
     subgraph_bodies,
 )
 from onnxcomp.passes.weight import Feed
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["Context", "GraphPass", "no_feeds", "run_passes"]
 
@@ -92,6 +93,7 @@ def run_passes(
                 f"pass {graph_pass.name!r} must come after {missing[0]!r}, which has not run",
                 hint="`wanted` of a pass is false where one that it requires is not wanted",
             )
+        activity("preparing the graph", item=graph_pass.name)
         before = _left_alone(graph_pass, model)
         done[graph_pass.name] = change = graph_pass.run(model, context)
         _compare(graph_pass, before, _left_alone(graph_pass, model))

@@ -23,6 +23,7 @@ from onnxcomp.passes.transforms.lower_shared_weights import SharedWeights
 from onnxcomp.passes.transforms.pass_manager import GraphPass
 from onnxcomp.passes.transforms.prune.graph_pass import Prune
 from onnxcomp.passes.transforms.returned_weights import ReturnedWeights
+from onnxcomp.passes.transforms.sparsify import Sparsify
 from onnxcomp.passes.transforms.split_fused import SplitFused
 
 __all__ = ["GRAPH_PASSES", "GROUP", "graph_passes"]
@@ -40,6 +41,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     RepeatedValues(),
     LinearChains(),
     Prune(),
+    Sparsify(),
 )
 
 

@@ -361,7 +361,8 @@ def _reference(
 ) -> tuple[list[Feed], list[Outputs], Signature]:
     """Inputs, what the original makes of them, and what it declares of its outputs.
 
-    Where all outputs would take more than `_KEPT`, samples spread over the given ones are run.
+    Where all outputs would take more than `_KEPT`, or a quarter of it where memory is short,
+    samples spread over the given ones are run.
     """
     form = inputs.memory.open(Copy(model, taps.all), "the original", library=True)
     wanted: list[Outputs] = []
@@ -372,7 +373,8 @@ def _reference(
     feeds = inputs.load(model, trial)
     wanted = wanted or form.outputs(feeds[:1], clock)
     size = sum(array.nbytes for array in wanted[0].values())
-    count = min(len(feeds), max(1, _KEPT // max(size, 1)))
+    kept = _KEPT // 4 if inputs.memory.split else _KEPT
+    count = min(len(feeds), max(1, kept // max(size, 1)))
     feeds = [feeds[number * len(feeds) // count] for number in range(count)]
     wanted += form.outputs(feeds[1:], clock)
     return feeds, wanted, form.signature

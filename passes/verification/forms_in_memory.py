@@ -15,6 +15,7 @@ from onnxcomp.passes.verification.clock import Clock
 from onnxcomp.passes.verification.copies import Copy
 from onnxcomp.passes.verification.forms import Signature
 from onnxcomp.passes.verification.pieces import Pieces
+from onnxcomp.runtime.activity import activity
 from onnxcomp.runtime.memory import available_memory
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Memory:
         Raises:
             ModelError: ONNX Runtime cannot load it.
         """
+        activity("verifying", item=what)
         available = available_memory() if self.limit is None else self.limit
         needed = 0 if available is None else _needed(copy, library=library)
         if available is None or needed <= available:

@@ -56,7 +56,7 @@ class Pieces:
         self._outputs = [value.name or "" for value in self._model.graph.outputs]
         work = _Weights(self._model, library=library)
         self._repeat = work.constant
-        self._pieces = work.pieces(min(_MOST, available))
+        self._pieces = work.pieces(min(_MOST, available)) or [_Piece("", folded=True)]
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -233,4 +233,8 @@ def _maybe_no_tensor(value: ir.Value) -> bool:
     if value.type is not None:
         return not isinstance(value.type, ir.TensorType)
     node = value.producer()
-    return node is not None and node.op_type.startswith(_NO_TENSORS)
+    if node is None or not node.op_type.startswith(_NO_TENSORS):
+        return False
+    place = node.outputs.index(value) + (node.op_type == "Loop")  # behind the condition
+    ends = [graph.outputs[place] for _, graph in subgraphs(node) if place < len(graph.outputs)]
+    return not ends or any(not isinstance(end.type, ir.TensorType) for end in ends)

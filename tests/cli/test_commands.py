@@ -264,7 +264,9 @@ def test_bench_says_what_does_not_fit_into_memory(
     monkeypatch.setenv("ONNXCOMP_MEMORY", "1MB")
     answer = onnxcomp("bench", small_model, compressed, "--portable")
     assert answer.code == 2
-    wanted = r"3 sessions side by side need about 2\d\d\.\d MB of memory, and 1\.00 MB are"
+    wanted = (
+        r"3 sessions side by side need about 2\d\d\.\d MB of memory, and 1\.00 MB are available"
+    )
     assert re.search(wanted, answer.err)
 
 

@@ -574,19 +574,56 @@ void AddWeightOfWinding(Random& random, Case& made, int64_t rows, int64_t length
   SetInts(node.inputs[5], {full, points, random.Between(1, order)});
 }
 
-void AddWeightOfSparse(Random& random, Case& made, int64_t rows, int64_t length) {
-  Node& node = made.node;
-  const int64_t bytes = (length + 7) / 8;
+// A mask with `bytes` bytes in a row, no bit behind `length`; returns the bits that are set.
+int64_t AddMask(Random& random, Node& node, int64_t rows, int64_t bytes, int64_t length) {
   Value mask(onnxcomp::kUint8, Dims{rows, bytes});
   random.Fill(mask);
   int64_t kept = 0;
   for (int64_t i = 0; i < rows * bytes; ++i) {
     auto bits = static_cast<uint8_t>(mask.data()[i]);
-    if (i % bytes == bytes - 1) bits &= static_cast<uint8_t>(0xff >> (8 * bytes - length));
+    const int64_t left = length - 8 * (i % bytes);
+    if (left < 8) bits &= static_cast<uint8_t>(left <= 0 ? 0 : 0xff >> (8 - left));
     mask.data()[i] = static_cast<char>(bits);
     kept += __builtin_popcount(bits);
   }
   node.inputs.push_back(std::move(mask));
+  return kept;
+}
+
+void AddWeightOfSparseInt(Random& random, Case& made, int64_t rows, int64_t length) {
+  Node& node = made.node;
+  const int64_t group = random.Pick<int64_t>({64, 128, 256}), bits = random.Pick<int64_t>({4, 8});
+  const int64_t groups = (length + group - 1) / group, padded = groups * group;
+  const bool paired = random.Chance(0.5);
+  int64_t kept = 0;
+  if (paired) {
+    const int64_t bytes = (padded + 11) / 12;
+    Value mask(onnxcomp::kUint8, Dims{rows, bytes});
+    for (int64_t i = 0; i < rows * bytes; ++i) {
+      mask.data()[i] = static_cast<char>(random.Between(0, 215));
+    }
+    node.inputs.push_back(std::move(mask));
+    kept = 6 * rows * bytes;
+  } else {
+    kept = AddMask(random, node, rows, padded / 8, length);
+  }
+  node.inputs.emplace_back(onnxcomp::kUint8, Dims{((1 + kept) * bits + 7) / 8});
+  node.inputs.emplace_back(onnxcomp::kFloat16, Dims{rows, groups, 1});
+  made.parts = 3;
+  Value& codes = node.inputs[made.first + 1];
+  random.Fill(codes);
+  for (int64_t i = 0; i < codes.count(); ++i) {
+    if (i == 0 || codes.data()[i] == -128) codes.data()[i] = 0;
+  }
+  random.Fill(node.inputs[made.first + 2]);
+  node.attributes["group"] = {false, group, {}};
+  node.attributes["bits"] = {false, bits, {}};
+  node.attributes["pattern"] = {true, 0, paired ? Dims{2, 4} : Dims{0, 8}};
+}
+
+void AddWeightOfSparse(Random& random, Case& made, int64_t rows, int64_t length) {
+  Node& node = made.node;
+  const int64_t kept = AddMask(random, node, rows, (length + 7) / 8, length);
   node.inputs.emplace_back(made.op->GetInputType(made.op, made.first + 1), Dims{1 + kept});
   made.parts = 2;
   Value& values = node.inputs[made.first + 1];
@@ -610,6 +647,8 @@ Case MakeCase(Random& random) {
     AddWeightOfHash(random, made, rows, length);
   } else if (made.name.rfind("Winding", 0) == 0) {
     AddWeightOfWinding(random, made, rows, length);
+  } else if (made.name.rfind("SparseInt", 0) == 0) {
+    AddWeightOfSparseInt(random, made, rows, length);
   } else if (made.name.rfind("Sparse", 0) == 0) {
     AddWeightOfSparse(random, made, rows, length);
   } else {

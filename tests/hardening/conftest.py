@@ -23,6 +23,10 @@ from onnxcomp.cli import main
 Array = np.ndarray[Any, Any]
 
 
+# What lines of progress begin with, on slow machines.
+PROGRESS = ("encoding: ", "now: ")
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """What a command said.
@@ -41,7 +45,7 @@ class Answer:
     def lines(self) -> list[str]:
         """Lines of stderr that are neither progress nor empty."""
         lines = self.err.splitlines()
-        return [line for line in lines if line.strip() and not line.startswith("encoding: ")]
+        return [line for line in lines if line.strip() and not line.startswith(PROGRESS)]
 
     @property
     def json(self) -> Any:

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "common/error.h"
+#include "conformance_sparse.h"
 #include "hyper/format.h"
 
 using namespace onnxcomp::hyper;
@@ -365,7 +366,9 @@ int main(int count, char** arguments) {
       std::printf("%s: this machine cannot run it\n", name.c_str());
       return 1;
     }
-    if (isa != nullptr) std::printf("%s: %d cases\n", isa->name, Compare(*isa));
+    if (isa == nullptr) continue;
+    const int sparse = conformance::CompareSparse(onnxcomp::sparse::SelectIsa());
+    std::printf("%s: %d cases\n", isa->name, Compare(*isa) + sparse);
   }
   return 0;
 }

@@ -125,8 +125,9 @@ def test_streams_of_structured_tables_spill_nothing(
     streams = [
         loop for title, loop in every_loop if name.search(title) and count(loop, _LOOKUP) >= 2
     ]
-    # Three kinds of tables in three forms, for both halves of a panel.
-    assert len(streams) >= 18
+    # Three kinds of tables in three forms; at four bits both halves of a panel have one loop for a
+    # single row.
+    assert len(streams) >= (9 if rows == 1 and sizes.startswith("4") else 18)
     for loop in streams:
         assert count(loop, _PRODUCT) >= 2
         assert count(loop, _STACK_STORE) == 0

@@ -135,7 +135,7 @@ def beyond(mask: Array) -> Array:
         ("mask", lambda mask: mask[:, :-1], "mask has shape"),
         ("mask", lambda mask: mask[:-1], "mask has shape"),
         ("mask", lambda mask: mask.reshape(-1), "mask has shape"),
-        ("mask", beyond, "beyond"),
+        ("mask", beyond, "behind"),
         ("mask", np.zeros_like, "values have shape"),
         ("values", lambda values: values[:-1], "values have shape"),
         ("values", lambda values: values[None], "values have shape"),

@@ -44,6 +44,7 @@ from onnxcomp.passes.codecs.protocol import (
     LoadMemory,
     Payload,
     Qualities,
+    RowParts,
     Scaling,
     TensorLayout,
 )
@@ -167,6 +168,25 @@ def _scales_of(site: WeightSite, payload: Payload) -> Array:
     """Scales ``(rows, groups)``, float32."""
     panels = payload.tensors["scales"][..., 0].transpose(0, 2, 1)
     return panels.reshape(-1, panels.shape[-1])[: site.rows].astype(np.float32)
+
+
+def _row_unit(site: WeightSite, payload: Payload) -> int:
+    """Rows of the weight that are whole panels of the stored form."""
+    stored = _stored_geometry(payload, _table_of(payload))
+    return math.lcm(hyper_format.LANES * stored.length, site.length) // site.length
+
+
+def _row_part(site: WeightSite, payload: Payload, start: int, stop: int) -> tuple[Payload, slice]:
+    """The panels that hold some rows, and their payload."""
+    stored = _stored_geometry(payload, _table_of(payload))
+    first, last = (row * site.length // stored.length for row in (start, stop))
+    panels = slice(first // hyper_format.LANES, -(-last // hyper_format.LANES))
+    part = dataclasses.replace(stored, rows=last - first)
+    key, extent = hyper_format.shared_extent(part)
+    shared = {k: v for k, v in payload.shared.items() if not k.startswith("hyper.extent.")}
+    tensors = {name: tensor[panels] for name, tensor in payload.tensors.items()}
+    attributes = {**payload.attributes, "extent": (part.rows, part.length)}
+    return Payload(tensors, {**shared, key: extent}, attributes), panels
 
 
 def _rescaled(site: WeightSite, payload: Payload, scales: Array) -> Payload:
@@ -392,6 +412,11 @@ class HyperCodec(Codec):
         extent = np.array([site.rows, site.length], np.int64)
         shape = builder.constant(f"hyper.shape.{site.rows}x{site.length}", extent)
         return builder.node("Reshape", [result, shape])
+
+    @property
+    def row_parts(self) -> RowParts:
+        """Whole panels."""
+        return RowParts(_row_unit, _row_part)
 
     @property
     def pacing(self) -> str | None:

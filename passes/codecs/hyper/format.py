@@ -26,6 +26,7 @@ __all__ = [
     "hadamard",
     "pack",
     "pack_scales",
+    "shared_extent",
     "shared_keys",
     "shared_tensors",
     "signs",
@@ -269,6 +270,13 @@ def _ends(geometry: GroupLayout) -> tuple[int, int]:
     return rows, length
 
 
+def shared_extent(geometry: GroupLayout) -> tuple[str, Array]:
+    """The shared node input `extent` of a weight, and its key in ``payload.shared``."""
+    ends = _ends(geometry)
+    text = "x".join("all" if end == _NO_END else str(end) for end in ends)
+    return f"hyper.extent.{text}", np.array(ends, np.int64)
+
+
 def shared_keys(
     bits: int, state_bits: int, group: int, rows: int, length: int, kind: str = "winding"
 ) -> dict[str, str]:
@@ -278,10 +286,9 @@ def shared_keys(
     """
     geometry = GroupLayout(bits, state_bits, group, rows, length)
     suffix = "" if kind_of(bits, kind) == "winding" else f".{kind}"
-    ends = "x".join("all" if end == _NO_END else str(end) for end in _ends(geometry))
     return {
         "table": f"hyper.table.k{bits}.L{state_bits}{suffix}",
-        "extent": f"hyper.extent.{ends}",
+        "extent": shared_extent(geometry)[0],
         "blocks": f"hyper.blocks.{geometry.groups}x{geometry.block_bytes}.g{group}",
         "taps": f"hyper.taps.k{bits}.g{group}",
         "window": f"hyper.window.k{bits}.L{state_bits}",
@@ -298,7 +305,7 @@ def shared_tensors(
     width = geometry.groups * group
     content = {
         "table": code(bits, state_bits, kind).table,
-        "extent": np.array(_ends(geometry), np.int64),
+        "extent": shared_extent(geometry)[1],
         "blocks": np.array([-1, geometry.groups, geometry.block_bytes, width], np.int64),
         "taps": _taps(bits, group),
         "window": _window(bits, state_bits),

@@ -6,11 +6,10 @@ from onnxcomp.passes.codecs.lowrank.codec import LowRankCodec
 from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_int import LowRankIntCodec
-from onnxcomp.passes.codecs.protocol import Codec
 
 __all__ = ["LOWRANK_CODECS"]
 
-LOWRANK_CODECS: tuple[Codec, ...] = (
+LOWRANK_CODECS = (
     LowRankCodec(),
     LowRankHyperCodec(),
     LowRankIntCodec(),

@@ -16,6 +16,7 @@ __all__ = [
     "MaskLayout",
     "count_kept",
     "decode",
+    "is_paired",
     "pack",
     "ranks",
     "shared_keys",
@@ -79,6 +80,17 @@ def count_kept(weight: Array) -> int:
     """Elements of a matrix in float32, float16 or bfloat16 that have a bit set."""
     pieces = _row_pieces(weight)
     return sum(int(np.count_nonzero(_held(weight[row : row + pieces.step]))) for row in pieces)
+
+
+def is_paired(weight: Array) -> bool:
+    """Whether at most two of every four elements of a row ``(rows, length)`` have a bit set."""
+    pieces = _row_pieces(weight)
+    for row in pieces:
+        held = _held(weight[row : row + pieces.step])
+        fours = np.pad(held, ((0, 0), (0, -held.shape[1] % 4))).reshape(len(held), -1, 4)
+        if fours.sum(axis=2).max(initial=0) > 2:
+            return False
+    return True
 
 
 def pack(weight: Array) -> dict[str, Array]:

@@ -1,7 +1,9 @@
 """Whole runs on a small model: plans kept to the byte, files, refusals and reports."""
 
+import functools
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -307,6 +309,26 @@ def test_an_interrupted_run_leaves_nothing_behind(model: Path, tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         oc.optimize(model, tmp_path / "out.onnx", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_the_disk_is_looked_at_before_anything_is_encoded(
+    lacking: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = (oc.plan(model).bytes or 0) - lacking
+    usage = type(shutil.disk_usage(tmp_path))(2 * free, free, free)
+    monkeypatch.setattr("onnxcomp.passes.driver.emit.shutil.disk_usage", lambda _: usage)
+    told: list[str] = []
+    run = functools.partial(
+        oc.optimize, model, tmp_path / "out.onnx", verify=False,
+        progress=lambda done, total, site: told.append(site),
+    )  # fmt: skip
+    if lacking:
+        with pytest.raises(UsageError, match=r"take .* MB, and .* MB of the disk are free"):
+            run()
+    else:
+        run()
+    assert bool(told) == (not lacking)
 
 
 def test_a_second_run_takes_its_payloads_from_the_cache(model: Path, tmp_path: Path) -> None:

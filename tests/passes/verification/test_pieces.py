@@ -157,6 +157,52 @@ def test_outputs_that_nothing_computes(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name], array)
 
 
+def test_a_model_that_computes_nothing(tmp_path: Path) -> None:
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["w"], ["y"])],
+        "g",
+        [],
+        [info("y", TensorProto.FLOAT, [3])],
+        [numpy_helper.from_array(np.ones(3, np.float32), "w")],
+    )
+    imports = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), tmp_path / "m.onnx")
+    (found,) = Pieces(Copy(tmp_path / "m.onnx"), library=True, available=1).outputs([{}], Clock())
+    np.testing.assert_array_equal(found["y"], -np.ones(3))
+
+
+def test_a_branch_without_a_declared_result_is_no_obstacle(tmp_path: Path) -> None:
+    info, node = helper.make_tensor_value_info, helper.make_node
+    branches = {
+        name: helper.make_graph(
+            [node(op, ["x"], [name])], name, [], [info(name, TensorProto.FLOAT, None)]
+        )
+        for name, op in (("then_branch", "Neg"), ("else_branch", "Abs"))
+    }
+    nodes = [node("If", ["go"], ["h0"], **branches)]
+    weights = []
+    for number in range(4):
+        nodes.append(node("MatMul", [f"h{number}", f"w{number}"], [f"m{number}"]))
+        nodes.append(node("Add", [f"m{number}", "h0"], [f"h{number + 1}"]))
+        weights.append(numpy_helper.from_array(np.eye(8, dtype=np.float32), f"w{number}"))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [info("go", TensorProto.BOOL, []), info("x", TensorProto.FLOAT, [2, 8])],
+        [info("h4", TensorProto.FLOAT, [2, 8])],
+        weights,
+    )
+    path = tmp_path / "m.onnx"
+    imports = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), path)
+    pieces = Pieces(Copy(path), library=True, available=1)
+    assert len(pieces) >= 4
+    feeds = [{"go": np.array(True), "x": np.arange(16, dtype=np.float32).reshape(2, 8)}]
+    (found,) = pieces.outputs(feeds, Clock())
+    np.testing.assert_array_equal(found["h4"], run_model(path, feeds)[0]["h4"])
+
+
 # Bytes beyond what the libraries take: whole sessions need 200 to 220 MB, pieces 100 to 140.
 HEADROOM = 165 << 20
 

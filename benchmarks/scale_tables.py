@@ -1,0 +1,79 @@
+"""The tables about large models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from page_parts import markdown, read
+
+__all__ = ["large_models"]
+
+_NAMES = {
+    "plain": "4 bits", "ratio": "`--ratio 8`", "data": "4 bits, `--data`",
+    "lowrank": "`--method lowrank --ratio 8`", "prune": "4 bits, `--prune-ratio 0.2`",
+    "verify": "`verify`", "expand": "`expand`",
+}  # fmt: skip
+
+
+# Length of a window of --data.
+_TOKENS = 256
+
+
+def large_models() -> Iterator[str]:
+    """Time and memory of the compiler."""
+    results = read("scale")
+    rows = results["rows"]
+    yield (
+        "Decoders with random weights, compiled without verification, which has rows of its own:\n"
+        "processor time of one thread, weights per second of it, and the peak of resident memory,\n"
+        "of the whole process and of its phases, on a machine that did other things as well\n"
+        f"(`benchmarks/bench_scale.py`, {results['processor']}).\n"
+        "The largest tensor of the model of 1 GB takes 0.20 GB in float32, that of 4 GB 0.26 GB.\n"
+        "`verify` runs whole sessions where nothing else is said." + _windows(rows)
+    )
+    cells = [
+        (
+            f"{row['model_bytes'] / 1e9:.1f} GB, {row['type']}",
+            _NAMES[row["command"]] + _limit(row),
+            f"{row['cpu_seconds']:.0f} s",
+            f"{row['weights'] / 1e6 / row['cpu_seconds']:.1f} M",
+            f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
+            ", ".join(
+                f"{name} {phase['cpu_seconds']:.0f} s, {phase['peak_rss_bytes'] / 1e9:.2f} GB"
+                for name, phase in row["phases"].items()
+                if phase["cpu_seconds"] >= 1
+            ),
+        )
+        for row in rows
+    ]
+    yield markdown(("model", "what", "CPU", "weights / CPU s", "peak", "phases"), cells)
+    yield (
+        "Computed from these rows and not measured: processor time grows with the weights, memory\n"
+        "beyond that of the process with the largest tensor. Empty is what follows another law.\n"
+    )
+    cells = [
+        (
+            row["model"],
+            _NAMES[row["command"]] + (", layer by layer" if row["command"] == "verify" else ""),
+            f"{row['cpu_seconds'] / 60:.0f} min",
+            "" if row["peak_rss_bytes"] is None else f"{row['peak_rss_bytes'] / 1e9:.1f} GB",
+        )
+        for row in sorted(results["expected"], key=lambda row: str(row["model"]) != "7B")
+    ]
+    yield markdown(("model", "what", "CPU", "peak"), cells)
+
+
+def _windows(rows: list[dict[str, Any]]) -> str:
+    found = sorted({row["windows"] for row in rows if "windows" in row})
+    if not found:
+        return "\n"
+    return f" `--data` had {' or '.join(map(str, found))} windows\nof {_TOKENS} tokens.\n"
+
+
+def _limit(row: Mapping[str, Any]) -> str:
+    if "memory" not in row:
+        return ""
+    return f", {row['memory'].replace('GB', ' GB')} to take: " + (
+        "layer by layer" if row["layer_by_layer"] else "whole sessions"
+    )
