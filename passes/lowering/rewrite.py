@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, EmitFactors, Payload
 from onnxcomp.passes.ir import metadata
@@ -48,7 +49,7 @@ from onnxcomp.passes.lowering.builder import GraphBuilder, InitializerPool
 from onnxcomp.passes.lowering.routes import route
 from onnxcomp.passes.lowering.row_parts import Part, joined, parts_of
 from onnxcomp.passes.lowering.split_operators import split, splits
-from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Use, WeightSite
+from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Shift, Use, WeightSite
 
 __all__ = ["FUNCTION_IR", "Placement", "in_parts", "precision_attributes", "rewrite"]
 
@@ -72,6 +73,7 @@ class Placement:
         mode: How uses are served. "auto" fuses products and look-ups the codec has operators for
             and folds the rest; "folded" and "decode" serve every use with the dense weight.
         params: Parameters of the codec, for the manifest.
+        shift: What is added to the offset of its products; None for nothing.
     """
 
     site: WeightSite
@@ -79,6 +81,7 @@ class Placement:
     payload: Payload
     mode: Mode | Literal["auto"] = "auto"
     params: Params | None = None
+    shift: Shift | None = None
 
 
 def rewrite(
@@ -109,6 +112,8 @@ def rewrite(
     opset = default_opset(model)
     if opset is None:
         raise ModelError("the model imports no standard operator set")
+    for shift in (placement.shift for placement in placements if placement.shift is not None):
+        apply_shift(model, shift)
     work = _Rewriter(model, InitializerPool(model, opset), largest)
     fused = [work.fuse(placement) for placement in placements]
     # Products may have weights as their other operand: those follow when all products are fused.
