@@ -20,7 +20,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
-from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, EmitFactors, Payload
 from onnxcomp.passes.ir import metadata
@@ -112,8 +111,6 @@ def rewrite(
     opset = default_opset(model)
     if opset is None:
         raise ModelError("the model imports no standard operator set")
-    for shift in (placement.shift for placement in placements if placement.shift is not None):
-        apply_shift(model, shift)
     work = _Rewriter(model, InitializerPool(model, opset), largest)
     fused = [work.fuse(placement) for placement in placements]
     # Products may have weights as their other operand: those follow when all products are fused.
