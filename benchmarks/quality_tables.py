@@ -7,10 +7,14 @@ from typing import Any
 
 from page_parts import markdown, read, share
 
-__all__ = ["calibration_steps"]
+__all__ = ["calibration_steps", "deep_convolutions"]
 
 # What `--data` does.
 _DEFAULT = "scales tuned, 2 passes"
+
+# Convolutional networks: name and bytes of the model, and steps with what they stand for.
+_NETWORKS = {"mobilenetv2": ("MobileNetV2", 13_969_018), "squeezenet": ("SqueezeNet", 2_484_091)}
+_DATA = {"by values": "none", "streams made up for": "62 images"}
 
 
 def _row(row: dict[str, Any]) -> list[str]:
@@ -33,3 +37,23 @@ def calibration_steps() -> Iterator[str]:
     )
     columns = ("bits", "step", "file", "KL (nats)", "same token", "CPU seconds")
     yield markdown(columns, [_row(row) for row in rows])
+
+
+def deep_convolutions() -> Iterator[str]:
+    """What rounding does to convolutional networks, without data and with some."""
+    cells = []
+    for key, (name, size) in _NETWORKS.items():
+        for row in read("quality")[key]["rows"]:
+            if row["step"] in _DATA:
+                ratio = f"{row['bytes'] / 1e6:.2f} MB ({size / row['bytes']:.1f}x)"
+                same = share(1 - row["disagreement"])
+                seconds = f"{row['cpu_seconds']:.0f}"
+                found = [name, str(row["bits"]), _DATA[row["step"]], ratio, same]
+                cells.append([*found, f"{row['kl']:.3f}", seconds])
+    yield (
+        "On 428 photographs of ImageNet that were not calibrated with: as many get the dense\n"
+        "model's class, divergence from its predictions, and CPU seconds of the compiler\n"
+        "(`--tune 0`, `benchmarks/bench_quality.py`).\n"
+    )
+    columns = ("model", "bits", "data", "file", "same answers", "KL (nats)", "CPU seconds")
+    yield markdown(columns, cells)

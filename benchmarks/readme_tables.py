@@ -25,7 +25,7 @@ from latency_tables import (
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
-from quality_tables import calibration_steps
+from quality_tables import calibration_steps, deep_convolutions
 from scale_tables import large_models
 from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
@@ -327,19 +327,6 @@ def headlines() -> Iterator[str]:
     yield from chosen_rows()
     yield from minilm()
     yield from headline_latency()
-
-
-def deep_convolutions() -> Iterator[str]:
-    """What rounding does to a deep convolutional network."""
-    name = "mobilenetv2_224_tf2ptq_fp32"
-    (agrees,) = (r["agree_library"] for r in read("models_4bit")["models"] if r["name"] == name)
-    rows = {row["name"]: row for row in read("hyper_models")["mobilenetv2"]["rows"]}
-    four, five = (1 - rows[f"hyper {bits}"]["disagreement"] for bits in (4, 5))
-    yield (
-        "Networks with depthwise convolutions need more bits than language models. MobileNetV2\n"
-        f"keeps {agrees:.0%} of its answers at 4 bits. On the images of\n"
-        f"`benchmarks/bench_hyper_models.py` it keeps {four:.0%}, and {five:.0%} at 5 bits.\n"
-    )
 
 
 # What pages show, by heading; an empty one where the page has a heading of its own.

@@ -24,9 +24,11 @@ __all__ = [
     "ConstantForm",
     "Feed",
     "Kind",
+    "Means",
     "Missing",
     "Mode",
     "Need",
+    "Shift",
     "Stats",
     "Use",
     "WeightSite",
@@ -193,16 +195,47 @@ class Missing:
         reference: ``E[d x_ref^T]`` with the inputs of the reference model; None where no errors
             are measured with it.
         power: ``E[d^T d]``.
+        mean: ``E[d]``, float64 ``(rows,)``.
     """
 
     cross: Array
     reference: Array | None
     power: float
+    mean: Array
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Means:
+    """Means of what is multiplied with a weight, over calibration data, in float64.
+
+    Attributes:
+        inputs: ``E[x]``, ``(length,)``; of a convolution in groups ``(groups, length)``.
+        reference: ``E[x_ref]`` with the inputs of the reference model; None without one.
+    """
+
+    inputs: Array
+    reference: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shift:
+    """What is added to an initializer of the model, so that means of products stay.
+
+    Attributes:
+        name: Name of the initializer.
+        change: One number for each element, float32.
+    """
+
+    name: str
+    change: Array
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
     """What the uses of a weight read, over calibration data.
+
+    Moments of a convolution in groups have one more axis in front, ``(groups, ...)``: each group
+    has its own inputs and its own rows of the weight.
 
     Attributes:
         site: The weight.
@@ -218,6 +251,8 @@ class Stats:
         frequencies: How often each row was looked up, float64 ``(rows,)``; None without look-ups.
         missing: What the stream behind the product lacks; None without one.
         held_missing: The same over the held-out inputs.
+        means: Means of the same vectors, where the products are of one convolution; else None.
+        held_means: The same over the held-out inputs.
     """
 
     site: WeightSite
@@ -231,3 +266,5 @@ class Stats:
     held_reference: Array | None = None
     missing: Missing | None = None
     held_missing: Missing | None = None
+    means: Means | None = None
+    held_means: Means | None = None

@@ -131,6 +131,7 @@ class MissingSums:
         self._count = 0
         self._valid = True
         self._power = 0.0
+        self._sum = np.zeros(rows)
         self._cross = np.zeros((rows, length))
         self._exact = np.zeros((rows, length)) if held else None
 
@@ -143,6 +144,7 @@ class MissingSums:
             part = slice(start, start + _CHUNK)
             some = lost[part]
             self._power += float(np.square(some).sum(dtype=np.float64))
+            self._sum += some.sum(axis=0, dtype=np.float64)
             inputs = x[part].astype(np.float32, copy=False)
             add_products(self._cross, some, inputs, threads=self._threads)
             if self._exact is not None:
@@ -154,5 +156,6 @@ class MissingSums:
         """Means; None where vectors were missing or not finite."""
         if not self._valid or not self._count or not np.isfinite(self._power):
             return None
-        exact = None if self._exact is None else self._exact / self._count
-        return Missing(self._cross / self._count, exact, self._power / self._count)
+        count = self._count
+        exact = None if self._exact is None else self._exact / count
+        return Missing(self._cross / count, exact, self._power / count, self._sum / count)

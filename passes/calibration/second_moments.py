@@ -19,20 +19,27 @@ def add_products(
     """Add ``a.T @ b``; the result does not depend on the threads.
 
     Args:
-        total: float64 ``(p, q)``.
-        a: float32 ``(n, p)``.
-        b: float32 ``(n, q)``.
+        total: float64 ``(p, q)``, or ``(groups, p, q)`` for products within groups.
+        a: float32 ``(n, p)`` or ``(n, groups, p)``.
+        b: float32 ``(n, q)`` or ``(n, groups, q)``.
         lower: Whether values above the diagonal may be left out.
         threads: Threads of the native code, where that is there.
     """
-    if native.available():
+    if total.ndim > 2:
+        total += np.matmul(a.transpose(1, 2, 0), b.transpose(1, 0, 2))
+    elif native.available():
         native.add_moments(total, a, b, lower=lower, threads=threads)
     else:
         total += a.T @ b
 
 
 def mirror(square: Array) -> None:
-    """Make a square matrix symmetric by what is on and below its diagonal."""
+    """Make a square matrix symmetric by what is on and below its diagonal.
+
+    Products within groups, ``(groups, p, p)``, are symmetric as they are summed.
+    """
+    if square.ndim > 2:
+        return
     for start in range(0, len(square), _BLOCK):
         stop = start + _BLOCK
         corner = np.tril(square[start:stop, start:stop])

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.offsets import shifted
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.im2col import Patches, patches, windows
 from onnxcomp.passes.calibration.notices import warn_of_few_vectors
@@ -31,7 +32,7 @@ from onnxcomp.passes.calibration.residual_streams import (
 )
 from onnxcomp.passes.calibration.second_moments import add_products, mirror
 from onnxcomp.passes.calibration.segmented_run import Chain
-from onnxcomp.passes.weight import Array, Feed, Stats, Use, WeightSite
+from onnxcomp.passes.weight import Array, Feed, Means, Shift, Stats, Use, WeightSite
 
 __all__ = [
     "HELD_OUT",
@@ -66,15 +67,19 @@ class _Source:
             added to.
         patches: Of a convolution.
         normalised: Whether the sum with a stream is normalised next.
+        groups: Of a convolution.
     """
 
     value: str
     kind: str
     patches: Patches | None = None
     normalised: bool = False
+    groups: int = 1
 
 
-def _source(node: ir.Node, use: Use, site: WeightSite, convolutions: bool) -> _Source | str:
+def _source(
+    node: ir.Node, use: Use, site: WeightSite, convolutions: bool, grouped: bool
+) -> _Source | str:
     """Where a use reads its vectors, or why that is not known."""
     if use.need == "gather":
         indices = node.inputs[1]
@@ -88,14 +93,15 @@ def _source(node: ir.Node, use: Use, site: WeightSite, convolutions: bool) -> _S
         if not convolutions:
             return "statistics of convolutions were not asked for"
         cut = windows(node, site.shape[2:])
-        if cut is None or node.attributes.get_int("group", 1) != 1:
+        groups = node.attributes.get_int("group", 1)
+        if cut is None or (groups != 1 and not grouped):
             return "convolution in groups, or with automatic padding"
-        return _Source(x.name or "", "patches", cut)
+        return _Source(x.name or "", "patches", cut, groups=groups)
     return f"{use.op_type} does not multiply its input with the weight"
 
 
 def _sources(
-    model: ir.Model, site: WeightSite, convolutions: bool
+    model: ir.Model, site: WeightSite, convolutions: bool, grouped: bool = False
 ) -> tuple[tuple[_Source, ...], str]:
     """Sources of all uses that can be observed, and a reason where there is no product."""
     nodes = {node.name: node for node in model.graph}
@@ -105,7 +111,7 @@ def _sources(
         if use.node not in nodes:
             reasons.append("used inside a subgraph")
             continue
-        source = _source(nodes[use.node], use, site, convolutions)
+        source = _source(nodes[use.node], use, site, convolutions, grouped)
         if isinstance(source, str):
             reasons.append(source)
         elif source not in found:
@@ -122,7 +128,7 @@ def unobservable(model: ir.Model, site: WeightSite, *, convolutions: bool = True
 
 def _stream(model: ir.Model, site: WeightSite, sources: Sequence[_Source]) -> tuple[_Source, ...]:
     """The stream that the only product of a weight is added to."""
-    if len(sources) != 1 or sources[0].kind not in ("rows", "patches"):
+    if len(sources) != 1 or sources[0].kind not in ("rows", "patches") or sources[0].groups > 1:
         return ()
     stream = stream_of(model, site)
     if stream is None:
@@ -136,28 +142,46 @@ def _names(sources: Sequence[_Source]) -> list[str]:
 
 
 class _Moments:
-    """Sums over input vectors."""
+    """Sums over input vectors.
+
+    Args:
+        shape: Of one vector: ``(length,)``, or ``(groups, length)`` for moments within groups.
+        cross: Whether there is a reference model.
+        reference: Whether the moments of its inputs are wanted, too.
+        means: Whether means are all that is wanted; second moments are empty then.
+        threads: Threads of the sums.
+    """
 
     def __init__(
-        self, length: int, *, cross: bool = False, reference: bool = False, threads: int = 1
+        self,
+        shape: tuple[int, ...],
+        *,
+        cross: bool = False,
+        reference: bool = False,
+        means: bool = False,
+        threads: int = 1,
     ) -> None:
+        square = (0, 0) if means else (*shape, shape[-1])
         self.tokens = 0
-        self.sum = np.zeros(length)
-        self.square = np.zeros((length, length))
-        self.cross = np.zeros((length, length)) if cross else None
-        self.reference = np.zeros((length, length)) if reference else None
+        self.sum = np.zeros(shape)
+        self.square = np.zeros(square)
+        self.other_sum = np.zeros(shape) if cross else None
+        self.cross = np.zeros(square) if cross else None
+        self.reference = np.zeros(square) if reference else None
         self._threads = threads
 
     def add(self, x: Array, reference: Array | None) -> None:
-        """Add vectors ``(n, length)``; `reference` holds the same ones of another model."""
+        """Add vectors ``(n, *shape)``; `reference` holds the same ones of another model."""
         for start in range(0, len(x), _CHUNK):
             part = x[start : start + _CHUNK].astype(np.float32, copy=False)
             with np.errstate(over="ignore", invalid="ignore"):
-                add_products(self.square, part, part, lower=True, threads=self._threads)
+                if self.square.size:
+                    add_products(self.square, part, part, lower=True, threads=self._threads)
                 self.sum += part.sum(axis=0, dtype=np.float64)
-                if self.cross is not None and reference is not None:
+                if self.cross is not None and self.other_sum is not None and reference is not None:
                     other = reference[start : start + _CHUNK].astype(np.float32, copy=False)
                     add_products(self.cross, other, part, threads=self._threads)
+                    self.other_sum += other.sum(axis=0, dtype=np.float64)
                     if self.reference is not None:
                         add_products(
                             self.reference, other, other, lower=True, threads=self._threads
@@ -169,9 +193,14 @@ class _Moments:
         for square in (self.square, self.reference):
             if square is not None:
                 mirror(square)
-        for total in (self.sum, self.square, self.cross, self.reference):
+        for total in (self.sum, self.other_sum, self.square, self.cross, self.reference):
             if total is not None:
                 total /= max(1, self.tokens)
+
+    @property
+    def means(self) -> Means:
+        """Means, when all is summed up."""
+        return Means(self.sum, self.other_sum)
 
     @property
     def finite(self) -> bool:
@@ -180,10 +209,11 @@ class _Moments:
 
 
 def _vectors(array: Array, source: _Source) -> Array:
-    """The vectors in a value: ``(vectors, length)``."""
+    """The vectors in a value: ``(vectors, length)``, in groups ``(vectors, groups, length)``."""
     if source.kind == "patches":
         assert source.patches is not None
-        return patches(array, source.patches)
+        found = patches(array, source.patches)
+        return found if source.groups == 1 else found.reshape(len(found), source.groups, -1)
     if source.kind == "columns":
         array = array.T
     return np.asarray(array.reshape(-1, array.shape[-1]))
@@ -265,6 +295,8 @@ class Calibration:
         reference: A model of the same structure to take `Stats.cross` from.
         streams: Whether to take `Stats.missing`, too, where there is a reference.
         convolutions: Whether convolutions are observed.
+        grouped: Whether those in groups are, too, with moments within groups.
+        means: Whether means are all that is wanted: second moments are empty, nothing is held back.
         folder: Where pieces of the model are written for ONNX Runtime.
         threads: Threads of the sums; the result does not depend on it.
     """
@@ -278,16 +310,19 @@ class Calibration:
         reference: ir.Model | None = None,
         streams: bool = False,
         convolutions: bool = True,
+        grouped: bool = False,
+        means: bool = False,
         folder: Path | None = None,
         threads: int = 1,
     ) -> None:
-        found = {site.name: _sources(model, site, convolutions) for site in sites}
+        found = {site.name: _sources(model, site, convolutions, grouped) for site in sites}
         if streams and reference is not None:
             for site in sites:
                 sources, reason = found[site.name]
                 found[site.name] = (*sources, *_stream(model, site, sources)), reason
         self.reasons = {name: reason for name, (_, reason) in found.items() if reason}
         self._model, self._feeds, self._threads = model, list(feeds), threads
+        self._means = means
         by_sources: dict[tuple[_Source, ...], list[WeightSite]] = {}
         for site in sites:
             if site.name not in self.reasons:
@@ -304,6 +339,10 @@ class Calibration:
         stored = weight.T if site.transposed else weight
         self._chain.replace(site.name, np.ascontiguousarray(stored).reshape(site.shape))
 
+    def shift(self, shift: Shift) -> None:
+        """Add a shift to its initializer for all that is observed later."""
+        self._chain.replace(shift.name, shifted(self._model, shift).numpy())
+
     def __iter__(self) -> Iterator[tuple[tuple[WeightSite, ...], Stats]]:
         """Groups of sites whose products read the same values, each with its statistics.
 
@@ -318,8 +357,12 @@ class Calibration:
     def _observe(self, sources: Sequence[_Source], sites: Sequence[WeightSite]) -> Stats:
         site = sites[0]
         paired = self._dense is not None
-        seen = _Moments(site.length, cross=paired, threads=self._threads)
-        kept = _Moments(site.length, cross=paired, reference=paired, threads=self._threads)
+        groups = sources[0].groups
+        shape = (site.length,) if groups == 1 else (groups, site.length)
+        seen = _Moments(shape, cross=paired, means=self._means, threads=self._threads)
+        kept = _Moments(
+            shape, cross=paired, reference=paired, means=self._means, threads=self._threads
+        )
         counts = np.zeros(site.rows) if any(s.kind == "indices" for s in sources) else None
         lost = _Lost.of(self._model, site, sources, self._threads)
         names = _names(sources)
@@ -350,6 +393,9 @@ class Calibration:
                     hint="correct the calibration data, or leave out --data",
                 )
         stats = _stats(site, seen, kept, counts)
+        if [source.kind for source in sources if source.kind != "stream"] == ["patches"]:
+            own = kept.means if kept.tokens else None
+            stats = dataclasses.replace(stats, means=seen.means, held_means=own)
         return stats if lost is None else lost.beside(stats)
 
     def _parts(self, number: int, count: int) -> tuple[tuple[slice, bool], ...]:
@@ -357,6 +403,8 @@ class Calibration:
 
         All of every tenth input, or of a few inputs the last tenth of each.
         """
+        if self._means:
+            return ((slice(None), False),)
         if len(self._feeds) >= HELD_OUT:
             return ((slice(None), number % HELD_OUT == HELD_OUT - 1),)
         cut = count - count // HELD_OUT
@@ -366,7 +414,8 @@ class Calibration:
 def _stats(site: WeightSite, seen: _Moments, kept: _Moments, counts: Array | None) -> Stats:
     seen.close()
     kept.close()
-    warn_of_few_vectors(site.name, seen.tokens, site.length, "full use")
+    if seen.square.size:
+        warn_of_few_vectors(site.name, seen.tokens, site.length, "full use")
     return Stats(
         site=site,
         tokens=seen.tokens,

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from onnxcomp.passes.weight import Array, Missing, Stats
+from onnxcomp.passes.weight import Array, Means, Missing, Stats
 
 __all__ = [
     "ENOUGH",
@@ -16,6 +16,7 @@ __all__ = [
     "damped",
     "energy",
     "held_out_error",
+    "mean_shift",
     "output_error",
     "with_weight_error",
 ]
@@ -113,7 +114,7 @@ def _of_rows(stats: Stats, rows: slice) -> Stats:
         if missing is None:
             return None
         exact = None if missing.reference is None else missing.reference[rows]
-        return Missing(missing.cross[rows], exact, missing.power)
+        return dataclasses.replace(missing, cross=missing.cross[rows], reference=exact)
 
     return dataclasses.replace(
         stats, missing=of(stats.missing), held_missing=of(stats.held_missing)
@@ -141,6 +142,40 @@ def _drift(weight: Array, stats: Stats, damping: float) -> Array:
 def _product(a: Array, b: Array) -> Array:
     """``a @ b`` in float32."""
     return np.asarray(np.asarray(a, np.float32) @ np.asarray(b, np.float32))
+
+
+def mean_shift(weight: Array, decoded: Array, stats: Stats) -> Array | None:
+    """What the means of products lose by the change of the weight: ``(W - W') E[x]``.
+
+    What they lose by other inputs than those of the reference model is not in it: the weights that
+    changed them have shifts of their own, and the rest is as often chance as not. In MobileNetV2
+    at 4 bits the divergence from the dense outputs is 0.042 like this and 0.160 with it.
+
+    Args:
+        weight: The weight W, ``(rows, length)``.
+        decoded: What is in its place, W'.
+        stats: Moments of the inputs.
+
+    Returns:
+        float64 ``(rows,)``, exactly 0 for equal weights; None where means are not known.
+    """
+    if stats.means is None:
+        return None
+    inputs = stats.means.inputs
+    return _mean_products(weight, inputs) - _mean_products(decoded, inputs)
+
+
+def _lack(weight: Array, decoded: Array, means: Means, missing: Missing | None) -> Array:
+    reference = means.inputs if means.reference is None else means.reference
+    lack = _mean_products(weight, reference) - _mean_products(decoded, means.inputs)
+    return lack if missing is None else lack + missing.mean
+
+
+def _mean_products(weight: Array, mean: Array) -> Array:
+    """``W E[x]``, float64 ``(rows,)``; rows of each group with its own inputs."""
+    groups = np.atleast_2d(mean)
+    blocks = np.asarray(weight, np.float64).reshape(len(groups), -1, groups.shape[1])
+    return np.asarray(blocks @ groups[:, :, None]).reshape(-1)
 
 
 def energy(matrix: Array, moments: Array) -> float:
@@ -186,10 +221,10 @@ def output_error(weight: Array, decoded: Array, moments: Array) -> float:
 class HeldOut:
     """Errors of a weight's products on held-out inputs.
 
-    With a reference model they are distances of ``W' x`` from ``y = W x_ref + r``, with what is
-    missing, r, in the stream that the product is added to, relative to y. With ``E = W' - W`` they
-    are ``tr(E G E^T) + 2 tr(E V^T)`` more than that of W, where ``V = W (G - C) - E[r x^T]``: no
-    small number is found as a difference of large ones.
+    With a reference model they are distances of ``W' x + s`` from ``y = W x_ref + r``, with what is
+    missing, r, in the stream that the product is added to, and a shift s of its offset, relative to
+    y. With ``E = W' - W`` they are ``tr(E G E^T) + 2 tr(E V^T)`` more than that of W, where
+    ``V = W (G - C) - E[r x^T]``: no small number is found as a difference of large ones.
 
     Args:
         weight: ``(rows, length)``.
@@ -198,9 +233,16 @@ class HeldOut:
 
     def __init__(self, weight: Array, stats: Stats) -> None:
         self._weight, self._held = weight, stats.held_out
+        self._means, self._missing = stats.held_means, stats.held_missing
         self._slope: Array | None = None
         self._power = self._least = 0.0
+        self._groups: list[HeldOut] = []
         if stats.held_out is None:
+            return
+        if stats.held_out.ndim > 2:
+            blocks = np.split(weight, len(stats.held_out))
+            self._groups = [HeldOut(w, _of_group(stats, n)) for n, w in enumerate(blocks)]
+            self._power = sum(group._power for group in self._groups)
             return
         if stats.held_cross is None or stats.held_reference is None:
             self._power = energy(weight, stats.held_out)
@@ -216,15 +258,55 @@ class HeldOut:
         if missing is not None:
             self._slope -= missing.cross.astype(np.float32)
 
-    def error(self, decoded: Array) -> float | None:
-        """Relative error of ``(rows, length)`` in the place of the weight; None if not known."""
+    def error(self, decoded: Array, shift: Array | None = None) -> float | None:
+        """Relative error of ``(rows, length)`` in the place of the weight; None if not known.
+
+        Args:
+            decoded: What is in the place of the weight.
+            shift: What is added to its products, ``(rows,)``.
+        """
         if self._held is None:
             return None
+        noise = self._noise(decoded, shift)
+        return float(np.sqrt(max(0.0, noise) / self._power)) if self._power > 0.0 else 0.0
+
+    def _noise(self, decoded: Array, shift: Array | None) -> float:
+        assert self._held is not None
+        if self._groups:
+            count = len(self._groups)
+            shifts = [None] * count if shift is None else np.split(shift, count)
+            blocks = zip(self._groups, np.split(decoded, count), shifts, strict=True)
+            return sum(group._noise(part, own) for group, part, own in blocks)
         change = np.asarray(decoded) - self._weight
         noise = self._least + energy(change, self._held)
         if self._slope is not None:
             noise += 2.0 * _inner(change, self._slope)
-        return float(np.sqrt(max(0.0, noise) / self._power)) if self._power > 0.0 else 0.0
+        if shift is not None and self._means is not None:
+            lack = _lack(self._weight, decoded, self._means, self._missing)
+            noise += float(shift @ (shift - 2.0 * lack))
+        return noise
+
+
+def _of_group(stats: Stats, number: int) -> Stats:
+    """The statistics of one group of a convolution."""
+
+    def of(array: Array | None) -> Array | None:
+        return None if array is None else array[number]
+
+    def means(known: Means | None) -> Means | None:
+        return None if known is None else Means(known.inputs[number], of(known.reference))
+
+    return dataclasses.replace(
+        stats,
+        gram=stats.gram[number],
+        mean=stats.mean[number],
+        held_out=of(stats.held_out),
+        cross=of(stats.cross),
+        held_cross=of(stats.held_cross),
+        held_reference=of(stats.held_reference),
+        means=means(stats.means),
+        held_means=means(stats.held_means),
+    )
 
 
 def held_out_error(weight: Array, decoded: Array, stats: Stats) -> float | None:

@@ -16,17 +16,18 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.offsets import Offset, offset_of
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.moments import HeldOut
+from onnxcomp.passes.codecs.moments import HeldOut, mean_shift
 from onnxcomp.passes.codecs.protocol import CalibratedEncoding
 from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.weight import Array, Feed, Stats, WeightSite
+from onnxcomp.passes.weight import Array, Feed, Shift, Stats, WeightSite
 
 __all__ = [
     "Samples",
@@ -139,7 +140,8 @@ def encode_calibrated(
         ModelError: The model does not run, or inputs of a weight hold NaN or infinite values.
     """
     found = {site.name: _calibration(site, plan[site.name]) for site in work}
-    able = [site for site in work if found[site.name] is not None]
+    offsets = {site.name: offset_of(model, site) for site in work}
+    able = [site for site in work if found[site.name] or offsets[site.name]]
     anchored = any(calibration.anchored for calibration in found.values() if calibration)
     reference = model if anchored and samples.sequential else None
     streams = any(calibration.streams for calibration in found.values() if calibration)
@@ -150,6 +152,7 @@ def encode_calibrated(
         [site for site in able if site not in tables],
         reference=reference,
         streams=streams,
+        grouped=True,
         folder=folder,
         threads=jobs,
     )
@@ -161,6 +164,8 @@ def encode_calibrated(
         if samples.sequential and encoded.payload is not None:
             codec = CODECS[encoded.choice.codec]
             calibration.replace(encoded.site, codec.decode(encoded.site, encoded.payload))
+            if encoded.shift is not None:
+                calibration.shift(encoded.shift)
 
     for site in work:
         if site.name in observed:
@@ -178,7 +183,7 @@ def encode_calibrated(
         for site in group:
             own = _usable(dataclasses.replace(stats, site=site), found[site.name])
             weight = read_weight(model, site)
-            encoded = _better(weight, own, plain(site), jobs)
+            encoded = _better(weight, own, plain(site), offsets[site.name], jobs)
             read = functools.partial(read_weight, model, site)
             encoded = with_fallback(encoded, read, own, threads=jobs)
             replace(encoded)
@@ -198,26 +203,74 @@ def _usable(stats: Stats, calibration: CalibratedEncoding | None) -> Stats:
     return stats
 
 
-def _better(weight: Array, stats: Stats, plain: EncodedWeight, jobs: int) -> EncodedWeight:
-    """The calibrated form of a weight where it is better than the plain one."""
+def _better(
+    weight: Array, stats: Stats, plain: EncodedWeight, offset: Offset | None, jobs: int
+) -> EncodedWeight:
+    """The form of a weight, calibrated or plain, that does best on held-out inputs.
+
+    Where its products have an offset of their own, their means are kept by that.
+    """
     site, choice = plain.site, plain.choice
     codec, calibration = CODECS[choice.codec], _calibration(site, choice)
-    if plain.payload is None or calibration is None:
+    if plain.payload is None:
         return plain
-    judge = HeldOut(weight, stats)
-    before = judge.error(codec.decode(site, plain.payload))
+    fit = _Fit(weight, stats, offset)
+    before = fit.of(codec.decode(site, plain.payload))
     if before is None:
         return dataclasses.replace(plain, note="not calibrated: too few inputs to keep some back")
+    shifted = dataclasses.replace(plain, output_error=before.error, shift=before.shift)
+    if calibration is None or stats.gram.ndim > 2:
+        return shifted
     try:
         payload = calibration.encode(site, weight, choice.params, stats, threads=jobs)
     except ModelError as error:
-        note = f"not calibrated: {error.message}"
-        return dataclasses.replace(plain, output_error=before, note=note)
+        return dataclasses.replace(shifted, note=f"not calibrated: {error.message}")
     decoded = codec.decode(site, payload)
-    after = judge.error(decoded)
-    if after is None or not after < before:
-        note = f"not calibrated: held-out output error {after:.4g}, plainly encoded {before:.4g}"
+    after = fit.of(decoded)
+    if after is None or not after.error < before.error:
+        found = float("nan") if after is None else after.error
+        note = f"held-out output error {found:.4g}, plainly encoded {before.error:.4g}"
+        note = f"not calibrated: {note}"
         log.info("%s: %s", site.name, note)
-        return dataclasses.replace(plain, output_error=before, note=note)
-    log.info("%s: held-out output error %.4g, plainly encoded %.4g", site.name, after, before)
-    return EncodedWeight(site, choice, payload, weight_error(weight, decoded), output_error=after)
+        return dataclasses.replace(shifted, note=note)
+    found, own = after.error, weight_error(weight, decoded)
+    log.info("%s: held-out output error %.4g, plainly encoded %.4g", site.name, found, before.error)
+    return EncodedWeight(site, choice, payload, own, output_error=found, shift=after.shift)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Found:
+    """How well a form of a weight does.
+
+    Attributes:
+        error: Relative error of its products on held-out inputs.
+        shift: What was added to their offset; None where that is not better.
+    """
+
+    error: float
+    shift: Shift | None = None
+
+
+class _Fit:
+    """Judges forms of one weight, each with the shift of its offset that keeps means.
+
+    Args:
+        weight: ``(rows, length)``.
+        stats: Moments of its inputs.
+        offset: The constant that is added to its products; None where there is none.
+    """
+
+    def __init__(self, weight: Array, stats: Stats, offset: Offset | None) -> None:
+        self._weight, self._stats, self._offset = weight, stats, offset
+        self._judge = HeldOut(weight, stats)
+
+    def of(self, decoded: Array) -> _Found | None:
+        """Of one form; None where no inputs were held out."""
+        error = self._judge.error(decoded)
+        if error is None or self._offset is None:
+            return None if error is None else _Found(error)
+        change = mean_shift(self._weight, decoded, self._stats)
+        moved = None if change is None else self._judge.error(decoded, change)
+        if change is None or moved is None or not moved < error:
+            return _Found(error)
+        return _Found(moved, self._offset.shift(change))

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.passes.analysis.offsets import shifted
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import stored_form
 from onnxcomp.passes.codecs.params import Params
@@ -105,7 +106,7 @@ def distilled(
             samples.feeds,
             plan.settings.distill,
             lambda number, array: found[number].stored(array)[1],
-            fixed=_decoded(encoded, {one.shared.name for one in found}),
+            fixed=_decoded(model, encoded, {one.shared.name for one in found}),
             seed=plan.settings.seed,
             folder=folder,
         )
@@ -124,11 +125,15 @@ def distilled(
     return [changed.get(item.site.name, item) for item in encoded]
 
 
-def _decoded(encoded: Sequence[EncodedWeight], trained: set[str]) -> dict[str, Array]:
-    """Stored tensors of the compressed weights that are not trained."""
+def _decoded(
+    model: ir.Model, encoded: Sequence[EncodedWeight], trained: set[str]
+) -> dict[str, Array]:
+    """Stored tensors of the compressed weights that are not trained, and moved offsets."""
     placements = [item.placement for item in encoded if item.site.name not in trained]
-    return {
+    weights = {
         p.site.name: stored_form(p.site, p.codec.decode(p.site, p.payload))
         for p in placements
         if p is not None
     }
+    shifts = (item.shift for item in encoded if item.shift is not None)
+    return weights | {shift.name: shifted(model, shift).numpy() for shift in shifts}

@@ -11,7 +11,7 @@ from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Payload
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.planning.candidates import Choice
-from onnxcomp.passes.weight import Array, WeightSite
+from onnxcomp.passes.weight import Array, Shift, WeightSite
 
 __all__ = ["EncodedWeight", "release_pages", "weight_error"]
 
@@ -31,6 +31,8 @@ class EncodedWeight:
         reason: Why the weight stays as it is; empty when it does not.
         output_error: Relative error of its products on held-out inputs; None where not measured.
         note: What calibration, or the comparison with another codec, has to say about it.
+        shift: What is added to the offset of its products, so that their means stay; None for
+            nothing.
     """
 
     site: WeightSite
@@ -40,6 +42,7 @@ class EncodedWeight:
     reason: str = ""
     output_error: float | None = None
     note: str = ""
+    shift: Shift | None = None
 
     @property
     def placement(self) -> Placement | None:
@@ -47,7 +50,9 @@ class EncodedWeight:
         if self.payload is None:
             return None
         codec, choice = CODECS[self.choice.codec], self.choice
-        return Placement(self.site, codec, self.payload, choice.mode, choice.params)
+        return Placement(
+            self.site, codec, self.payload, choice.mode, choice.params, shift=self.shift
+        )
 
     def dense(self, reason: str) -> EncodedWeight:
         """The weight as it is, for this reason."""

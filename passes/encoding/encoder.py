@@ -8,7 +8,6 @@ unnamed temporary file and mapped back, so that memory does not grow with the mo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +18,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
-from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
 from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
-from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight
+from onnxcomp.passes.encoding.kept_means import encode_with_means
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.encoding.tuning import tune
 from onnxcomp.passes.lowering.rewrite import precision_attributes
@@ -113,12 +111,11 @@ def encode(
             progress(done, total, site.name)
         return encode_by_values(model, site, plan[site.name], cache, jobs)
 
-    def compared(site: WeightSite) -> EncodedWeight:
-        read = functools.partial(read_weight, model, site)
-        return with_fallback(plain(site), read, threads=jobs)
-
-    results: Iterator[EncodedWeight] = (compared(site) for site in work)
-    if samples is not None:
+    results: Iterator[EncodedWeight]
+    if samples is None:
+        seed = plan.settings.seed
+        results = encode_with_means(model, work, plain, jobs=jobs, seed=seed, folder=folder)
+    else:
         results = on_one_blas_thread(
             encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
         )

@@ -63,7 +63,7 @@ class Recoding:
         """What to place, and what has changed; None where the weight stays as it is stored."""
         values = initializers(self.compressed)
         params = better_params(record, values, self.target)
-        kept = stored_placement(site, record, values)
+        kept = stored_placement(self.dense, site, record, values)
         if params is None:
             return kept, None
         codec = CODECS[record.recipe.codec]

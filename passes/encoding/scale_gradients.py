@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.calibration.perturbation import stored_form
 from onnxcomp.passes.gradients.backward import backward, with_shapes
 from onnxcomp.passes.gradients.loss import Loss, add_loss
 from onnxcomp.passes.gradients.tape import Tape
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import find_initializer
-from onnxcomp.passes.weight import Array, Feed, WeightSite
+from onnxcomp.passes.weight import Array, Feed, Shift, WeightSite
 
 __all__ = ["Groups", "ScaleGradients"]
 
@@ -52,6 +53,7 @@ class ScaleGradients:
         fixed: Decoded weights ``(rows, length)`` that stay, in the place of dense ones.
         groups: How the weights whose scales change share them; their values are given at each run.
         folder: Where the two models are written.
+        shifts: What is added to other initializers.
 
     Attributes:
         dims: Declared sizes of the model's inputs.
@@ -66,10 +68,13 @@ class ScaleGradients:
         fixed: Sequence[tuple[WeightSite, Array]],
         groups: Sequence[Groups],
         folder: Path,
+        shifts: Sequence[Shift] = (),
     ) -> None:
         compressed = copy_model(model)
         for site, decoded in fixed:
             _store(compressed, site, decoded)
+        for shift in shifts:
+            apply_shift(compressed, shift)
         loss = _differentiate(compressed, groups)
         self._references = loss.references
         self._dense = _lean_session(save(copy_model(model), folder / "dense.onnx").files[0])

@@ -150,7 +150,8 @@ def tune(
     ]
     with tempfile.TemporaryDirectory(dir=folder) as place:
         groups = [part.groups for part in scales.values()]
-        run = ScaleGradients(model, fixed, groups, Path(place))
+        shifts = [encoded.shift for encoded in weights if encoded.shift is not None]
+        run = ScaleGradients(model, fixed, groups, Path(place), shifts)
         used, held = _pieces(feeds, run)
         if not held:
             return None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.config.values import Functions
 from onnxcomp.passes.lowering.inline_bodies import inline_bodies, inline_expansions
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
@@ -34,6 +35,8 @@ def lower(
         ModelError: A site is not in the model, or its definitions cannot be inlined.
     """
     staged = portable and functions == "local"
+    for shift in (placement.shift for placement in placements if placement.shift is not None):
+        apply_shift(model, shift)
     if placements:
         largest = largest_part([placement.site for placement in placements]) if staged else None
         rewrite(model, placements, portable=portable, largest=largest)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.offsets import offset_of
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.config.methods import typed_params
 from onnxcomp.passes.ir.manifest import ManifestEntry, read_manifest
@@ -14,7 +16,7 @@ from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.lowering.expand import stored_payload
 from onnxcomp.passes.lowering.lower import lower
 from onnxcomp.passes.lowering.rewrite import Placement
-from onnxcomp.passes.weight import DOMAIN, WeightSite
+from onnxcomp.passes.weight import DOMAIN, Shift, WeightSite
 
 __all__ = [
     "check_match",
@@ -70,7 +72,9 @@ def place_stored(
     """
     values = initializers(compressed)
     by_name = {site.name: site for site in sites}
-    placements = [stored_placement(by_name[n], record, values) for n, record in records.items()]
+    placements = [
+        stored_placement(model, by_name[n], record, values) for n, record in records.items()
+    ]
     if placements:
         lower(model, placements, portable=runs_alone(compressed))
 
@@ -83,11 +87,12 @@ def runs_alone(compressed: ir.Model) -> bool:
 
 
 def stored_placement(
-    site: WeightSite, record: ManifestEntry, values: Mapping[str, ir.Value]
+    model: ir.Model, site: WeightSite, record: ManifestEntry, values: Mapping[str, ir.Value]
 ) -> Placement:
-    """One weight as a compressed model stores it.
+    """One weight as a compressed model stores it, with the offset of its products there.
 
     Args:
+        model: The dense model.
         site: The weight in the dense model.
         record: What was done with it.
         values: Initializers of the compressed model by name.
@@ -99,4 +104,19 @@ def stored_placement(
     params = typed_params(codec.params_type, record.recipe.params, codec.name)
     payload = stored_payload(record, values)
     mode = record.recipe.mode
-    return Placement(site, codec, payload, mode, params)  # type: ignore[arg-type]
+    shift = _stored_shift(model, site, values)
+    return Placement(site, codec, payload, mode, params, shift)  # type: ignore[arg-type]
+
+
+def _stored_shift(
+    model: ir.Model, site: WeightSite, values: Mapping[str, ir.Value]
+) -> Shift | None:
+    """How far a compressed model has moved the offset of a weight's products."""
+    offset = offset_of(model, site)
+    if offset is None or offset.name not in values:
+        return None
+    found, own = values[offset.name].const_value, model.graph.initializers[offset.name].const_value
+    if found is None or own is None or tuple(found.shape) != tuple(own.shape):
+        return None
+    change = found.numpy().astype(np.float32) - own.numpy().astype(np.float32)
+    return Shift(offset.name, change) if change.any() else None

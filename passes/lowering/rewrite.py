@@ -48,7 +48,7 @@ from onnxcomp.passes.lowering.builder import GraphBuilder, InitializerPool
 from onnxcomp.passes.lowering.routes import route
 from onnxcomp.passes.lowering.row_parts import Part, joined, parts_of
 from onnxcomp.passes.lowering.split_operators import split, splits
-from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Use, WeightSite
+from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Shift, Use, WeightSite
 
 __all__ = ["FUNCTION_IR", "Placement", "in_parts", "precision_attributes", "rewrite"]
 
@@ -72,6 +72,7 @@ class Placement:
         mode: How uses are served. "auto" fuses products and look-ups the codec has operators for
             and folds the rest; "folded" and "decode" serve every use with the dense weight.
         params: Parameters of the codec, for the manifest.
+        shift: What is added to the offset of its products; None for nothing.
     """
 
     site: WeightSite
@@ -79,6 +80,7 @@ class Placement:
     payload: Payload
     mode: Mode | Literal["auto"] = "auto"
     params: Params | None = None
+    shift: Shift | None = None
 
 
 def rewrite(

@@ -103,6 +103,10 @@ _OFFERED = tuple(
 )
 
 
+# Columns of rows that are calibrated together, at most: times are cubic in them.
+_WIDEST = 1 << 12
+
+
 def _geometry(site: WeightSite, params: HyperParams) -> GroupLayout:
     """The smallest view of the weight."""
     return _smallest(site.rows, site.length, site.fusable, params)
@@ -123,6 +127,13 @@ def _smallest(rows: int, length: int, fusable: bool, params: HyperParams) -> Gro
         extents += [(g, size // g, g) for g in groups if size % g == 0]
     views = [GroupLayout(params.bits, params.states, *extent) for extent in extents]
     return min(views, key=lambda view: view.nbytes)
+
+
+def _together(site: WeightSite, geometry: GroupLayout) -> int:
+    """How many rows of a weight, one after the other, are whole groups of its stored form."""
+    if (geometry.rows, geometry.length) == (site.rows, site.length):
+        return 1
+    return geometry.length // math.gcd(geometry.length, site.length)
 
 
 def _stored_geometry(payload: Payload, table: Array) -> GroupLayout:
@@ -221,7 +232,7 @@ class HyperCodec(Codec):
     @property
     def scaling(self) -> Scaling:
         """The scales of groups."""
-        return Scaling(self.calibrates, _group_of, _scales_of, _rescaled)
+        return Scaling(self._in_rows, _group_of, _scales_of, _rescaled)
 
     @property
     def qualities(self) -> Qualities:
@@ -354,10 +365,14 @@ class HyperCodec(Codec):
         codes, scales = _coder(geometry, params, threads).encode(weight)
         return self._payload(site, params, codes, scales)
 
-    def calibrates(self, site: WeightSite, params: Params) -> bool:
+    def _in_rows(self, site: WeightSite, params: Params) -> bool:
         """Whether rows of the weight are rows of the stored form: not so where it is read flat."""
         geometry = _geometry(site, HyperParams.of(params))
         return (geometry.rows, geometry.length) == (site.rows, site.length)
+
+    def calibrates(self, site: WeightSite, params: Params) -> bool:
+        """Whether some rows of the weight together are whole groups, and not too many columns."""
+        return _together(site, _geometry(site, HyperParams.of(params))) * site.length <= _WIDEST
 
     def encode_calibrated(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
@@ -375,7 +390,13 @@ class HyperCodec(Codec):
         if stats.frequencies is not None:
             moments = with_weight_error(moments, weight)
         target = anchored(np.asarray(weight, np.float32), stats)
+        together = _together(site, geometry)
+        if together > 1:  # each of these rows has errors of its own, of the same inputs
+            target = target.reshape(site.rows // together, -1)
+            moments = np.kron(np.eye(together), moments)
         codes, scales = hyper_feedback.encode(target, _coder(geometry, params, threads), moments)
+        if not self._in_rows(site, params):
+            codes, scales = (hyper_format.flat(part, len(target)) for part in (codes, scales))
         return self._payload(site, params, codes, scales)
 
     def _payload(self, site: WeightSite, params: Params, codes: Array, scales: Array) -> Payload:

@@ -23,6 +23,7 @@ __all__ = [
     "STATE_BITS",
     "GroupLayout",
     "decode",
+    "flat",
     "hadamard",
     "pack",
     "pack_scales",
@@ -100,6 +101,25 @@ class GroupLayout:
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
         return self.panels * self.groups * LANES * (self.block_bytes + 2)
+
+
+def flat(tensor: Array, rows: int) -> Array:
+    """Codes or scales of rows with several groups, laid out as rows of one group each.
+
+    Args:
+        tensor: ``(P, G, D, 16, 4)`` or ``(P, G, 16, 1)``.
+        rows: Rows before.
+
+    Returns:
+        The same for ``rows * G`` rows, ``(P', 1, ...)``; lanes past the last row are zero.
+    """
+    groups = np.moveaxis(tensor, -2, 1)  # (P, 16, G, ...)
+    groups = groups.reshape(-1, *groups.shape[2:])[:rows]
+    groups = groups.reshape(-1, *groups.shape[2:])
+    padded = np.zeros((-(-len(groups) // LANES) * LANES, *groups.shape[1:]), tensor.dtype)
+    padded[: len(groups)] = groups
+    panels = padded.reshape(-1, LANES, *padded.shape[1:])
+    return np.ascontiguousarray(np.moveaxis(panels, 1, -2)[:, None])
 
 
 @functools.cache

@@ -179,6 +179,48 @@ def test_moments_of_a_convolution_give_the_energy_of_its_output(
     assert stats.tokens == y.size // 8
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_moments_within_groups_are_those_of_the_outputs(tmp_path: Path, groups: int) -> None:
+    tensors = weights("w", shape=(8, 4 // groups, 3, 3))
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, 12, 11])
+    attributes = {"group": groups, "strides": [2, 1], "pads": [1, 0, 2, 1]}
+    node = helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
+    path = build(tmp_path / "conv.onnx", [node], tensors, [image])
+    rng = np.random.default_rng(1)
+    feeds = [{"x": 1 + rng.standard_normal((2, 4, 12, 11)).astype(np.float32)} for _ in range(20)]
+    model, sites = prepared(path)
+    ((_, stats),) = Calibration(model, feeds, [sites["w"]], reference=model, grouped=True)
+    session = onnxruntime.InferenceSession(path)
+    y = np.stack([np.asarray(session.run(None, feed)[0]) for feed in feeds])
+    held = np.arange(20) % 10 == 9
+    weight = read_weight(model, sites["w"]).astype(np.float64)
+    assert stats.means is not None
+    assert stats.held_means is not None
+    for means, some in ((stats.means, ~held), (stats.held_means, held)):
+        products = moments._mean_products(weight, means.inputs)
+        assert products == pytest.approx(y[some].mean(axis=(0, 1, 3, 4)), rel=1e-4)
+        assert np.array_equal(means.inputs, means.reference)
+    blocks = weight.reshape(groups, -1, weight.shape[1])
+    grams = stats.gram if groups > 1 else stats.gram[None]
+    energies = np.einsum("grl,glm,grm->gr", blocks, grams, blocks).reshape(-1)
+    assert energies == pytest.approx(np.square(y[~held]).mean(axis=(0, 1, 3, 4)), rel=1e-4)
+
+
+def test_means_alone_are_those_of_all_inputs(tmp_path: Path) -> None:
+    tensors = weights("w", shape=(8, 1, 3, 3))
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8, 9, 9])
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=8)
+    path = build(tmp_path / "conv.onnx", [node], tensors, [image])
+    feeds = [{"x": np.random.default_rng(1).standard_normal((3, 8, 9, 9)).astype(np.float32)}]
+    model, sites = prepared(path)
+    ((_, stats),) = Calibration(model, feeds, [sites["w"]], grouped=True, means=True)
+    y = np.asarray(onnxruntime.InferenceSession(path).run(None, feeds[0])[0])
+    assert stats.means is not None
+    assert stats.held_means is None
+    products = moments._mean_products(read_weight(model, sites["w"]), stats.means.inputs)
+    assert products == pytest.approx(y.mean(axis=(0, 2, 3)), abs=1e-5)
+
+
 def test_what_cannot_be_observed_has_a_reason(tmp_path: Path, chain: Path) -> None:
     model, sites = prepared(chain)
     assert unobservable(model, sites["table"]) == "only rows are looked up"

@@ -31,7 +31,7 @@ from onnxcomp.passes.codecs.moments import (
     output_error,
     with_weight_error,
 )
-from onnxcomp.passes.weight import Stats
+from onnxcomp.passes.weight import Stats, Use, WeightSite
 
 Array = npt.NDArray[Any]
 CODEC = HyperCodec()
@@ -322,3 +322,21 @@ def test_prices_rebuild_the_moments_they_came_from() -> None:
     rebuilt = (prices.pull * prices.prices) @ prices.pull.T
     wanted = moments[np.ix_(order, order)]
     np.testing.assert_allclose(rebuilt / rebuilt[-1, -1], wanted / wanted[-1, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("extent", [(40, 160), (64, 24), (33, 128), (128, 27)])
+def test_filters_that_are_stored_flat_are_calibrated(extent: tuple[int, int]) -> None:
+    """Rows are no whole groups, or their padding would cost more than to read them as one."""
+    rows, length = extent
+    use = Use("n", "Conv", 1, "dense")
+    site = WeightSite("w", (*extent, 1, 1), "float32", (use,), "", rows, length, False)
+    weight, moments, params = weight_of(rows, length), moments_of(length), HyperParams(3)
+    assert CODEC.calibrates(site, params)
+    stats = Stats(site, 100_000, moments, np.zeros(length))
+    plain = CODEC.encode(site, weight, params)
+    found = CODEC.encode_calibrated(site, weight, params, stats)
+    assert found.tensors["codes"].shape == plain.tensors["codes"].shape
+    before, after = (
+        output_error(weight, CODEC.decode(site, payload), moments) for payload in (plain, found)
+    )
+    assert after < 0.9 * before

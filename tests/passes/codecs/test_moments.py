@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from onnxcomp.passes.codecs.moments import anchored, held_out_error
-from onnxcomp.passes.weight import Missing, Stats, WeightSite
+from onnxcomp.passes.codecs.moments import HeldOut, anchored, held_out_error, mean_shift
+from onnxcomp.passes.weight import Means, Missing, Stats, WeightSite
 
 Array = npt.NDArray[Any]
 ROWS, LENGTH, TOKENS = 6, 8, 400
@@ -42,6 +42,7 @@ class Data:
             moments_of(self.lost, self.found),
             moments_of(self.lost, self.exact),
             float(np.square(self.lost).sum() / TOKENS),
+            self.lost.mean(axis=0),
         )
 
 
@@ -97,6 +98,68 @@ def test_what_is_a_linear_map_of_the_inputs_is_made_up_for(weight: Array, stream
     assert before is not None
     assert after is not None
     assert after < 0.3 * before
+
+
+def means_of(data: Data) -> Means:
+    return Means(data.found.mean(axis=0), data.exact.mean(axis=0))
+
+
+def with_means(stats: Stats, seen: Data, held: Data) -> Stats:
+    return dataclasses.replace(stats, means=means_of(seen), held_means=means_of(held))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_held_out_errors_count_what_is_added_to_products(weight: Array, stream: bool) -> None:
+    seen, held = Data.random(2, drift=0.3), Data.random(3, drift=0.3)
+    stats = with_means(stats_of(seen, held, stream=stream), seen, held)
+    decoded = weight + np.float32(0.05)
+    shift = np.random.default_rng(4).standard_normal(ROWS)
+    wanted = held.exact @ weight.T + (held.lost if stream else 0.0)
+    error = np.linalg.norm(held.found @ decoded.T + shift - wanted) / np.linalg.norm(wanted)
+    assert HeldOut(weight, stats).error(decoded, shift) == pytest.approx(error, rel=1e-6)
+
+
+def test_an_equal_weight_shifts_no_mean(weight: Array) -> None:
+    data = Data.random(2, drift=0.3)
+    stats = with_means(stats_of(data, data, stream=False), data, data)
+    shift = mean_shift(weight, weight.copy(), stats)
+    assert shift is not None
+    assert not shift.any()
+
+
+def test_a_shift_takes_back_what_a_change_does_to_means(weight: Array) -> None:
+    data = Data.random(2, drift=0.0)
+    stats = with_means(stats_of(data, data, stream=False), data, data)
+    decoded = weight + np.random.default_rng(5).standard_normal(weight.shape).astype(np.float32)
+    shift = mean_shift(weight, decoded, stats)
+    assert shift is not None
+    means = (data.found @ decoded.T + shift).mean(axis=0)
+    assert means == pytest.approx((data.found @ weight.T).mean(axis=0), abs=1e-5)
+    assert mean_shift(weight, decoded, stats_of(data, data, stream=False)) is None
+
+
+def test_errors_within_groups_are_those_of_all_of_them(weight: Array) -> None:
+    """Two groups with inputs of their own, against vectors of both with zeros in the weight."""
+    both = [(Data.random(n, drift=0.3), Data.random(n + 9, drift=0.3)) for n in (2, 3)]
+    alone = [with_means(stats_of(*pair, stream=False), *pair) for pair in both]
+    rows = np.concatenate([weight, 2 * weight])
+    decoded, shift = rows + np.float32(0.05), np.linspace(-1, 1, len(rows))
+    names = ("gram", "held_out", "cross", "held_cross", "held_reference", "mean")
+    stacked = {name: np.stack([getattr(stats, name) for stats in alone]) for name in names}
+    held = [stats.held_means for stats in alone if stats.held_means is not None]
+    means = Means(
+        np.stack([m.inputs for m in held]),
+        np.stack([m.reference for m in held if m.reference is not None]),
+    )
+    stats = dataclasses.replace(alone[0], **stacked, held_means=means)
+    wanted = np.concatenate(
+        [d.exact @ w.T for (_, d), w in zip(both, np.split(rows, 2), strict=True)], 1
+    )
+    made = np.concatenate(
+        [d.found @ w.T for (_, d), w in zip(both, np.split(decoded, 2), strict=True)], 1
+    )
+    error = np.linalg.norm(made + shift - wanted) / np.linalg.norm(wanted)
+    assert HeldOut(rows, stats).error(decoded, shift) == pytest.approx(error, rel=1e-6)
 
 
 def test_inputs_that_say_nothing_of_others_change_nothing(weight: Array) -> None:

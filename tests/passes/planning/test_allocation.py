@@ -18,7 +18,7 @@ from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.config.rules import Rule, parse_rule
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.planning.candidates import Candidate
-from onnxcomp.passes.planning.filter_boost import ROOM, with_better_filters
+from onnxcomp.passes.planning.filter_boost import NEXT_ROOM, ROOM, with_better_filters
 from onnxcomp.passes.planning.lagrangian import allocate
 from onnxcomp.passes.planning.plan import Budget
 from onnxcomp.passes.planning.search_space import (
@@ -287,10 +287,19 @@ def test_the_smallest_filters_get_more_bits_for_few_bytes() -> None:
     sets = filters((64, 32), (512, 512), (256, 128), (512, 1024))
     picks = [uniform(m, 4) for m in sets]
     found = with_better_filters(sets, picks, [])
-    assert [params(c).bits for c in found] == [6, 4, 4, 4]
+    assert [params(c).bits for c in found] == [6, 4, 5, 4]
     extra = sum(c.bytes for c in found) - sum(c.bytes for c in picks)
-    assert 0 < extra <= ROOM * sum(c.bytes for c in picks)
-    assert with_better_filters(sets, picks, ["f0"]) == picks
+    assert 0 < extra <= (ROOM + NEXT_ROOM) * sum(c.bytes for c in picks)
+    assert with_better_filters(sets, picks, ["f0", "f2"]) == picks
+
+
+def test_filters_of_middle_size_get_one_more_bit_while_there_is_room() -> None:
+    sets = filters((64, 32), (256, 128), (256, 192), (512, 512), (512, 1024), (512, 2048))
+    picks = [uniform(m, 4) for m in sets]
+    found = with_better_filters(sets, picks, [])
+    assert [params(c).bits for c in found] == [6, 6, 5, 5, 4, 4]
+    extra = sum(c.bytes for c in found) - sum(c.bytes for c in picks)
+    assert 0 < extra <= (ROOM + NEXT_ROOM) * sum(c.bytes for c in picks)
 
 
 @pytest.mark.parametrize("bits", [1, 2])
