@@ -42,6 +42,14 @@ def _speed(row: dict[str, Any], task: str) -> str:
     return rate if row["speed"]["is_dense"] else f"{rate} ({found['speed_up']:.1f}x)"
 
 
+def _made(made: dict[str, float]) -> str:
+    """Processor time of making a model, and memory at the peak where that was measured."""
+    if not made:
+        return ""
+    peak = made.get("peak_rss_bytes")
+    return f"{made['cpu_seconds']:.0f} s" + ("" if peak is None else f", {peak / 1e9:.2f} GB")
+
+
 def _number(found: dict[str, Any] | None, name: str, form: str) -> str:
     return "" if found is None else format(found[name], form)
 
@@ -66,6 +74,7 @@ def _cells(name: str, row: dict[str, Any]) -> dict[str, str]:
         "decoding": _speed(row, "decode_64"),
         "decoding at 512": _speed(row, "decode_512"),
         "memory": "" if memory is None else f"{memory / 1e6:.0f} MB",
+        "made in": _made(row["made"]),
     }
 
 
@@ -107,7 +116,8 @@ def every_row() -> Iterator[str]:
         "`same text` is how many tokens a greedy continuation of a prompt has in common with the\n"
         "float32 model's before they part, of 64; `repeated` the share of its runs of four tokens\n"
         "that were there before. The importance matrix is llama.cpp's form of calibration.\n"
+        "`made in` is the processor time of the tool, and its memory at the peak.\n"
     )
     columns = ("weights", "file", "KL", "same token", "perplexity", "KL, Shakespeare", "same text")
-    columns = (*columns, "repeated", "prompt", "decoding", "decoding at 512", "memory")
+    columns = (*columns, "repeated", "prompt", "decoding", "decoding at 512", "memory", "made in")
     yield _table(list(ROWS), columns)
