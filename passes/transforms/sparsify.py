@@ -29,6 +29,7 @@ class Sparsify(GraphPass):
 
     name: ClassVar[str] = "sparsify"
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+    subgraphs: ClassVar[bool] = True
 
     def wanted(self, settings: Settings) -> bool:
         """Where a sparsity is given."""
