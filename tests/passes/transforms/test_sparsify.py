@@ -162,6 +162,15 @@ def test_weights_in_branches_get_zeros(tmp_path: Path) -> None:
     assert zeros_of(tmp_path / "d.onnx") == {"w_then": 0.5, "w_else": 0.5}
 
 
+def test_opsets_without_sparse_codecs_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    dense = product(normal(64, 64))
+    onnxcomp.plan(dense, sparsity=0.5, min_size=1024)
+    assert not caplog.messages
+    dense.opset_import[0].version = 10
+    onnxcomp.plan(dense, sparsity=0.5, min_size=1024)
+    assert any("opset 10" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
 def test_files_have_the_sparsity_that_was_asked_for(tmp_path: Path, share: float) -> None:
     dense = product(normal(512, 512))
