@@ -15,10 +15,10 @@ from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, MaskLayout, count_ke
 from onnxcomp.passes.ir.traversal import default_opset, find_initializer
 from onnxcomp.passes.weight import DTYPES, WeightSite
 
-__all__ = ["mark_zeros"]
+__all__ = ["LEAST_OPSET", "mark_zeros"]
 
 # The operator set that has CumSum, by which a runtime without the operator library finds elements.
-_LEAST_OPSET = 11
+LEAST_OPSET = 11
 
 
 def mark_zeros(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[WeightSite, ...]:
@@ -28,7 +28,7 @@ def mark_zeros(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[WeightSi
         model: The canonical model.
         sites: Its weights.
     """
-    if (default_opset(model) or 0) < _LEAST_OPSET:
+    if (default_opset(model) or 0) < LEAST_OPSET:
         return sites
     return tuple(_marked(model, site) for site in sites)
 

@@ -15,7 +15,7 @@ from onnxcomp.passes.planning.explain import explain
 from onnxcomp.passes.planning.plan import Budget, Plan
 from onnxcomp.passes.planning.search_space import CandidateSet
 from onnxcomp.passes.planning.size_model import planned_size, portable_load_bytes
-from onnxcomp.passes.planning.solver import DEFAULT_BITS, choose, expected_error
+from onnxcomp.passes.planning.solver import choose, default_bits, expected_error
 
 __all__ = ["measured_size", "plan_from", "settle"]
 
@@ -59,7 +59,7 @@ def plan_from(
     Raises:
         UsageError: No method offers the number of bits.
     """
-    budget = Budget.of(settings, prepared.source.bytes, DEFAULT_BITS)
+    budget = Budget.of(settings, prepared.source.bytes, default_bits(settings))
     size_of = functools.partial(measured_size, prepared, settings, name)
     limit = None
     if timing is not None and settings.max_slowdown is not None:

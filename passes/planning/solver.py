@@ -25,7 +25,7 @@ from onnxcomp.passes.planning.search_space import (
 from onnxcomp.passes.planning.size_fitting import fit, with_dense
 from onnxcomp.passes.weight import Use, WeightSite
 
-__all__ = ["DEFAULT_BITS", "choose", "expected_error"]
+__all__ = ["choose", "default_bits", "expected_error"]
 
 # Bits per weight where neither bits nor a target is asked for.
 DEFAULT_BITS = 4
@@ -238,8 +238,8 @@ def _fixed_bits(candidates: CandidateSet) -> int | None:
     return next((int(fixed[name]) for name in names if name is not None and name in fixed), None)
 
 
-def _check_bits(bits: int, methods: Sequence[str]) -> None:
-    """Raise `UsageError` for bits per weight that no method offers, even for a large weight."""
+def _offered_bits(methods: Sequence[str]) -> set[int]:
+    """Bits per weight that methods offer a large weight; empty where one offers any number."""
     use = Use("", "MatMul", 1, "matmul")
     extent = (1024, 1024)
     sample = WeightSite("", extent, "float32", (use,), "", *extent, False, kept=512 * 1024)
@@ -248,7 +248,19 @@ def _check_bits(bits: int, methods: Sequence[str]) -> None:
         if codec.width is not None:
             offered |= {int(getattr(params, codec.width)) for params in codec.candidates(sample)}
         elif not codec.automatic:
-            return
+            return set()
+    return offered
+
+
+def default_bits(settings: Settings) -> int:
+    """Bits per weight where none are asked for: 4, or the nearest that the methods offer."""
+    offered = _offered_bits(method_names(settings.method, CODECS, stock=settings.stock))
+    return min(offered, key=lambda bits: (abs(bits - DEFAULT_BITS), bits), default=DEFAULT_BITS)
+
+
+def _check_bits(bits: int, methods: Sequence[str]) -> None:
+    """Raise `UsageError` for bits per weight that no method offers, even for a large weight."""
+    offered = _offered_bits(methods)
     if offered and bits not in offered:
         raise UsageError(
             f"no method offers {bits} bits per weight",

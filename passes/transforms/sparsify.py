@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -11,15 +12,18 @@ import onnx_ir as ir
 
 from onnxcomp.passes.analysis.constants import mark_constants
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
+from onnxcomp.passes.analysis.zeros import LEAST_OPSET
 from onnxcomp.passes.calibration.statistics import Calibration
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
-from onnxcomp.passes.ir.traversal import find_initializer
+from onnxcomp.passes.ir.traversal import default_opset, find_initializer
 from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
 from onnxcomp.passes.transforms.zeroing import ZeroingGoal, by_inputs, by_size
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 
 __all__ = ["Sparsify"]
+
+log = logging.getLogger(__name__)
 
 _PRODUCTS = frozenset(("MatMul", "Gemm", "Conv"))
 
@@ -29,6 +33,7 @@ class Sparsify(GraphPass):
 
     name: ClassVar[str] = "sparsify"
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+    subgraphs: ClassVar[bool] = True
 
     def wanted(self, settings: Settings) -> bool:
         """Where a sparsity is given."""
@@ -39,6 +44,14 @@ class Sparsify(GraphPass):
         settings = context.settings
         assert settings.sparsity is not None
         goal = ZeroingGoal.of_text(settings.sparsity)
+        opset = default_opset(model) or 0
+        if opset < LEAST_OPSET:
+            log.warning(
+                "the model has opset %d: weights are pruned, but stored with their zeros; "
+                "sparse codecs need opset %d",
+                opset,
+                LEAST_OPSET,
+            )
         found = find_sites(
             model,
             min_size=settings.min_size,

@@ -83,8 +83,11 @@ def squeeze(walk: Walk, node: ir.Node) -> None:
     axes = _axes(walk, node, len(shape)) if given else [a for a, s in enumerate(shape) if s == 1]
     if axes is None:
         return unknown(walk, node)
+    labels = walk.label(x)
+    if any(axis in axes for block in labels for axis in block.axes):
+        return unknown(walk, node)  # the only channel of a layer, which stays
     kept = [axis for axis in range(len(shape)) if axis not in axes]
-    blocks = [block.moved(kept.index(axis) for axis in block.axes) for block in walk.label(x)]
+    blocks = [block.moved(kept.index(axis) for axis in block.axes) for block in labels]
     return walk.put(node.outputs[0], blocks)
 
 

@@ -20,6 +20,7 @@ from onnxcomp.passes.ir.files import Source
 from onnxcomp.passes.planning.candidates import Candidate, Choice
 from onnxcomp.passes.planning.plan import Budget, Plan
 from onnxcomp.passes.planning.size_model import portable_load_bytes
+from onnxcomp.passes.planning.solver import default_bits
 from onnxcomp.passes.weight import Use, WeightSite
 
 
@@ -208,3 +209,10 @@ def test_filters_of_raw_inputs_get_more_bits(tmp_path: Path) -> None:
     assert [choice.params.to_json()["bits"] for choice in plan] == [6, 4]
     fixed = oc.plan(tmp_path / "model.onnx", bits=4, method="hyper", set_="first:bits=3")
     assert [choice.params.to_json()["bits"] for choice in fixed] == [3, 4]
+
+
+@pytest.mark.parametrize(("method", "bits"), [("dynamic", 8), ("int", 4), ("auto", 4)])
+def test_bits_that_nobody_asked_for_are_the_nearest_that_methods_offer(
+    method: str, bits: int
+) -> None:
+    assert default_bits(Settings(method=(method,))) == bits

@@ -134,6 +134,43 @@ def product(weight: Array) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+def branching(weight: Array) -> onnx.ModelProto:
+    """Products with two weights, one in either branch of an If."""
+    value = helper.make_tensor_value_info
+    branches = {
+        name: helper.make_graph(
+            [helper.make_node("MatMul", ["x", f"w_{name}"], [name])], name, [],
+            [value(name, 1, None)], [numpy_helper.from_array(array, f"w_{name}")],
+        )
+        for name, array in (("then", weight), ("else", -weight))
+    }  # fmt: skip
+    node = helper.make_node(
+        "If", ["c"], ["y"], then_branch=branches["then"], else_branch=branches["else"]
+    )
+    inputs = [value("c", 9, []), value("x", 1, ["n", len(weight)])]
+    graph = helper.make_graph([node], "g", inputs, [value("y", 1, None)])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_weights_in_branches_get_zeros(tmp_path: Path) -> None:
+    result = onnxcomp.optimize(
+        branching(normal(96, 64)), tmp_path / "o.onnx", method="sparse", sparsity="2:4",
+        shapes={"x": (3, 96)}, min_size=1024,
+    )  # fmt: skip
+    assert result.verify is not None and result.verify.passed
+    onnxcomp.expand(tmp_path / "o.onnx", tmp_path / "d.onnx")
+    assert zeros_of(tmp_path / "d.onnx") == {"w_then": 0.5, "w_else": 0.5}
+
+
+def test_opsets_without_sparse_codecs_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    dense = product(normal(64, 64))
+    onnxcomp.plan(dense, sparsity=0.5, min_size=1024)
+    assert not caplog.messages
+    dense.opset_import[0].version = 10
+    onnxcomp.plan(dense, sparsity=0.5, min_size=1024)
+    assert any("opset 10" in message for message in caplog.messages)
+
+
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
 def test_files_have_the_sparsity_that_was_asked_for(tmp_path: Path, share: float) -> None:
     dense = product(normal(512, 512))

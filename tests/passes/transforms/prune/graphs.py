@@ -139,6 +139,14 @@ def grouped_output() -> onnx.ModelProto:
     return d.model({"x": ["n", 4, 5, 5]}, {y: ["n", 6, 5, 5]})
 
 
+def one_channel() -> onnx.ModelProto:
+    """A convolution with one channel, whose axis is taken out."""
+    d = Draft()
+    a = d.add("Relu", d.add("Conv", "x", d.weight(12, 4, 1, 1), d.weight(12)))
+    y = d.add("Squeeze", d.add("Conv", a, d.weight(1, 12, 1, 1), d.weight(1)), d.ints(1))
+    return d.model({"x": ["n", 4, 5, 5]}, {d.add("Tanh", y): ["n", 5, 5]})
+
+
 def _heads(d: Draft, x: str, count: int, size: int) -> str:
     """``(b, t, count * size) -> (b, count, t, size)``; the batch and steps are computed."""
     shape = d.add("Shape", x)
@@ -246,6 +254,7 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "flattened": flattened,
     "shuffled": shuffled,
     "groups as an output": grouped_output,
+    "one channel": one_channel,
     "attention": attention,
     "attention with shared keys": lambda: attention(4, 2),
     "attention with one key": lambda: attention(4, 1),
