@@ -72,13 +72,13 @@ def test_answers_come_from_the_compressed_model_in_both_forms(
     decoder_folder: Path, library: str
 ) -> None:
     small = decoder_folder / "small.onnx"
-    turns = ("Hello, world", "Is 12 a number?")
+    turns = ("What is it?", "Why?")  # answered in whole characters
     words = [word for turn in turns for word in ("--say", turn)]
     said, about = chat(small, "--library", library, *words)
     assert said == expected(small, *turns, library=True)
     assert "tokens read" in about and "ChatML" in about
-    said, _ = chat(small, "--say", "Hello, world")
-    assert said == expected(small, "Hello, world", library=False)
+    said, _ = chat(small, "--say", turns[0])
+    assert said == expected(small, turns[0], library=False)
 
 
 def test_a_seed_decides_about_drawn_tokens(decoder_folder: Path) -> None:

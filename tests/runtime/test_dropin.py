@@ -143,7 +143,7 @@ def test_a_missing_library_matters_only_where_it_is_needed(
         with pytest.raises(RuntimeMissingError, match=r"absent\.so does not exist"):
             onnxcomp.InferenceSession(model)
     folded = tmp_path / "folded.onnx"
-    onnxcomp.optimize(twins[0], folded, mode="folded", min_size=0, verify=False)
+    onnxcomp.optimize(twins[0], folded, method="winding", mode="folded", min_size=0, verify=False)
     assert custom_operators(folded)
     onnxcomp.InferenceSession(folded)
     onnxcomp.InferenceSession(folded.read_bytes())

@@ -371,8 +371,9 @@ class HyperCodec(Codec):
         return (geometry.rows, geometry.length) == (site.rows, site.length)
 
     def calibrates(self, site: WeightSite, params: Params) -> bool:
-        """Whether some rows of the weight together are whole groups, and not too many columns."""
-        return _together(site, _geometry(site, HyperParams.of(params))) * site.length <= _WIDEST
+        """Whether a row is whole groups, or a few rows together are, of not too many columns."""
+        together = _together(site, _geometry(site, HyperParams.of(params)))
+        return together == 1 or together * site.length <= _WIDEST
 
     def encode_calibrated(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1

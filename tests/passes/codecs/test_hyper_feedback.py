@@ -226,9 +226,11 @@ def test_look_ups_keep_the_weight_itself_close(native_library: None, make_site: 
     assert errors[1] < errors[0]
 
 
-def test_weights_that_are_stored_flat_are_not_calibrated(make_site: Any) -> None:
-    assert CODEC.calibration.suits(make_site(64, 128), HyperParams())
-    assert not CODEC.calibration.suits(make_site(128, 9, need="dense"), HyperParams())
+def test_flat_weights_are_calibrated_where_few_rows_are_whole_groups(make_site: Any) -> None:
+    for rows, length in ((64, 128), (64, 8192)):
+        assert CODEC.calibration.suits(make_site(rows, length), HyperParams())
+    assert CODEC.calibration.suits(make_site(128, 9, need="dense"), HyperParams())
+    assert not CODEC.calibration.suits(make_site(128, 63, need="dense"), HyperParams())
 
 
 def test_without_a_reference_or_with_equal_inputs_the_weight_is_the_target() -> None:
