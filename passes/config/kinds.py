@@ -200,6 +200,8 @@ class Sparsity(Kind):
     def checked(self, value: Any, name: str) -> str:
         """``"0.5"`` or ``"2:4"``."""
         wanted = "a share above 0 and below 1, or a pattern such as '2:4' (n of every 2 to 32)"
+        if isinstance(value, int) and value >= 60:  # YAML reads 2:4 as 2 * 60 + 4
+            wanted += ", which needs its quotes in YAML"
         if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
             raise _wrong(name, value, wanted)
         text = str(value).strip()

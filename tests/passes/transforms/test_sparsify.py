@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import yaml
 from onnx import helper, numpy_helper
 
 import onnxcomp
@@ -201,3 +202,9 @@ def test_two_of_four_with_4_bits_is_a_quarter_smaller_than_dense_4_bits(tmp_path
 def test_sparsities_out_of_range_are_refused(wrong: Any) -> None:
     with pytest.raises(UsageError, match="sparsity"):
         onnxcomp.plan(product(normal(64, 64)), sparsity=wrong)
+
+
+def test_a_pattern_without_quotes_in_yaml_is_explained() -> None:
+    with pytest.raises(UsageError) as caught:
+        onnxcomp.plan(product(normal(64, 64)), sparsity=yaml.safe_load("2:4"))
+    assert "quotes in YAML" in str(caught.value.hint)
