@@ -166,7 +166,7 @@ def test_weights_in_branches_get_zeros(tmp_path: Path) -> None:
 def test_opsets_without_sparse_codecs_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     dense = product(normal(64, 64))
     onnxcomp.plan(dense, sparsity=0.5, min_size=1024)
-    assert not caplog.messages
+    assert not any("opset" in message for message in caplog.messages)
     dense.opset_import[0].version = 10
     onnxcomp.plan(dense, sparsity=0.5, min_size=1024)
     assert any("opset 10" in message for message in caplog.messages)
