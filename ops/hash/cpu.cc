@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common/float16.h"
+#include "common/convert.h"
 #include "common/parallel.h"
 #include "common/weight_op.h"
 #include "hash/kernel.h"
@@ -17,13 +17,6 @@ namespace {
 constexpr int64_t kTaskWork = int64_t{1} << 18;
 // Rows of activations that are prepared at once, which bounds the scratch memory.
 constexpr int64_t kBatchBlock = 8 * kRowBlock;
-
-inline float ToFloat(float x) { return x; }
-inline float ToFloat(Half x) { return HalfToFloat(x.bits); }
-inline float ToFloat(Brain x) { return BfloatToFloat(x.bits); }
-inline void FromFloat(float value, float* y) { *y = value; }
-inline void FromFloat(float value, Half* y) { y->bits = FloatToHalf(value); }
-inline void FromFloat(float value, Brain* y) { y->bits = FloatToBfloat(value); }
 
 // Rows of x laid out as Activations, on all threads.
 template <class T>

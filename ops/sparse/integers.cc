@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "common/float16.h"
+#include "common/convert.h"
 #include "common/parallel.h"
 #include "common/weight_op.h"
 #include "hyper/format.h"
@@ -16,13 +16,6 @@ namespace {
 constexpr int64_t kTaskWork = int64_t{1} << 18;
 // Rows of activations for which a row of the weight is made dense once.
 constexpr int64_t kBatch = 64;
-
-inline float ToFloat(float x) { return x; }
-inline float ToFloat(Half x) { return HalfToFloat(x.bits); }
-inline float ToFloat(Brain x) { return BfloatToFloat(x.bits); }
-inline void FromFloat(float value, float* y) { *y = value; }
-inline void FromFloat(float value, Half* y) { y->bits = FloatToHalf(value); }
-inline void FromFloat(float value, Brain* y) { y->bits = FloatToBfloat(value); }
 
 // Rows of x laid out as Activations.
 template <class T>

@@ -197,7 +197,7 @@ def isas(library: Path) -> list[str]:
 
     names = []
     model = make_model("HyperDecode", random_weight(1, 32, group=32), None).SerializeToString()
-    for name in ("plain", "avx2", "avx2vnni", "avx512"):
+    for name in ("plain", "avx2", "avx2vnni", "avx512", "neon"):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         register(options)

@@ -87,14 +87,11 @@ def run(model: onnx.ModelProto, *, library: bool = True, **feeds: Array) -> Arra
 
 
 @pytest.fixture(params=["plain", "avx2", "avx512", "neon"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def isa(request: pytest.FixtureRequest, isas: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     """An instruction set that this machine can run."""
+    if request.param not in isas:
+        pytest.skip(f"this machine cannot run {request.param}")
     monkeypatch.setenv("ONNXCOMP_ISA", request.param)
-    payload, weight = stored(pruned(2, 64, 0.5, 0), 8, 64, 0)
-    try:
-        run(model_of(payload, weight.shape))
-    except Exception:
-        pytest.skip("another instruction set")
     return str(request.param)
 
 
