@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.config.options import TARGETS, OptimizeOptions, PlanOptions
+from onnxcomp.passes.config.options import TARGETS, ByteOptions, OptimizeOptions, PlanOptions
 from onnxcomp.passes.config.settings import settings_from
 from onnxcomp.passes.config.signature import takes, takes_output
 from onnxcomp.passes.config.values import TARGET_NAMES, ExternalData, Target, one_of
@@ -92,6 +92,18 @@ def _given_plan(asked: OptimizeOptions) -> Plan | None:
         raise UsageError(
             f"plan is of type {type(given).__name__}",
             hint="it must be a plan of onnxcomp.plan, or its file",
+        )
+    usual = ByteOptions()
+    ignored = [
+        field.name.rstrip("_")
+        for field in dataclasses.fields(ByteOptions)
+        if getattr(asked, field.name)
+        not in (getattr(usual, field.name), getattr(given.settings, field.name))
+    ]
+    if ignored:
+        raise UsageError(
+            f"a plan and {' and '.join(ignored)} were given together, and the plan says otherwise",
+            hint="leave them out, or make a new plan with them",
         )
     return given
 

@@ -92,11 +92,11 @@ def _searched(
         folder = path.parent / f"attempt{number}"
         folder.mkdir()
         done = _emitted(planned, folder / path.name, output, cache, run, again=True)
+        other = None
+        if number < last:
+            with run.stage("repair"):  # looks at the files of the attempt
+                other = _other_plan(repair, search, done, limit)
         best = _better(best, done)
-        if number == last:
-            break
-        with run.stage("repair"):
-            other = _other_plan(repair, search, done, limit)
         if other is None:
             break
         plan = dataclasses.replace(other, division=planned.plan.division)

@@ -135,6 +135,10 @@ def test_an_edited_plan_is_carried_out(model: Path, tmp_path: Path) -> None:
 def test_a_plan_and_a_target_exclude_each_other(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="plan and a target"):
         oc.optimize(model, tmp_path / "out.onnx", plan=oc.plan(model), bits=3)
+    with pytest.raises(UsageError, match="a plan and sparsity were given together"):
+        oc.optimize(model, tmp_path / "out.onnx", plan=oc.plan(model), sparsity=0.5)
+    same = {"min_size": 64, "plan": oc.plan(model, min_size=64)}
+    assert oc.optimize(model, tmp_path / "out.onnx", verify=False, **same).path.exists()
 
 
 def test_models_in_memory_give_the_same_bytes_and_stay_as_they_are(
