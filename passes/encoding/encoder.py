@@ -21,10 +21,11 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
-from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
+from onnxcomp.passes.encoding.calibrated import encode_calibrated
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.kept_means import encode_with_means
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.encoding.samples import Samples
 from onnxcomp.passes.encoding.tuning import tune
 from onnxcomp.passes.lowering.rewrite import precision_attributes
 from onnxcomp.passes.planning.plan import Plan
@@ -117,7 +118,9 @@ def encode(
         results = encode_with_means(model, work, plain, jobs=jobs, seed=seed, folder=folder)
     else:
         results = on_one_blas_thread(
-            encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
+            encode_calibrated(
+                model, work, plan, samples, plain, cache=cache, jobs=jobs, folder=folder
+            )
         )
     for encoded in results:
         site = encoded.site
