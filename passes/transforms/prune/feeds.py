@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import CompressionError
-from onnxcomp.passes.ir.model import save
+from onnxcomp.passes.transforms.prune.hollow import save_for_sizes
 from onnxcomp.runtime.evaluate import Feed
 from onnxcomp.runtime.inputs import synthesize_inputs
 
@@ -30,7 +30,7 @@ def probe_feeds(model: ir.Model, given: Feed | None = None) -> list[Feed]:
         UsageError: The model fails on all made-up inputs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = save(model, Path(folder) / "model.onnx").files[0]
+        path = save_for_sizes(model, Path(folder))
         first = given if given is not None else synthesize_inputs(path)[0]
         other = {name: _larger(model, name, np.shape(array)) for name, array in first.items()}
         if all(other[name] == np.shape(array) for name, array in first.items()):

@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
-from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.ir.model import copy_model
+from onnxcomp.passes.transforms.prune.hollow import save_for_sizes
 from onnxcomp.passes.weight import Array
 from onnxcomp.runtime.evaluate import Feed, runner
 
@@ -151,9 +152,9 @@ def _run(model: ir.Model, feeds: Sequence[Feed]) -> list[_Seen]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")  # or weights are copied
     with tempfile.TemporaryDirectory() as folder:
-        path = save(copy, Path(folder) / "probe.onnx").files[0]
-        session = open_session(path, session_options=options)
+        session = open_session(save_for_sizes(copy, Path(folder)), session_options=options)
     call = runner(session)
     found: list[_Seen] = []
     for feed in feeds:
