@@ -1,7 +1,9 @@
 """Find the weights that a model was trained to share, and store them as they were trained.
 
-Exporters of torch multiply shared weights out: the graph holds dense weights that repeat the
-entries of a memory. `onnxcomp.models.export` leaves a note of memories and layers in the model's
+There are two ways to them. Where a graph looks its weights up in a memory, as the exporters of
+torch write it, the memory is there, and `shared_lookups` tells the map. Where weights were
+multiplied out, the graph holds dense weights that repeat the entries of a memory.
+`onnxcomp.models.export` does that, and leaves a note of memories and layers in the model's
 metadata, under `KEY`; with it the memory is found again, and every weight is compared with its
 expansion bit by bit before anything is replaced. A weight that was changed since stays dense, with
 all others of its memory.
@@ -10,7 +12,6 @@ all others of its memory.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -31,14 +32,13 @@ from onnxcomp.passes.codecs.hash.format import (
     expand,
     places,
     seeds,
-    shared_tensors,
     to_chunks,
 )
-from onnxcomp.passes.codecs.protocol import Payload
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
 from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
+from onnxcomp.passes.transforms.trained_memories import SharedLookups, mark_trained, trained_payload
 from onnxcomp.passes.weight import Array, WeightSite
 
 __all__ = ["KEY", "Layer", "Memory", "SharedWeights", "read_note", "write_note"]
@@ -164,28 +164,30 @@ class SharedWeights(GraphPass):
         return bool({"auto", "hash"} & set(settings.method))
 
     def run(self, model: ir.Model, context: Context) -> Change:
-        """``MatMul(x, W) -> HashMatMul(x, memory, ...)`` for weights that a note tells of."""
+        """``MatMul(x, W) -> HashMatMul(x, memory, ...)`` for weights whose map is known."""
         memories = read_note(model)
-        if not memories:
+        weights = SharedLookups(model)
+        if not memories and not weights.found:
             return Change(0, ())
         settings: Settings = context.settings
         found = find_sites(model, min_size=0, include=settings.include, exclude=settings.exclude)
         sites = list(found.sites)
-        placements: list[Placement] = []
-        notes: list[str] = []
+        placements, notes = weights.placements(sites)
         for memory in memories:
-            placed = _recover(model, memory, sites)
+            taken = {placement.site.name for placement in placements}
+            free = [site for site in sites if site.name not in taken]
+            placed = _recover(model, memory, free)
             if placed is None:
-                notes.append(f"a memory of {memory.slots} slots: its weights were changed")
-                continue
-            placements += placed
-            taken = {placement.site.name for placement in placed}
-            sites = [site for site in sites if site.name not in taken]
+                text = f"a memory of {memory.slots} slots: its weights were changed"
+                notes.append(f"{text}: they are treated as dense weights")
+            placements += placed or []
         model.metadata_props.pop(KEY, None)
         if placements:
             rewrite(model, placements, portable=settings.portable)
+            mark_trained(model)
+        weights.remove_unused()
         for note in notes:
-            log.warning("%s: they are treated as dense weights", note)
+            log.warning("%s", note)
         return Change(len(placements), tuple(notes))
 
 
@@ -270,13 +272,7 @@ def _placement(memory: Memory, values: Array, use: _Uses) -> Placement:
     geometry = ChunkLayout(use.layer.rows, use.layer.length)
     sharing = memory.sharing(use.layer)
     scale = np.array([use.layer.scale], np.float32)
-    digest = hashlib.sha256(values.tobytes()).hexdigest()[:16]
-    shared = {
-        f"hash.memory.{digest}": values,
-        "hash.codes.none": np.zeros((1, 1, 1), np.uint8),
-        **shared_tensors(geometry, sharing),
-    }
-    payload = Payload({"scale": scale}, shared)
+    payload = trained_payload(values, scale, geometry, sharing)
     expected = to_chunks(expand(values, scale, geometry, sharing), geometry).reshape(-1, TILE)
     signs = chunk_signs(geometry, sharing).reshape(-1, 1)
     if not np.array_equal(expected * signs, use.values):
