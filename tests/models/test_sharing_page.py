@@ -24,6 +24,8 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+# torch says these of its own exporters.
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_the_program_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
     programs = re.findall(r"```py\n(.*?)```", text, flags=re.S)
