@@ -30,7 +30,7 @@ from onnxcomp.models.shared_layers import (
     SharedMemory,
 )
 from onnxcomp.passes.codecs.hash.format import ChunkLayout
-from onnxcomp.passes.transforms.lower_shared_weights import Layer, Memory
+from onnxcomp.passes.transforms.sharing_note import Layer, Memory
 
 __all__ = ["memories", "multiplied_out", "share"]
 
