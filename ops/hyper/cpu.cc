@@ -41,19 +41,6 @@ inline void Store(const Isa&, const float* values, int64_t count, Brain* y) {
   for (int64_t i = 0; i < count; ++i) y[i].bits = FloatToBfloat(values[i]);
 }
 
-// What the int8 products of a weight want of the activations.
-Layout LayoutOf(const Isa& isa, const Weight& weight) {
-  Layout layout{};
-  for (int t = 0; t < weight.format.group; ++t) {
-    const int position = isa.position(weight, t);
-    layout.positions[t] = static_cast<int16_t>(position);
-    layout.moved = layout.moved || position != t;
-    if (position < 32) layout.order[position] = static_cast<uint8_t>(t);
-  }
-  layout.bias = isa.bias(weight);
-  return layout;
-}
-
 // Rotates rows of x and lays them out as Activations, on all threads.
 template <class T>
 class Prepared {
@@ -240,12 +227,14 @@ class MatMulKernel : public Kernel {
     const Format& format = weight.format;
     const Layout found = reader_.constant() ? Layout{} : LayoutOf(isa_, weight);
     const Layout& layout = reader_.constant() ? layout_ : found;
-    const Prepared<T> prepared(isa_, format, layout, x, rows, int8_);
-    const int64_t per_task = kTaskWork / (isa_.tile * format.group * 8);
+    const bool many = int8_ && rows >= kManyRows && isa_.many_rows != nullptr;
+    const Isa& isa = many ? *isa_.many_rows : isa_;  // positions are the same
+    const Prepared<T> prepared(isa, format, layout, x, rows, int8_);
+    const int64_t per_task = kTaskWork / (isa.tile * format.group * 8);
     ParallelPieces(api_, context, prepared.pieces(), per_task,
                    [&](int64_t piece) { prepared.Run(piece); });
     const Activations view = prepared.view();
-    const Product<T> product(isa_, weight, view, int8_, y);
+    const Product<T> product(isa, weight, view, int8_, y);
     ParallelFor(api_, context, product.tasks(), product);
   }
 
