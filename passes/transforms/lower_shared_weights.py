@@ -108,7 +108,7 @@ def _guesses(found: FoundMemory) -> Iterator[Memory]:
                 for layer, scale in zip(layers, scales, strict=True)
                 if scale is not None
             ]
-            yield Memory(found.slots, found.seed, tuple(made))
+            yield Memory(found.slots, found.seed, tuple(made), found.map)
 
 
 def _scales(layer: FoundLayer) -> tuple[float, float]:

@@ -1,9 +1,10 @@
 """Find out how dense weights lie in a memory, where modules made by `share` were multiplied out.
 
 A weight is cut into tiles of 16 x 16. Tiles that are equal up to sign and scale are one slot of the
-memory, and slots come in the same order again and again (the map *fold* of ops/hash/spec.md). That
+memory. With the map *fold* (ops/hash/spec.md), slots come in the same order again and again. That
 order says how weights follow each other. The rotations of the rounds say the seed, which is tried
-out up to `SEEDS`. Nothing here is exact: whoever uses what comes out compares bits.
+out up to `SEEDS`. With the map *roast*, the order of the graph is tried, and which tiles are equal
+says the seed. Nothing here is exact: whoever uses what comes out compares bits.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ _FEATURES = 4
 # Steps of the search for arrangements of weights, and how many arrangements are looked at.
 _STEPS, _TRIES = 2000, 24
 
+# Equal tiles that say a seed beyond doubt; rounds in which numbers of slots are estimated, and how
+# many of them are tried.
+_PAIRS, _ROUNDS, _NUMBERS = 8, 50, 256
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FoundLayer:
@@ -63,12 +68,14 @@ class FoundMemory:
         seed: Seed of rotations and signs.
         layers: The weights.
         certain: How many of them are known to lie in it. The others have no whole tile.
+        map: "fold" or "roast".
     """
 
     slots: int
     seed: int
     layers: tuple[FoundLayer, ...]
     certain: int
+    map: str
 
 
 @dataclasses.dataclass(slots=True)
@@ -104,7 +111,7 @@ def find_memories(weights: Iterator[tuple[str, Array]]) -> list[FoundMemory]:
     for group in _groups(known):
         order = [w for w in known if any(w is other for other in (*group, *loose))]
         tried = itertools.islice(_arrangements(group, order), _TRIES)
-        memory = next(filter(None, map(_solved, tried)), None)
+        memory = next(filter(None, map(_solved, tried)), None) or _scattered(group, order)
         if memory is not None:
             found.append(memory)
     return found
@@ -244,7 +251,7 @@ def _solved(arrangement: _Arrangement) -> FoundMemory | None:
     if seed is None:
         return None
     layers = tuple(_layers(arrangement.weights, slot_of, slots))
-    return FoundMemory(slots, seed, layers, arrangement.certain)
+    return FoundMemory(slots, seed, layers, arrangement.certain, "fold")
 
 
 def _order_of_slots(ids: Array, slots: int) -> tuple[Array, Array]:
@@ -286,6 +293,46 @@ def _seed(slots: int, rotations: Array, tiles: Array, minus: Array) -> int | Non
         keys = sign[candidates] + tile
         candidates = candidates[(mix(keys) >= 2**30) == negative]
     return int(candidates[0]) if len(candidates) else None
+
+
+def _scattered(group: Sequence[_Weight], order: Sequence[_Weight]) -> FoundMemory | None:
+    """The memory, if slots and signs are hashed one by one, in graph order; else None."""
+    last = max(number for number, weight in enumerate(order) if (weight.ids >= 0).any())
+    ids = np.concatenate([weight.ids for weight in order])
+    tiles = np.flatnonzero(ids >= 0)
+    _, first, number = np.unique(ids[tiles], return_index=True, return_inverse=True)
+    again = np.setdiff1d(np.arange(len(tiles)), first)
+    pairs = np.stack([tiles[first[number[again]]], tiles[again]], axis=1)
+    pairs = pairs[pairs[:, 0] > 0]
+    if len(pairs) < _PAIRS or len(first) < 2:
+        return None
+    rotate, _ = keys_of(np.arange(SEEDS, dtype=np.int64))
+    one, other = (mix(rotate + tile) for tile in pairs[0].tolist())
+    for slots in _numbers_of_slots(len(first), len(tiles)):
+        seeds = np.flatnonzero(reduce(one, slots) == reduce(other, slots))
+        for pair in pairs[1:].tolist():
+            if not len(seeds):
+                break
+            left, right = (reduce(mix(rotate[seeds] + tile), slots) for tile in pair)
+            seeds = seeds[left == right]
+        if len(seeds):
+            slot_of = np.zeros(int(ids.max()) + 1, np.int64)
+            slot_of[ids[tiles]] = reduce(mix(rotate[seeds[0]] + tiles), slots) * (tiles > 0)
+            layers = tuple(_layers(order, slot_of, slots))
+            return FoundMemory(slots, int(seeds[0]), layers, last + 1, "roast")
+    return None
+
+
+def _numbers_of_slots(seen: int, tiles: int) -> Iterator[int]:
+    """How many slots there may be where so many were hit, the likely numbers first."""
+    most = max(1, seen)
+    for _ in range(_ROUNDS):  # slots that are hit: m (1 - exp(-n / m))
+        most = round(seen / -math.expm1(-tiles / most))
+    missed = math.exp(-tiles / most)
+    gain = 1.0 - (1.0 + tiles / most) * missed  # hits for each slot more
+    spread = math.ceil(3.0 * math.sqrt(most * missed) / gain) + 1
+    near = range(max(seen, most - spread), most + spread + 1)
+    return iter(sorted(near, key=lambda slots: abs(slots - most))[:_NUMBERS])
 
 
 def _layers(weights: Sequence[_Weight], slot_of: Array, slots: int) -> Iterator[FoundLayer]:

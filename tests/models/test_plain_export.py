@@ -119,6 +119,11 @@ def test_what_was_trained_is_stored_bit_for_bit(
     np.testing.assert_allclose(outputs(out, arguments()), expected, rtol=1e-4, atol=1e-5)
     assert any("trained to share, exact" in site.reason for site in result.report.sites)
 
+    onnxcomp.expand(out, plain)
+    found = [numpy_helper.to_array(tensor) for tensor in onnx.load(plain).graph.initializer]
+    for weight in (layer.weight.detach().numpy() for layer in shared(module)):
+        assert any(np.array_equal(array, shape) for array in found for shape in (weight, weight.T))
+
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_sixteen_times_fewer_numbers_are_a_file_sixteen_times_smaller(
@@ -135,22 +140,14 @@ def test_sixteen_times_fewer_numbers_are_a_file_sixteen_times_smaller(
     assert size / out.stat().st_size > 15.0
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-def test_dense_weights_come_back_bit_for_bit(tmp_path: Path, exporter: str) -> None:
-    module = small(4.0)
-    exported(module, arguments(), tmp_path / "plain.onnx", exporter)
-    onnxcomp.optimize(tmp_path / "plain.onnx", tmp_path / "out.onnx", method="hash", verify=False)
-    onnxcomp.expand(tmp_path / "out.onnx", tmp_path / "dense.onnx")
-    model = onnx.load(tmp_path / "dense.onnx")
-    found = [numpy_helper.to_array(tensor) for tensor in model.graph.initializer]
-    for layer in shared(module):
-        weight = layer.weight.detach().numpy()
-        shapes = (weight, weight.T)
-        assert any(np.array_equal(array, shape) for array in found for shape in shapes)
-
-
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("options", [{"map": "roast"}, {"memory": "module"}, {"seed": 2**40 + 3}])
+@pytest.mark.parametrize(
+    ("exporter", "options"),
+    [
+        ("dynamo", {"map": "roast", "seed": 2**40 + 123456789}),
+        ("torchscript", {"map": "roast"}),
+        ("torchscript", {"memory": "module"}),
+    ],
+)
 def test_maps_memories_and_seeds_of_all_kinds_are_found(
     tmp_path: Path, exporter: str, options: dict[str, Any]
 ) -> None:
@@ -189,14 +186,20 @@ def test_the_state_is_that_of_the_memory_and_the_rest() -> None:
     assert names == memory | {"wide.bias", "window.bias", "head.bias"}
 
 
-@pytest.mark.parametrize("change", ["name", "table", "memory of integers", "excluded"])
-def test_look_ups_that_are_not_understood_stay_as_they_are(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
-) -> None:
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
     torch.manual_seed(0)
     module = share(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)), 4).eval()
-    args = (torch.randn(3, 128),)
-    model = exported(module, args, tmp_path / "plain.onnx", "dynamo")
+    path = tmp_path_factory.mktemp("two") / "plain.onnx"
+    return exported(module, (torch.zeros(3, 128),), path, "dynamo")
+
+
+@pytest.mark.parametrize("change", ["name", "table", "memory of integers", "excluded"])
+def test_look_ups_that_are_not_understood_stay_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, two_layers: onnx.ModelProto, change: str
+) -> None:
+    model, args = onnx.ModelProto(), (torch.ones(3, 128),)
+    model.CopyFrom(two_layers)
     [first, _] = [t for t in model.graph.initializer if t.name.endswith(".slots")]
     if change == "name":
         old, first.name = first.name, "table"
@@ -248,7 +251,8 @@ def test_names_that_are_no_maps_are_ignored() -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("optimum") is None, reason="optimum is not installed here"
 )
-def test_models_that_optimum_exports_keep_their_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimize", [None, "O1"])  # which multiplies weights out
+def test_models_that_optimum_exports_keep_their_memory(tmp_path: Path, optimize: Any) -> None:
     transformers = pytest.importorskip("transformers")
     convert = pytest.importorskip("optimum.exporters.onnx", reason="no exporter of optimum")
     torch.manual_seed(0)
@@ -259,10 +263,16 @@ def test_models_that_optimum_exports_keep_their_memory(tmp_path: Path) -> None:
     module = share(transformers.BertModel(config), 16).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        convert.onnx_export_from_model(module, tmp_path, task="feature-extraction")
+        convert.onnx_export_from_model(
+            module, tmp_path, task="feature-extraction", optimize=optimize, do_validation=False
+        )
     onnxcomp.optimize(tmp_path / "model.onnx", tmp_path / "out.onnx", method="hash", verify=False)
     written = onnx.load(tmp_path / "out.onnx")
     [memory] = memories(written)
     [expected] = {id(layer.memory): layer.memory for layer in shared(module)}.values()
-    assert np.array_equal(memory, expected.values.detach().numpy())
+    values = expected.values.detach().numpy()
+    if optimize is None:
+        assert np.array_equal(memory, values)
+    else:  # rounded products with a scale have more than one origin
+        np.testing.assert_allclose(memory[memory != 0], values[memory != 0], rtol=3e-7)
     assert sum(operators(written).values()) == len(shared(module)) - 1  # nobody reads the pooler

@@ -48,7 +48,7 @@ def found(matrices: list[Array], order: list[int] | None = None) -> list[FoundMe
 def test_slots_seed_and_order_are_found(slots: int) -> None:
     _, matrices = weights(slots, seed=7)
     [memory] = found(matrices)
-    assert memory.slots == slots
+    assert (memory.map, memory.slots) == ("fold", slots)
     assert [layer.name for layer in memory.layers] == list("012345")
     bases = [layer.base for layer in memory.layers]
     assert bases == [0, 32, 96, 136, 200, 232]
@@ -58,6 +58,14 @@ def test_slots_seed_and_order_are_found(slots: int) -> None:
         assert np.isnan(layer.ratio) or layer.ratio == pytest.approx(expected, rel=1e-5)
     assert np.isnan(memory.layers[5].ratio)
     assert memory.layers[0].ratio == 1.0
+
+
+@pytest.mark.parametrize("slots", [16, 60, 130])
+def test_slots_that_are_hashed_one_by_one_are_found(slots: int) -> None:
+    _, matrices = weights(slots, seed=7, map="roast")
+    [memory] = found(matrices)
+    assert (memory.map, memory.slots, memory.seed) == ("roast", slots, 7)
+    assert [layer.base for layer in memory.layers] == [0, 32, 96, 136, 200, 232]
 
 
 def test_weights_of_another_order_in_the_graph_are_put_in_theirs() -> None:
@@ -105,12 +113,15 @@ def chain(folder: Path, matrices: list[Array], name: str = "m.onnx") -> Path:
     return folder / name
 
 
-@pytest.mark.parametrize("method", ["hash", "auto", "dense"])
-@pytest.mark.parametrize("detect", [True, False])
+@pytest.mark.parametrize("map", ["fold", "roast"])
+@pytest.mark.parametrize(
+    ("method", "detect"),
+    [("hash", False), ("auto", True), ("auto", False), ("dense", True)],
+)
 def test_all_weights_are_stored_in_one_memory_with_every_bit(
-    tmp_path: Path, method: str, detect: bool
+    tmp_path: Path, method: str, detect: bool, map: str
 ) -> None:
-    memory, matrices = weights(18)
+    memory, matrices = weights(18, map=map)
     source, out, back = chain(tmp_path, matrices), tmp_path / "o.onnx", tmp_path / "b.onnx"
     result = onnxcomp.optimize(source, out, method=method, detect_sharing=detect)
     assert result.verify is not None and result.verify.passed
