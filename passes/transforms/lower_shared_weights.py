@@ -11,6 +11,7 @@ all others of its memory.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -87,6 +88,7 @@ def _free(sites: Sequence[WeightSite], placements: Sequence[Placement]) -> list[
 def _searched(model: ir.Model, sites: Sequence[WeightSite]) -> list[Placement]:
     """Weights of which nothing tells that they share a memory."""
     placements: list[Placement] = []
+    sites = [_as_trained(site) for site in sites]
     for found in find_memories((site.name, read_weight(model, site)) for site in sites):
         for memory in _guesses(found):
             placed = recover(model, memory, _free(sites, placements))
@@ -94,6 +96,20 @@ def _searched(model: ir.Model, sites: Sequence[WeightSite]) -> list[Placement]:
                 placements += placed
                 break
     return placements
+
+
+def _as_trained(site: WeightSite) -> WeightSite:
+    """The weight the way round in which torch has it.
+
+    Fused operators, such as ONNX Runtime's Attention, multiply by a matrix as MatMul does, but are
+    no products that we know, which would say so.
+    """
+    foreign = any("." in use.op_type.rpartition("::")[0] for use in site.uses)
+    if not foreign or len(site.shape) != 2 or site.kinds & {"matmul", "gather"}:
+        return site
+    return dataclasses.replace(
+        site, rows=site.length, length=site.rows, transposed=not site.transposed
+    )
 
 
 def _guesses(found: FoundMemory) -> Iterator[Memory]:

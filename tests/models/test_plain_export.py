@@ -251,7 +251,8 @@ def test_names_that_are_no_maps_are_ignored() -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("optimum") is None, reason="optimum is not installed here"
 )
-@pytest.mark.parametrize("optimize", [None, "O1"])  # which multiplies weights out
+# Levels of optimization multiply weights out; O2 makes those of each attention one tensor.
+@pytest.mark.parametrize("optimize", [None, "O1", "O2"])
 def test_models_that_optimum_exports_keep_their_memory(tmp_path: Path, optimize: Any) -> None:
     transformers = pytest.importorskip("transformers")
     convert = pytest.importorskip("optimum.exporters.onnx", reason="no exporter of optimum")
@@ -275,4 +276,6 @@ def test_models_that_optimum_exports_keep_their_memory(tmp_path: Path, optimize:
         assert np.array_equal(memory, values)
     else:  # rounded products with a scale have more than one origin
         np.testing.assert_allclose(memory[memory != 0], values[memory != 0], rtol=3e-7)
-    assert sum(operators(written).values()) == len(shared(module)) - 1  # nobody reads the pooler
+    hashed = sum(n for name, n in operators(written).items() if name.startswith("Hash"))
+    # Nobody reads the pooler.
+    assert hashed == len(shared(module)) - (5 if optimize == "O2" else 1)

@@ -148,3 +148,19 @@ def test_a_weight_that_was_changed_afterwards_keeps_its_bits(tmp_path: Path) -> 
     tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(out).graph.initializer}
     assert not any("hash.memory" in name for name in tensors)
     assert np.array_equal(tensors["w2"].T, matrices[2]) or "w2" not in tensors
+
+
+def test_weights_of_fused_operators_are_found(tmp_path: Path) -> None:
+    """Operators of runtimes multiply by matrices as MatMul does, the other way round than torch."""
+    _, matrices = weights(6, shapes=((96, 64), (64, 64)))
+    source, out = chain(tmp_path, matrices), tmp_path / "o.onnx"
+    model = onnx.load(source)
+    model.graph.node[0].op_type, model.graph.node[0].domain = "Projection", "com.example"
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    onnx.save(model, source)
+    onnxcomp.optimize(source, out, method="dense", detect_sharing=True, verify=False)
+    operators = [node.op_type for node in onnx.load(out).graph.node]
+    assert {"HashWeight", "HashMatMul", "Projection"} <= set(operators)
+    onnxcomp.expand(out, source)
+    tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(source).graph.initializer}
+    assert np.array_equal(tensors["w0"].T, matrices[0])
