@@ -52,6 +52,7 @@ MIN_SIZE = 16384
 
 # Why a tensor stays as it is that is not dense any more.
 COMPRESSED_PART = "part of a weight already compressed by onnxcomp"
+_TRAINED_PART = f"{COMPRESSED_PART}: trained to share, exact"
 _LEAST_OPSET = 7
 
 # The largest value that codes of a float64 weight can stand for.
@@ -154,7 +155,7 @@ class _SiteFinder:
         """Tensors that are not plain weights."""
         quantised = [leaf for leaf in found if _QUANTISED.search(leaf.node.op_type)]
         if value.name in self.compressed or any(leaf.node.domain == DOMAIN for leaf in found):
-            return COMPRESSED_PART
+            return _TRAINED_PART if metadata.TRAINED in value.meta else COMPRESSED_PART
         if isinstance(tensor, SparseTensor):
             return "sparse initializer"
         if quantised:

@@ -200,7 +200,8 @@ class ByteOptions(Options):
     )  # fmt: skip
     detect_sharing: bool = option(
         False, Flag(), "method",
-        "Store weights whose values repeat in the same order by those values, bit for bit.",
+        "Find weights that were trained to share values and then multiplied out, and store them "
+        "by those values, bit for bit.",
     )  # fmt: skip
     distill: int = option(
         0, Number(whole=True, least=0, metavar="N"), "method",

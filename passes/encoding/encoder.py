@@ -23,6 +23,7 @@ from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
 from onnxcomp.passes.encoding.calibrated import Plain, Samples, encode_calibrated
+from onnxcomp.passes.encoding.dense_fallback import warn_of_losses
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.kept_means import encode_with_means
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
@@ -182,6 +183,8 @@ def encode(
     }
     finished = {name: _finished(e, numbers.get(name), arrays, extra) for name, e in found.items()}
     weights = [{**kept, **finished}[site.name] for site in sites]
+    if not plan.settings.distill:  # which makes the loss smaller, and says what is left
+        warn_of_losses(weights)
     return weights if samples is None else _tuned(model, weights, samples, folder)
 
 
