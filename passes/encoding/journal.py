@@ -29,8 +29,8 @@ from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.payload_cache import (
     PayloadCache,
     code_version,
-    payload_of,
     plain_attributes,
+    stored_payload_of,
 )
 from onnxcomp.passes.encoding.stored_arrays import read_arrays, storable
 from onnxcomp.passes.ir.content import content_hash
@@ -150,7 +150,7 @@ class Journal:
                 if name.startswith(_TENSOR)
             }
             codec = CODECS[choice.codec]
-            payload = payload_of(tensors, head["attributes"], site, codec, choice.params)
+            payload = stored_payload_of(tensors, head["attributes"], site, codec, choice.params)
             if payload is None:
                 return None
         shift = None if head["shift"] is None else Shift(head["shift"], arrays[_SHIFT])
@@ -167,7 +167,7 @@ class Journal:
             arrays[_SHIFT] = shift.change
         fields = ("error", "reason", "output_error", "note")
         head = {
-            "attributes": None if payload is None else plain_attributes(payload),
+            "attributes": None if payload is None else plain_attributes(payload.attributes),
             "shift": None if shift is None else shift.name,
             "facts": {name: getattr(encoded, name) for name in fields},
         }

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import sys
 import threading
 from collections.abc import Mapping
@@ -25,9 +26,15 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.stored_arrays import read_arrays, write_arrays
-from onnxcomp.passes.weight import Array, WeightSite
+from onnxcomp.passes.weight import Array, Attribute, WeightSite
 
-__all__ = ["PayloadCache", "code_version", "payload_of", "plain_attributes"]
+__all__ = [
+    "PayloadCache",
+    "code_version",
+    "payload_of",
+    "plain_attributes",
+    "stored_payload_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -72,17 +79,29 @@ def _running(process: int) -> bool:
     return True
 
 
+def _abandoned(part: Path) -> bool:
+    """Whether a file was begun by a process of this machine that runs no more."""
+    _, owner, _, rest = (*part.name.split(".", 3), "", "", "")[:4]
+    host = rest.removesuffix("part").removesuffix(".")
+    return host in ("", platform.node()) and not (owner.isdecimal() and _running(int(owner)))
+
+
 class PayloadCache:
     """A folder of payloads. Files that a killed run has begun are removed when it is opened.
 
     Args:
         folder: Made when it does not exist.
         lasting: Whether it is there for other runs; if not, nothing is kept for one that is killed.
+        make: False to use a folder as it is, and fail to write where there is none.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, lasting: bool = True) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, lasting: bool = True, make: bool = True
+    ) -> None:
         self.folder = Path(folder)
         self.lasting = lasting
+        if not make:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -91,8 +110,7 @@ class PayloadCache:
                 hint="give another folder with --cache, or leave it out",
             ) from error
         for part in self.folder.glob("*.part"):
-            owner = part.name.split(".")[1]
-            if not owner.isdecimal() or not _running(int(owner)):
+            if _abandoned(part):
                 with contextlib.suppress(OSError):
                     part.unlink()
 
@@ -126,11 +144,17 @@ class PayloadCache:
         found = read_arrays(self.path(key))
         if found is None:
             return None
-        return payload_of(found[1], found[0], site, codec, params)
+        return stored_payload_of(found[1], found[0], site, codec, params)
 
-    def put(self, key: str, payload: Payload) -> None:
-        """Store a payload under its key, replacing what is there."""
-        self.write(self.path(key), plain_attributes(payload), payload.tensors)
+    def put(self, key: str, payload: Payload) -> bool:
+        """Store a payload under its key, replacing what is there; whether that could be done."""
+        return self.put_tensors(key, payload.tensors, payload.attributes)
+
+    def put_tensors(
+        self, key: str, tensors: Mapping[str, Array], attributes: Mapping[str, Attribute]
+    ) -> bool:
+        """The same for the parts of a payload."""
+        return self.write(self.path(key), plain_attributes(attributes), tensors)
 
     def write(self, path: Path, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> bool:
         """Write a file of the folder beside its place, then rename it.
@@ -138,7 +162,8 @@ class PayloadCache:
         Returns:
             Whether it is there; where it is not, the log says why.
         """
-        part = self.folder / f"{path.stem}.{os.getpid()}.{threading.get_ident()}.part"
+        writer = f"{os.getpid()}.{threading.get_ident()}.{platform.node()}"
+        part = self.folder / f"{path.stem}.{writer}.part"
         try:
             write_arrays(part, head, arrays)
             part.replace(path)
@@ -151,22 +176,25 @@ class PayloadCache:
         return True
 
 
-def plain_attributes(payload: Payload) -> dict[str, object]:
-    """Attributes of a payload as JSON holds them."""
-    return {
-        key: value if isinstance(value, int | float | str) else [int(item) for item in value]
-        for key, value in payload.attributes.items()
-    }
-
-
 def payload_of(
+    tensors: Mapping[str, Array],
+    attributes: Mapping[str, Attribute],
+    site: WeightSite,
+    codec: Codec,
+    params: Params,
+) -> Payload:
+    """A payload from what is its own; what it shares with others follows from its settings."""
+    return Payload(tensors, codec.shared(site, params), attributes)
+
+
+def stored_payload_of(
     tensors: Mapping[str, Array],
     stored: Mapping[str, Any],
     site: WeightSite,
     codec: Codec,
     params: Params,
 ) -> Payload | None:
-    """A payload of what was stored; None where it does not fit the codec's layout.
+    """A payload of what lay in a file; None where it does not fit the codec's layout.
 
     Args:
         tensors: Its own tensors.
@@ -178,7 +206,15 @@ def payload_of(
     if not _fits(tensors, codec, site, params):
         return None
     attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    return Payload(tensors, codec.shared(site, params), attributes)
+    return payload_of(tensors, attributes, site, codec, params)
+
+
+def plain_attributes(attributes: Mapping[str, Attribute]) -> dict[str, object]:
+    """Attributes of a payload as JSON holds them."""
+    return {
+        key: value if isinstance(value, int | float | str) else [int(item) for item in value]
+        for key, value in attributes.items()
+    }
 
 
 def _fits(tensors: Mapping[str, Array], codec: Codec, site: WeightSite, params: Params) -> bool:
