@@ -29,7 +29,7 @@ from onnxcomp.passes.encoding.samples import Samples, calibration_of, usable
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, Shift, Stats, WeightSite
 
-__all__ = ["encode_calibrated"]
+__all__ = ["Plain", "Samples", "encode_calibrated"]
 
 log = logging.getLogger(__name__)
 

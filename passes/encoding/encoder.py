@@ -22,12 +22,11 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
-from onnxcomp.passes.encoding.calibrated import Plain, encode_calibrated
+from onnxcomp.passes.encoding.calibrated import Plain, Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import warn_of_losses
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.kept_means import encode_with_means
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.encoding.samples import Samples
 from onnxcomp.passes.encoding.tuning import tune
 from onnxcomp.passes.lowering.rewrite import precision_attributes
 from onnxcomp.passes.planning.plan import Plan

@@ -1,27 +1,31 @@
-"""A large model with zeros for weights: sizes of values do not depend on what weights hold.
+"""A large model that makes zeros for weights: sizes of values do not depend on what these hold.
 
-All weights lie in one file with a hole, at the same place, so that a session maps the largest of
-them and nothing else.
+Each weight is made where it is read and goes again, so that a run takes memory for the largest of
+them and not for all.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
+import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.ir.model import save
-from onnxcomp.passes.ir.serializer import model_proto, tensor_header, tensor_proto
-from onnxcomp.passes.ir.tensors import is_float
+from onnxcomp.passes.ir.model import copy_model
+from onnxcomp.passes.ir.tensors import shape_of
+from onnxcomp.passes.ir.traversal import Names, default_opset, new_initializer, remove_initializer
 
-__all__ = ["save_for_sizes"]
+if TYPE_CHECKING:
+    import onnxruntime
 
-# Bytes of a model's weights below which it is run as it is.
-_LEAST = 256 << 20
+__all__ = ["for_sizes", "unoptimised_session"]
 
-# Weights of fewer bytes are kept.
-_SMALL = 1 << 16
+# Bytes of a model's weights below which it is run as it is, and of weights that are kept.
+_LEAST, _SMALL = 256 << 20, 1 << 16
+
+# The operator set that brought ConstantOfShape, and the types that it has kernels for.
+_OPSET, _TYPES = 9, (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 
 # Operators whose results have sizes that depend on values, or that decide by them what is run.
 _BY_VALUE = frozenset(
@@ -29,34 +33,53 @@ _BY_VALUE = frozenset(
 )
 
 
-def save_for_sizes(model: ir.Model, folder: Path) -> Path:
-    """Write a model whose values have the sizes of another one's.
+def for_sizes(model: ir.Model) -> ir.Model:
+    """A model whose values have the sizes of another one's; that itself where it is small.
 
-    Args:
-        model: The model; only read.
-        folder: Where the files go; they may go as soon as sessions have read them.
-
-    Returns:
-        The .onnx file.
+    It is meant to be run without optimisation, which would keep the zeros.
     """
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    large = [t for t in tensors if t is not None and is_float(t.dtype) and t.nbytes >= _SMALL]
+    large = [value for value in model.graph.initializers.values() if _is_large(value)]
+    total = sum(value.const_value.nbytes for value in large if value.const_value is not None)
     by_value = any(node.op_type in _BY_VALUE for node in model.graph.all_nodes())
-    path = folder / "sizes.onnx"
-    if sum(tensor.nbytes for tensor in large) < _LEAST or by_value:
-        return save(model, path).files[0]
-    zeros = folder / "zeros.data"
-    with zeros.open("wb") as file:
-        file.truncate(max(tensor.nbytes for tensor in large))
+    if total < _LEAST or by_value or (default_opset(model) or 0) < _OPSET:
+        return model
+    copy = copy_model(model)
+    names = Names(copy)
+    for name in [value.name or "" for value in large]:
+        value = copy.graph.initializers[name]
+        tensor = value.const_value
+        assert tensor is not None
+        sizes = np.array(shape_of(tensor), np.int64)
+        shape = new_initializer(copy, names.value(f"{name}/sizes"), sizes)
+        zero = ir.Tensor(np.zeros(1, tensor.dtype.numpy()), dtype=tensor.dtype)
+        for node, index in list(value.uses()):
+            made = ir.node("ConstantOfShape", [shape], {"value": zero})
+            made.name = names.node(f"{name}/zeros")
+            made.outputs[0].name = names.value(f"{name}/zeros")
+            assert node.graph is not None
+            node.graph.insert_before(node, made)
+            node.replace_input_with(index, made.outputs[0])
+        remove_initializer(value)
+    return copy
 
-    def hollow(tensor: ir.TensorProtocol, name: str | None) -> onnx.TensorProto:
-        if not is_float(tensor.dtype) or tensor.nbytes < _SMALL:
-            return tensor_proto(tensor, name)
-        proto = tensor_header(tensor, name)
-        proto.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in {"location": zeros.name, "offset": 0, "length": tensor.nbytes}.items():
-            proto.external_data.add(key=key, value=str(value))
-        return proto
 
-    path.write_bytes(model_proto(model, hollow).SerializeToString())
-    return path
+def _is_large(value: ir.Value) -> bool:
+    tensor = value.const_value
+    fixed = not value.is_graph_input() and not value.is_graph_output()
+    return fixed and tensor is not None and tensor.dtype in _TYPES and tensor.nbytes >= _SMALL
+
+
+def unoptimised_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session that runs a model as it is, and keeps no weights in another form.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+    """
+    from onnxcomp.runtime.session import import_runtime, open_session
+
+    runtime = import_runtime()
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return open_session(path, session_options=options)
