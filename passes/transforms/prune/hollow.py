@@ -6,6 +6,7 @@ them and not for all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,23 +45,52 @@ def for_sizes(model: ir.Model) -> ir.Model:
     if total < _LEAST or by_value or (default_opset(model) or 0) < _OPSET:
         return model
     copy = copy_model(model)
-    names = Names(copy)
+    work = _Hollow(copy)
     for name in [value.name or "" for value in large]:
-        value = copy.graph.initializers[name]
-        tensor = value.const_value
-        assert tensor is not None
-        sizes = np.array(shape_of(tensor), np.int64)
-        shape = new_initializer(copy, names.value(f"{name}/sizes"), sizes)
-        zero = ir.Tensor(np.zeros(1, tensor.dtype.numpy()), dtype=tensor.dtype)
-        for node, index in list(value.uses()):
-            made = ir.node("ConstantOfShape", [shape], {"value": zero})
-            made.name = names.node(f"{name}/zeros")
-            made.outputs[0].name = names.value(f"{name}/zeros")
-            assert node.graph is not None
-            node.graph.insert_before(node, made)
-            node.replace_input_with(index, made.outputs[0])
-        remove_initializer(value)
+        work.replace(copy.graph.initializers[name])
     return copy
+
+
+class _Hollow:
+    """A model that loses weights."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model, self._names = model, Names(model)
+        self._zero = new_initializer(model, self._names.value("zero"), np.zeros(1, np.int64))
+
+    def replace(self, weight: ir.Value) -> None:
+        """Make a weight of zeros in front of each of its uses."""
+        tensor, name = weight.const_value, weight.name or ""
+        assert tensor is not None
+        array = np.array(shape_of(tensor), np.int64)
+        sizes = new_initializer(self._model, self._names.value(f"{name}/sizes"), array)
+        zero = ir.AttrTensor("value", ir.Tensor(np.zeros(1, tensor.dtype.numpy()), tensor.dtype))
+        for node, index in list(weight.uses()):
+            made = self._node(node, "ConstantOfShape", [self._late(node, sizes)], [zero])
+            node.replace_input_with(index, made)
+        remove_initializer(weight)
+
+    def _late(self, node: ir.Node, sizes: ir.Value) -> ir.Value:
+        """Sizes that are known when what a node reads is there, so that weights do not wait."""
+        read = [value for value in node.inputs if value is not None]
+        data = next((value for value in read if value.producer() is not None), None)
+        if data is None:
+            return sizes
+        nothing = self._node(node, "Mul", [self._node(node, "Shape", [data]), self._zero])
+        return self._node(node, "Add", [sizes, self._node(node, "ReduceSum", [nothing])])
+
+    def _node(
+        self,
+        place: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        attributes: Sequence[ir.Attr] = (),
+    ) -> ir.Value:
+        made = ir.Node("", op_type, inputs, attributes, name=self._names.node(f"zeros/{op_type}"))
+        made.outputs[0].name = self._names.value(f"zeros/{op_type}")
+        assert place.graph is not None
+        place.graph.insert_before(place, made)
+        return made.outputs[0]
 
 
 def _is_large(value: ir.Value) -> bool:
@@ -82,4 +112,5 @@ def unoptimised_session(path: Path) -> onnxruntime.InferenceSession:
     options.log_severity_level = 4
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     return open_session(path, session_options=options)
