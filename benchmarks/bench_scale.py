@@ -34,7 +34,7 @@ from scale_models import SIZES, Decoder, write_decoder
 COMMANDS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"bits": 4},
     "ratio": {"ratio": 8.0},
-    "data": {"bits": 4, "data": "tokens.npz"},
+    "data": {"bits": 4, "data": "tokens.npz", "tune": 0},
     "lowrank": {"method": "lowrank", "ratio": 8.0},
     "prune": {"bits": 4, "prune_ratio": 0.2},
     "verify": {},
