@@ -38,7 +38,15 @@ from onnxcomp.passes.ir.tensors import (
 from onnxcomp.passes.ir.traversal import LISTING_IR, Scope, default_opset, find_initializer, scopes
 from onnxcomp.passes.weight import DOMAIN, Array, Use, WeightSite
 
-__all__ = ["COMPRESSED_PART", "MIN_SIZE", "Sites", "SkippedWeight", "find_sites", "read_weight"]
+__all__ = [
+    "COMPRESSED_PART",
+    "MIN_SIZE",
+    "Sites",
+    "SkippedWeight",
+    "canonical_matrix",
+    "find_sites",
+    "read_weight",
+]
 
 MIN_SIZE = 16384
 
@@ -372,7 +380,11 @@ def read_weight(model: ir.Model, site: WeightSite) -> Array:
     value = find_initializer(model, site.name)
     if value is None or value.const_value is None:
         raise ModelError(f"the model has no initializer {site.name!r}")
-    array = np.asarray(value.const_value.numpy())
+    return canonical_matrix(np.asarray(value.const_value.numpy()), site)
+
+
+def canonical_matrix(array: Array, site: WeightSite) -> Array:
+    """The stored tensor of a weight as canonical matrix ``(rows, length)`` in float32."""
     if site.transposed:
         array = array.reshape(site.length, site.rows).T
     return array.reshape(site.rows, site.length).astype(np.float32, copy=False)

@@ -30,6 +30,7 @@ from onnxcomp.passes.config.kinds import (
     Sparsity,
 )
 from onnxcomp.passes.config.option import Options, option, table
+from onnxcomp.passes.config.scheduler import Scheduler
 from onnxcomp.passes.config.values import (
     CalibrationMode,
     ExternalData,
@@ -320,6 +321,13 @@ class OptimizeOptions(PlanOptions):
         "An interrupted or repeated run encodes nothing twice. Weights encoded for data are not "
         "kept.",
         example="encoded",
+    )  # fmt: skip
+    scheduler: str | None = option(
+        None, Scheduler(), "run",
+        "Encode on the workers of a Dask cluster: local:N starts N on this machine, HOST:PORT uses "
+        "one that runs.",
+        "The bytes do not depend on it. Workers read the model from a folder that all of them see.",
+        example="local:4",
     )  # fmt: skip
     dry_run: bool = option(False, Flag(), "run", "Only plan.", in_file=False)
     progress: Progress | None = option(

@@ -172,6 +172,7 @@ def _emitted(
         progress=run.progress,
         stage=run.stage,
         samples=samples,
+        workers=run.workers,
     )
     verdict = Verdict()
     if run.verify or again:

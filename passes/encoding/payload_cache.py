@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import platform
 import sys
 import threading
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.weight import Array, Attribute, WeightSite
 
-__all__ = ["PayloadCache"]
+__all__ = ["PayloadCache", "code_version", "payload_of"]
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +78,25 @@ def _running(process: int) -> bool:
     return True
 
 
+def _abandoned(part: Path) -> bool:
+    """Whether a file was begun by a process of this machine that runs no more."""
+    _, owner, _, rest = (*part.name.split(".", 3), "", "", "")[:4]
+    host = rest.removesuffix("part").removesuffix(".")
+    return host in ("", platform.node()) and not (owner.isdecimal() and _running(int(owner)))
+
+
 class PayloadCache:
     """A folder of payloads. Files that a killed run has begun are removed when it is opened.
 
     Args:
         folder: Made when it does not exist.
+        make: False to use a folder as it is, and fail to write where there is none.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, make: bool = True) -> None:
         self.folder = Path(folder)
+        if not make:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -94,8 +105,7 @@ class PayloadCache:
                 hint="give another folder with --cache, or leave it out",
             ) from error
         for part in self.folder.glob("*.part"):
-            owner = part.name.split(".")[1]
-            if not owner.isdecimal() or not _running(int(owner)):
+            if _abandoned(part):
                 with contextlib.suppress(OSError):
                     part.unlink()
 
@@ -133,7 +143,7 @@ class PayloadCache:
         attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
         if not _fits(tensors, codec, site, params):
             return None
-        return Payload(tensors, codec.shared(site, params), attributes)
+        return payload_of(tensors, attributes, site, codec, params)
 
     def _read(self, key: str) -> dict[str, Array] | None:
         try:
@@ -145,13 +155,20 @@ class PayloadCache:
         with np.load(io.BytesIO(stored[_DIGEST:]), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
-    def put(self, key: str, payload: Payload) -> None:
-        """Store a payload under its key, replacing what is there."""
-        text = json.dumps(_plain(payload.attributes)).encode()
+    def put(self, key: str, payload: Payload) -> bool:
+        """Store a payload under its key, replacing what is there; whether that could be done."""
+        return self.put_tensors(key, payload.tensors, payload.attributes)
+
+    def put_tensors(
+        self, key: str, tensors: Mapping[str, Array], attributes: Mapping[str, Attribute]
+    ) -> bool:
+        """The same for the parts of a payload."""
+        text = json.dumps(_plain(attributes)).encode()
         body = io.BytesIO()
-        arrays = {**payload.tensors, _ATTRIBUTES: np.frombuffer(text, np.uint8)}
+        arrays = {**tensors, _ATTRIBUTES: np.frombuffer(text, np.uint8)}
         np.savez(body, allow_pickle=False, **arrays)
-        part = self.folder / f"{key}.{os.getpid()}.{threading.get_ident()}.part"
+        writer = f"{os.getpid()}.{threading.get_ident()}.{platform.node()}"
+        part = self.folder / f"{key}.{writer}.part"
         try:
             with part.open("wb") as file:
                 file.write(hashlib.sha256(body.getbuffer()).digest())
@@ -159,9 +176,22 @@ class PayloadCache:
             part.replace(self.path(key))
         except OSError as error:  # a full disk, say: the run itself does not need the file
             log.warning("the cache cannot be written: %s", error)
+            return False
         finally:
             with contextlib.suppress(OSError):
                 part.unlink()
+        return True
+
+
+def payload_of(
+    tensors: Mapping[str, Array],
+    attributes: Mapping[str, Attribute],
+    site: WeightSite,
+    codec: Codec,
+    params: Params,
+) -> Payload:
+    """A payload from what is its own; what it shares with others follows from its settings."""
+    return Payload(tensors, codec.shared(site, params), attributes)
 
 
 def _plain(attributes: Mapping[str, Attribute]) -> dict[str, object]:
