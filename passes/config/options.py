@@ -318,8 +318,7 @@ class OptimizeOptions(PlanOptions):
     )  # fmt: skip
     cache: PathLike | None = option(
         None, File(folder=True), "run", "Keep encoded weights in this folder.",
-        "An interrupted or repeated run encodes nothing twice. Weights encoded for data are not "
-        "kept.",
+        "An interrupted or repeated run encodes nothing twice, with data neither.",
         example="encoded",
     )  # fmt: skip
     scheduler: str | None = option(

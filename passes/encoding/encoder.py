@@ -159,7 +159,9 @@ def encode(
             results = encode_with_means(model, work, encoder, seed=seed, folder=folder)
         else:
             results = on_one_blas_thread(
-                encode_calibrated(model, work, plan, samples, encoder, jobs=jobs, folder=folder)
+                encode_calibrated(
+                    model, work, plan, samples, encoder, cache=cache, jobs=jobs, folder=folder
+                )
             )
         for encoded in results:
             site = encoded.site
