@@ -85,6 +85,10 @@ def _source(
         indices = node.inputs[1]
         assert indices is not None
         return _Source(indices.name or "", "indices")
+    if use.need in ("experts", "batch"):  # moments of what all of its matrices meet
+        other = node.inputs[1 - use.input_index]
+        assert other is not None
+        return _Source(other.name or "", "columns" if use.input_index == 0 else "rows")
     x = node.inputs[0]
     if use.need == "matmul" and x is not None:
         flipped = node.op_type == "Gemm" and node.attributes.get_int("transA", False)
@@ -129,6 +133,8 @@ def unobservable(model: ir.Model, site: WeightSite, *, convolutions: bool = True
 def _stream(model: ir.Model, site: WeightSite, sources: Sequence[_Source]) -> tuple[_Source, ...]:
     """The stream that the only product of a weight is added to."""
     if len(sources) != 1 or sources[0].kind not in ("rows", "patches") or sources[0].groups > 1:
+        return ()
+    if site.experts > 1:
         return ()
     stream = stream_of(model, site)
     if stream is None:
@@ -215,7 +221,7 @@ def _vectors(array: Array, source: _Source) -> Array:
         found = patches(array, source.patches)
         return found if source.groups == 1 else found.reshape(len(found), source.groups, -1)
     if source.kind == "columns":
-        array = array.T
+        array = np.swapaxes(array, -1, -2)
     return np.asarray(array.reshape(-1, array.shape[-1]))
 
 
@@ -336,8 +342,7 @@ class Calibration:
 
     def replace(self, site: WeightSite, weight: Array) -> None:
         """Put ``(rows, length)`` in the place of a weight for all that is observed later."""
-        stored = weight.T if site.transposed else weight
-        self._chain.replace(site.name, np.ascontiguousarray(stored).reshape(site.shape))
+        self._chain.replace(site.name, site.stored_form(weight))
 
     def shift(self, shift: Shift) -> None:
         """Add a shift to its initializer for all that is observed later."""
