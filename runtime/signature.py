@@ -244,6 +244,14 @@ def _look_ups(
         depth = _scalar(node.input[1], model, producers)
         if depth is not None:
             yield node.input[0], depth
+    elif (
+        node.domain == ""
+        and node.op_type == "GatherND"
+        and _attribute(node, "batch_dims") in (None, [0])
+    ):
+        shape = _table_shape(node.input[0], producers, shapes)
+        if shape:  # entries of a tuple are of different axes
+            yield node.input[1], min(shape)
     axis = (_attribute(node, "axis") or [0])[0]
     for index, table in _LOOK_UPS.get((node.domain, node.op_type), ()):
         if max(index, table) < len(node.input) and node.input[index]:

@@ -1,8 +1,9 @@
 """Follow a stack of matrices, such as the experts of a layer, to the products with some of them.
 
 A stack is a tensor of three dimensions. On the way it may pass through Identity, Cast, a Transpose
-of its matrices, Gather along the first axis, and from there on Reshape, Squeeze and Unsqueeze of
-what stands before the last two axes: these change the shape of the indices, and of nothing else.
+of its matrices, Gather (or GatherND) along the first axis, and from there on Reshape, Squeeze and
+Unsqueeze of what stands before the last two axes: these change the shape of the indices, and of
+nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.constant_arguments import constant, integers
+from onnxcomp.passes.analysis.einsum_products import einsum_product
 from onnxcomp.passes.ir.tensors import WEIGHT_TYPES
 from onnxcomp.passes.ir.traversal import is_default_domain
 
@@ -72,11 +74,13 @@ class Stack:
 
 def product_of(node: ir.Node, index: int, value: ir.Value, stack: Stack) -> Orientation | None:
     """The product that a node makes with matrices of a stack; None where it does not."""
-    if node.op_type != "MatMul" or not is_default_domain(node.domain):
+    if node.op_type not in ("MatMul", "Einsum") or not is_default_domain(node.domain):
         return None
-    other = node.inputs[1 - index]
-    if other is None or other is value:
+    if len(node.inputs) != 2 or (other := node.inputs[1 - index]) is None or other is value:
         return None
+    if node.op_type == "Einsum":
+        found = einsum_product(node, index)
+        return None if found is None else stack.product(0 if found.turned else 1)
     # Beside matrices on the left, the other operand is turned, and the result back.
     turned = (other.shape, node.outputs[0].shape)
     if index == 0 and any(shape is None or len(shape) < 2 for shape in turned):
@@ -97,7 +101,7 @@ def through(node: ir.Node, index: int, stack: Stack) -> Stack | None:
             return dataclasses.replace(stack, dtype=ir.DataType(to)) if supported else None
         case "Transpose":
             return _transposed(node, stack)
-        case "Gather":
+        case "Gather" | "GatherND":
             return _gathered(node, stack)
         case "Squeeze" | "Unsqueeze" if stack.gathered:
             return stack if _before_matrices(node) else None
@@ -120,9 +124,30 @@ def _transposed(node: ir.Node, stack: Stack) -> Stack | None:
 
 def _gathered(node: ir.Node, stack: Stack) -> Stack | None:
     indices = node.inputs[1]
-    if stack.gathered or indices is None or node.attributes.get_int("axis", 0) not in (0, -3):
+    if stack.gathered or indices is None:
+        return None
+    if node.op_type == "Gather" and node.attributes.get_int("axis", 0) not in (0, -3):
+        return None
+    if node.op_type == "GatherND" and not _picks_first(node, indices):
         return None
     return dataclasses.replace(stack, gathered=True, chosen=constant(indices) is None)
+
+
+def _picks_first(node: ir.Node, indices: ir.Value) -> bool:
+    """Whether tuples of indices have one entry each, of the first axis."""
+    if node.attributes.get_int("batch_dims", 0):
+        return False
+    tensor, producer = constant(indices), indices.producer()
+    if tensor is not None:
+        return tensor.shape.dims[-1:] == (1,)
+    if indices.shape:
+        return indices.shape[-1] == 1
+    return producer is not None and producer.op_type == "Unsqueeze" and _adds_last(producer)
+
+
+def _adds_last(node: ir.Node) -> bool:
+    axes = integers(node, "axes")
+    return axes is not None and -1 in axes
 
 
 def _before_matrices(node: ir.Node) -> bool:

@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.einsum_products import einsum_product
 from onnxcomp.passes.analysis.offsets import shifted
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.im2col import Patches, patches, windows
@@ -88,7 +89,11 @@ def _source(
     if use.need in ("experts", "batch"):  # moments of what all of its matrices meet
         other = node.inputs[1 - use.input_index]
         assert other is not None
-        return _Source(other.name or "", "columns" if use.input_index == 0 else "rows")
+        summed = einsum_product(node, use.input_index)
+        if summed is not None and summed.summed != len(summed.perm) - 1:
+            return "what is multiplied is not along the last axis of the other operand"
+        columns = summed is None and use.input_index == 0
+        return _Source(other.name or "", "columns" if columns else "rows")
     x = node.inputs[0]
     if use.need == "matmul" and x is not None:
         flipped = node.op_type == "Gemm" and node.attributes.get_int("transA", False)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.constant_arguments import integers
+from onnxcomp.passes.analysis.einsum_products import EinsumProduct, einsum_product
 from onnxcomp.passes.lowering.builder import GraphBuilder
 from onnxcomp.passes.weight import Use
 
@@ -42,9 +43,31 @@ def expert_product(
     x = node.inputs[1 - use.input_index]
     assert x is not None
     chosen = _chosen(experts, path, builder)
+    summed = einsum_product(node, use.input_index)
+    if summed is not None:
+        return _back(emit(_to_product(x, summed, builder), chosen), summed, builder)
     if use.input_index == 1:
         return emit(x, chosen)
     return _turned(emit(_turned(x, x, builder), chosen), node.outputs[0], builder)
+
+
+def _to_product(x: ir.Value, summed: EinsumProduct, builder: GraphBuilder) -> ir.Value:
+    """The operand of an Einsum as that of a MatMul."""
+    x = _permuted(x, summed.perm, builder)
+    return _axes(builder, "Unsqueeze", x, summed.added) if summed.added else x
+
+
+def _back(product: ir.Value, summed: EinsumProduct, builder: GraphBuilder) -> ir.Value:
+    """The result of an Einsum from that of a MatMul."""
+    if not summed.rows:
+        product = _axes(builder, "Squeeze", product, (-2,))
+    return _permuted(product, summed.order, builder)
+
+
+def _permuted(value: ir.Value, perm: tuple[int, ...], builder: GraphBuilder) -> ir.Value:
+    if perm == tuple(range(len(perm))):
+        return value
+    return builder.node("Transpose", [value], {"perm": perm})
 
 
 def _turned(value: ir.Value, like: ir.Value, builder: GraphBuilder) -> ir.Value:
@@ -60,6 +83,8 @@ def _chosen(experts: int, path: Sequence[ir.Node], builder: GraphBuilder) -> ir.
     for node in path:
         if node.op_type == "Gather":
             chosen = node.inputs[1]
+        elif node.op_type == "GatherND" and node.inputs[1] is not None:
+            chosen = _axes(builder, "Squeeze", node.inputs[1], (-1,))
         elif chosen is not None and node.op_type in ("Squeeze", "Unsqueeze"):
             chosen = _with_axes(node, chosen, builder)
         elif chosen is not None and node.op_type == "Reshape":
@@ -74,9 +99,14 @@ def _with_axes(node: ir.Node, chosen: ir.Value, builder: GraphBuilder) -> ir.Val
     assert axes is not None
     # Counted from the end, there are two axes less.
     axes = tuple(axis + 2 if axis < 0 else axis for axis in axes)
+    return _axes(builder, node.op_type, chosen, axes)
+
+
+def _axes(builder: GraphBuilder, op_type: str, value: ir.Value, axes: tuple[int, ...]) -> ir.Value:
+    """A Squeeze or Unsqueeze."""
     if builder.opset < _AXES_OPSET:
-        return builder.node(node.op_type, [chosen], {"axes": axes})
-    return builder.node(node.op_type, [chosen, _ints(builder, *axes)])
+        return builder.node(op_type, [value], {"axes": axes})
+    return builder.node(op_type, [value, _ints(builder, *axes)])
 
 
 def _reshaped(node: ir.Node, chosen: ir.Value, builder: GraphBuilder) -> ir.Value:

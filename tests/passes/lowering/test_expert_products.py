@@ -33,6 +33,12 @@ FORMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...] | None]] = {
         "{ g = Gather <axis = 0> (W, i) y = MatMul (x, g) }",
         (3, 1, 1, K), (3, 2),
     ),
+    "chosen by tuples": (
+        "(float[t, 1, 1, 80] x, int64[t, k] i) => (float[t, k, 1, n] y)"
+        "{ a = Constant <value_ints = [-1]> () j = Unsqueeze (i, a) g = GatherND (W, j)"
+        " y = MatMul (x, g) }",
+        (3, 1, 1, K), (3, 2),
+    ),
     "transposed before": (
         "(float[t, 1, 1, 80] x, int64[t, k] i) => (float[t, k, 1, n] y)"
         "{ v = Transpose <perm = [0, 2, 1]> (V) g = Gather (v, i) y = MatMul (x, g) }",
@@ -76,6 +82,26 @@ FORMS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...] | None]] = {
         " kn = Constant <value_ints = [80, 48]> () a = Concat <axis = 0> (m, kn)"
         " g = Gather (W, i) s = Reshape (g, a) y = MatMul (x, s) }",
         (1, 1, K), (3, 2),
+    ),
+    "Einsum": (
+        "(float[t, 80] x, int64[t, k] i) => (float[t, k, n] y)"
+        '{ g = Gather (W, i) y = Einsum <equation = "th, tkhn -> tkn"> (x, g) }',
+        (3, K), (3, 2),
+    ),
+    "Einsum with the weight first": (
+        "(float[t, 80] x, int64[t, k] i) => (float[t, k, n] y)"
+        '{ g = Gather (V, i) y = Einsum <equation = "beck,bk->bec"> (g, x) }',
+        (3, K), (3, 2),
+    ),
+    "Einsum of rows, turned": (
+        "(float[t, m, 80] x, int64[t, k] i) => (float[n, m, t, k] y)"
+        '{ g = Gather (W, i) y = Einsum <equation = "tmh,tkhn->nmtk"> (x, g) }',
+        (3, 4, K), (3, 2),
+    ),
+    "Einsum with all": (
+        "(float[t, 80] x) => (float[t, 5, n] y)"
+        '{ y = Einsum <equation = "th,ehn->ten"> (x, W) }',
+        (3, K), None,
     ),
     "unrolled": (
         "(float[t, 80] x) => (float[t, n] y)"
@@ -130,6 +156,7 @@ def test_forms_are_compressed_run_and_come_back(tmp_path: Path, form: str, funct
     if functions == "local":
         assert "HyperExperts" in operators(out) and "HyperWeight" not in operators(out)
     kinds = {"MatMul", "Gather", "Transpose", "Squeeze", "Unsqueeze", "Reshape", "Slice"}
+    # Einsum comes back as MatMul.
     assert set(operators(back)) <= kinds | {"Size", "Concat", "Add", "Constant"}
     feed = feed_of(*shapes)
     (dense,) = onnxruntime.InferenceSession(source).run(None, feed)
@@ -159,6 +186,12 @@ REFUSED = {
     "reshaped as a whole": (
         "{ a = Constant <value_ints = [-1, 20, 192]> () g = Gather (W, i) s = Reshape (g, a)"
         " z = Abs (s) y = MatMul (x, g) }"
+    ),
+    "an Einsum that sums over both axes": (
+        '{ g = Gather (W, i) y = Einsum <equation = "tabh,tkhn->tk"> (x, g) z = Abs (x) }'
+    ),
+    "an Einsum of an ellipsis": (
+        '{ g = Gather (W, i) y = Einsum <equation = "...h,...hn->...n"> (x, g) z = Abs (x) }'
     ),
     "turned with what stands in front": (
         "{ g = Gather (W, i) y = Transpose <perm = [1, 0, 2, 3]> (g) z = Abs (x) }"
