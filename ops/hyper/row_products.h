@@ -42,19 +42,6 @@ inline void Store(const Isa&, const float* values, int64_t count, Brain* y) {
   for (int64_t i = 0; i < count; ++i) y[i].bits = FloatToBfloat(values[i]);
 }
 
-// What the int8 products of a weight want of the activations.
-Layout LayoutOf(const Isa& isa, const Weight& weight) {
-  Layout layout{};
-  for (int t = 0; t < weight.format.group; ++t) {
-    const int position = isa.position(weight, t);
-    layout.positions[t] = static_cast<int16_t>(position);
-    layout.moved = layout.moved || position != t;
-    if (position < 32) layout.order[position] = static_cast<uint8_t>(t);
-  }
-  layout.bias = isa.bias(weight);
-  return layout;
-}
-
 // Which row of a tensor is the i-th of a product: `order[i]`, or i where there is no order.
 struct RowOrder {
   const int64_t* order = nullptr;
@@ -233,9 +220,11 @@ class Product {
 
 // Rows of y = the same rows of x W^T, on the threads of the session.
 template <class T>
-void Multiply(const Api& api, OrtKernelContext* context, const Isa& isa, const Weight& weight,
+void Multiply(const Api& api, OrtKernelContext* context, const Isa& any, const Weight& weight,
               const Layout& layout, bool int8, const T* x, RowOrder from, int64_t rows, T* y,
               RowOrder to) {
+  const bool many = int8 && rows >= kManyRows && any.many_rows != nullptr;
+  const Isa& isa = many ? *any.many_rows : any;  // positions are the same
   const Prepared<T> prepared(isa, weight.format, layout, x, from, rows, int8);
   const int64_t per_task = kTaskWork / (isa.tile * weight.format.group * 8);
   ParallelPieces(api, context, prepared.pieces(), per_task,

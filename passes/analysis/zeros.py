@@ -1,7 +1,6 @@
 """Weights with so many zeros that to leave them out makes them smaller.
 
-Zeros are counted by their bits: a negative zero is an element like any other, since it must come
-back as it was.
+A negative zero is a zero: a trainer's mask leaves as many of them as there were negative weights.
 """
 
 from __future__ import annotations
