@@ -29,7 +29,7 @@ from quality_tables import calibration_steps, deep_convolutions
 from scale_tables import large_models
 from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
-from speed_tables import products, shared_products, sparse_products, structured_products
+from speed_tables import experts, products, shared_products, sparse_products, structured_products
 
 __all__ = ["stale_pages", "tables"]
 
@@ -345,6 +345,7 @@ ALL: Sections = {
     "Whole models": whole_models,
     "Products with shared weights": shared_products,
     "Products with sparse weights": sparse_products,
+    "Products with chosen experts": experts,
     "Training with shared weights": shared_training,
     "The model of the demo": demo,
     "Models of other projects": models,
