@@ -203,13 +203,26 @@ class SharedLayer(nn.Module):
         object.__setattr__(self, "_memory", memory)
         self.base = memory.take(self.geometry.tiles) if base is None else base
         slots, minus, self._runs = _places(memory, self.base, self.geometry.tiles)
-        places = _Places(slots, minus, self.geometry).to(memory.values.device)
-        # Not a fixed name: exporters write it, and the compiler reads the map there.
-        self.add_module(places_name(memory.sharing(self.base)), places)
-        object.__setattr__(self, "_places", places)
+        self._look_up(slots.to(memory.values.device), minus.to(memory.values.device))
         memory.count(self.slots, scale)
         self.register_buffer("_dense", None, persistent=False)
         self._dense: torch.Tensor | None
+
+    def _look_up(self, slots: torch.Tensor, minus: torch.Tensor) -> None:
+        """Take the places of the weight, and the part of the layer that looks it up there."""
+        places = _Places(slots, minus, self.geometry)
+        # Not a fixed name: exporters write it, and the compiler reads the map there.
+        self.add_module(places_name(self.memory.sharing(self.base)), places)
+        object.__setattr__(self, "_places", places)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a module that was pickled whole, also before layers had a part for look-ups."""
+        super().__setstate__(state)
+        if "_places" not in self.__dict__:
+            slots, signs = (self._buffers.pop(name) for name in ("slots", "signs"))
+            self._non_persistent_buffers_set -= {"slots", "signs"}
+            assert slots is not None and signs is not None
+            self._look_up(slots.to(torch.int32), signs.reshape(-1) < 0)
 
     @property
     def memory(self) -> SharedMemory:
