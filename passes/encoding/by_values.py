@@ -12,7 +12,7 @@ from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
-from onnxcomp.passes.encoding.encoded import EncodedWeight, release_pages, weight_error
+from onnxcomp.passes.encoding.encoded import EncodedWeight, decoding_error, release_pages
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.planning.candidates import Choice
@@ -40,7 +40,7 @@ def _measured(
         payload = codec.encode(site, weight, choice.params, threads=jobs)
     # The weight and its decoded form are not held in full at the same time.
     release_pages(weight)
-    error = weight_error(weight, codec.decode(site, payload))
+    error = decoding_error(weight, codec, site, payload)
     if cache is not None:
         cache.put(key, payload, error)
     return payload, error
