@@ -221,7 +221,11 @@ def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path:
         oc.apply(model, made, path, verify=False)
         errors.append(oc.verify(model, path, data=data).outputs["y"].rel_l2)
     assert errors[1] < 0.9 * errors[0]
-    assert plan.error == pytest.approx(errors[1], rel=0.25)
+    assert plan.error == pytest.approx(errors[1], rel=0.1)
+    assert plan.loss == pytest.approx(errors[1] ** 2, rel=0.2)
+    losses = {entry["plan"]: entry["loss"] for entry in plan.compared}
+    assert losses["expected best"] == min(losses.values()) < 0.5 * losses["equal"]
+    assert not blind.compared and blind.loss is None
 
 
 def test_the_smallest_plan_that_keeps_an_error(model: Path, data: Path) -> None:
