@@ -12,9 +12,10 @@ from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.perturbation import made_up_inputs
 from onnxcomp.passes.calibration.sensitivity import small_pieces, spread
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.driver.rehearsal import Rehearsal
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.driver.state import Subject
+from onnxcomp.passes.encoding.calibrated import Samples
+from onnxcomp.passes.encoding.rehearsal import Rehearsal
 from onnxcomp.passes.planning.contest import Referee
 from onnxcomp.passes.weight import Feed
 
@@ -27,6 +28,9 @@ _FEEDS, _ELEMENTS = 32, 1 << 22
 
 # By what part of the loss with equal bits a plan has to be better where inputs are made up.
 _MARGIN = 0.1
+
+# Of so many inputs every fourth one is kept back from trial codes, to judge them by.
+_ENOUGH, _QUARTER = 8, 4
 
 # How many inputs are made up, of words.
 _MADE_UP = 16
@@ -42,14 +46,24 @@ def referee_of(
     """How plans of a size are compared; None where there is no size, or time matters too."""
     if (settings.ratio is None and settings.target_size is None) or settings.timed:
         return None
-    real, seed = subject.samples(), settings.seed
+    real = subject.samples()
     if real is not None:
-        feeds, calibrated = _pieces(prepared.model, real), run.calibrates
-        return Referee(Rehearsal(prepared, feeds, calibrated=calibrated, jobs=run.jobs, seed=seed))
-    words = _made_up_words(prepared, seed)
+        judged, fitted = _halves(real) if run.calibrates else (real, real)
+        feeds = _pieces(prepared.model, judged)
+        samples = Samples(fitted, run.calibration == "sequential") if run.calibrates else None
+        return Referee(Rehearsal(prepared, settings, feeds, samples=samples, jobs=run.jobs))
+    words = _made_up_words(prepared, settings.seed)
     if words is None:
         return Referee()
-    return Referee(Rehearsal(prepared, words, calibrated=False, jobs=run.jobs, seed=seed), _MARGIN)
+    return Referee(Rehearsal(prepared, settings, words, jobs=run.jobs), _MARGIN)
+
+
+def _halves(feeds: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
+    """Inputs to judge by and others to fit to: a quarter and the rest, where there are enough."""
+    if len(feeds) < _ENOUGH:
+        return list(feeds), list(feeds)
+    judged = list(feeds[_QUARTER - 1 :: _QUARTER])
+    return judged, [f for n, f in enumerate(feeds) if n % _QUARTER != _QUARTER - 1]
 
 
 def _pieces(model: ir.Model, feeds: Sequence[Feed]) -> list[Feed]:
