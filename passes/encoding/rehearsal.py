@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -11,14 +12,19 @@ from onnxcomp.passes.calibration.output_difference import OutputDifference
 from onnxcomp.passes.calibration.paired_run import paired_difference
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.encoding.calibrated import Samples
+from onnxcomp.passes.encoding.encoded import EncodedWeight
+from onnxcomp.passes.encoding.encoder import encode
 from onnxcomp.passes.encoding.trial_codes import TrialCodes
-from onnxcomp.passes.planning.candidates import Candidate
+from onnxcomp.passes.planning.candidates import Candidate, Choice
 from onnxcomp.passes.planning.plan import Budget, Plan
 from onnxcomp.passes.weight import Feed
 
 __all__ = ["Rehearsal"]
 
 log = logging.getLogger(__name__)
+
+# Weights of models that are calibrated for a trial: some seconds.
+_SMALL = 1 << 21
 
 
 class Rehearsal:
@@ -48,10 +54,29 @@ class Rehearsal:
         """What outputs lose with a plan; None where that cannot be measured."""
         model = self._prepared.model
         try:
-            codes = TrialCodes(self._prepared, picks, self._empty, self._samples, self._jobs)
+            codes = TrialCodes(
+                self._prepared,
+                picks,
+                calibrated=self._samples is not None,
+                encoded=self._as_planned(picks),
+                feeds=None if self._samples is None else self._samples.feeds,
+                seed=self._empty.settings.seed,
+                jobs=self._jobs,
+            )
             found = paired_difference(model, codes.sites, self._feeds, codes.changes)
             found.mean()  # says so where no output says anything
         except ModelError as error:
             log.info("plans are not compared: %s", error.message)
             return None
         return found
+
+    def _as_planned(self, picks: Sequence[Candidate]) -> list[EncodedWeight] | None:
+        """The weights of a small model as they will be calibrated; None for others."""
+        size = sum(pick.site.size for pick in picks if pick.codec != "dense")
+        if self._samples is None or size > _SMALL:
+            return None
+        policies = self._prepared.policies
+        choices = {p.site.name: Choice.of(p, policies[p.site.name].mode) for p in picks}
+        plan = dataclasses.replace(self._empty, choices=choices)
+        prepared = self._prepared
+        return encode(prepared.model, prepared.sites, plan, jobs=self._jobs, samples=self._samples)

@@ -19,17 +19,12 @@ from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import typed
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.encoding.by_values import encode_by_values
-from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.kept_means import encode_with_means
 from onnxcomp.passes.planning.candidates import Candidate, Choice
-from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 
 __all__ = ["TrialCodes"]
-
-# Weights of models that are calibrated for a trial: some seconds.
-_SMALL = 1 << 21
 
 # Inputs that means of products are taken of.
 _MEANS = 16
@@ -41,8 +36,10 @@ class TrialCodes:
     Args:
         prepared: The model and its weights; only read.
         picks: The plan.
-        empty: A plan without choices.
-        samples: Inputs that weights will be encoded for; None where they are not.
+        calibrated: Whether weights will be encoded for their inputs.
+        encoded: Weights as they will be, where that is known.
+        feeds: Inputs that means of products are kept on; None for pictures that are made up.
+        seed: Of those.
         jobs: Threads of the encoders.
     """
 
@@ -50,29 +47,25 @@ class TrialCodes:
         self,
         prepared: Prepared,
         picks: Sequence[Candidate],
-        empty: Plan,
-        samples: Samples | None,
-        jobs: int,
+        *,
+        calibrated: bool = False,
+        encoded: Sequence[EncodedWeight] | None = None,
+        feeds: Sequence[Feed] | None = None,
+        seed: int = 0,
+        jobs: int = 1,
     ) -> None:
-        self._prepared, self._jobs, self._samples = prepared, jobs, samples
+        self._prepared, self._jobs = prepared, jobs
         self._picks = {pick.site.name: pick for pick in picks if pick.codec != "dense"}
-        small = sum(site.size for site in self.sites) <= _SMALL
-        self._as_planned = samples is not None and small
-        if samples is not None and small:
-            found = encode_calibrated(
-                prepared.model, self.sites, self._plan(empty), samples, self._encoded, jobs=jobs
+        self._smaller = calibrated and encoded is None
+        if encoded is None:
+            able = [site for site in self.sites if offset_of(prepared.model, site) is not None]
+            some = None if feeds is None else feeds[:: -(-len(feeds) // _MEANS)]
+            encoded = list(
+                encode_with_means(
+                    prepared.model, able, self._encoded, jobs=jobs, seed=seed, feeds=some
+                )
             )
-        else:
-            model = prepared.model
-            found = encode_with_means(
-                model,
-                [site for site in self.sites if offset_of(model, site) is not None],
-                self._encoded,
-                jobs=jobs,
-                seed=empty.settings.seed,
-                feeds=None if samples is None else _some(samples.feeds),
-            )
-        self._found = {encoded.site.name: encoded for encoded in found}
+        self._found = {one.site.name: one for one in encoded}
 
     @property
     def sites(self) -> list[WeightSite]:
@@ -83,11 +76,6 @@ class TrialCodes:
         """The initializers that differ, by name, weight by weight."""
         for site in sites:
             yield self._changed(self._found.get(site.name) or self._encoded(site))
-
-    def _plan(self, empty: Plan) -> Plan:
-        modes = self._prepared.policies
-        choices = {name: Choice.of(pick, modes[name].mode) for name, pick in self._picks.items()}
-        return dataclasses.replace(empty, choices=choices)
 
     def _encoded(self, site: WeightSite) -> EncodedWeight:
         choice = Choice.of(self._picks[site.name], self._prepared.policies[site.name].mode)
@@ -111,12 +99,7 @@ class TrialCodes:
     def _left(self, pick: Candidate) -> float:
         """What calibration is expected to leave of the error of codes by values, 0 to 1."""
         calibration = CODECS[pick.codec].calibration
-        if self._as_planned or self._samples is None or calibration is None or not pick.error:
+        if not self._smaller or calibration is None or not pick.error:
             return 1.0
         able = calibration.suits(pick.site, pick.params)
         return min(1.0, pick.harm / pick.error) if able else 1.0
-
-
-def _some(feeds: Sequence[Feed]) -> Sequence[Feed]:
-    """A few of the inputs, from all over them."""
-    return feeds[:: -(-len(feeds) // _MEANS)]

@@ -25,7 +25,7 @@ from onnxcomp.passes.codecs.moments import output_error
 from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.prepare import prepare
-from onnxcomp.passes.encoding import trial_codes
+from onnxcomp.passes.encoding import rehearsal
 from onnxcomp.passes.ir.files import read
 from onnxcomp.passes.planning import search_space
 from onnxcomp.passes.planning.candidates import Estimate
@@ -233,7 +233,7 @@ def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path:
 def test_a_plan_expects_what_calibrated_codes_lose(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
 ) -> None:
-    monkeypatch.setattr(trial_codes, "_SMALL", 1 << 21 if small else 0)
+    monkeypatch.setattr(rehearsal, "_SMALL", 1 << 21 if small else 0)
     x = np.random.default_rng(8).standard_normal((16, 64, 256)).astype(np.float32)
     inputs = [{"x": part, "yes": np.array(True)} for part in x]
     path = tmp_path / "out.onnx"
