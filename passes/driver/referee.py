@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 # Inputs that plans are compared on, and the elements that all of them have together at most.
 _FEEDS, _ELEMENTS = 32, 1 << 22
 
+# Weights of models above which plans are not tried: they take minutes to encode and to run.
+_LARGEST = 1 << 29
+
 # By what part of the loss with equal bits a plan has to be better where inputs are made up.
 _MARGIN = 0.1
 
@@ -47,6 +50,8 @@ def referee_of(
     if (settings.ratio is None and settings.target_size is None) or settings.timed:
         return None
     real = subject.samples()
+    if sum(site.size for site in prepared.sites) > _LARGEST:
+        return None if real is not None else Referee()
     if real is not None:
         judged, fitted = _halves(real) if run.calibrates else (real, real)
         feeds = _pieces(prepared.model, judged)
