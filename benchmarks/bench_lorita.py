@@ -8,8 +8,8 @@
 Every network is trained with the same weight decay, which falls on the factors, multiplied out, and
 truncated, all but the last layer: `local` keeps the same share of singular values in each layer,
 `global` those above one share of their layer's largest, and `iterative` does that step by step and
-trains the factors for one epoch after each step. Ranks are not rounded. Results of networks and N
-run before are kept.
+trains the factors for one epoch after each step. Ranks are not rounded. Results of networks, N and
+seeds run before are kept; tables and pictures have means over seeds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from curves import Line, Panel, draw
+from lowrank_tables import mean_of_seeds
 from networks import FULL, NETWORKS, Recipe, Split
 from results import RESULTS, print_table, write_results
 from torch import nn
@@ -158,6 +159,10 @@ def measure(name: str, recipe: Recipe, factors: int, arguments: Any) -> dict[str
     return {**row, "truncated": truncations(model, split, recipe)}
 
 
+def key(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["network"], row["factors"], row["seed"]
+
+
 def recorded(name: str) -> list[dict[str, Any]]:
     """Results of earlier runs."""
     path = RESULTS / f"{name}.json"
@@ -178,7 +183,7 @@ def panel(title: str, rows: list[dict[str, Any]], share: str) -> Panel:
 
 def picture(results: list[dict[str, Any]]) -> str:
     """Accuracy against kept parameters, and against FLOPs for networks where these differ."""
-    panels = []
+    panels, results = [], mean_of_seeds(results)
     for name in dict.fromkeys(row["network"] for row in results):
         rows = [row for row in results if row["network"] == name]
         panels.append(panel(name, rows, "kept"))
@@ -195,7 +200,7 @@ def show(results: list[dict[str, Any]]) -> None:
     rows = [
         [row["network"], row["factors"], mode, f"{row['accuracy']:.4f}"]
         + [f"{t['accuracy']:.4f}" for t in row["truncated"] if t["mode"] == mode]
-        for row in results
+        for row in mean_of_seeds(results)
         for mode in MODES
     ]
     print_table(["network", "N", "mode", "all", *(f"{kept:.0%}" for kept in KEPT)], rows)
@@ -217,9 +222,8 @@ def main() -> None:
     for network in () if arguments.draw else arguments.network or recipes:
         for factors in arguments.factors:
             row = measure(network, recipes[network], factors, arguments)
-            key = (network, factors)
-            results = [r for r in results if (r["network"], r["factors"]) != key] + [row]
-            results.sort(key=lambda r: (list(recipes).index(r["network"]), r["factors"]))
+            results = [r for r in results if key(r) != key(row)] + [row]
+            results.sort(key=lambda r: (list(recipes).index(r["network"]), *key(r)[1:]))
             write_results(name, {"results": results})
     show(results)
     path = Path(__file__).parents[1] / "docs" / f"{name}.svg"

@@ -6,13 +6,14 @@ python benchmarks/lowrank_tables.py --write    puts them into docs/lowrank.md
 
 from __future__ import annotations
 
+import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from page_parts import ROOT, markdown, read
 
-__all__ = ["put_into", "tables"]
+__all__ = ["mean_of_seeds", "put_into", "tables"]
 
 BEGIN = "<!-- tables: benchmarks/lowrank_tables.py -->\n"
 END = "<!-- end of tables -->"
@@ -74,9 +75,27 @@ def speed(rows: list[Mapping[str, Any]]) -> str:
     return markdown(("rows of activations", *(f"rank {rank}" for rank in ranks)), cells)
 
 
+def mean_of_seeds(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of `bench_lorita.py`, one for each network and number of factors."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in results:
+        groups.setdefault((row["network"], row["factors"]), []).append(row)
+
+    def mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {**rows[0], "accuracy": statistics.mean(row["accuracy"] for row in rows)}
+
+    return [
+        {
+            **mean(rows),
+            "truncated": [mean(c) for c in zip(*(r["truncated"] for r in rows), strict=True)],
+        }
+        for rows in groups.values()
+    ]
+
+
 def lorita() -> str:
-    """Accuracy of networks trained with factors, after truncation."""
-    rows = read("lorita")["results"]
+    """Accuracy of networks trained with factors, after truncation; means where there are seeds."""
+    rows = mean_of_seeds(read("lorita")["results"])
     shares = [cut["kept"] for cut in rows[0]["truncated"] if cut["mode"] == "global"]
     cells = []
     for row in rows:

@@ -4,8 +4,8 @@ The package holds one for CPUs. Where ``onnxcomp-cuda`` is installed, its librar
 kinds of kernels, takes that one's place.
 
 Environment: ``ONNXCOMP_OPS_LIBRARY`` names another library file. ``ONNXCOMP_ISA`` (``plain``,
-``avx2``, ``avx2vnni``, ``avx512``, ``neon``, ``neondot``) forces one form of the kernels; they
-choose the best one the machine can run by themselves.
+``avx2``, ``avx2vnni``, ``avx512``, ``amx``, ``neon``, ``neondot``) forces one form of the kernels;
+they choose the best one the machine can run by themselves, but ``amx``, which nobody has timed.
 """
 
 from __future__ import annotations

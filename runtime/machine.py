@@ -64,8 +64,10 @@ class Machine:
 
 def target_of(isa: str) -> Class | None:
     """The class of machines, a value of the option `target`; None where no kernel is fast."""
-    classes: dict[str, Class] = {"avx512": "avx512", "avx2vnni": "avx2", "avx2": "avx2"}
-    return classes.get(isa, "neon" if isa.startswith("neon") else None)
+    classes: tuple[Class, ...] = ("avx2", "avx512", "neon")
+    if isa == "amx":
+        return "avx512"
+    return next((known for known in classes if isa.startswith(known)), None)
 
 
 def current_isa(machine: Machine) -> str:

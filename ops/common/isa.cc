@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "common/amx.h"
 #include "common/error.h"
 #include "common/processor.h"
 #if defined(ONNXCOMP_ARM64) && defined(__linux__)
@@ -53,6 +54,9 @@ std::optional<InstructionSet> Named(const char* name) {
   if (std::strcmp(name, "plain") == 0) return InstructionSet::kPlain;
 #ifdef ONNXCOMP_X86
   if (std::strcmp(name, "avx512") == 0 && HasAvx512()) return InstructionSet::kAvx512;
+#ifdef ONNXCOMP_AMX
+  if (std::strcmp(name, "amx") == 0 && HasAvx512() && amx::Available()) return InstructionSet::kAmx;
+#endif
   if (!HasAvx2()) return std::nullopt;
   if (std::strcmp(name, "avx2") == 0) return InstructionSet::kAvx2;
   if (std::strcmp(name, "avx2vnni") == 0) {
@@ -75,7 +79,7 @@ InstructionSet SelectInstructionSet() {
     const std::optional<InstructionSet> found = Named(wanted);
     if (found) return *found;
     Fail("ONNXCOMP_ISA is '", wanted,
-         "', must be plain, avx2, avx2vnni, avx512, neon or neondot, and one that this machine can run");
+         "', must be plain, avx2, avx2vnni, avx512, amx, neon or neondot, and one that this machine can run");
   }
   for (const char* name : {"avx512", "avx2vnni", "avx2", "neondot", "neon"}) {
     const std::optional<InstructionSet> found = Named(name);

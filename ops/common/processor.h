@@ -28,6 +28,8 @@ enum class X86 {
   kAvx512Vnni,
   kAvxVnni,
   kAvx512Vbmi2,
+  kAmxTile,
+  kAmxInt8,
 };
 
 // Bits of `X86` that processor and operating system both support. Source: Intel's Software
@@ -37,7 +39,7 @@ inline uint32_t X86Bits() {
   if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & (1u << 27)) == 0) return 0;  // OSXSAVE
   uint32_t state = 0, high = 0;
   __asm__ volatile("xgetbv" : "=a"(state), "=d"(high) : "c"(0));
-  constexpr uint32_t kYmm = 0x06, kZmm = 0xE6;
+  constexpr uint32_t kYmm = 0x06, kZmm = 0xE6, kTileState = 0x60000;
   if ((state & kYmm) != kYmm) return 0;
   uint32_t found = 0;
   const auto add = [&found](X86 set, uint32_t bit) {
@@ -56,6 +58,10 @@ inline uint32_t X86Bits() {
     add(X86::kAvx512Vbmi, c >> 1);
     add(X86::kAvx512Vnni, c >> 11);
     add(X86::kAvx512Vbmi2, c >> 6);
+  }
+  if ((state & kTileState) == kTileState) {
+    add(X86::kAmxTile, d >> 24);
+    add(X86::kAmxInt8, d >> 25);
   }
   if (leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) add(X86::kAvxVnni, a >> 4);
   return found;

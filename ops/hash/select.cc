@@ -9,6 +9,7 @@ namespace onnxcomp::hash {
 const Isa& SelectIsa() {
   switch (SelectInstructionSet()) {
 #ifdef ONNXCOMP_X86
+    case InstructionSet::kAmx:
     case InstructionSet::kAvx512:
       return Avx512Isa();
     case InstructionSet::kAvx2Vnni:

@@ -17,6 +17,7 @@ constexpr int kLine = 4 * kLanes;  // bytes of one dword of 16 rows
 constexpr int kMaxGroup = 256;  // weights of a group
 constexpr int kMaxTile = 12;    // rows of activations that are interleaved, at most
 constexpr int kRowBlock = 144;  // rows of activations per task; a multiple of every tile
+constexpr int kManyRows = 64;   // rows of activations from which `Isa::many_rows` is used
 
 // Sizes of one weight.
 struct Format {
@@ -118,7 +119,13 @@ struct Isa {
 
   // One row in one group, decoded: out[t], t < width.
   void (*decode_row)(const Weight& weight, int64_t row, int64_t group, int width, float* out);
+
+  // The form for int8 products of at least kManyRows rows, where that is another one.
+  const Isa* many_rows = nullptr;
 };
+
+// What the int8 products of a weight want of the activations.
+Layout LayoutOf(const Isa& isa, const Weight& weight);
 
 // The plain form, right on every machine.
 const Isa& PlainIsa();

@@ -88,6 +88,18 @@ void Product(const Weight& weight, const Activations& x, int64_t panel, int pane
 
 }  // namespace
 
+Layout LayoutOf(const Isa& isa, const Weight& weight) {
+  Layout layout{};
+  for (int t = 0; t < weight.format.group; ++t) {
+    const int position = isa.position(weight, t);
+    layout.positions[t] = static_cast<int16_t>(position);
+    layout.moved = layout.moved || position != t;
+    if (position < 32) layout.order[position] = static_cast<uint8_t>(t);
+  }
+  layout.bias = isa.bias(weight);
+  return layout;
+}
+
 const Isa& PlainIsa() {
   static const Isa isa{
       "plain",

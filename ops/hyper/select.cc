@@ -4,6 +4,7 @@
 #include "common/processor.h"
 #include "hyper/format.h"
 #ifdef ONNXCOMP_X86
+#include "hyper/amx.h"
 #include "hyper/avx2.h"
 #include "hyper/avx512.h"
 #endif
@@ -16,6 +17,10 @@ namespace onnxcomp::hyper {
 const Isa& SelectIsa() {
   switch (SelectInstructionSet()) {
 #ifdef ONNXCOMP_X86
+#ifdef ONNXCOMP_AMX
+    case InstructionSet::kAmx:
+      return AmxIsa();
+#endif
     case InstructionSet::kAvx512:
       return Avx512Isa();
     case InstructionSet::kAvx2Vnni:

@@ -9,6 +9,7 @@ namespace onnxcomp::sparse {
 const Isa& SelectIsa() {
   switch (SelectInstructionSet()) {
 #ifdef ONNXCOMP_X86
+    case InstructionSet::kAmx:
     case InstructionSet::kAvx512:
       return HasX86({X86::kAvx512Vbmi2}) ? Avx512Isa() : Avx2Isa();
     case InstructionSet::kAvx2Vnni:

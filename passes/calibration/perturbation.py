@@ -29,8 +29,7 @@ _LISTING_IR = 4
 
 def stored_form(site: WeightSite, weight: Array) -> Array:
     """A canonical matrix ``(rows, length)`` as the tensor it stands for."""
-    stored = weight.T if site.transposed else weight
-    return np.ascontiguousarray(stored).reshape(site.shape)
+    return site.stored_form(weight)
 
 
 def typed(site: WeightSite, weight: Array) -> Array:

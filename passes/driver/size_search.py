@@ -71,10 +71,7 @@ class SizeSearch:
             self._failed = size if self._failed is None else max(size, self._failed)
         if len(self._tries) > _TRIES or self._close():
             return None
-        found = self._plan_within(self._budget())
-        if found.bytes in self._seen or not self._between(found.bytes or 0):
-            return None
-        return found
+        return self._new_plan(size)
 
     def forget_failures(self) -> None:
         """Plans choose from other candidates now: sizes that did not pass may do so."""
@@ -87,9 +84,28 @@ class SizeSearch:
             and self._passed <= _CLOSE * self._failed
         )
 
+    def _new_plan(self, last: int) -> Plan | None:
+        """A plan that may be the smallest one to pass; None where there is none near by.
+
+        While none passed, plans are not ordered by size alone: one that has more bits and fewer
+        kinds of operators to define may be smaller than the one before.
+
+        Args:
+            last: Bytes of the plan that was tried.
+        """
+        budget = self._budget()
+        found = self._plan_within(budget)
+        if self._passed is None:
+            while found.bytes in self._seen and budget < last * _STRIDE:
+                budget = round(budget * _CLOSE)
+                found = self._plan_within(budget)
+        is_new = found.bytes not in self._seen
+        return found if is_new and self._between(found.bytes or 0) else None
+
     def _between(self, size: int) -> bool:
-        above = self._failed is None or size > self._failed
-        return above and (self._passed is None or size < self._passed)
+        if self._passed is None:
+            return True
+        return size < self._passed and (self._failed is None or size > self._failed)
 
     def _budget(self) -> int:
         """Bytes to try: those at which the error is expected to be the allowed one."""

@@ -61,9 +61,7 @@ class TrialCodes:
             able = [site for site in self.sites if offset_of(prepared.model, site) is not None]
             some = None if feeds is None else feeds[:: -(-len(feeds) // _MEANS)]
             encoded = list(
-                encode_with_means(
-                    prepared.model, able, self._encoded, jobs=jobs, seed=seed, feeds=some
-                )
+                encode_with_means(prepared.model, able, self._encoded, seed=seed, feeds=some)
             )
         self._found = {one.site.name: one for one in encoded}
 

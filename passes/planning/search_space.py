@@ -141,7 +141,8 @@ def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Pa
 def _target(site: WeightSite, policy: Policy) -> Target:
     """Machines that matter to a weight: those are no matter where it is decoded but once."""
     decoded = policy.mode == "decode"
-    multiplied = policy.mode != "folded" and any(use.need == "matmul" for use in site.uses)
+    needs = {use.need for use in site.uses}
+    multiplied = policy.mode != "folded" and not needs.isdisjoint({"matmul", "experts", "batch"})
     return policy.target if decoded or multiplied else "any"
 
 

@@ -20,6 +20,7 @@ from onnxcomp.passes.transforms.dedup_index_tables import IndexedWeights
 from onnxcomp.passes.transforms.dedup_values import RepeatedValues
 from onnxcomp.passes.transforms.fold_linear_chains import LinearChains
 from onnxcomp.passes.transforms.lower_shared_weights import SharedWeights
+from onnxcomp.passes.transforms.masked_weights import MaskedWeights
 from onnxcomp.passes.transforms.pass_manager import GraphPass
 from onnxcomp.passes.transforms.prune.graph_pass import Prune
 from onnxcomp.passes.transforms.returned_weights import ReturnedWeights
@@ -36,6 +37,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     IndexedWeights(),
     Canonicalize(),
     ReturnedWeights(),
+    MaskedWeights(),
     SplitFused(),
     SharedWeights(),
     RepeatedValues(),

@@ -99,8 +99,8 @@ class Memory:
             self.split.append(what)
             log.warning(
                 "%s needs about %.3g GB in one session, and %.3g GB are available: it runs layer "
-                "by layer, in %d pieces",
-                what, needed / 1e9, available / 1e9, len(pieces),
+                "by layer, in %d piece%s",
+                what, needed / 1e9, available / 1e9, len(pieces), "s"[: len(pieces) != 1],
             )  # fmt: skip
         return pieces
 

@@ -155,34 +155,35 @@ struct Laid {
     values.resize(codes.size());
     scales.resize(units);
     biases.resize(units);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t g = 0; g < f.groups; ++g) Place(isa, weight, x.data(), rows, row, g);
+    const Layout layout = LayoutOf(isa, weight);
+    for (int64_t first = 0; first < rows; first += isa.tile) {
+      const int64_t count = rows - first < isa.tile ? rows - first : isa.tile;
+      for (int64_t g = 0; g < f.groups; ++g) {
+        Place(isa, f, layout, x.data() + first * f.padded(), static_cast<int>(count), rows, first, g);
+      }
     }
     view = Activations{rows,         f.groups,      f.group,       isa.tile,
                        codes.data(), scales.data(), biases.data(), values.data()};
   }
 
  private:
-  void Place(const Isa& isa, const Weight& weight, const float* x, int64_t rows, int64_t row,
-             int64_t g) {
-    const Format& f = weight.format;
-    float rotated[kMaxGroup];
-    int8_t rounded[kMaxGroup];
-    int32_t total = 0;
-    isa.rotate(x + row * f.padded() + g * f.group, rotated, f.group);
-    const float scale = isa.quantize(rotated, f.group, rounded, &total);
-    const int64_t first = row / isa.tile * isa.tile;
-    const int64_t count = rows - first < isa.tile ? rows - first : isa.tile;
-    const int64_t i = row - first;
+  // Group g of the `count` rows of one tile, which begins with row `first`.
+  void Place(const Isa& isa, const Format& f, const Layout& layout, const float* x, int count,
+             int64_t rows, int64_t first, int64_t g) {
     const int64_t unit = g * rows + first;
-    scales[static_cast<size_t>(unit + i)] = scale;
-    biases[static_cast<size_t>(unit + i)] = isa.bias(weight) * total;
-    for (int t = 0; t < f.group; ++t) {
-      const int64_t place = isa.position(weight, t);
-      codes[static_cast<size_t>(unit * f.group + (place / 4 * count + i) * 4 + place % 4)] =
-          rounded[t];
-      values[static_cast<size_t>(unit * f.group + t * count + i)] = rotated[t];
+    int8_t rounded[kMaxTile * kMaxGroup];
+    for (int i = 0; i < count; ++i) {
+      float rotated[kMaxGroup];
+      int32_t total = 0;
+      isa.rotate(x + i * f.padded() + g * f.group, rotated, f.group);
+      scales[static_cast<size_t>(unit + i)] =
+          isa.quantize(rotated, f.group, rounded + i * f.group, &total);
+      biases[static_cast<size_t>(unit + i)] = layout.bias * total;
+      for (int t = 0; t < f.group; ++t) {
+        values[static_cast<size_t>(unit * f.group + t * count + i)] = rotated[t];
+      }
     }
+    isa.place(rounded, count, f.group, layout, codes.data() + unit * f.group);
   }
 };
 
@@ -193,12 +194,15 @@ std::vector<float> Multiply(Call call, const Weight& weight, const Activations& 
   const int64_t columns = weight.format.panels * kLanes;
   std::vector<float> y(static_cast<size_t>(x.rows * columns));
   alignas(64) float out[kRowBlock * 2 * kLanes];
-  for (int64_t panel = 0; panel < weight.format.panels; panel += 2) {
-    const int panels = weight.format.panels - panel < 2 ? 1 : 2;
-    call(weight, x, panel, panels, 0, x.rows, out);
-    for (int64_t m = 0; m < x.rows; ++m) {
-      std::memcpy(y.data() + m * columns + panel * kLanes, out + m * 2 * kLanes,
-                  static_cast<size_t>(panels * kLanes) * sizeof(float));
+  for (int64_t first = 0; first < x.rows; first += kRowBlock) {
+    const int64_t rows = x.rows - first < kRowBlock ? x.rows - first : kRowBlock;
+    for (int64_t panel = 0; panel < weight.format.panels; panel += 2) {
+      const int panels = weight.format.panels - panel < 2 ? 1 : 2;
+      call(weight, x, panel, panels, first, rows, out);
+      for (int64_t m = 0; m < rows; ++m) {
+        std::memcpy(y.data() + (first + m) * columns + panel * kLanes, out + m * 2 * kLanes,
+                    static_cast<size_t>(panels * kLanes) * sizeof(float));
+      }
     }
   }
   return y;
@@ -246,14 +250,20 @@ bool Close(const std::vector<float>& a, const std::vector<float>& b, const Forma
   return true;
 }
 
+// Random rows, one of them zeros.
+std::vector<float> RandomRows(const Format& f, int64_t rows, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> x(static_cast<size_t>(rows * f.padded()));
+  for (float& value : x) value = normal(random);
+  for (int64_t t = 0; t < f.padded(); ++t) x[static_cast<size_t>((rows / 2) * f.padded() + t)] = 0;
+  return x;
+}
+
 void CompareProducts(const Isa& isa, const Case& c, const Weight& weight, std::mt19937& random) {
   const Isa& plain = PlainIsa();
   const Format& f = weight.format;
-  std::normal_distribution<float> normal;
   for (int64_t rows : {1, 2, 3, 4, 13}) {
-    std::vector<float> x(static_cast<size_t>(rows * f.padded()));
-    for (float& value : x) value = normal(random);
-    for (int64_t t = 0; t < f.padded(); ++t) x[static_cast<size_t>((rows / 2) * f.padded() + t)] = 0;
+    const std::vector<float> x = RandomRows(f, rows, random);
     const Laid here(isa, weight, x, rows);
     const Laid there(plain, weight, x, rows);
     if (!Same(Multiply(isa.product_int8, weight, here.view),
@@ -263,6 +273,20 @@ void CompareProducts(const Isa& isa, const Case& c, const Weight& weight, std::m
     if (!Close(Multiply(isa.product_exact, weight, here.view),
                Multiply(plain.product_exact, weight, there.view), f)) {
       Differs(isa, c, "product_exact", rows);
+    }
+  }
+}
+
+// The form for many rows: whole blocks and tiles, and a block's last rows.
+void CompareManyRows(const Isa& isa, const Case& c, const Weight& weight) {
+  std::mt19937 random(8);
+  for (int64_t rows : {int64_t{kManyRows}, int64_t{kManyRows} + 17, int64_t{kRowBlock} + 5}) {
+    const std::vector<float> x = RandomRows(weight.format, rows, random);
+    const Laid here(isa, weight, x, rows);
+    const Laid there(PlainIsa(), weight, x, rows);
+    if (!Same(Multiply(isa.product_int8, weight, here.view),
+              Multiply(PlainIsa().product_int8, weight, there.view))) {
+      Differs(isa, c, "product_int8 of many rows", rows);
     }
   }
 }
@@ -332,6 +356,7 @@ int Compare(const Isa& isa) {
           if (!Same(w, Decode(PlainIsa(), payload.weight))) Differs(isa, c, "decode_panel", 0);
           CompareRow(isa, c, payload.weight, w);
           CompareProducts(isa, c, payload.weight, random);
+          if (isa.many_rows) CompareManyRows(*isa.many_rows, c, payload.weight);
           ++cases;
         }
       }
@@ -359,7 +384,7 @@ const Isa* Find(const std::string& name) {
 int main(int count, char** arguments) {
   std::vector<std::string> names(arguments + 1, arguments + count);
   const bool all = names.empty();
-  if (all) names = {"plain", "avx2", "avx2vnni", "avx512", "neon", "neondot"};
+  if (all) names = {"plain", "avx2", "avx2vnni", "avx512", "amx", "neon", "neondot"};
   for (const std::string& name : names) {
     const Isa* isa = Find(name);
     if (isa == nullptr && !all) {

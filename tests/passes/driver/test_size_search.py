@@ -149,3 +149,13 @@ def test_a_score_is_held_by_nearly_the_smallest_file(tmp_path: Path) -> None:
         )
         assert other.report.evaluation is not None
         assert not other.report.evaluation["passed"]
+
+
+def test_a_better_plan_that_is_smaller_is_tried_while_none_passed() -> None:
+    """More bits for all weights need one kind of operator, mixed bits two."""
+    better = plan_of(95_000)
+    search = SizeSearch(lambda size: better if size < 130_000 else plan_of(104_000), WEIGHTS)
+    assert search.next(plan_of(100_000), passed=False, excess=1.1) is better
+    larger = search.next(better, passed=False, excess=1.05)
+    assert larger is not None and larger.bytes == 104_000
+    assert search.next(larger, passed=True, excess=0.9) is None
