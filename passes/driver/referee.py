@@ -23,8 +23,8 @@ __all__ = ["referee_of"]
 
 log = logging.getLogger(__name__)
 
-# Inputs that plans are compared on, and the elements that all of them have together at most.
-_FEEDS, _ELEMENTS = 32, 1 << 22
+# Inputs that plans are compared on: the most, the fewest, and the elements of all together between.
+_FEEDS, _FEWEST, _ELEMENTS = 32, 8, 1 << 22
 
 # Weights of models above which plans are not tried: they take minutes to encode and to run.
 _LARGEST = 1 << 29
@@ -77,7 +77,7 @@ def _pieces(model: ir.Model, feeds: Sequence[Feed]) -> list[Feed]:
     size = max(1, max(array.size for array in feeds[0].values()))
     words = any(array.dtype.kind in "iu" and array.ndim > 1 for array in feeds[0].values())
     most = (_WORDS if words else _ELEMENTS) // size
-    return spread(feeds, min(_FEEDS, max(2, most)))
+    return spread(feeds, min(_FEEDS, max(_FEWEST, most)))
 
 
 def _made_up_words(prepared: Prepared, seed: int) -> list[Feed] | None:
