@@ -24,7 +24,7 @@ __all__ = ["referee_of"]
 log = logging.getLogger(__name__)
 
 # Inputs that plans are compared on: the most, the fewest, and the elements of all together between.
-_FEEDS, _FEWEST, _ELEMENTS = 32, 8, 1 << 22
+_FEEDS, _FEWEST, _ELEMENTS = 128, 8, 1 << 22
 
 # Weights of models above which plans are not tried: they take minutes to encode and to run.
 _LARGEST = 1 << 29
