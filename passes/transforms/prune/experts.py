@@ -98,7 +98,7 @@ class PruneExperts(GraphPass):
             gone = _removed(mixture, score, asked)
             if len(gone):
                 notes.append(_cut(mixture, gone))
-                log.info("%s", notes[-1])
+                log.warning("%s", notes[-1])
         return Change(len(notes), tuple(notes))
 
 

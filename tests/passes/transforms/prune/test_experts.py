@@ -96,9 +96,13 @@ def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("asked", [2, 0.34])
-def test_experts_that_are_never_chosen_go_and_nothing_changes(tmp_path: Path, asked: float) -> None:
+def test_experts_that_are_never_chosen_go_and_nothing_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, asked: float
+) -> None:
     model = model_of()
-    out = pruned(tmp_path, model, prune_experts=asked, data=inputs())
+    with caplog.at_level(logging.WARNING):
+        out = pruned(tmp_path, model, prune_experts=asked, data=inputs())
+    assert "gate chooses from 4 of 6 experts, without 1, 4" in caplog.text
     left = EXPERTS - 2
     found = shapes(out)
     assert found["gate"] == (left, WIDTH) and found["offset"] == (left,)
