@@ -16,6 +16,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import bench_killed
 import numpy as np
 from results import RESULTS, print_table, write_results
 from scale_models import SIZES, Decoder, write_decoder
@@ -37,7 +39,11 @@ COMMANDS: Mapping[str, Mapping[str, Any]] = {
     "prune": {"bits": 4, "prune_ratio": 0.2},
     "verify": {},
     "expand": {},
+    "killed": {"bits": 4, "data": "tokens.npz"},
 }
+
+# Runs with --data that are killed at random moments before one that ends.
+KILLS = 10
 
 TOKENS = 256
 
@@ -122,6 +128,23 @@ def run(task: Mapping[str, Any], limit: str | None) -> dict[str, Any]:
     return found
 
 
+def killed(task: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Runs that are killed, and one that ends: fails where that gives other bytes or strays."""
+    options = task["options"]
+    words = ["--bits", str(options["bits"]), "--data", options["data"], "--tune", "0"]
+    words += ["--jobs", str(task["threads"])]
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        runs = bench_killed.measure(Path(task["model"]), Path(place), KILLS, words)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "runs": runs,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "base_rss_bytes": 0,
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "phases": {},
+    }
+
+
 def measure(
     size: str, decoder: Decoder, given: argparse.Namespace, folder: Path
 ) -> Iterator[dict[str, Any]]:
@@ -145,7 +168,7 @@ def measure(
             "options": options, "threads": given.threads,
         }  # fmt: skip
         limit = given.memory if command == "verify" else None
-        found = run(task, limit)
+        found = killed(task, folder) if command == "killed" else run(task, limit)
         if output != small:
             for written_file in folder.glob(f"{output.name}*"):
                 written_file.unlink()
@@ -153,7 +176,7 @@ def measure(
             "size": size, "command": command, "threads": given.threads,
             "type": "float16" if decoder.half else "float32", "model_bytes": written,
             "weights": decoder.parameters, "largest_weights": largest(decoder),
-            **({"windows": given.windows} if command == "data" else {}),
+            **({"windows": given.windows} if "data" in options else {}),
             **({"memory": limit} if limit else {}), **found,
         }  # fmt: skip
         show([row])
@@ -208,7 +231,7 @@ def expected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         known = [row for row in rows if row["command"] == command]
         if command == "verify":
             known = [row for row in known if row["layer_by_layer"]]
-        if command == "lowrank" or not known:
+        if command in ("lowrank", "killed") or not known:
             continue
         row = max(known, key=lambda row: float(row["size"]))
         grown = row["peak_rss_bytes"] - row["base_rss_bytes"]

@@ -38,12 +38,21 @@ from onnxcomp.passes.ir.tensors import (
 from onnxcomp.passes.ir.traversal import LISTING_IR, Scope, default_opset, find_initializer, scopes
 from onnxcomp.passes.weight import DOMAIN, Array, Use, WeightSite
 
-__all__ = ["COMPRESSED_PART", "MIN_SIZE", "Sites", "SkippedWeight", "find_sites", "read_weight"]
+__all__ = [
+    "COMPRESSED_PART",
+    "MIN_SIZE",
+    "Sites",
+    "SkippedWeight",
+    "canonical_matrix",
+    "find_sites",
+    "read_weight",
+]
 
 MIN_SIZE = 16384
 
 # Why a tensor stays as it is that is not dense any more.
 COMPRESSED_PART = "part of a weight already compressed by onnxcomp"
+_TRAINED_PART = f"{COMPRESSED_PART}: trained to share, exact"
 _LEAST_OPSET = 7
 
 # The largest value that codes of a float64 weight can stand for.
@@ -146,7 +155,7 @@ class _SiteFinder:
         """Tensors that are not plain weights."""
         quantised = [leaf for leaf in found if _QUANTISED.search(leaf.node.op_type)]
         if value.name in self.compressed or any(leaf.node.domain == DOMAIN for leaf in found):
-            return COMPRESSED_PART
+            return _TRAINED_PART if metadata.TRAINED in value.meta else COMPRESSED_PART
         if isinstance(tensor, SparseTensor):
             return "sparse initializer"
         if quantised:
@@ -372,5 +381,9 @@ def read_weight(model: ir.Model, site: WeightSite) -> Array:
     value = find_initializer(model, site.name)
     if value is None or value.const_value is None:
         raise ModelError(f"the model has no initializer {site.name!r}")
-    stored = np.asarray(value.const_value.numpy())
-    return site.matrix(stored).astype(np.float32, copy=False)
+    return canonical_matrix(np.asarray(value.const_value.numpy()), site)
+
+
+def canonical_matrix(array: Array, site: WeightSite) -> Array:
+    """The stored tensor of a weight as canonical matrix ``(rows, length)`` in float32."""
+    return site.matrix(array).astype(np.float32, copy=False)

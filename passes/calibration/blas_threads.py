@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-__all__ = ["on_one_blas_thread", "one_blas_thread"]
+__all__ = ["blas_threads", "on_one_blas_thread", "one_blas_thread", "use_blas_threads"]
 
 T = TypeVar("T")
 
@@ -40,6 +40,22 @@ def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
             if hasattr(library, get) and hasattr(library, put):
                 return getattr(library, get), getattr(library, put)
     return None
+
+
+def blas_threads() -> int | None:
+    """Threads that numpy's linear algebra runs on; None where that cannot be told."""
+    found = _openblas()
+    return None if found is None else found[0]()
+
+
+def use_blas_threads(count: int) -> None:
+    """Run numpy's linear algebra on so many threads from now on, where that can be asked for.
+
+    Factorisations round otherwise on another number of threads.
+    """
+    found = _openblas()
+    if found is not None and found[0]() != count:
+        found[1](count)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,9 @@ class DenseFallback:
     Attributes:
         rival: Name of the baseline, usually better at equal bytes; the report compares the two.
         limit: Relative error of products, for the settings, above which a weight stays dense.
+        advice: How models come to need no such loss; empty for nothing to be said.
     """
 
     rival: str
     limit: Callable[[Params], float]
+    advice: str = ""

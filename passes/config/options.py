@@ -30,6 +30,7 @@ from onnxcomp.passes.config.kinds import (
     Sparsity,
 )
 from onnxcomp.passes.config.option import Options, option, table
+from onnxcomp.passes.config.scheduler import Scheduler
 from onnxcomp.passes.config.values import (
     CalibrationMode,
     ExternalData,
@@ -206,7 +207,8 @@ class ByteOptions(Options):
     )  # fmt: skip
     detect_sharing: bool = option(
         False, Flag(), "method",
-        "Store weights whose values repeat in the same order by those values, bit for bit.",
+        "Find weights that were trained to share values and then multiplied out, and store them "
+        "by those values, bit for bit.",
     )  # fmt: skip
     distill: int = option(
         0, Number(whole=True, least=0, metavar="N"), "method",
@@ -323,9 +325,15 @@ class OptimizeOptions(PlanOptions):
     )  # fmt: skip
     cache: PathLike | None = option(
         None, File(folder=True), "run", "Keep encoded weights in this folder.",
-        "An interrupted or repeated run encodes nothing twice. Weights encoded for data are not "
-        "kept.",
+        "An interrupted or repeated run encodes nothing twice, with data neither.",
         example="encoded",
+    )  # fmt: skip
+    scheduler: str | None = option(
+        None, Scheduler(), "run",
+        "Encode on the workers of a Dask cluster: local:N starts N on this machine, HOST:PORT uses "
+        "one that runs.",
+        "The bytes do not depend on it. Workers read the model from a folder that all of them see.",
+        example="local:4",
     )  # fmt: skip
     dry_run: bool = option(False, Flag(), "run", "Only plan.", in_file=False)
     progress: Progress | None = option(

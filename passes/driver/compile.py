@@ -72,7 +72,7 @@ def compile_model(
         files.refuse_overwriting(loaded.files, output)
         if run.verify or run.data is not None:
             check_runnable(loaded.model)
-    with files.workspace(output) as folder:
+    with files.workspace(output) as folder, run.with_workers(folder) as run:
         subject = Subject.of(model, loaded, run.data, output.name, folder)
         planned = plan_subject(subject, settings, given, run)
         done = attempt(planned, folder / output.name, output, run)

@@ -12,10 +12,10 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.driver.run_report import encoded_site, skipped_sites
-from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
-from onnxcomp.passes.encoding.encoder import SPILL_BYTES, encode
+from onnxcomp.passes.encoding.encoder import SPILL_BYTES, Workers, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.encoding.samples import Samples
 from onnxcomp.passes.ir.model import Saved, save
 from onnxcomp.passes.lowering.lower import lower
 from onnxcomp.passes.planning.plan import Plan
@@ -72,6 +72,7 @@ def emit(
     progress: Progress | None = None,
     stage: Stage = _untimed,
     samples: Samples | None = None,
+    workers: Workers | None = None,
 ) -> Written:
     """Encode the weights, rewrite the model in place and save it.
 
@@ -84,6 +85,7 @@ def emit(
         progress: Called before each weight and after the last one.
         stage: Times a part of the work by its name.
         samples: Calibration inputs; None to encode plainly.
+        workers: Encode weights by their values; None to do so here.
 
     Raises:
         UsageError: The disk has no space for the output.
@@ -100,6 +102,7 @@ def emit(
             progress=progress,
             folder=path.parent,
             samples=samples,
+            workers=workers,
         )
     if plan.settings.distill:
         with stage("distill"):

@@ -7,12 +7,15 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.config.values import CalibrationMode
+from onnxcomp.passes.encoding.cluster_connection import connected
+from onnxcomp.passes.encoding.encoder import Workers
 from onnxcomp.passes.verification.user_metric import Evaluation
 from onnxcomp.runtime.activity import activity
 
@@ -53,6 +56,8 @@ class Run:
         force: Whether a model that fails the gate is published.
         progress: Called before each weight and after the last one.
         evaluation: The user's own measure of a model, and how far it may drop.
+        scheduler: Where weights are encoded on many machines; None for here.
+        workers: The workers that `scheduler` stands for, while there is a connection.
         seconds: Wall-clock seconds by stage, filled in as they end.
     """
 
@@ -67,12 +72,24 @@ class Run:
     calibration: CalibrationMode = "sequential"
     tune: int = 0
     evaluation: Evaluation | None = None
+    scheduler: str | None = None
+    workers: Workers | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def calibrates(self) -> bool:
         """Whether weights are encoded for the inputs that are given."""
         return self.data is not None and self.calibration != "off"
+
+    @contextlib.contextmanager
+    def with_workers(self, folder: Path) -> Iterator[Run]:
+        """The same run with the workers of its cluster, if it has one, until the block is left.
+
+        Args:
+            folder: Of this run; gone after it.
+        """
+        with connected(self.scheduler, folder) as cluster:
+            yield dataclasses.replace(self, workers=cluster)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -91,6 +108,7 @@ class Run:
             **settings.to_json(),
             "jobs": self.jobs,
             "cache": None if self.cache is None else str(self.cache),
+            "scheduler": self.scheduler,
             "verify": self.verify,
             "data": None if self.data is None else str(self.data),
             "calibration": "off" if self.data is None else self.calibration,

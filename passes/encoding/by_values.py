@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, release_pages, weight_error
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["encode_by_values"]
+__all__ = ["encode_by_values", "encode_matrix"]
 
 # A weight whose measured error is this many times the codec's expectation is not one the codec is
 # made for (values beyond the range of its scales, say): it stays dense.
@@ -36,10 +40,45 @@ def _payload(
 
 
 def encode_by_values(
-    model: ir.Model, site: WeightSite, choice: Choice, cache: PayloadCache | None, jobs: int
+    model: ir.Model,
+    site: WeightSite,
+    choice: Choice,
+    cache: PayloadCache | None,
+    jobs: int,
+    *,
+    compare: bool = True,
 ) -> EncodedWeight:
-    """The weight with its payload and measured error, or dense with the reason."""
-    weight = read_weight(model, site)
+    """A weight of a model with its payload and measured error, or dense with the reason."""
+    read = functools.partial(read_weight, model, site)
+    return encode_matrix(read, site, choice, cache, jobs, compare=compare)
+
+
+def encode_matrix(
+    read: Callable[[], Array],
+    site: WeightSite,
+    choice: Choice,
+    cache: PayloadCache | None,
+    jobs: int,
+    *,
+    compare: bool = True,
+) -> EncodedWeight:
+    """The same for a weight from anywhere.
+
+    Args:
+        read: Gives its canonical matrix ``(rows, length)``.
+        site: The weight.
+        choice: What the plan says about it.
+        cache: Payloads of earlier runs.
+        jobs: Threads of the encoder.
+        compare: Whether codecs that have a baseline are compared with it.
+    """
+    encoded = _encoded(read(), site, choice, cache, jobs)
+    return with_fallback(encoded, read, threads=jobs) if compare else encoded
+
+
+def _encoded(
+    weight: Array, site: WeightSite, choice: Choice, cache: PayloadCache | None, jobs: int
+) -> EncodedWeight:
     reason = not_finite(weight)
     if reason:
         return EncodedWeight(site, choice, None, reason=reason)

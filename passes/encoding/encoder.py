@@ -7,12 +7,13 @@ unnamed temporary file and mapped back, so that memory does not grow with the mo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +22,8 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
-from onnxcomp.passes.encoding.calibrated import Samples, encode_calibrated
+from onnxcomp.passes.encoding.calibrated import Plain, Samples, encode_calibrated
+from onnxcomp.passes.encoding.dense_fallback import warn_of_losses
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.kept_means import encode_with_means
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
@@ -30,7 +32,7 @@ from onnxcomp.passes.lowering.rewrite import precision_attributes
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, WeightSite
 
-__all__ = ["SPILL_BYTES", "encode"]
+__all__ = ["SPILL_BYTES", "Workers", "encode"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,35 @@ log = logging.getLogger(__name__)
 SPILL_BYTES = 1 << 25
 
 _ALIGNMENT = 64
+
+
+class Workers(Protocol):
+    """Who encodes weights by their values in the place of this process."""
+
+    def encoding(
+        self,
+        model: ir.Model,
+        work: Sequence[WeightSite],
+        plan: Plan,
+        *,
+        cache: PayloadCache | None = None,
+        compare: bool = True,
+        progress: Progress | None = None,
+    ) -> contextlib.AbstractContextManager[Plain]:
+        """Encode while the block runs; what is not done then is cancelled.
+
+        Args:
+            model: The canonical model; only read.
+            work: Weights to encode, in the order in which to begin.
+            plan: Decisions for them.
+            cache: Payloads of earlier runs.
+            compare: Whether codecs are compared with their baselines.
+            progress: Told of what is done.
+
+        Yields:
+            Gives each of the weights once, when it is done.
+        """
+        ...
 
 
 class _Spill:
@@ -82,6 +113,7 @@ def encode(
     progress: Progress | None = None,
     folder: Path | None = None,
     samples: Samples | None = None,
+    workers: Workers | None = None,
 ) -> list[EncodedWeight]:
     """Encode every site the plan does not keep; the result is in the order of `sites`.
 
@@ -94,6 +126,7 @@ def encode(
         progress: Called before each weight and after the last one.
         folder: Where the temporary file lives; None for the system's place.
         samples: Calibration inputs; None to encode plainly.
+        workers: Encode weights by their values; None to do so here.
 
     Raises:
         ModelError: The model does not run on the calibration inputs, or gives NaN.
@@ -109,27 +142,38 @@ def encode(
     def plain(site: WeightSite) -> EncodedWeight:
         if progress is not None:
             progress(done, total, site.name)
-        return encode_by_values(model, site, plan[site.name], cache, jobs)
+        choice = plan[site.name]
+        return encode_by_values(model, site, choice, cache, jobs, compare=samples is None)
 
-    results: Iterator[EncodedWeight]
-    if samples is None:
-        seed = plan.settings.seed
-        results = encode_with_means(model, work, plain, jobs=jobs, seed=seed, folder=folder)
-    else:
-        results = on_one_blas_thread(
-            encode_calibrated(model, work, plan, samples, plain, jobs=jobs, folder=folder)
-        )
-    for encoded in results:
-        site = encoded.site
-        if spill is not None and encoded.payload is not None:
-            spilled_tensors = encoded.payload.tensors.items()
-            numbers[site.name] = {key: spill.store(t) for key, t in spilled_tensors}
-            del spilled_tensors  # or the payload would live as long as the next weight's
-            encoded = dataclasses.replace(
-                encoded, payload=dataclasses.replace(encoded.payload, tensors={})
+    with contextlib.ExitStack() as stack:
+        encoder: Plain = plain
+        if workers is not None:
+            if samples is None:  # so that no worker is left with a large one in the end
+                work = sorted(work, key=lambda site: -site.size)
+            ahead = workers.encoding(
+                model, work, plan, cache=cache, compare=samples is None, progress=progress
             )
-        found[site.name] = encoded
-        done += site.nbytes
+            encoder = stack.enter_context(ahead)
+        if samples is None:
+            seed = plan.settings.seed
+            results = encode_with_means(model, work, encoder, seed=seed, folder=folder)
+        else:
+            results = on_one_blas_thread(
+                encode_calibrated(
+                    model, work, plan, samples, encoder, cache=cache, jobs=jobs, folder=folder
+                )
+            )
+        for encoded in results:
+            site = encoded.site
+            if spill is not None and encoded.payload is not None:
+                spilled_tensors = encoded.payload.tensors.items()
+                numbers[site.name] = {key: spill.store(t) for key, t in spilled_tensors}
+                del spilled_tensors  # or the payload would live as long as the next weight's
+                encoded = dataclasses.replace(
+                    encoded, payload=dataclasses.replace(encoded.payload, tensors={})
+                )
+            found[site.name] = encoded
+            done += site.nbytes
     if progress is not None:
         progress(done, total, "")
     arrays = spill.arrays() if spill is not None else []
@@ -141,6 +185,8 @@ def encode(
     }
     finished = {name: _finished(e, numbers.get(name), arrays, extra) for name, e in found.items()}
     weights = [{**kept, **finished}[site.name] for site in sites]
+    if not plan.settings.distill:  # which makes the loss smaller, and says what is left
+        warn_of_losses(weights)
     return weights if samples is None else _tuned(model, weights, samples, folder)
 
 

@@ -8,7 +8,6 @@ bias takes it back.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from onnxcomp.passes.calibration.made_up_pictures import made_up_pictures
 from onnxcomp.passes.calibration.statistics import Calibration
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import mean_shift
-from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.weight import Stats, WeightSite
 
@@ -37,7 +35,6 @@ def encode_with_means(
     work: Sequence[WeightSite],
     plain: Callable[[WeightSite], EncodedWeight],
     *,
-    jobs: int = 1,
     seed: int = 0,
     folder: Path | None = None,
 ) -> Iterator[EncodedWeight]:
@@ -47,14 +44,9 @@ def encode_with_means(
         model: The canonical model; only read.
         work: Weights to encode.
         plain: Encodes one of them by its values.
-        jobs: Threads of the encoders.
         seed: Of the pictures.
         folder: Where temporary files lie.
     """
-
-    def compared(site: WeightSite) -> EncodedWeight:
-        return with_fallback(plain(site), functools.partial(read_weight, model, site), threads=jobs)
-
     offsets = {site.name: offset for site in work if (offset := offset_of(model, site))}
     able = [site for site in work if site.name in offsets]
     pictures = made_up_pictures(model, seed=seed) if able else None
@@ -64,12 +56,12 @@ def encode_with_means(
         try:
             for group, stats in seen:
                 for site in group:
-                    encoded = compared(left.pop(site.name))
+                    encoded = plain(left.pop(site.name))
                     yield _shifted(model, encoded, stats, offsets[site.name])
         except ModelError as error:
             log.info("means of products are not kept: %s", error.message)
     for site in list(left.values()):
-        yield compared(site)
+        yield plain(site)
 
 
 def _shifted(

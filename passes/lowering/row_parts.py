@@ -17,7 +17,16 @@ from onnxcomp.passes.ir.tensors import ELEMENT_TYPES
 from onnxcomp.passes.lowering.builder import GraphBuilder
 from onnxcomp.passes.weight import Array, Attribute, Kind, WeightSite
 
-__all__ = ["Part", "divided", "joined", "largest_part", "parts_of", "stored_form"]
+__all__ = [
+    "Part",
+    "divided",
+    "joined",
+    "largest_part",
+    "parts_of",
+    "row_bounds",
+    "some_rows",
+    "stored_form",
+]
 
 # A weight is cut where it has more than this share of all weights, in parts of about that size:
 # each takes about eight times its own memory, and so half of what all weights take in the end.
@@ -115,8 +124,8 @@ def parts_of(
     if site.rows < 2 * step:
         return [Part(builder, site, payload)]
     return [
-        Part(_PartBuilder(builder, part, entries), _rows(site, stop - start), part)
-        for start, stop in _bounds(site.rows, step)
+        Part(_PartBuilder(builder, part, entries), some_rows(site, stop - start), part)
+        for start, stop in row_bounds(site.rows, step)
         for part, entries in [cut.part(site, payload, start, stop)]
     ]
 
@@ -130,12 +139,14 @@ def divided(
     return [need.share(count)] * count
 
 
-def _bounds(rows: int, step: int) -> Iterator[tuple[int, int]]:
+def row_bounds(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    """First row of each part of at most `step` rows, and the row behind its last one."""
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
-def _rows(site: WeightSite, count: int) -> WeightSite:
+def some_rows(site: WeightSite, count: int) -> WeightSite:
+    """A weight with so many rows of another one."""
     shape = (site.length, count) if site.transposed else (count, *site.shape[1:])
     return dataclasses.replace(site, shape=shape, rows=count)
 

@@ -12,7 +12,8 @@ from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.dataset import SampleSource
 from onnxcomp.passes.calibration.perturbation import made_up_inputs
 from onnxcomp.passes.calibration.sensitivity import measure_sensitivities, spread
-from onnxcomp.passes.calibration.statistics import collect, unobservable
+from onnxcomp.passes.calibration.sources import unobservable
+from onnxcomp.passes.calibration.statistics import collect
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.latency.model import Timing, measure_timing
 from onnxcomp.passes.planning.rank_goals import has_goal

@@ -1,0 +1,303 @@
+"""Encoding on a Dask cluster: the same bytes, whatever happens to its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+import onnxcomp
+from onnxcomp.errors import ModelError, RuntimeMissingError, UsageError
+from onnxcomp.passes.calibration.blas_threads import one_blas_thread
+from onnxcomp.passes.encoding import cluster as cluster_module
+from onnxcomp.passes.encoding import cluster_connection, cluster_tasks
+
+distributed = pytest.importorskip("distributed", reason="dask[distributed] is not installed")
+
+SEED = np.random.default_rng(11)
+# Weights of several sizes; each of the larger ones is a task of its own.
+SHAPES = [(128, 128)] * 6 + [(128, 1024), (1024, 1100), (1100, 256), (256, 512)]
+# Weights for methods that take long.
+FEW = {"include": ["w[0-6]"]}
+
+
+def model_of(shapes: list[tuple[int, int]]) -> onnx.ModelProto:
+    """Products one behind the other, with weights whose singular values fall."""
+    nodes, weights = [], []
+    for number, (rows, columns) in enumerate(shapes):
+        rank = min(rows, columns) // 8
+        thin = SEED.standard_normal((rows, rank)) @ SEED.standard_normal((rank, columns))
+        weight = thin / rank + 0.1 * SEED.standard_normal((rows, columns))
+        weights.append(numpy_helper.from_array(weight.astype(np.float32), f"w{number}"))
+        names = [f"x{number}", f"w{number}"]
+        nodes.append(helper.make_node("MatMul", names, [f"y{number}"], f"n{number}"))
+        nodes.append(helper.make_node("Relu", [f"y{number}"], [f"x{number + 1}"], f"r{number}"))
+    graph = helper.make_graph(
+        nodes,
+        "products",
+        [helper.make_tensor_value_info("x0", 1, ["n", shapes[0][0]])],
+        [helper.make_tensor_value_info(f"x{len(shapes)}", 1, ["n", shapes[-1][1]])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Workers take as many threads for linear algebra as this process: many are slow here."""
+    with one_blas_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def proto() -> onnx.ModelProto:
+    return model_of(SHAPES)
+
+
+@pytest.fixture(scope="module")
+def model(proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    copy = onnx.ModelProto.FromString(proto.SerializeToString())  # saving changes it
+    onnx.save(copy, path, save_as_external_data=True, location="model.onnx.data", size_threshold=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two worker processes."""
+    with cluster_connection._local(distributed, 2, tmp_path_factory.mktemp("workers")) as found:
+        yield found
+
+
+def digests(path: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.parent.iterdir())
+    }
+
+
+def compress(model: Any, folder: Path, **options: Any) -> dict[str, str]:
+    """Hashes of all that is in a new folder then."""
+    folder.mkdir()
+    result = onnxcomp.optimize(model, folder / "out.onnx", verify=False, **options)
+    assert result.report.coverage > 0.1  # of the weights that may be
+    return digests(folder / "out.onnx")
+
+
+@contextlib.contextmanager
+def on_a_busy_worker(workers: Any, act: Callable[[int], None]) -> Iterator[list[int]]:
+    """While the block runs, do something to the first worker that is at a task of ours."""
+    pids = {nanny.worker_address: nanny.pid for nanny in workers.workers.values()}
+    found: list[int] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not found and not ended.wait(0.002):
+            for address, state in list(workers.scheduler.workers.items()):
+                if any("onnxcomp" in str(task.key) for task in list(state.processing)):
+                    found.append(pids[address])
+                    act(pids[address])
+                    return
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 3, "external_data": "always", "min_size": 1},
+        {"method": "int", "bits": 8},
+        {"method": "lowrank", "set_": [".*:rank=24"], **FEW},
+        {"method": "lowrank+hyper", "set_": [".*:rank=32"], **FEW},
+        {"method": "hash", "bits": 4, **FEW},
+    ],
+    ids=lambda options: options.get("method", "hyper"),
+)
+def test_bytes_are_those_of_one_process(
+    model: Path, workers: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    alone = compress(model, tmp_path / "alone", **options)
+    many = compress(model, tmp_path / "many", scheduler=workers.scheduler_address, **options)
+    assert many == alone
+
+
+def test_calibrated_bytes_are_those_of_one_process(
+    model: Path, workers: Any, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "data.npz", x0=SEED.standard_normal((64, 128)).astype(np.float32))
+    options = {"bits": 3, "data": tmp_path / "data.npz", "tune": 0, **FEW}
+    alone = compress(model, tmp_path / "alone", **options)
+    many = compress(model, tmp_path / "many", scheduler=workers.scheduler_address, **options)
+    assert many == alone
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_weights_that_are_in_no_file_are_sent(
+    proto: onnx.ModelProto,
+    workers: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shared: bool,
+) -> None:
+    alone = compress(proto, tmp_path / "alone", bits=4)
+    if not shared:  # workers look for a mark that is not there: all goes through the network
+        place = cluster_tasks.Place
+        monkeypatch.setattr(place, "marked", lambda folder: place(str(folder), "nowhere"))
+    many = compress(proto, tmp_path / "many", bits=4, scheduler=workers.scheduler_address)
+    assert many == alone
+
+
+def test_workers_use_and_fill_the_cache(model: Path, workers: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    options = {"bits": 4, "cache": cache, "scheduler": workers.scheduler_address}
+    first = compress(model, tmp_path / "first", **options)
+    stored = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert len(stored) == len(SHAPES) and all(name.endswith(".payload") for name in stored)
+    assert compress(model, tmp_path / "second", **options) == first
+    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == stored
+
+
+def test_a_killed_worker_costs_nothing_but_time(model: Path, workers: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "hash", "bits": 4, **FEW}
+    alone = compress(model, tmp_path / "alone", **options)
+    with on_a_busy_worker(workers, lambda pid: os.kill(pid, signal.SIGKILL)) as killed:
+        many = compress(model, tmp_path / "many", scheduler=workers.scheduler_address, **options)
+    assert killed and many == alone
+
+
+def test_only_its_own_task_waits_for_a_slow_worker(
+    model: Path, workers: Any, tmp_path: Path
+) -> None:
+    alone = compress(model, tmp_path / "alone", bits=4)
+    seen: list[tuple[int, int]] = []
+    largest = 4 * max(rows * columns for rows, columns in SHAPES)
+
+    def watch(done: int, total: int, _: str) -> None:
+        """All but one task end while a worker stands still."""
+        seen.append((done, total))
+        if stopped and total - done <= largest and not resumed:
+            resumed.append(done)
+            os.kill(stopped[0], signal.SIGCONT)
+
+    resumed: list[int] = []
+    with on_a_busy_worker(workers, lambda pid: os.kill(pid, signal.SIGSTOP)) as stopped:
+        many = compress(
+            model, tmp_path / "many", bits=4, scheduler=workers.scheduler_address, progress=watch
+        )
+    assert resumed and many == alone
+    assert seen == sorted(seen) and seen[0][0] == 0 and seen[-1][0] == seen[-1][1]
+
+
+def test_other_versions_are_refused(
+    model: Path, workers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {**cluster_tasks.versions(), "onnxcomp": "9.9", "Python": "3.99"}
+    own = cluster_tasks.versions()
+    options = {"bits": 4, "scheduler": workers.scheduler_address}
+    # Seen when workers are looked at, and of workers that came later, by the tasks.
+    for module in (cluster_connection, cluster_module):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "versions", lambda *_: other)
+            with pytest.raises(UsageError, match="has other versions") as caught:
+                onnxcomp.optimize(model, tmp_path / "out.onnx", verify=False, **options)
+        assert f"onnxcomp {own['onnxcomp']} there and 9.9 here" in caught.value.message
+        assert f"Python {own['Python']} there and 3.99 here" in caught.value.message
+        assert "install the same" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_codecs_of_other_packages_are_compared_by_their_code() -> None:
+    found = cluster_tasks.versions(["hyper", "of nobody"])
+    assert found["codec of nobody"] == "missing" and "codec hyper" not in found
+    there = {**found, "codec of nobody": "1234"}
+    assert cluster_tasks.differences(there, found) == "codec of nobody 1234 there and missing here"
+
+
+def test_an_address_where_nobody_answers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_connection, "_CONNECT", 1)
+    start = time.monotonic()
+    with pytest.raises(UsageError, match=r"no scheduler .* at 127.0.0.1:9") as caught:
+        onnxcomp.optimize(model, tmp_path / "out.onnx", scheduler="127.0.0.1:9")
+    assert time.monotonic() - start < 8 and "dask scheduler" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["nowhere", "local:0", "local:x", "", "tcp://", 3])
+def test_texts_that_are_no_address(model: Path, tmp_path: Path, text: Any) -> None:
+    with pytest.raises(UsageError, match="scheduler is") as caught:
+        onnxcomp.optimize(model, tmp_path / "out.onnx", scheduler=text)
+    assert "local:N" in caught.value.hint
+
+
+def test_without_dask_the_package_to_install_is_named(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(RuntimeMissingError) as caught:
+        onnxcomp.optimize(model, tmp_path / "out.onnx", scheduler="local:2")
+    assert caught.value.hint == "pip install 'onnxcomp[distributed]'"
+
+
+def test_a_file_that_is_another_one_is_refused(model: Path) -> None:
+    data = model.with_name("model.onnx.data")
+    status = data.stat()
+    part = cluster_tasks.FilePart(str(data), 0, 64, 1, (4, 4), status.st_size, status.st_mtime_ns)
+    assert part.read().shape == (4, 4)
+    for change in ({"size": 1}, {"modified": 1}, {"path": f"{data}.gone"}):
+        with pytest.raises(ModelError) as caught:
+            dataclasses.replace(part, **change).read()
+        assert "folder" in caught.value.hint
+
+
+def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    """A terminal interrupts the workers of this machine as well."""
+    psutil = pytest.importorskip("psutil", reason="psutil is not installed")
+    words = ["optimize", model, "-o", tmp_path / "out.onnx", "--no-verify"]
+    words += ["--method", "hash", "--include", "w[89]"]  # some seconds of work
+    environment = {
+        **os.environ,
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnxcomp", *map(str, words), "--scheduler", "local:2"],
+        env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    known: list[Any] = []
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        known = psutil.Process(process.pid).children(recursive=True)
+        if list(tmp_path.glob(".*/exchange/*.payload")):
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    lines = [line for line in err.splitlines() if not line.startswith(("encoding: ", "now: "))]
+    assert lines == ["error: interrupted"]
+    assert not list(tmp_path.iterdir())
+    assert len(known) >= 2
+    gone, alive = psutil.wait_procs(known, timeout=5)
+    assert not alive and gone
