@@ -12,9 +12,9 @@ from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
-from onnxcomp.passes.encoding.encoded import EncodedWeight, decoding_error, release_pages
+from onnxcomp.passes.encoding.encoded import EncodedWeight, decoding_error
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.ir.tensors import not_finite
+from onnxcomp.passes.ir.tensors import not_finite, release_pages
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, WeightSite
 

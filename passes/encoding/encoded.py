@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
 
 import numpy as np
 
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.ir.tensors import release_pages
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.lowering.row_parts import row_bounds, some_rows
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, Shift, WeightSite
 
-__all__ = ["EncodedWeight", "decoding_error", "release_pages", "weight_error"]
+__all__ = ["EncodedWeight", "decoding_error", "weight_error"]
 
 # Elements compared at a time when an error is measured, and bytes in float32 of weights that are
 # decoded as a whole for that.
@@ -59,15 +59,6 @@ class EncodedWeight:
     def dense(self, reason: str) -> EncodedWeight:
         """The weight as it is, for this reason."""
         return EncodedWeight(self.site, self.choice, None, reason=reason)
-
-
-def release_pages(array: Array) -> None:
-    """Release the pages of an array that is mapped from a file; reading it maps them again."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
 
 
 def weight_error(weight: Array, decoded: Array) -> float:
