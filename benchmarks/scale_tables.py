@@ -67,7 +67,7 @@ def large_models() -> Iterator[str]:
 
 
 def _windows(rows: list[dict[str, Any]]) -> str:
-    found = sorted({row["windows"] for row in rows if "windows" in row})
+    found = sorted({row["windows"] for row in rows if row["command"] == "data"})
     if not found:
         return "\n"
     return f" `--data` had {' or '.join(map(str, found))} windows\nof {_TOKENS} tokens.\n"
@@ -77,7 +77,7 @@ def _killed(rows: list[dict[str, Any]]) -> str:
     """What became of runs that were killed."""
     found = [row for row in rows if row["command"] == "killed"]
     return "".join(
-        f"Runs with `--data` on {row['model_bytes'] / 1e9:.1f} GB were killed at "
+        f"Runs with `--data` on {row['model_bytes'] / 1e6:.0f} MB were killed at "
         f"{sum(run['code'] != 0 for run in row['runs'])} random moments:\n"
         "the last one wrote the bytes of a run that nobody disturbed, and left no other files.\n"
         for row in found
