@@ -4,6 +4,7 @@
 
 Prints for every run how long it lived and how many weights the cache held after it; fails where
 the last run gives other bytes than a run that nobody disturbed, or leaves stray files.
+`bench_scale.py` does the same with ``--data``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ from results import print_table, write_results
 
 # Rows and columns of every weight: 4.2 MB.
 _SIDE = 1024
+
+# What a cache holds when a run has ended.
+_KEPT = (".payload", ".calibrated")
 
 
 def write_model(path: Path, megabytes: int) -> None:
@@ -53,12 +59,12 @@ def write_model(path: Path, megabytes: int) -> None:
     onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data")
 
 
-def start(model: Path, output: Path, cache: Path, bits: int) -> subprocess.Popen[bytes]:
+def start(
+    model: Path, output: Path, cache: Path, options: Sequence[str]
+) -> subprocess.Popen[bytes]:
     """A run in a process of its own."""
-    words = ["optimize", str(model), "-o", str(output), "--bits", str(bits), "--no-verify", "-q"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "onnxcomp", *words, "-m", "hyper", "--cache", str(cache)]
-    )
+    words = ["optimize", str(model), "-o", str(output), "--no-verify", "-q", *options]
+    return subprocess.Popen([sys.executable, "-m", "onnxcomp", *words, "--cache", str(cache)])
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -69,19 +75,26 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def measure(folder: Path, kills: int, bits: int) -> list[dict[str, Any]]:
-    """Kill runs, let the last one end, and compare."""
-    model = folder / "model.onnx"
+def measure(model: Path, folder: Path, kills: int, options: Sequence[str]) -> list[dict[str, Any]]:
+    """Kill runs, let the last one end, and compare.
+
+    Args:
+        model: What is compiled.
+        folder: For outputs and caches; empty.
+        kills: How many runs are killed.
+        options: Of the runs.
+    """
     rows: list[dict[str, Any]] = []
     begun = time.perf_counter()
     for name in ("undisturbed", "killed"):
         (folder / name).mkdir()
-    if start(model, folder / "undisturbed/out.onnx", folder / "cache0", bits).wait():
+    if start(model, folder / "undisturbed/out.onnx", folder / "cache0", options).wait():
         raise SystemExit("the undisturbed run failed")
     whole = time.perf_counter() - begun
+    shutil.rmtree(folder / "cache0")
     rng, cache = random.Random(0), folder / "cache"
     for number in range(kills + 1):
-        run = start(model, folder / "killed/out.onnx", cache, bits)
+        run = start(model, folder / "killed/out.onnx", cache, options)
         begun = time.perf_counter()
         try:
             code = run.wait(None if number == kills else rng.uniform(0.1, 1.0) * whole)
@@ -89,12 +102,15 @@ def measure(folder: Path, kills: int, bits: int) -> list[dict[str, Any]]:
             run.kill()
             code = run.wait()
         lived = round(time.perf_counter() - begun, 2)
-        payloads = len(list(cache.glob("*.payload"))) if cache.exists() else 0
-        rows.append({"seconds": lived, "code": code, "payloads": payloads})
+        kept = [path.suffix for path in cache.iterdir()] if cache.exists() else []
+        row = {"seconds": lived, "code": code, "payloads": kept.count(".payload")}
+        if "--data" in options:
+            row["calibrated"] = kept.count(".calibrated")
+        rows.append(row)
     if hashes(folder / "killed") != hashes(folder / "undisturbed"):
         raise SystemExit("the files differ, or stray ones are left")
-    if list(cache.glob("*.part")):
-        raise SystemExit("parts of files are left in the cache")
+    if strays := [path.name for path in cache.iterdir() if path.suffix not in _KEPT]:
+        raise SystemExit(f"the cache holds {strays}")
     return rows
 
 
@@ -108,7 +124,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model.onnx", options.megabytes)
-        rows = measure(folder, options.kills, options.bits)
+        words = ["--bits", str(options.bits), "-m", "hyper"]
+        rows = measure(folder / "model.onnx", folder, options.kills, words)
     print_table(
         ("run", "seconds", "exit code", "weights in the cache"),
         [(n, row["seconds"], row["code"], row["payloads"]) for n, row in enumerate(rows, 1)],

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import bench_killed
 import numpy as np
 from results import RESULTS, print_table, write_results
 from scale_models import SIZES, Decoder, write_decoder
@@ -37,12 +39,16 @@ from scale_workers import in_turns
 COMMANDS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"bits": 4},
     "ratio": {"ratio": 8.0},
-    "data": {"bits": 4, "data": "tokens.npz"},
+    "data": {"bits": 4, "data": "tokens.npz", "tune": 0},
     "lowrank": {"method": "lowrank", "ratio": 8.0},
     "prune": {"bits": 4, "prune_ratio": 0.2},
     "verify": {},
     "expand": {},
+    "killed": {"bits": 4, "data": "tokens.npz"},
 }
+
+# Runs with --data that are killed at random moments before one that ends.
+KILLS = 10
 
 TOKENS = 256
 
@@ -141,6 +147,23 @@ def run(task: Mapping[str, Any], limit: str | None) -> dict[str, Any]:
     return found
 
 
+def killed(task: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Runs that are killed, and one that ends: fails where that gives other bytes or strays."""
+    options = task["options"]
+    words = ["--bits", str(options["bits"]), "--data", options["data"], "--tune", "0"]
+    words += ["--jobs", str(task["threads"])]
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        runs = bench_killed.measure(Path(task["model"]), Path(place), KILLS, words)
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "runs": runs,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "base_rss_bytes": 0,
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "phases": {},
+    }
+
+
 def measure(
     size: str, decoder: Decoder, given: argparse.Namespace, folder: Path
 ) -> Iterator[dict[str, Any]]:
@@ -164,7 +187,7 @@ def measure(
             "options": options, "threads": given.threads,
         }  # fmt: skip
         limit = given.memory if command == "verify" else None
-        found = run(task, limit)
+        found = killed(task, folder) if command == "killed" else run(task, limit)
         if output != small:
             for written_file in folder.glob(f"{output.name}*"):
                 written_file.unlink()
@@ -172,7 +195,7 @@ def measure(
             "size": size, "command": command, "threads": given.threads,
             "type": "float16" if decoder.half else "float32", "model_bytes": written,
             "weights": decoder.parameters, "largest_weights": largest(decoder),
-            **({"windows": given.windows} if command == "data" else {}),
+            **({"windows": given.windows} if "data" in options else {}),
             **({"memory": limit} if limit else {}), **found,
         }  # fmt: skip
         show([row])
@@ -240,27 +263,30 @@ def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def expected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Real models, computed: time by the weights, memory beyond the base by the largest tensor.
 
-    Each command's largest model that was measured is what it is computed from. What has another
-    law is left out: time of factors, which grows with the sides of matrices, memory of --data,
-    which grows with its inputs, and verification in whole sessions.
+    For each command, time is computed from the largest model that was measured, and memory from the
+    one with the largest tensor. What has another law is left out: time of factors, which grows with
+    the sides of matrices, memory of --data, which grows with its inputs, and verification in whole
+    sessions.
     """
     found = []
     for command in COMMANDS:
         known = [row for row in rows if row["command"] == command]
         if command == "verify":
             known = [row for row in known if row["layer_by_layer"]]
-        if command == "lowrank" or not known:
+        if command in ("lowrank", "killed") or not known:
             continue
-        row = max(known, key=lambda row: float(row["size"]))
-        grown = row["peak_rss_bytes"] - row["base_rss_bytes"]
+        timed = max(known, key=lambda row: float(row["size"]))
+        wide = max(known, key=lambda row: (row["largest_weights"], float(row["size"])))
+        grown = wide["peak_rss_bytes"] - wide["base_rss_bytes"]
         for name, (weights, tensor) in REAL.items():
-            peak = row["base_rss_bytes"] + grown * tensor / row["largest_weights"]
+            peak = wide["base_rss_bytes"] + grown * tensor / wide["largest_weights"]
             found.append(
                 {
                     "model": name,
                     "command": command,
-                    "from_size": row["size"],
-                    "cpu_seconds": round(row["cpu_seconds"] * weights / row["weights"]),
+                    "from_size": timed["size"],
+                    "memory_from_size": wide["size"],
+                    "cpu_seconds": round(timed["cpu_seconds"] * weights / timed["weights"]),
                     "peak_rss_bytes": None if command == "data" else round(peak),
                 }
             )

@@ -22,6 +22,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ from results import RESULTS, print_table, write_results
 from torch import nn
 from torch.nn import functional
 
+import onnxcomp
 from onnxcomp.models.shared_layers import SharedMemory
 from onnxcomp.models.sharing import share
 
@@ -227,8 +229,31 @@ def measure(network: str, plan: Plan, method: str, ratio: int, options: Any) -> 
         "accuracy": round(accuracy(model, split), 4),
         "seconds": round(time.process_time() - start, 1),
     }
+    if method in (*METHODS, "lottery"):
+        row["stored"] = stored(model, split.images[:1])
     print(row, flush=True)
     return row
+
+
+def stored(model: nn.Module, image: torch.Tensor) -> dict[str, int]:
+    """What the codec `sparse` makes of a pruned network: elements in the file, and bytes.
+
+    Elements are counted among the weights that take part, as the ratio is.
+    """
+    names = set(large(model))
+    with tempfile.TemporaryDirectory() as folder:
+        dense, small = Path(folder) / "dense.onnx", Path(folder) / "small.onnx"
+        torch.onnx.export(model.cpu(), (image.cpu(),), dense, dynamo=False)
+        result = onnxcomp.optimize(dense, small, method="sparse", min_size=0)
+        sites = [site for site in result.report.sites if site.name in names]
+        # What holds nothing but zeros is a constant.
+        kept = [site.params.get("kept", 0) for site in sites if site.method != "dense"]
+        return {
+            "elements": sum(kept) + sum(math.prod(s.shape) for s in sites if s.method == "dense"),
+            "weights": sum(math.prod(site.shape) for site in sites),
+            "dense_bytes": dense.stat().st_size,
+            "bytes": small.stat().st_size,
+        }
 
 
 def wanted(plans: dict[str, Plan], options: Any) -> list[tuple[str, str, int]]:

@@ -122,6 +122,22 @@ def sharing() -> str:
     return markdown(("weights", *(f"{network}, {ratio}x" for network, ratio in columns)), cells)
 
 
+def stored() -> str:
+    """Files of networks that were pruned before training, by the codec `sparse`."""
+    rows = [row for row in read("sharing_training")["rows"] if "stored" in row]
+    groups: dict[int, list[dict[str, int]]] = defaultdict(list)
+    for row in rows:
+        groups[row["ratio"]].append(row["stored"])
+    cells = []
+    for ratio, found in groups.items():
+        asked = [-(-one["weights"] // ratio) for one in found]
+        off = max(abs(o["elements"] - a) / a for o, a in zip(found, asked, strict=True))
+        size = statistics.mean(one["bytes"] for one in found)
+        smaller = statistics.mean(one["dense_bytes"] / one["bytes"] for one in found)
+        cells.append((f"{ratio}x", f"{off:.1%}", f"{size / 1e3:.1f} KB", f"{smaller:.1f}x"))
+    return markdown(("pruned", "elements off, at most", "file", "smaller"), cells)
+
+
 def linear() -> str:
     """Errors of linear models in less memory."""
     rows = [row for row in read("sharing_theory")["fits"] if row["memory"] in (512, 128, 32)]
@@ -252,7 +268,7 @@ PICTURES: dict[str, Callable[[], str]] = {
 }
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (codes, small_models, sharing, linear, pruning, decoding, factors)
+    for table in (codes, small_models, sharing, stored, linear, pruning, decoding, factors)
 }
 
 

@@ -137,7 +137,7 @@ def covered_text(report: Report) -> str:
     """How much of the weights is compressed, or that nothing is left to do."""
     from onnxcomp.passes.analysis.weight_sites import COMPRESSED_PART
 
-    before = any(site.reason == COMPRESSED_PART for site in report.sites)
+    before = any(site.reason.startswith(COMPRESSED_PART) for site in report.sites)
     if before and not any(site.compressed for site in report.sites):
         return "already compressed"
     return f"{100 * report.coverage:.1f} % of weight bytes compressed"

@@ -23,7 +23,7 @@ from onnxcomp.models.torch_calls import (
 from onnxcomp.passes.driver.result import RejectedError, Result, TargetMissedError
 from onnxcomp.passes.ir.files import refuse_overwriting, workspace
 from onnxcomp.passes.ir.model import load, save
-from onnxcomp.passes.transforms.lower_shared_weights import write_note
+from onnxcomp.passes.transforms.sharing_note import write_note
 from onnxcomp.passes.verification.numerics import (
     MINIMUM_AGREEMENT,
     Comparison,

@@ -18,7 +18,16 @@ import torch
 from torch import nn
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs.hash.format import LANES, TILE, ChunkLayout, mix, reduce, seeds
+from onnxcomp.passes.codecs.hash.format import (
+    LANES,
+    TILE,
+    ChunkLayout,
+    Sharing,
+    mix,
+    reduce,
+    seeds,
+)
+from onnxcomp.passes.transforms.shared_lookups import places_name
 
 __all__ = [
     "Map",
@@ -142,6 +151,10 @@ class SharedMemory(nn.Module):
         """Tiles that take consecutive slots."""
         return self.slots if self.map == "fold" else 1
 
+    def sharing(self, base: int) -> Sharing:
+        """The map of a weight whose first tile has this number."""
+        return Sharing(self.run, *seeds(self.seed), base)
+
     def get_extra_state(self) -> torch.Tensor:
         """What the meaning of entries depends on, int64 (3,): seed, number of tiles, run."""
         return torch.tensor([self.seed, self.tiles, self.run])
@@ -189,15 +202,27 @@ class SharedLayer(nn.Module):
         # Not a submodule: its entries would appear in the state once for every layer.
         object.__setattr__(self, "_memory", memory)
         self.base = memory.take(self.geometry.tiles) if base is None else base
-        slots, signs, self._runs = _places(memory, self.base, self.geometry.tiles)
-        device = memory.values.device
-        self.register_buffer("slots", slots.to(device), persistent=False)
-        self.register_buffer("signs", signs.to(device), persistent=False)
-        self.slots: torch.Tensor
-        self.signs: torch.Tensor
+        slots, minus, self._runs = _places(memory, self.base, self.geometry.tiles)
+        self._look_up(slots.to(memory.values.device), minus.to(memory.values.device))
         memory.count(self.slots, scale)
         self.register_buffer("_dense", None, persistent=False)
         self._dense: torch.Tensor | None
+
+    def _look_up(self, slots: torch.Tensor, minus: torch.Tensor) -> None:
+        """Take the places of the weight, and the part of the layer that looks it up there."""
+        places = _Places(slots, minus, self.geometry)
+        # Not a fixed name: exporters write it, and the compiler reads the map there.
+        self.add_module(places_name(self.memory.sharing(self.base)), places)
+        object.__setattr__(self, "_places", places)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a module that was pickled whole, also before layers had a part for look-ups."""
+        super().__setstate__(state)
+        if "_places" not in self.__dict__:
+            slots, signs = (self._buffers.pop(name) for name in ("slots", "signs"))
+            self._non_persistent_buffers_set -= {"slots", "signs"}
+            assert slots is not None and signs is not None
+            self._look_up(slots.to(torch.int32), signs.reshape(-1) < 0)
 
     @property
     def memory(self) -> SharedMemory:
@@ -205,27 +230,79 @@ class SharedLayer(nn.Module):
         memory: SharedMemory = self._memory
         return memory
 
+    @property
+    def slots(self) -> torch.Tensor:
+        """Slot of every tile, ``(tiles,)``."""
+        slots: torch.Tensor = self._places.slots
+        return slots.reshape(-1)
+
+    @property
+    def signs(self) -> torch.Tensor:
+        """Sign of every tile, 1 or -1 in the type of the memory, ``(tiles, 1)``."""
+        minus: torch.Tensor = self._places.minus
+        return 1 - 2 * minus.reshape(-1, 1).to(self.memory.values.dtype)
+
     def matrix(self) -> torch.Tensor:
         """The weight as it is used, ``(rows, length)``."""
         if self._dense is not None:
             return self._dense
         values = self.memory.values
-        signs = self.signs.to(values.dtype)
-        if values.requires_grad and torch.is_grad_enabled():
+        if _exporting():
+            tiles = self._places(values)
+        elif values.requires_grad and torch.is_grad_enabled():
             factors = self.memory.factors()
-            tiles = _Expand.apply(values, self.slots, signs, self._runs, factors)
+            tiles = _Expand.apply(values, self.slots, self.signs, self._runs, factors)
         else:
-            tiles = values.index_select(0, self.slots) * signs
+            tiles = values.index_select(0, self.slots) * self.signs
         g = self.geometry
         panels = tiles.reshape(g.panels, g.blocks * LANES, LANES).transpose(1, 2)
         matrix = panels.reshape(g.panels * LANES, g.blocks * LANES)
         return matrix[: self.rows, : self.length] * self.scale
 
 
+def _exporting() -> bool:
+    """Whether the module is being traced: by an exporter to ONNX, torch.export or torch.jit."""
+    exporting = getattr(torch.compiler, "is_exporting", bool)  # since torch 2.7
+    return bool(torch.onnx.is_in_onnx_export() or exporting() or torch.jit.is_tracing())
+
+
+class _Places(nn.Module):
+    """Where the tiles of a weight lie, and the look-up in the form in which it is exported.
+
+    Standard operators that the exporters of torch take as they are and do not fold:
+    ``Where(minus, -Gather(memory, slots), ...)``. They fold what they can compute, and write the
+    dense weight; an index of two dimensions stops the older exporter, and an operator with two
+    outputs the optimizer behind the newer one, which would fold a small memory. The memory is cut
+    in two and put together again for that alone.
+
+    Args:
+        slots: Slot of every tile, int32 (tiles,).
+        minus: Where the sign is a minus, bool (tiles,).
+        geometry: Sizes of the weight.
+    """
+
+    def __init__(self, slots: torch.Tensor, minus: torch.Tensor, geometry: ChunkLayout) -> None:
+        super().__init__()
+        shape = (geometry.panels, geometry.blocks)
+        self.register_buffer("slots", slots.reshape(shape), persistent=False)
+        self.register_buffer("minus", minus.reshape(*shape, 1), persistent=False)
+        self.slots: torch.Tensor
+        self.minus: torch.Tensor
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Entries ``(slots, 256)`` to tiles ``(panels, blocks, 256)``."""
+        memory = torch.cat(values.split(TILE // 2, dim=1), dim=1)
+        tiles = nn.functional.embedding(self.slots, memory)
+        return torch.where(self.minus, -tiles, tiles)
+
+    def __repr__(self) -> str:
+        return f"{self.slots.numel()} tiles"
+
+
 def _places(
     memory: SharedMemory, base: int, tiles: int
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[tuple[int, int, int], ...]]:
-    """Slots and signs of tiles, and runs (first tile, slot, count) of consecutive slots."""
+    """Slots of tiles, where signs are minus, and runs (first tile, slot, count) of slots."""
     import numpy as np
 
     rotate, sign = seeds(memory.seed)
@@ -238,8 +315,7 @@ def _places(
     firsts = [0, *breaks.tolist()]
     ends = [*breaks.tolist(), tiles]
     runs = tuple((a, int(slots[a]), b - a) for a, b in zip(firsts, ends, strict=True))
-    signs = torch.from_numpy(np.where(minus, -1.0, 1.0).astype(np.float32))[:, None]
-    return torch.from_numpy(slots), signs, runs
+    return torch.from_numpy(slots.astype(np.int32)), torch.from_numpy(minus), runs
 
 
 def _memory_of(

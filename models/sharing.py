@@ -2,8 +2,9 @@
 
 `share` replaces layers before training; the training loop stays the user's own. What is trained and
 saved is the memory; where a weight lies in it is computed (ops/hash/spec.md), so that no index is
-stored anywhere. `onnxcomp.models.export` multiplies weights out and leaves a note in the model, by
-which the compiler finds the memory again and stores weights bit for bit as they were trained.
+saved. The exporters of torch write the memory and the places in it (`shared_layers`);
+`onnxcomp.models.export` multiplies weights out and leaves a note in the model. By either the
+compiler finds the memory again and stores weights bit for bit as they were trained.
 The layers are in `shared_layers`.
 """
 
@@ -29,7 +30,7 @@ from onnxcomp.models.shared_layers import (
     SharedMemory,
 )
 from onnxcomp.passes.codecs.hash.format import ChunkLayout
-from onnxcomp.passes.transforms.lower_shared_weights import Layer, Memory
+from onnxcomp.passes.transforms.sharing_note import Layer, Memory
 
 __all__ = ["memories", "multiplied_out", "share"]
 

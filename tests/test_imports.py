@@ -273,6 +273,7 @@ def test_few_modules_read_the_protocol_of_codecs(imports: dict[str, set[str]]) -
 def test_few_modules_import_many(imports: dict[str, set[str]]) -> None:
     counts = {name: len(targets - {"onnxcomp.errors"}) for name, targets in imports.items()}
     del counts["onnxcomp"]  # the index of the public names
+    del counts["onnxcomp.passes.transforms.registry"]  # the list of the graph passes
     many = {name: count for name, count in counts.items() if count > _MANY}
     assert len(many) <= _MOST_WITH_MANY, many
 

@@ -105,6 +105,26 @@ class Chain:
         """Put other values in the place of an initializer, for the nodes that have not run."""
         self._weights[name] = weight
 
+    def needs(self, name: str) -> bool:
+        """Whether nodes that have not run read a value."""
+        return self._last.get(name, -1) >= self._done
+
+    @property
+    def held(self) -> list[dict[str, Array]]:
+        """For each input what the nodes that have not run still read."""
+        return list(self._held)
+
+    def resume(self, group: Sequence[str], held: Sequence[Mapping[str, Array]]) -> None:
+        """Be where another chain of the same model and inputs was behind a group.
+
+        Args:
+            group: Values that the other chain was asked for last.
+            held: What it held then.
+        """
+        self._held = [dict(values) for values in held]
+        self._done = self.position(group)
+        self._weights = {n: w for n, w in self._weights.items() if self.needs(n)}
+
     def advance(self, wanted: Sequence[str], *, folded: bool = True) -> Iterator[dict[str, Array]]:
         """Run the nodes up to some values, one input after the other.
 
@@ -138,7 +158,7 @@ class Chain:
         run = None  # its session goes, and its memory with it
         return_freed_memory()
         self._done = max(self._done, stop)
-        self._weights = {n: w for n, w in self._weights.items() if self._last.get(n, -1) >= stop}
+        self._weights = {n: w for n, w in self._weights.items() if self.needs(n)}
 
     def _with_repeated(self, part: list[int], outputs: Sequence[str]) -> list[int]:
         """The nodes of a segment with those that are computed again for them, and no others."""

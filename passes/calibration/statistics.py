@@ -4,8 +4,6 @@ A weight ``W (rows, length)`` that becomes ``W + E`` changes the outputs of its 
 ``E x``, in the mean square ``tr(E G E^T)`` with ``G = E[x x^T]``. Every calibrated method works on
 this one matrix. It is gathered as a stream: the model runs segment by segment, products of one
 value share its matrix, and only the matrices of one such group are in memory at a time.
-
-Visits the main graph; weights used in subgraphs have no statistics.
 """
 
 from __future__ import annotations
@@ -22,17 +20,17 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.offsets import shifted
 from onnxcomp.passes.analysis.weight_sites import read_weight
-from onnxcomp.passes.calibration.im2col import Patches, patches, windows
+from onnxcomp.passes.calibration.im2col import patches
 from onnxcomp.passes.calibration.notices import warn_of_few_vectors
 from onnxcomp.passes.calibration.residual_streams import (
     MissingSums,
     missing_vectors,
-    stream_of,
     token_scales,
 )
 from onnxcomp.passes.calibration.second_moments import add_products, mirror
 from onnxcomp.passes.calibration.segmented_run import Chain
-from onnxcomp.passes.weight import Array, Feed, Means, Shift, Stats, Use, WeightSite
+from onnxcomp.passes.calibration.sources import Source, sources_of, stream_source, value_names
+from onnxcomp.passes.weight import Array, Feed, Means, Shift, Stats, WeightSite
 
 __all__ = [
     "HELD_OUT",
@@ -40,7 +38,6 @@ __all__ = [
     "Stats",
     "collect",
     "split_batches",
-    "unobservable",
 ]
 
 log = logging.getLogger(__name__)
@@ -54,91 +51,6 @@ _CHUNK = 4096
 
 # Samples of one input that run at a time where the batch axis can be cut.
 _BATCH = 8
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Source:
-    """Where input vectors come from.
-
-    Attributes:
-        value: Name of the value.
-        kind: "rows" where the last axis holds a vector, "columns" where the one before it does,
-            "patches" for convolutions, "indices" for look-ups, "stream" for what the product is
-            added to.
-        patches: Of a convolution.
-        normalised: Whether the sum with a stream is normalised next.
-        groups: Of a convolution.
-    """
-
-    value: str
-    kind: str
-    patches: Patches | None = None
-    normalised: bool = False
-    groups: int = 1
-
-
-def _source(
-    node: ir.Node, use: Use, site: WeightSite, convolutions: bool, grouped: bool
-) -> _Source | str:
-    """Where a use reads its vectors, or why that is not known."""
-    if use.need == "gather":
-        indices = node.inputs[1]
-        assert indices is not None
-        return _Source(indices.name or "", "indices")
-    x = node.inputs[0]
-    if use.need == "matmul" and x is not None:
-        flipped = node.op_type == "Gemm" and node.attributes.get_int("transA", False)
-        return _Source(x.name or "", "columns" if flipped else "rows")
-    if use.op_type == "Conv" and use.input_index == 1 and not use.path and x is not None:
-        if not convolutions:
-            return "statistics of convolutions were not asked for"
-        cut = windows(node, site.shape[2:])
-        groups = node.attributes.get_int("group", 1)
-        if cut is None or (groups != 1 and not grouped):
-            return "convolution in groups, or with automatic padding"
-        return _Source(x.name or "", "patches", cut, groups=groups)
-    return f"{use.op_type} does not multiply its input with the weight"
-
-
-def _sources(
-    model: ir.Model, site: WeightSite, convolutions: bool, grouped: bool = False
-) -> tuple[tuple[_Source, ...], str]:
-    """Sources of all uses that can be observed, and a reason where there is no product."""
-    nodes = {node.name: node for node in model.graph}
-    found: list[_Source] = []
-    reasons: list[str] = []
-    for use in site.uses:
-        if use.node not in nodes:
-            reasons.append("used inside a subgraph")
-            continue
-        source = _source(nodes[use.node], use, site, convolutions, grouped)
-        if isinstance(source, str):
-            reasons.append(source)
-        elif source not in found:
-            found.append(source)
-    if all(source.kind == "indices" for source in found):
-        return tuple(found), "; ".join(dict.fromkeys(reasons)) or "only rows are looked up"
-    return tuple(found), ""
-
-
-def unobservable(model: ir.Model, site: WeightSite, *, convolutions: bool = True) -> str:
-    """Why the inputs of a site's products cannot be observed; empty when they can."""
-    return _sources(model, site, convolutions)[1]
-
-
-def _stream(model: ir.Model, site: WeightSite, sources: Sequence[_Source]) -> tuple[_Source, ...]:
-    """The stream that the only product of a weight is added to."""
-    if len(sources) != 1 or sources[0].kind not in ("rows", "patches") or sources[0].groups > 1:
-        return ()
-    stream = stream_of(model, site)
-    if stream is None:
-        return ()
-    normalised = stream.normalised and sources[0].kind == "rows"
-    return (_Source(stream.value, "stream", sources[0].patches, normalised),)
-
-
-def _names(sources: Sequence[_Source]) -> list[str]:
-    return list(dict.fromkeys(source.value for source in sources))
 
 
 class _Moments:
@@ -208,14 +120,14 @@ class _Moments:
         return bool(np.isfinite(self.sum).all() and np.isfinite(self.square).all())
 
 
-def _vectors(array: Array, source: _Source) -> Array:
+def _vectors(array: Array, source: Source) -> Array:
     """The vectors in a value: ``(vectors, length)``, in groups ``(vectors, groups, length)``."""
     if source.kind == "patches":
         assert source.patches is not None
         found = patches(array, source.patches)
         return found if source.groups == 1 else found.reshape(len(found), source.groups, -1)
     if source.kind == "columns":
-        array = array.T
+        array = np.swapaxes(array, -1, -2)
     return np.asarray(array.reshape(-1, array.shape[-1]))
 
 
@@ -229,14 +141,14 @@ class _Lost:
         threads: Threads of the sums.
     """
 
-    def __init__(self, source: _Source, site: WeightSite, weight: Array, threads: int) -> None:
+    def __init__(self, source: Source, site: WeightSite, weight: Array, threads: int) -> None:
         self._source, self._rows, self._weight = source, site.rows, weight
         self._seen = MissingSums(site.rows, site.length, held=False, threads=threads)
         self._kept = MissingSums(site.rows, site.length, held=True, threads=threads)
 
     @classmethod
     def of(
-        cls, model: ir.Model, site: WeightSite, sources: Sequence[_Source], threads: int
+        cls, model: ir.Model, site: WeightSite, sources: Sequence[Source], threads: int
     ) -> _Lost | None:
         """For the stream among the sources; None where there is none."""
         found = [source for source in sources if source.kind == "stream"]
@@ -315,46 +227,84 @@ class Calibration:
         folder: Path | None = None,
         threads: int = 1,
     ) -> None:
-        found = {site.name: _sources(model, site, convolutions, grouped) for site in sites}
+        found = {site.name: sources_of(model, site, convolutions, grouped) for site in sites}
         if streams and reference is not None:
             for site in sites:
                 sources, reason = found[site.name]
-                found[site.name] = (*sources, *_stream(model, site, sources)), reason
+                found[site.name] = (*sources, *stream_source(model, site, sources)), reason
         self.reasons = {name: reason for name, (_, reason) in found.items() if reason}
         self._model, self._feeds, self._threads = model, list(feeds), threads
         self._means = means
-        by_sources: dict[tuple[_Source, ...], list[WeightSite]] = {}
+        by_sources: dict[tuple[Source, ...], list[WeightSite]] = {}
         for site in sites:
             if site.name not in self.reasons:
                 by_sources.setdefault(found[site.name][0], []).append(site)
-        wanted = [_names(sources) for sources in by_sources]
+        wanted = [value_names(sources) for sources in by_sources]
         self._chain = Chain(model, self._feeds, wanted, folder)
         self._dense = Chain(reference, self._feeds, wanted, folder) if reference else None
         self._groups = sorted(
-            by_sources.items(), key=lambda item: self._chain.position(_names(item[0]))
+            by_sources.items(), key=lambda item: self._chain.position(value_names(item[0]))
         )
 
     def replace(self, site: WeightSite, weight: Array) -> None:
         """Put ``(rows, length)`` in the place of a weight for all that is observed later."""
-        stored = weight.T if site.transposed else weight
-        self._chain.replace(site.name, np.ascontiguousarray(stored).reshape(site.shape))
+        self._chain.replace(site.name, site.stored_form(weight))
 
     def shift(self, shift: Shift) -> None:
         """Add a shift to its initializer for all that is observed later."""
         self._chain.replace(shift.name, shifted(self._model, shift).numpy())
 
     def __iter__(self) -> Iterator[tuple[tuple[WeightSite, ...], Stats]]:
-        """Groups of sites whose products read the same values, each with its statistics.
+        """All groups, each with its statistics.
+
+        Raises:
+            ModelError: Inputs of a weight hold NaN or infinite values.
+        """
+        for number, sites in enumerate(self.groups):
+            yield sites, self.observe(number)
+
+    @property
+    def groups(self) -> list[tuple[WeightSite, ...]]:
+        """Sites whose products read the same values, in the order of their use."""
+        return [tuple(sites) for _, sites in self._groups]
+
+    def needs(self, name: str) -> bool:
+        """Whether what has not been observed still depends on an initializer."""
+        return self._chain.needs(name)
+
+    @property
+    def activations(self) -> list[list[dict[str, Array]]]:
+        """What is held between groups: for each model and each input, values by name."""
+        return [chain.held for chain in (self._chain, self._dense) if chain is not None]
+
+    def resume(self, number: int, activations: Sequence[Sequence[Mapping[str, Array]]]) -> None:
+        """Be where another calibration with the same arguments was behind a group.
+
+        Args:
+            number: The group, counted from 0.
+            activations: What it held then.
+        """
+        names = value_names(self._groups[number][0])
+        for chain, held in zip((self._chain, self._dense), activations, strict=False):
+            assert chain is not None
+            chain.resume(names, held)
+
+    def pass_by(self, number: int) -> None:
+        """Run the model up to a group whose statistics are not wanted."""
+        names = value_names(self._groups[number][0])
+        for chain in (self._chain, self._dense):
+            for _ in () if chain is None else chain.advance(names):
+                pass
+
+    def observe(self, number: int) -> Stats:
+        """Statistics of a group, which follows the last one that was observed or passed by.
 
         The `Stats.site` is the first of the group.
 
         Raises:
             ModelError: Inputs of a weight hold NaN or infinite values.
         """
-        for sources, sites in self._groups:
-            yield tuple(sites), self._observe(sources, sites)
-
-    def _observe(self, sources: Sequence[_Source], sites: Sequence[WeightSite]) -> Stats:
+        sources, sites = self._groups[number]
         site = sites[0]
         paired = self._dense is not None
         groups = sources[0].groups
@@ -365,7 +315,7 @@ class Calibration:
         )
         counts = np.zeros(site.rows) if any(s.kind == "indices" for s in sources) else None
         lost = _Lost.of(self._model, site, sources, self._threads)
-        names = _names(sources)
+        names = value_names(sources)
         found = self._chain.advance(names)
         dense = self._dense.advance(names) if self._dense else [{}] * len(self._feeds)
         for number, (values, exact) in enumerate(zip(found, dense, strict=True)):

@@ -198,9 +198,17 @@ class ByteOptions(Options):
         "Let pruning change the shapes of inputs and outputs that hold a KV cache.",
         key="caches", example="false",
     )  # fmt: skip
+    prune_experts: float | None = option(
+        None, Number(above=0, metavar="N|SHARE"), "prune",
+        "Take so many whole experts, or this share of them, out of each mixture of experts.",
+        "Those go that are chosen least on the data; without data, those with the least column of "
+        "the router. A router and the stacks that its indices pick from are found by themselves.",
+        key="experts", example="2",
+    )  # fmt: skip
     detect_sharing: bool = option(
         False, Flag(), "method",
-        "Store weights whose values repeat in the same order by those values, bit for bit.",
+        "Find weights that were trained to share values and then multiplied out, and store them "
+        "by those values, bit for bit.",
     )  # fmt: skip
     distill: int = option(
         0, Number(whole=True, least=0, metavar="N"), "method",
@@ -317,8 +325,7 @@ class OptimizeOptions(PlanOptions):
     )  # fmt: skip
     cache: PathLike | None = option(
         None, File(folder=True), "run", "Keep encoded weights in this folder.",
-        "An interrupted or repeated run encodes nothing twice. Weights encoded for data are not "
-        "kept.",
+        "An interrupted or repeated run encodes nothing twice, with data neither.",
         example="encoded",
     )  # fmt: skip
     scheduler: str | None = option(

@@ -22,8 +22,8 @@ from onnxcomp.passes.driver.repair import Repair
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.driver.size_search import SizeSearch
 from onnxcomp.passes.driver.state import PlannedModel
-from onnxcomp.passes.encoding.calibrated import Samples, load_samples, warn_of_uncalibrated_factors
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.encoding.samples import Samples, load_samples, warn_of_uncalibrated_factors
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.unverified import kept_unverified
 from onnxcomp.passes.planning.plan import Plan
@@ -79,7 +79,8 @@ def _searched(
     planned: PlannedModel, path: Path, output: Path, run: Run, limit: float | None
 ) -> Attempt:
     """Attempts with one plan after the other."""
-    cache = PayloadCache(path.parent / "payloads" if run.cache is None else run.cache)
+    own = path.parent / "payloads"
+    cache = PayloadCache(own, lasting=False) if run.cache is None else PayloadCache(run.cache)
     free = _has_free_size(planned, run)
     repair = Repair(
         planned.prepared, planned.candidates, path.name, timing=planned.timing, free=free

@@ -12,10 +12,10 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.driver.run_report import encoded_site, skipped_sites
-from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.distill import distilled
 from onnxcomp.passes.encoding.encoder import SPILL_BYTES, Workers, encode
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.encoding.samples import Samples
 from onnxcomp.passes.ir.model import Saved, save
 from onnxcomp.passes.lowering.lower import lower
 from onnxcomp.passes.planning.plan import Plan

@@ -18,101 +18,23 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.offsets import Offset, offset_of
 from onnxcomp.passes.analysis.weight_sites import read_weight
-from onnxcomp.passes.calibration.statistics import HELD_OUT, Calibration
+from onnxcomp.passes.calibration.statistics import Calibration
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import HeldOut, mean_shift
-from onnxcomp.passes.codecs.protocol import CalibratedEncoding
-from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
-from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.encoding.journal import Journal, Walk
+from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.encoding.samples import Samples, calibration_of, usable
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.weight import Array, Feed, Shift, Stats, WeightSite
+from onnxcomp.passes.weight import Array, Shift, Stats, WeightSite
 
-__all__ = [
-    "Samples",
-    "encode_calibrated",
-    "load_samples",
-    "warn_of_uncalibrated_factors",
-]
+__all__ = ["Plain", "Samples", "encode_calibrated"]
 
 log = logging.getLogger(__name__)
 
-# Inputs that the fidelity gate runs when there is calibration data.
-_VERIFICATION_FEEDS = 4
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Samples:
-    """Calibration inputs and how they are used.
-
-    Attributes:
-        feeds: Inputs by name.
-        sequential: Whether weights are observed behind the compressed earlier ones.
-        tune: Passes over them that tune scales for the outputs.
-    """
-
-    feeds: Sequence[Feed]
-    sequential: bool = True
-    tune: int = 0
-
-    @property
-    def verification_feeds(self) -> list[Feed]:
-        """A few inputs to compare models on, held-out ones where there are any."""
-        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_VERIFICATION_FEEDS]
-
-
-def load_samples(
-    source: Callable[[], Sequence[Feed] | None],
-    mode: CalibrationMode,
-    sites: Sequence[WeightSite],
-    plan: Plan,
-    *,
-    tune: int = 0,
-) -> Samples | None:
-    """Calibration inputs for the encoders; None where they are of no use.
-
-    Args:
-        source: Gives the inputs in small batches, or None.
-        mode: How they are used.
-        sites: The model's weights.
-        plan: Decisions for them.
-        tune: Passes over the inputs that tune scales for the outputs.
-
-    Raises:
-        UsageError: A file cannot be read, or a name, shape or type does not fit the model.
-    """
-    if mode == "off" or not _uses_samples(sites, plan):
-        return None
-    feeds = source()
-    return None if feeds is None else Samples(feeds, mode == "sequential", tune)
-
-
-def warn_of_uncalibrated_factors(plan: Plan) -> None:
-    """Warn where weights get factors without inputs to fit them to, which loses the most."""
-    count = sum(CODECS[choice.codec].ranks is not None for choice in plan)
-    if count:
-        log.warning(
-            "no calibration data: the factors of %d weight%s approximate the weights alone, "
-            "not their products; with --data they lose less",
-            count,
-            "s" if count > 1 else "",
-        )
-
-
 # Encodes a weight without calibration.
 Plain = Callable[[WeightSite], EncodedWeight]
-
-
-def _calibration(site: WeightSite, choice: Choice) -> CalibratedEncoding | None:
-    """How a weight is encoded for its inputs; None where it cannot be."""
-    found = CODECS[choice.codec].calibration
-    return found if found is not None and found.suits(site, choice.params) else None
-
-
-def _uses_samples(sites: Sequence[WeightSite], plan: Plan) -> bool:
-    """Whether any weight of a plan can be calibrated."""
-    return any(_calibration(site, plan[site.name]) for site in sites if not plan[site.name].kept)
 
 
 def encode_calibrated(
@@ -122,6 +44,7 @@ def encode_calibrated(
     samples: Samples,
     plain: Plain,
     *,
+    cache: PayloadCache | None = None,
     jobs: int = 1,
     folder: Path | None = None,
 ) -> Iterator[EncodedWeight]:
@@ -133,13 +56,14 @@ def encode_calibrated(
         plan: Decisions for them.
         samples: Calibration inputs.
         plain: Encodes a weight without calibration.
+        cache: Keeps what is finished, for a run that continues this one; None to keep nothing.
         jobs: Threads of the encoders.
         folder: Where temporary files lie.
 
     Raises:
         ModelError: The model does not run, or inputs of a weight hold NaN or infinite values.
     """
-    found = {site.name: _calibration(site, plan[site.name]) for site in work}
+    found = {site.name: calibration_of(site, plan[site.name]) for site in work}
     offsets = {site.name: offset_of(model, site) for site in work}
     able = [site for site in work if found[site.name] or offsets[site.name]]
     anchored = any(calibration.anchored for calibration in found.values() if calibration)
@@ -160,47 +84,36 @@ def encode_calibrated(
     reasons = {**calibration.reasons, **first.reasons}
     observed = {site.name for site in able} - set(reasons)
 
-    def replace(encoded: EncodedWeight) -> None:
-        if samples.sequential and encoded.payload is not None:
-            codec = CODECS[encoded.choice.codec]
-            calibration.replace(encoded.site, codec.decode(encoded.site, encoded.payload))
-            if encoded.shift is not None:
-                calibration.shift(encoded.shift)
-
-    for site in work:
-        if site.name in observed:
-            continue
+    def alone(site: WeightSite) -> EncodedWeight:
         encoded = plain(site)
         note = reasons.get(site.name, "")
         encoded = dataclasses.replace(encoded, note=f"not calibrated: {note}" if note else "")
+        return with_fallback(encoded, functools.partial(read_weight, model, site), threads=jobs)
+
+    def fitted(site: WeightSite, stats: Stats) -> EncodedWeight:
+        own = usable(dataclasses.replace(stats, site=site), found[site.name])
+        weight = read_weight(model, site)
+        encoded = _better(weight, own, plain(site), offsets[site.name], jobs)
         read = functools.partial(read_weight, model, site)
-        encoded = with_fallback(encoded, read, threads=jobs)
-        yield encoded
-        replace(encoded)
+        return with_fallback(encoded, read, own, threads=jobs)
+
+    others = [site for site in work if site.name not in observed]
+    groups = [*first.groups, *calibration.groups]
+    order = [(site, plan[site.name]) for site in (*others, *itertools.chain(*groups))]
+    names = [[site.name for site in group] for group in groups]
+    facts = [names, samples.sequential, reference is not None, streams]
+    journal = Journal(cache, model, samples.feeds, order, facts)
+    walk = Walk(calibration, journal, sequential=samples.sequential)
+    yield from walk.plainly(others, alone)
     # Look-ups of a table come before its products, and all weights between see what is stored: so
     # it is encoded first, for what the dense model feeds its products.
-    for group, stats in itertools.chain(first, calibration):
-        for site in group:
-            own = _usable(dataclasses.replace(stats, site=site), found[site.name])
-            weight = read_weight(model, site)
-            encoded = _better(weight, own, plain(site), offsets[site.name], jobs)
-            read = functools.partial(read_weight, model, site)
-            encoded = with_fallback(encoded, read, own, threads=jobs)
-            replace(encoded)
-            yield encoded
+    yield from Walk(first, journal, sequential=False).fitted(fitted, walk)
+    yield from walk.fitted(fitted)
+    journal.close()
 
 
 def _looked_up(site: WeightSite) -> bool:
     return any(use.need == "gather" for use in site.uses)
-
-
-def _usable(stats: Stats, calibration: CalibratedEncoding | None) -> Stats:
-    """The statistics without what the encoder does not aim at."""
-    if calibration is None or not calibration.anchored:
-        stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
-    if calibration is None or not calibration.streams:
-        stats = dataclasses.replace(stats, missing=None, held_missing=None)
-    return stats
 
 
 def _better(
@@ -211,7 +124,7 @@ def _better(
     Where its products have an offset of their own, their means are kept by that.
     """
     site, choice = plain.site, plain.choice
-    codec, calibration = CODECS[choice.codec], _calibration(site, choice)
+    codec, calibration = CODECS[choice.codec], calibration_of(site, choice)
     if plain.payload is None:
         return plain
     fit = _Fit(weight, stats, offset)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs import CODECS
@@ -19,9 +20,32 @@ from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.weight import Array, Stats, WeightSite
 
-__all__ = ["with_fallback"]
+__all__ = ["warn_of_losses", "with_fallback"]
 
 log = logging.getLogger(__name__)
+
+
+# Relative error up to which what a codec does to a weight is nothing to warn of.
+_EXACT = 0.01
+
+
+def warn_of_losses(encoded: Sequence[EncodedWeight]) -> None:
+    """Warn of weights at a loss in codecs for models that are trained for them, once for each."""
+    losses: dict[str, list[float]] = {}
+    for item in encoded:
+        if item.payload is None or CODECS[item.choice.codec].fallback is None:
+            continue
+        error = item.error if item.output_error is None else item.output_error
+        if error > _EXACT:
+            losses.setdefault(item.choice.codec, []).append(error)
+    for name, errors in losses.items():
+        fallback = CODECS[name].fallback
+        decibels = -20.0 * math.log10(max(errors))
+        log.warning(
+            "%s: %d weights were not trained for it and lose up to %.0f %% (%.1f dB)%s",
+            name, len(errors), 100 * max(errors), decibels,
+            f": {fallback.advice}" if fallback is not None and fallback.advice else "",
+        )  # fmt: skip
 
 
 def with_fallback(

@@ -18,8 +18,8 @@ from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import stored_form
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Payload, SharedValues, ValueSharing
-from onnxcomp.passes.encoding.calibrated import Samples
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
+from onnxcomp.passes.encoding.samples import Samples
 from onnxcomp.passes.encoding.trainer import trainer
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.planning.plan import Plan

@@ -23,6 +23,7 @@ from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import encode_by_values
 from onnxcomp.passes.encoding.calibrated import Plain, Samples, encode_calibrated
+from onnxcomp.passes.encoding.dense_fallback import warn_of_losses
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.kept_means import encode_with_means
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
@@ -158,7 +159,9 @@ def encode(
             results = encode_with_means(model, work, encoder, seed=seed, folder=folder)
         else:
             results = on_one_blas_thread(
-                encode_calibrated(model, work, plan, samples, encoder, jobs=jobs, folder=folder)
+                encode_calibrated(
+                    model, work, plan, samples, encoder, cache=cache, jobs=jobs, folder=folder
+                )
             )
         for encoded in results:
             site = encoded.site
@@ -182,6 +185,8 @@ def encode(
     }
     finished = {name: _finished(e, numbers.get(name), arrays, extra) for name, e in found.items()}
     weights = [{**kept, **finished}[site.name] for site in sites]
+    if not plan.settings.distill:  # which makes the loss smaller, and says what is left
+        warn_of_losses(weights)
     return weights if samples is None else _tuned(model, weights, samples, folder)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
@@ -26,19 +25,21 @@ import numpy as np
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.encoding.stored_arrays import read_arrays, write_arrays
 from onnxcomp.passes.weight import Array, Attribute, WeightSite
 
-__all__ = ["PayloadCache", "code_version", "payload_of"]
+__all__ = [
+    "PayloadCache",
+    "code_version",
+    "payload_of",
+    "plain_attributes",
+    "stored_payload_of",
+]
 
 log = logging.getLogger(__name__)
 
 # Changes whenever the files do; what is in them also follows from the code of the encoders.
-FORMAT = 2
-
-_ATTRIBUTES = "__attributes__"
-
-# Bytes of the checksum in front of a file.
-_DIGEST = hashlib.sha256().digest_size
+FORMAT = 4
 
 
 @functools.cache
@@ -90,11 +91,15 @@ class PayloadCache:
 
     Args:
         folder: Made when it does not exist.
+        lasting: Whether it is there for other runs; if not, nothing is kept for one that is killed.
         make: False to use a folder as it is, and fail to write where there is none.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, make: bool = True) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, lasting: bool = True, make: bool = True
+    ) -> None:
         self.folder = Path(folder)
+        self.lasting = lasting
         if not make:
             return
         try:
@@ -136,44 +141,50 @@ class PayloadCache:
 
     def get(self, key: str, site: WeightSite, codec: Codec, params: Params) -> Payload | None:
         """The payload, or None when there is none that is whole and fits the codec's layout."""
-        tensors = self._read(key)
-        if tensors is None:
-            return None
-        stored: dict[str, Any] = json.loads(tensors.pop(_ATTRIBUTES).tobytes())
-        attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        if not _fits(tensors, codec, site, params):
-            return None
-        return payload_of(tensors, attributes, site, codec, params)
+        return self.measured(key, site, codec, params)[0]
 
-    def _read(self, key: str) -> dict[str, Array] | None:
-        try:
-            stored = self.path(key).read_bytes()
-        except OSError:
-            return None
-        if hashlib.sha256(stored[_DIGEST:]).digest() != stored[:_DIGEST]:
-            return None
-        with np.load(io.BytesIO(stored[_DIGEST:]), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+    def measured(
+        self, key: str, site: WeightSite, codec: Codec, params: Params
+    ) -> tuple[Payload | None, float | None]:
+        """The payload as `get` gives it, and its error where that was stored with it."""
+        found = read_arrays(self.path(key))
+        if found is None:
+            return None, None
+        head, tensors = found
+        return stored_payload_of(tensors, head["attributes"], site, codec, params), head["error"]
 
-    def put(self, key: str, payload: Payload) -> bool:
-        """Store a payload under its key, replacing what is there; whether that could be done."""
-        return self.put_tensors(key, payload.tensors, payload.attributes)
+    def put(self, key: str, payload: Payload, error: float | None = None) -> bool:
+        """Store a payload under its key, replacing what is there; whether that could be done.
+
+        Args:
+            key: Its name.
+            payload: The payload.
+            error: Relative error of the decoded weight, where that is known.
+        """
+        return self.put_tensors(key, payload.tensors, payload.attributes, error)
 
     def put_tensors(
-        self, key: str, tensors: Mapping[str, Array], attributes: Mapping[str, Attribute]
+        self,
+        key: str,
+        tensors: Mapping[str, Array],
+        attributes: Mapping[str, Attribute],
+        error: float | None = None,
     ) -> bool:
         """The same for the parts of a payload."""
-        text = json.dumps(_plain(attributes)).encode()
-        body = io.BytesIO()
-        arrays = {**tensors, _ATTRIBUTES: np.frombuffer(text, np.uint8)}
-        np.savez(body, allow_pickle=False, **arrays)
+        head = {"attributes": plain_attributes(attributes), "error": error}
+        return self.write(self.path(key), head, tensors)
+
+    def write(self, path: Path, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> bool:
+        """Write a file of the folder beside its place, then rename it.
+
+        Returns:
+            Whether it is there; where it is not, the log says why.
+        """
         writer = f"{os.getpid()}.{threading.get_ident()}.{platform.node()}"
-        part = self.folder / f"{key}.{writer}.part"
+        part = self.folder / f"{path.stem}.{writer}.part"
         try:
-            with part.open("wb") as file:
-                file.write(hashlib.sha256(body.getbuffer()).digest())
-                file.write(body.getbuffer())
-            part.replace(self.path(key))
+            write_arrays(part, head, arrays)
+            part.replace(path)
         except OSError as error:  # a full disk, say: the run itself does not need the file
             log.warning("the cache cannot be written: %s", error)
             return False
@@ -194,7 +205,30 @@ def payload_of(
     return Payload(tensors, codec.shared(site, params), attributes)
 
 
-def _plain(attributes: Mapping[str, Attribute]) -> dict[str, object]:
+def stored_payload_of(
+    tensors: Mapping[str, Array],
+    stored: Mapping[str, Any],
+    site: WeightSite,
+    codec: Codec,
+    params: Params,
+) -> Payload | None:
+    """A payload of what lay in a file; None where it does not fit the codec's layout.
+
+    Args:
+        tensors: Its own tensors.
+        stored: Its attributes as `plain_attributes` gives them.
+        site: Where the weight lives.
+        codec: The codec.
+        params: Its settings.
+    """
+    if not _fits(tensors, codec, site, params):
+        return None
+    attributes = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    return payload_of(tensors, attributes, site, codec, params)
+
+
+def plain_attributes(attributes: Mapping[str, Attribute]) -> dict[str, object]:
+    """Attributes of a payload as JSON holds them."""
     return {
         key: value if isinstance(value, int | float | str) else [int(item) for item in value]
         for key, value in attributes.items()

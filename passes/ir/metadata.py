@@ -17,6 +17,7 @@ __all__ = [
     "QUANTIZATION",
     "RANK",
     "SOURCE",
+    "TRAINED",
     "TRAINING",
 ]
 
@@ -33,6 +34,8 @@ INPUT_INFO: Final = "onnxcomp.input_info"
 OUTPUT_INFO: Final = "onnxcomp.output_info"
 # Value: a weight that is the product of two thin ones: the most that its rank can be.
 RANK: Final = "onnxcomp.rank"
+# Value: entries that several weights share and were trained for.
+TRAINED: Final = "onnxcomp.trained"
 # Node: the name we gave it and the one it had, which is written while it still has ours.
 GENERATED_NAME: Final = "onnxcomp.generated_name"
 # Value: ONNX IR's own key for quantization annotations.

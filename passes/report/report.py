@@ -110,7 +110,9 @@ def coverage(sites: Iterable[SiteReport], min_size: int) -> float:
     purpose count as compressed.
     """
     weights = [
-        site for site in sites if site.dtype not in _NO_WEIGHTS and site.reason != COMPRESSED_PART
+        site
+        for site in sites
+        if site.dtype not in _NO_WEIGHTS and not site.reason.startswith(COMPRESSED_PART)
     ]
     large = [site for site in weights if site.bytes_before >= min_size]
     total = sum(site.bytes_before for site in large)

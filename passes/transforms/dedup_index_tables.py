@@ -32,12 +32,12 @@ from onnxcomp.passes.ir.traversal import (
 from onnxcomp.passes.transforms.index_runs import IndexedWeight, RunWriter
 from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
 
-__all__ = ["IndexedWeights"]
+__all__ = ["SHAPING", "IndexedWeights", "constant_of", "remove_chain", "shaped"]
 
 Array = npt.NDArray[Any]
 
 # Operators that move or shape values and take what else they need as constants.
-_SHAPING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
+SHAPING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, IndexedWeight]]:
         if len(node.inputs) != 2:
             continue
         memory, given = node.inputs
-        values = None if memory is None or memory in listed else _constant(memory)
-        index = None if given is None or given in listed else _constant(given)
+        values = None if memory is None or memory in listed else constant_of(memory)
+        index = None if given is None or given in listed else constant_of(given)
         if values is None or index is None or values.dtype != np.float32:
             continue
         if values.ndim != 1 or index.dtype != np.int64 or not index.size or not values.size:
@@ -125,14 +125,14 @@ def _step(
         return None
     if node.op_type == "Mul":
         other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
-        constant = None if other is None or other in listed else _constant(other)
+        constant = None if other is None or other in listed else constant_of(other)
         return None if constant is None else _multiplied(look_up, constant)
-    if node.op_type not in _SHAPING or node.inputs[0] is not value:
+    if node.op_type not in SHAPING or node.inputs[0] is not value:
         return None
-    index = _shaped(node, look_up.index)
+    index = shaped(node, look_up.index)
     if index is None:
         return None
-    sign = None if look_up.sign is None else _shaped(node, look_up.sign)
+    sign = None if look_up.sign is None else shaped(node, look_up.sign)
     return _Lookup(index, sign, look_up.factors)
 
 
@@ -153,9 +153,9 @@ def _multiplied(look_up: _Lookup, constant: Array) -> _Lookup | None:
     return dataclasses.replace(look_up, sign=sign if look_up.sign is None else look_up.sign * sign)
 
 
-def _shaped(node: ir.Node, array: Array) -> Array | None:
+def shaped(node: ir.Node, array: Array) -> Array | None:
     """A node that moves values, applied to an array; None where its constants are unknown."""
-    extra = [None if value is None else _constant(value) for value in node.inputs[1:]]
+    extra = [None if value is None else constant_of(value) for value in node.inputs[1:]]
     if any(item is None for item in extra):
         return None
     arguments = [np.asarray(item).tolist() for item in extra]
@@ -168,7 +168,8 @@ def _shaped(node: ir.Node, array: Array) -> Array | None:
         axis = node.attributes.get_int("axis", 1) % (array.ndim + 1)
         return array.reshape(math.prod(array.shape[:axis]), -1)
     if node.op_type == "Reshape":
-        if node.attributes.get_int("allowzero", 0) or not arguments:
+        zeros = node.attributes.get_int("allowzero", 0) != 0 and bool(arguments)
+        if not arguments or (zeros and 0 in arguments[0]):
             return None
         target = [array.shape[i] if size == 0 else size for i, size in enumerate(arguments[0])]
         return array.reshape(target)
@@ -177,7 +178,7 @@ def _shaped(node: ir.Node, array: Array) -> Array | None:
     return array.squeeze(None if axes is None else tuple(axes))
 
 
-def _constant(value: ir.Value) -> Array | None:
+def constant_of(value: ir.Value) -> Array | None:
     """The array of an initializer or Constant, also behind shaping nodes; None for others."""
     if value.const_value is not None and value.is_initializer():
         return np.asarray(value.const_value.numpy())
@@ -186,9 +187,9 @@ def _constant(value: ir.Value) -> Array | None:
         return None
     if node.op_type == "Constant" and "value" in node.attributes:
         return np.asarray(node.attributes["value"].as_tensor().numpy())
-    if node.op_type in _SHAPING and node.inputs[0] is not None:
-        inner = _constant(node.inputs[0])
-        return None if inner is None else _shaped(node, inner)
+    if node.op_type in SHAPING and node.inputs[0] is not None:
+        inner = constant_of(node.inputs[0])
+        return None if inner is None else shaped(node, inner)
     return None
 
 
@@ -197,10 +198,10 @@ def _replace(value: ir.Value, weight: IndexedWeight, writer: RunWriter) -> None:
     producer = value.producer()
     assert producer is not None
     replace_value(value, writer.write(weight, producer))
-    _clean(producer)
+    remove_chain(producer)
 
 
-def _clean(last: ir.Node) -> None:
+def remove_chain(last: ir.Node) -> None:
     """Remove the nodes and tables that made the weight before."""
     dead, tables = [last], []
     for node in dead:

@@ -20,8 +20,9 @@ from onnxcomp.passes.transforms.dedup_index_tables import IndexedWeights
 from onnxcomp.passes.transforms.dedup_values import RepeatedValues
 from onnxcomp.passes.transforms.fold_linear_chains import LinearChains
 from onnxcomp.passes.transforms.lower_shared_weights import SharedWeights
+from onnxcomp.passes.transforms.masked_weights import MaskedWeights
 from onnxcomp.passes.transforms.pass_manager import GraphPass
-from onnxcomp.passes.transforms.prune.graph_pass import Prune
+from onnxcomp.passes.transforms.prune.graph_pass import Prune, PruneExperts
 from onnxcomp.passes.transforms.returned_weights import ReturnedWeights
 from onnxcomp.passes.transforms.sparsify import Sparsify
 from onnxcomp.passes.transforms.split_fused import SplitFused
@@ -36,10 +37,12 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     IndexedWeights(),
     Canonicalize(),
     ReturnedWeights(),
+    MaskedWeights(),
     SplitFused(),
     SharedWeights(),
     RepeatedValues(),
     LinearChains(),
+    PruneExperts(),
     Prune(),
     Sparsify(),
 )

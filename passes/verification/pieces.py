@@ -1,8 +1,9 @@
 """Run a model piece by piece, where a session of all of it does not fit into memory.
 
 Weights stay in their files until their piece runs, all inputs go through one piece after the
-other, and only what later pieces read is held. A weight that is too large to be expanded when its
-piece is loaded is decoded at each run, which takes more time and less memory.
+other, and only what later pieces read is held. A product with a large weight is cut into products
+with some rows each. Another weight that is too large to be expanded when its piece is loaded is
+decoded at each run, which takes more time and less memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from onnxcomp.passes.calibration.segmented_run import Chain, read_values
 from onnxcomp.passes.codecs.protocol import LoadMemory
 from onnxcomp.passes.ir.traversal import subgraphs
+from onnxcomp.passes.lowering.cut_products import cut_coded_products, cut_dense_products
 from onnxcomp.passes.lowering.session_memory import expansions, tensor_bytes
 from onnxcomp.passes.lowering.stages import end_waiting
 from onnxcomp.passes.verification.clock import Clock
@@ -30,6 +32,12 @@ __all__ = ["Pieces"]
 
 # Bytes that the weights of one piece take at most.
 _MOST = 192 << 20
+
+# Products with weights that take less memory are not cut.
+_LEAST = 8 << 20
+
+# How often a session holds a dense weight while it lays it out for its products.
+_COPIES = 4
 
 # Operators whose results may be no tensors, or differ from run to run.
 _NO_TENSORS = ("Sequence", "SplitToSequence", "Optional", "ZipMap", "Loop", "If")
@@ -52,11 +60,15 @@ class Pieces:
     def __init__(self, copy: Copy, *, library: bool, available: int) -> None:
         self._model, self.added = copy.model()
         end_waiting(self._model)
+        limit = min(_MOST, available)
+        cut_dense_products(self._model, max(_LEAST, limit) // _COPIES)
+        if not library:
+            cut_coded_products(self._model, max(_LEAST, limit))
         self._library = library
         self._outputs = [value.name or "" for value in self._model.graph.outputs]
         work = _Weights(self._model, library=library)
         self._repeat = work.constant
-        self._pieces = work.pieces(min(_MOST, available)) or [_Piece("", folded=True)]
+        self._pieces = work.pieces(limit) or [_Piece("", folded=True)]
 
     def __len__(self) -> int:
         return len(self._pieces)

@@ -212,6 +212,24 @@ def test_modules_can_be_pickled_whole() -> None:
     assert torch.equal(twin.table.memory.values.grad, module.table.memory.values.grad)
 
 
+def test_modules_that_an_older_version_pickled_whole_are_read() -> None:
+    module = small()
+    twin = copy.deepcopy(module)
+    for layer in layers(twin):
+        [name] = layer._modules.keys() - {"shared_memory"}
+        slots, signs = layer.slots.to(torch.int64), layer.signs
+        del layer._modules[name], layer.__dict__["_places"]
+        layer._buffers |= {"slots": slots, "signs": signs}
+        layer._non_persistent_buffers_set |= {"slots", "signs"}
+    buffer = io.BytesIO()
+    torch.save(twin, buffer)
+    buffer.seek(0)
+    read = torch.load(buffer, weights_only=False)
+    assert torch.equal(read(*arguments()), module(*arguments()))
+    assert [*read.state_dict()] == [*module.state_dict()]
+    assert dict(read.named_buffers()).keys() == dict(module.named_buffers()).keys()
+
+
 def test_multiplied_out_layers_compute_the_same() -> None:
     module = small()
     expected = module(*arguments())

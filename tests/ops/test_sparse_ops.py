@@ -23,11 +23,10 @@ Array = npt.NDArray[Any]
 
 
 def pruned(rows: int, length: int, zeros: float, dtype: Any = np.float32) -> Array:
-    """A weight with zeros, one of them negative."""
+    """A weight with zeros."""
     rng = np.random.default_rng(rows * 1000 + length)
     weight = rng.standard_normal((rows, length)).astype(dtype)
     weight[rng.random((rows, length)) < zeros] = 0
-    weight[0, length // 2] = -0.0
     return weight
 
 

@@ -58,6 +58,11 @@ _MEMORIES: Mapping[str, np.dtype[Any]] = {
 _MAPS = ("fold", "matched", "roast")
 _MAX_COMPRESSION = 1024
 
+_ADVICE = (
+    "weights lose nothing that share a memory in training (onnxcomp.models.share) and are exported "
+    "by torch.onnx.export from the shared module; other codecs lose less of weights that do not"
+)
+
 # Shares of the mean diagonal that are added to the moments, in the order in which they are tried.
 _RIDGES = (0.01, 0.001, 0.1)
 
@@ -181,7 +186,7 @@ class HashCodec(Codec):
     @property
     def fallback(self) -> DenseFallback:
         """Mostly worse than `hyper` where a model was not trained with sharing."""
-        return DenseFallback("hyper", lambda params: HashParams.of(params).limit)
+        return DenseFallback("hyper", lambda params: HashParams.of(params).limit, _ADVICE)
 
     @property
     def sharing(self) -> ValueSharing:
@@ -329,7 +334,7 @@ class HashCodec(Codec):
             hash_format.to_matrix(array, geometry)
             for array in (entries, np.broadcast_to(signs[..., None], entries.shape))
         ]
-        index, factors = ((m.T if site.transposed else m).reshape(-1) for m in matrices)
+        index, factors = (site.stored_form(m).reshape(-1) for m in matrices)
         values = memory.astype(np.float32).reshape(-1) * payload.tensors["scale"][0]
         return SharedValues(
             site.name,

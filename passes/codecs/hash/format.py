@@ -24,6 +24,7 @@ __all__ = [
     "Sharing",
     "chunk_signs",
     "expand",
+    "keys_of",
     "mix",
     "places",
     "reduce",
@@ -88,8 +89,13 @@ def reduce(hashes: Array, count: int) -> Array:
 
 def seeds(seed: int) -> tuple[int, int]:
     """The two keys that a user's seed stands for: of rotations and of signs."""
-    both = mix(np.array([seed, seed % int(_WORD) + _SIGN_OFFSET], np.int64))
-    return int(both[0]), int(both[1])
+    rotate, sign = keys_of(np.array([seed % int(_WORD)], np.int64))
+    return int(rotate[0]), int(sign[0])
+
+
+def keys_of(seeds: Array) -> tuple[Array, Array]:
+    """The keys of many seeds, int64 each; seeds are below 2^31."""
+    return mix(seeds), mix(seeds + np.int64(_SIGN_OFFSET))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -65,10 +65,9 @@ class MaskLayout:
         return self.mask_shape[0] * self.mask_shape[1] + self.values_shape[0] * self.itemsize
 
 
-def _held(part: Array) -> Array:
-    """Which elements have a bit that is set: a negative zero has one."""
-    bits = np.ascontiguousarray(part).view(np.uint16 if part.itemsize == 2 else np.uint32)
-    return np.asarray(bits != 0)
+def is_kept(part: Array) -> Array:
+    """Which elements are kept: a negative zero is none, as masks of trainers leave many."""
+    return np.asarray(part != 0)
 
 
 def _row_pieces(weight: Array) -> range:
@@ -77,17 +76,17 @@ def _row_pieces(weight: Array) -> range:
 
 
 def count_kept(weight: Array) -> int:
-    """Elements of a matrix in float32, float16 or bfloat16 that have a bit set."""
+    """Elements of a matrix in float32, float16 or bfloat16 that are not zero."""
     pieces = _row_pieces(weight)
-    return sum(int(np.count_nonzero(_held(weight[row : row + pieces.step]))) for row in pieces)
+    return sum(int(np.count_nonzero(is_kept(weight[row : row + pieces.step]))) for row in pieces)
 
 
 def is_paired(weight: Array) -> bool:
-    """Whether at most two of every four elements of a row ``(rows, length)`` have a bit set."""
+    """Whether at most two of every four elements of a row ``(rows, length)`` are not zero."""
     pieces = _row_pieces(weight)
     for row in pieces:
-        held = _held(weight[row : row + pieces.step])
-        fours = np.pad(held, ((0, 0), (0, -held.shape[1] % 4))).reshape(len(held), -1, 4)
+        kept = is_kept(weight[row : row + pieces.step])
+        fours = np.pad(kept, ((0, 0), (0, -kept.shape[1] % 4))).reshape(len(kept), -1, 4)
         if fours.sum(axis=2).max(initial=0) > 2:
             return False
     return True
@@ -100,9 +99,9 @@ def pack(weight: Array) -> dict[str, Array]:
     values: list[Array] = [np.zeros(1, weight.dtype)]
     for row in pieces:
         part = weight[row : row + pieces.step]
-        held = _held(part)
-        masks.append(np.packbits(held, axis=1, bitorder="little"))
-        values.append(part[held])
+        kept = is_kept(part)
+        masks.append(np.packbits(kept, axis=1, bitorder="little"))
+        values.append(part[kept])
     return {"mask": np.concatenate(masks), "values": np.concatenate(values)}
 
 

@@ -18,7 +18,7 @@ from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.codecs.sparse import integers
-from onnxcomp.passes.codecs.sparse.format import MOST_KEPT
+from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, count_kept, is_kept
 from onnxcomp.passes.codecs.sparse.integers import ANY, BITS, GROUPS, PAIRED, IntLayout
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
@@ -86,8 +86,7 @@ def _scales(weight: Array, layout: IntLayout) -> Array:
 
 def _encoded(weight: Array, layout: IntLayout) -> dict[str, Array]:
     """Mask, codes and scales of float32 ``(rows, length)``; of rows at a time."""
-    held = np.ascontiguousarray(weight).view(np.uint32) != 0
-    return integers.encode(weight, held, _scales(weight, layout), layout)
+    return integers.encode(weight, is_kept(weight), _scales(weight, layout), layout)
 
 
 @functools.lru_cache(maxsize=16)
@@ -101,7 +100,7 @@ def _usual_error(bits: int, group: int) -> float:
 
 def _error(weight: Array, bits: int, group: int) -> float:
     """Relative error of rounding the elements that are kept."""
-    kept = int(np.count_nonzero(np.ascontiguousarray(weight).view(np.uint32)))
+    kept = count_kept(weight)
     rows, length = weight.shape
     layout = IntLayout(rows, length, bits, group, False, kept)
     decoded = integers.decode(_encoded(weight, layout), layout)
@@ -209,7 +208,7 @@ class SparseIntCodec(Codec):
         """
         layout = _layout(site, SparseIntParams.of(params))
         matrix = np.ascontiguousarray(weight, np.float32)
-        found = int(np.count_nonzero(matrix.view(np.uint32)))
+        found = count_kept(matrix)
         if found != layout.kept:
             raise ModelError(f"{found} elements are not zero, {layout.kept} were planned")
         tensors = _encoded(matrix, layout)

@@ -17,7 +17,7 @@ from onnxcomp.passes.transforms.prune.compensate import Sums, measured_loss
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.cost import Ledger
 from onnxcomp.passes.transforms.prune.groups import Group
-from onnxcomp.passes.transforms.prune.obs import Surgeon, damping
+from onnxcomp.passes.transforms.prune.obs import Surgeon, Unseen, damping
 from onnxcomp.passes.transforms.prune.select import (
     Step,
     clusters,
@@ -38,7 +38,7 @@ _PLACES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 def by_obs(
     groups: Sequence[Group],
     consumers: Sequence[Consumer],
-    seen: Iterable[tuple[Consumer, Sums]],
+    seen: Iterable[tuple[Consumer, Sums | None]],
     ledger: Ledger,
     share: float,
     more: Sequence[Sequence[Step]] = (),
@@ -58,23 +58,33 @@ def by_obs(
     in memory at a time.
     """
     waiting = clusters(groups, consumers)
-    found: dict[str, Surgeon] = {}
+    found: dict[str, Surgeon | Unseen] = {}
     known: dict[str, Sums] = {}
     sequences: list[list[Step]] = [[] for _ in waiting]
     for consumer, sums in seen:
-        weight = _weight(consumer)
-        power = sums.power or float(np.einsum("ij,ij->", weight @ sums.gram, weight))
-        power *= consumer.groups  # all groups of a convolution, were they alike
-        found[consumer.name] = Surgeon(weight, sums.gram, damping(sums.gram), power)
-        known[consumer.name] = sums
+        found[consumer.name] = _surgeon(consumer, sums)
+        if sums is not None:
+            known[consumer.name] = sums
         for number, (own, products) in enumerate(waiting):
             names = [product.name for product in products]
             if consumer.name in names and all(name in found for name in names):
                 steps = greedy(own, products, found, ledger, least=least, round_to=round_to)
                 sequences[number] = _checked(steps, products, known, found, ledger)
                 for name in names:
-                    del found[name], known[name]
+                    del found[name]
+                    known.pop(name, None)
     return merge([*sequences, *more], ledger, share)
+
+
+def _surgeon(consumer: Consumer, sums: Sums | None) -> Surgeon | Unseen:
+    """A product that will lose columns; without moments where nothing is known of its inputs."""
+    if sums is None:
+        assert consumer.weight.const_value is not None
+        return Unseen(consumer.view(consumer.weight.const_value.numpy()), consumer.groups)
+    weight = _weight(consumer)
+    power = sums.power or float(np.einsum("ij,ij->", weight @ sums.gram, weight))
+    power *= consumer.groups  # all groups of a convolution, were they alike
+    return Surgeon(weight, sums.gram, damping(sums.gram), power)
 
 
 def _weight(consumer: Consumer) -> Array:
@@ -87,7 +97,7 @@ def _checked(
     steps: list[Step],
     products: Sequence[Consumer],
     known: Mapping[str, Sums],
-    surgeons: Mapping[str, Surgeon],
+    surgeons: Mapping[str, Surgeon | Unseen],
     ledger: Ledger,
 ) -> list[Step]:
     """The steps with losses as vectors kept aside measure them, where the data are few.
@@ -96,7 +106,7 @@ def _checked(
     as if 50 columns were enough. At some places of a sequence the loss is measured, and those of
     the steps between two places are scaled to agree.
     """
-    few = [product for product in products if known[product.name].held is not None]
+    few = [p for p in products if p.name in known and known[p.name].held is not None]
     if not few or not steps:
         return steps
     found: list[Step] = []

@@ -74,8 +74,12 @@ class Consumer:
 
     def matrix(self, array: Array) -> Array:
         """The stored weight as float64 ``(rows, length)``."""
+        return np.asarray(self.view(array), np.float64)
+
+    def view(self, array: Array) -> Array:
+        """The stored weight as ``(rows, length)``, in its own type and place."""
         flat = array.reshape(len(array), -1)
-        return np.asarray(flat.T if self.turned else flat[self._part], np.float64)
+        return flat.T if self.turned else flat[self._part]
 
     def stored(self, array: Array, matrix: Array) -> Array:
         """The stored weight with another matrix in the place of its own."""

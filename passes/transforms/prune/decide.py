@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from onnxcomp.passes.analysis.prune_report import GroupReport
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.choose import by_obs, by_rank
@@ -79,7 +77,11 @@ def _steps(
     needed = _touched(consumers, groups)
     share = options.share
     if options.score == "obs" and options.allocation != "uniform":
-        seen = moments(analysis, needed, feeds, folder) if feeds else _unknown(needed)
+        seen = (
+            moments(analysis, needed, feeds, folder)
+            if feeds
+            else ((consumer, None) for consumer in needed)
+        )
         more: list[list[Step]] = []
         if feeds:
             more = qk_steps(
@@ -97,16 +99,6 @@ def _steps(
         analysis, groups.groups, needed, found, ledger, share, score, options.numerical,
         uniform=uniform, least=options.least, round_to=options.round_to,
     )  # fmt: skip
-
-
-def _unknown(consumers: Sequence[Consumer]) -> list[tuple[Consumer, Sums]]:
-    """Moments where nothing is known: all inputs alike and independent."""
-    found = []
-    for consumer in consumers:
-        sums = Sums(len(consumer.classes) * consumer.block, 0)
-        sums.gram = np.eye(len(sums.gram))
-        found.append((consumer, sums))
-    return found
 
 
 def _touched(consumers: Sequence[Consumer], groups: Groups) -> list[Consumer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import onnx_ir as ir
 
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.ir.model import save
-from onnxcomp.runtime.evaluate import Feed
+from onnxcomp.passes.transforms.prune.hollow import for_sizes, unoptimised_session
+from onnxcomp.runtime.evaluate import Feed, run_session
 from onnxcomp.runtime.inputs import synthesize_inputs
 
 __all__ = ["probe_feeds"]
@@ -30,14 +32,18 @@ def probe_feeds(model: ir.Model, given: Feed | None = None) -> list[Feed]:
         UsageError: The model fails on all made-up inputs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = save(model, Path(folder) / "model.onnx").files[0]
-        first = given if given is not None else synthesize_inputs(path)[0]
+        lean = for_sizes(model)
+        path = save(lean, Path(folder) / "model.onnx").files[0]
+        trial = None
+        if lean is not model:
+            trial = functools.partial(run_session, unoptimised_session(path))
+        first = given if given is not None else synthesize_inputs(path, trial=trial)[0]
         other = {name: _larger(model, name, np.shape(array)) for name, array in first.items()}
         if all(other[name] == np.shape(array) for name, array in first.items()):
             return [first]
         for shapes in (other, _with_batch(model, first)):
             try:
-                return [first, synthesize_inputs(path, shapes=shapes)[0]]
+                return [first, synthesize_inputs(path, shapes=shapes, trial=trial)[0]]
             except CompressionError:
                 continue
     return [first]

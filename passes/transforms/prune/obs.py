@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Surgeon", "damping", "inverse"]
+__all__ = ["Surgeon", "Unseen", "damping", "inverse"]
 
 # Share of the mean diagonal of the moments that is added to it.
 DAMPING = 0.01
@@ -36,6 +36,43 @@ def inverse(matrix: Array) -> Array:
             continue
         return np.asarray(np.linalg.inv(matrix + extra * np.eye(len(matrix))))
     return np.asarray(np.linalg.pinv(matrix, hermitian=True))
+
+
+# Rows or columns of a weight whose squares are summed at a time.
+_ROWS = 256
+
+
+class Unseen:
+    """One product of whose inputs nothing is known: all are taken for alike and independent.
+
+    What `Surgeon` says for moments ``I``, in memory of one number for each column: no column can
+    make up for another one.
+
+    Args:
+        weight: ``(rows, length)``; of any width.
+        alike: How many products like this one there are, such as groups of a convolution.
+    """
+
+    def __init__(self, weight: Array, alike: int = 1) -> None:
+        own = np.zeros(weight.shape[1])
+        turned = weight.strides[0] < weight.strides[1]  # read in the order of memory
+        for start in range(0, weight.shape[turned], _ROWS):
+            some = slice(start, start + _ROWS)
+            part = np.asarray(weight[:, some] if turned else weight[some], np.float64)
+            power = np.einsum("ij,ij->j", part, part)
+            own[some if turned else slice(None)] += power
+        self.energy = max(alike * float(own.sum()), 1e-30)
+        self._losses = own * (1.0 + DAMPING)
+
+    def losses(self, columns: Array) -> Array:
+        """As `Surgeon.losses`."""
+        return np.asarray(self._losses[columns].sum(axis=1))
+
+    def remove(self, columns: Array) -> float:
+        """As `Surgeon.remove`."""
+        loss = float(self._losses[columns].sum())
+        self._losses[columns] = 0.0
+        return loss
 
 
 class Surgeon:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.transforms.prune.hollow import for_sizes, unoptimised_session
 from onnxcomp.passes.weight import Array
 from onnxcomp.runtime.evaluate import Feed, runner
 
@@ -143,17 +144,10 @@ def _parameters(node: ir.Node) -> list[ir.Value]:
 
 
 def _run(model: ir.Model, feeds: Sequence[Feed]) -> list[_Seen]:
-    import onnxruntime
-
-    from onnxcomp.runtime.session import open_session
-
     copy, shapes, values = _observed(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory() as folder:
-        path = save(copy, Path(folder) / "probe.onnx").files[0]
-        session = open_session(path, session_options=options)
+        path = save(for_sizes(copy), Path(folder) / "probe.onnx").files[0]
+        session = unoptimised_session(path)
     call = runner(session)
     found: list[_Seen] = []
     for feed in feeds:

@@ -18,7 +18,7 @@ from onnxcomp.passes.analysis.prune_report import GroupReport
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.cost import Ledger
 from onnxcomp.passes.transforms.prune.groups import Group, Groups
-from onnxcomp.passes.transforms.prune.obs import Surgeon
+from onnxcomp.passes.transforms.prune.obs import Surgeon, Unseen
 from onnxcomp.passes.weight import Array
 
 __all__ = [
@@ -86,11 +86,15 @@ class _Race:
     """Greedy removal from groups that share products."""
 
     def __init__(
-        self, products: Sequence[Consumer], surgeons: Mapping[str, Surgeon], ledger: Ledger
+        self, products: Sequence[Consumer], surgeons: Mapping[str, Surgeon | Unseen], ledger: Ledger
     ) -> None:
         self.products = products
         self.surgeons = surgeons
         self.gone = np.zeros_like(ledger.gone)
+        # Losses do not depend on one another where nothing is known of inputs.
+        self._apart = all(isinstance(surgeons[p.name], Unseen) for p in products)
+        self._known: dict[frozenset[int], float] = {}
+        self._live: dict[frozenset[int], bool] = {}
         self.places = [_places(product) for product in products]
         self._ledger = ledger
 
@@ -102,6 +106,13 @@ class _Race:
 
     def losses(self, candidates: Sequence[frozenset[int]]) -> Array:
         """Relative loss of each candidate, summed over the products."""
+        if not self._apart:
+            return self._losses(candidates)
+        new = [candidate for candidate in candidates if candidate not in self._known]
+        self._known.update(zip(new, self._losses(new).tolist(), strict=True))
+        return np.array([self._known[candidate] for candidate in candidates])
+
+    def _losses(self, candidates: Sequence[frozenset[int]]) -> Array:
         total = np.zeros(len(candidates))
         for number, product in enumerate(self.products):
             surgeon = self.surgeons[product.name]
@@ -135,7 +146,11 @@ class _Race:
         return Step(group, frozenset(chosen), loss, self._ledger.cost(chosen))
 
     def _counts(self, candidate: frozenset[int]) -> bool:
-        return any(len(self.columns(n, candidate)) for n in range(len(self.products)))
+        """Whether any product still has a column of a candidate."""
+        if candidate not in self._live:
+            found = (len(self.columns(n, candidate)) for n in range(len(self.products)))
+            self._live[candidate] = any(found)
+        return self._live[candidate]
 
     def commit(self, step: Step) -> Step:
         """Take a step; the same with the loss it really has."""
@@ -146,6 +161,9 @@ class _Race:
                 surgeon = self.surgeons[product.name]
                 loss += surgeon.remove(columns) / surgeon.energy
         self.gone[list(step.classes)] = True
+        for candidate in [c for c in self._live if not c.isdisjoint(step.classes)]:
+            del self._live[candidate]
+            self._known.pop(candidate, None)
         return dataclasses.replace(step, loss=loss)
 
 
@@ -161,7 +179,7 @@ def _places(product: Consumer) -> dict[int, Array]:
 def greedy(
     groups: Sequence[Group],
     products: Sequence[Consumer],
-    surgeons: Mapping[str, Surgeon],
+    surgeons: Mapping[str, Surgeon | Unseen],
     ledger: Ledger,
     *,
     least: float,

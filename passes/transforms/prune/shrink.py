@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.ir.tensors import MappedTensor, shape_of
 from onnxcomp.passes.ir.traversal import Names, new_initializer, remove_dead
 from onnxcomp.passes.transforms.prune.atoms import Block
 from onnxcomp.passes.transforms.prune.axes import Analysis
@@ -295,11 +296,9 @@ class Shrinker:
     def _shrink(self, value: ir.Value, axes: dict[tuple[int, ...], Array]) -> None:
         tensor = value.const_value
         if tensor is not None:
-            array = tensor.numpy()
-            for own, atoms in axes.items():
-                array = take(array, own, self.kept(atoms))
-            value.const_value = ir.Tensor(array, dtype=tensor.dtype, name=value.name)
-            value.shape = ir.Shape(array.shape)
+            taken = [(own, self.kept(atoms)) for own, atoms in axes.items()]
+            value.const_value = _taken(tensor, taken)
+            value.shape = ir.Shape(shape_of(value.const_value))
             return
         assert value.shape is not None
         dims = list(value.shape)
@@ -320,6 +319,26 @@ class Shrinker:
                 dims[axis] = size
             value.shape = ir.Shape(dims)
         remove_dead(reversed(list(self._model.graph)))
+
+
+def _taken(
+    tensor: ir.TensorProtocol, taken: Sequence[tuple[tuple[int, ...], Array]]
+) -> ir.TensorProtocol:
+    """A tensor without some positions: read from its file each time where it lies in one."""
+
+    def made() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        for axes, kept in taken:
+            array = take(array, axes, kept)
+        return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+
+    if not isinstance(tensor, MappedTensor):
+        return made()
+    shape = list(shape_of(tensor))
+    for axes, kept in taken:
+        for axis, size in zip(axes, kept_shape(kept), strict=True):
+            shape[axis] = size
+    return ir.LazyTensor(made, tensor.dtype, ir.Shape(shape), cache=False, name=tensor.name)
 
 
 def _is_constant(value: ir.Value) -> bool:

@@ -15,11 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxcomp
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
+from onnxcomp.passes.calibration.sources import unobservable
 from onnxcomp.passes.calibration.statistics import (
     Calibration,
     collect,
     split_batches,
-    unobservable,
 )
 from onnxcomp.passes.codecs import moments
 from onnxcomp.passes.codecs.hyper.codec import HyperCodec, native

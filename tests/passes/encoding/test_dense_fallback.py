@@ -72,6 +72,16 @@ def test_who_insists_gets_it_and_is_told_what_the_rival_does(model: Path) -> Non
     assert site.note.startswith("hash has error 0.86") and "hyper 0.1" in site.note
 
 
+def test_a_loss_is_warned_of_with_the_way_to_have_none(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled(model, "method=hash,map=fold,compression=4,memory=float16")
+    assert "lose up to" not in caplog.text  # it stayed dense
+    compiled(model, "method=hash,map=fold,compression=4,memory=float16,limit=1")
+    assert "hash: 1 weights were not trained for it and lose up to 86 % (1.3 dB)" in caplog.text
+    assert "torch.onnx.export" in caplog.text
+
+
 def test_inputs_of_few_dimensions_make_sharing_harmless(model: Path) -> None:
     site = compiled(model, "method=hash,map=fold,compression=4,memory=float16", fitted=True)
     assert site.method == "hash"

@@ -1,0 +1,100 @@
+"""Calibration inputs: whether a plan has a use for them, and how they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+from onnxcomp.passes.calibration.statistics import HELD_OUT
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.protocol import CalibratedEncoding
+from onnxcomp.passes.config.values import CalibrationMode
+from onnxcomp.passes.planning.candidates import Choice
+from onnxcomp.passes.planning.plan import Plan
+from onnxcomp.passes.weight import Feed, Stats, WeightSite
+
+__all__ = ["Samples", "calibration_of", "load_samples", "usable", "warn_of_uncalibrated_factors"]
+
+log = logging.getLogger(__name__)
+
+# Inputs that the fidelity gate runs when there is calibration data.
+_VERIFICATION_FEEDS = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Samples:
+    """Calibration inputs and how they are used.
+
+    Attributes:
+        feeds: Inputs by name.
+        sequential: Whether weights are observed behind the compressed earlier ones.
+        tune: Passes over them that tune scales for the outputs.
+    """
+
+    feeds: Sequence[Feed]
+    sequential: bool = True
+    tune: int = 0
+
+    @property
+    def verification_feeds(self) -> list[Feed]:
+        """A few inputs to compare models on, held-out ones where there are any."""
+        return list(self.feeds[HELD_OUT - 1 :: HELD_OUT] or self.feeds)[:_VERIFICATION_FEEDS]
+
+
+def load_samples(
+    source: Callable[[], Sequence[Feed] | None],
+    mode: CalibrationMode,
+    sites: Sequence[WeightSite],
+    plan: Plan,
+    *,
+    tune: int = 0,
+) -> Samples | None:
+    """Calibration inputs for the encoders; None where they are of no use.
+
+    Args:
+        source: Gives the inputs in small batches, or None.
+        mode: How they are used.
+        sites: The model's weights.
+        plan: Decisions for them.
+        tune: Passes over the inputs that tune scales for the outputs.
+
+    Raises:
+        UsageError: A file cannot be read, or a name, shape or type does not fit the model.
+    """
+    if mode == "off" or not _uses_samples(sites, plan):
+        return None
+    feeds = source()
+    return None if feeds is None else Samples(feeds, mode == "sequential", tune)
+
+
+def warn_of_uncalibrated_factors(plan: Plan) -> None:
+    """Warn where weights get factors without inputs to fit them to, which loses the most."""
+    count = sum(CODECS[choice.codec].ranks is not None for choice in plan)
+    if count:
+        log.warning(
+            "no calibration data: the factors of %d weight%s approximate the weights alone, "
+            "not their products; with --data they lose less",
+            count,
+            "s" if count > 1 else "",
+        )
+
+
+def calibration_of(site: WeightSite, choice: Choice) -> CalibratedEncoding | None:
+    """How a weight is encoded for its inputs; None where it cannot be."""
+    found = CODECS[choice.codec].calibration
+    return found if found is not None and found.suits(site, choice.params) else None
+
+
+def _uses_samples(sites: Sequence[WeightSite], plan: Plan) -> bool:
+    """Whether any weight of a plan can be calibrated."""
+    return any(calibration_of(site, plan[site.name]) for site in sites if not plan[site.name].kept)
+
+
+def usable(stats: Stats, calibration: CalibratedEncoding | None) -> Stats:
+    """The statistics without what the encoder does not aim at."""
+    if calibration is None or not calibration.anchored:
+        stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
+    if calibration is None or not calibration.streams:
+        stats = dataclasses.replace(stats, missing=None, held_missing=None)
+    return stats
