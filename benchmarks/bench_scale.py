@@ -34,7 +34,7 @@ from scale_models import SIZES, Decoder, write_decoder
 COMMANDS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"bits": 4},
     "ratio": {"ratio": 8.0},
-    "data": {"bits": 4, "data": "tokens.npz"},
+    "data": {"bits": 4, "data": "tokens.npz", "tune": 0},
     "lowrank": {"method": "lowrank", "ratio": 8.0},
     "prune": {"bits": 4, "prune_ratio": 0.2},
     "verify": {},
@@ -222,9 +222,10 @@ def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def expected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Real models, computed: time by the weights, memory beyond the base by the largest tensor.
 
-    Each command's largest model that was measured is what it is computed from. What has another
-    law is left out: time of factors, which grows with the sides of matrices, memory of --data,
-    which grows with its inputs, and verification in whole sessions.
+    For each command, time is computed from the largest model that was measured, and memory from the
+    one with the largest tensor. What has another law is left out: time of factors, which grows with
+    the sides of matrices, memory of --data, which grows with its inputs, and verification in whole
+    sessions.
     """
     found = []
     for command in COMMANDS:
@@ -233,16 +234,18 @@ def expected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             known = [row for row in known if row["layer_by_layer"]]
         if command in ("lowrank", "killed") or not known:
             continue
-        row = max(known, key=lambda row: float(row["size"]))
-        grown = row["peak_rss_bytes"] - row["base_rss_bytes"]
+        timed = max(known, key=lambda row: float(row["size"]))
+        wide = max(known, key=lambda row: (row["largest_weights"], float(row["size"])))
+        grown = wide["peak_rss_bytes"] - wide["base_rss_bytes"]
         for name, (weights, tensor) in REAL.items():
-            peak = row["base_rss_bytes"] + grown * tensor / row["largest_weights"]
+            peak = wide["base_rss_bytes"] + grown * tensor / wide["largest_weights"]
             found.append(
                 {
                     "model": name,
                     "command": command,
-                    "from_size": row["size"],
-                    "cpu_seconds": round(row["cpu_seconds"] * weights / row["weights"]),
+                    "from_size": timed["size"],
+                    "memory_from_size": wide["size"],
+                    "cpu_seconds": round(timed["cpu_seconds"] * weights / timed["weights"]),
                     "peak_rss_bytes": None if command == "data" else round(peak),
                 }
             )

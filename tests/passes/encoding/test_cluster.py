@@ -79,7 +79,9 @@ def model(proto: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Two worker processes."""
-    with cluster_connection._local(distributed, 2, tmp_path_factory.mktemp("workers")) as found:
+    with cluster_connection.local_cluster(
+        distributed, tmp_path_factory.mktemp("workers"), 2
+    ) as found:
         yield found
 
 

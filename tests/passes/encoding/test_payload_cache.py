@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.codecs.protocol import Payload
+from onnxcomp.passes.encoding.by_values import encode_matrix
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
 SITE = WeightSite("w", (32, 256), "float32", (Use("n", "Gather", 0, "gather"),), "", 32, 256, False)
@@ -88,3 +90,17 @@ def test_a_payload_of_another_layout_counts_as_missing(tmp_path: Path, payload: 
     cache.put("key", payload)
     assert cache.get("key", SITE, HYPER, HyperParams(4)) is None
     assert cache.get("key", SITE, CODECS["dense"], PARAMS) is None
+
+
+def test_what_is_kept_is_neither_encoded_nor_decoded_again(
+    tmp_path: Path, weight: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = (SITE.name, SITE.shape, SITE.dtype, ("Gather",), SITE.nbytes)
+    choice = Choice(*facts, codec="hyper", params=PARAMS)
+    first = encode_matrix(lambda: weight, SITE, choice, PayloadCache(tmp_path), 1)
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(type(HYPER), name, None)
+    second = encode_matrix(lambda: weight, SITE, choice, PayloadCache(tmp_path), 1)
+    assert first.payload is not None
+    assert equal(second.payload, first.payload)
+    assert second.error == first.error > 0
