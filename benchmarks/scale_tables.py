@@ -64,6 +64,39 @@ def large_models() -> Iterator[str]:
         for row in sorted(results["expected"], key=lambda row: str(row["model"]) != "7B")
     ]
     yield markdown(("model", "what", "CPU", "peak"), cells)
+    yield from _workers()
+
+
+def _workers() -> Iterator[str]:
+    """One process and workers of Dask."""
+    results = read("scale_workers")
+    rows = results["rows"]
+    loads = [load for row in rows for load in row["load_of_each"]]
+    yield (
+        "One process and two workers of Dask at 4 bits, in turns, medians; the outputs are the\n"
+        "same. The wall clock says little here: two cores had a load of "
+        f"{min(loads):.0f} to {max(loads):.0f}, most of it other\n"
+        "work. The last column is computed: what the client and the busiest worker took, one\n"
+        "after the other, which is about the most that a run takes on a machine of its own\n"
+        f"(`benchmarks/bench_scale.py --workers`, {results['processor']}).\n"
+    )
+    cells = [
+        (
+            f"{row['size']} GB",
+            row["way"],
+            f"{row['wall_seconds']:.0f} s",
+            f"{row['cpu_seconds']:.1f} s",
+            _busy(row),
+            f"{row['path_seconds']:.1f} s" if _busy(row) else "",
+        )
+        for row in rows
+    ]
+    yield markdown(("model", "how", "wall", "CPU", "CPU of workers", "client and worker"), cells)
+
+
+def _busy(row: Mapping[str, Any]) -> str:
+    parts = [part for part in row["worker_cpu_seconds"] if part]
+    return ", ".join(f"{sum(own) / len(own):.1f} s" for own in zip(*parts, strict=True))
 
 
 def _windows(rows: list[dict[str, Any]]) -> str:

@@ -5,6 +5,8 @@ Dask schedules, moves results, and runs the tasks of lost workers again. Nothing
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -88,10 +90,12 @@ def _client(distributed: Any, scheduler: str, folder: Path) -> Iterator[Any]:
     count = local_workers(scheduler)
     if count is None:
         try:
+            _greet(scheduler)
             client = distributed.Client(scheduler, timeout=_CONNECT, set_as_default=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, distributed.TimeoutError) as error:
+            said = str(error) or "it says nothing"
             raise UsageError(
-                f"no scheduler of Dask answers at {scheduler}: {error}",
+                f"no scheduler of Dask answers at {scheduler}: {said}",
                 hint="start one with `dask scheduler`, or take workers of this machine: local:2",
             ) from error
         with client:
@@ -104,6 +108,25 @@ def _client(distributed: Any, scheduler: str, folder: Path) -> Iterator[Any]:
             yield client
         finally:
             _kill(cluster)
+
+
+def _greet(scheduler: str) -> None:
+    """Connect for a moment: a client would wait for ever where somebody listens and says nothing.
+
+    Raises:
+        Exception: There is no answer of Dask.
+    """
+    from distributed import Security
+    from distributed.core import connect
+
+    async def greeting() -> None:
+        keys = Security().get_connection_args("client")
+        wanted = connect(scheduler, timeout=_CONNECT, **keys)
+        (await asyncio.wait_for(wanted, 2 * _CONNECT)).abort()
+
+    # On a thread, where there is no loop yet: notebooks have one.
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        executor.submit(asyncio.run, greeting()).result()
 
 
 def local_cluster(distributed: Any, folder: Path, count: int = 0) -> Any:
@@ -122,7 +145,7 @@ def local_cluster(distributed: Any, folder: Path, count: int = 0) -> Any:
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             worker_dashboard_address=None,
             memory_limit=0,  # encoding is bounded by the largest weight; a limit would only stop it
             local_directory=str(folder),

@@ -1,5 +1,7 @@
 """The payload cache: hits, misses, and files that are not whole."""
 
+import os
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,17 @@ def test_a_stored_payload_comes_back(tmp_path: Path, weight: Array, payload: Pay
     assert found is not None
     assert np.array_equal(HYPER.decode(SITE, found), HYPER.decode(SITE, payload))
     assert [path.name for path in cache.folder.iterdir()] == [cache.path(key).name]
+
+
+def test_begun_files_go_with_their_process_on_its_machine_only(tmp_path: Path) -> None:
+    own, other = platform.node(), f"not.{platform.node()}"
+    names = [f"a.{os.getpid()}.1.{own}.part", f"b.{1 << 30}.1.{other}.part"]
+    for name in (*names, f"c.{1 << 30}.1.{own}.part", f"d.{1 << 30}.1.part", "e.x.part"):
+        (tmp_path / name).touch()
+    PayloadCache(tmp_path, make=False)
+    assert len(list(tmp_path.iterdir())) == 5
+    PayloadCache(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_the_key_follows_from_content_and_settings_alone(tmp_path: Path, weight: Array) -> None:
