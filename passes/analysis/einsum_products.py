@@ -68,7 +68,10 @@ def einsum_product(node: ir.Node, index: int) -> EinsumProduct | None:
 
 def _letters(node: ir.Node) -> tuple[str, ...] | None:
     """Letters of the operands and of the output; None for equations that leave something open."""
-    equation = "".join(node.attributes.get_string("equation", "").split())
+    given = node.attributes.get("equation")
+    if given is None or not isinstance(given.value, str):  # other bytes than UTF-8 stay bytes
+        return None
+    equation = "".join(given.value.split())
     operands, arrow, out = equation.partition("->")
     if not arrow or "." in equation:
         return None

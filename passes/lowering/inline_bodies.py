@@ -235,6 +235,10 @@ class _Inliner:
         for node in function:
             operands = [None if v is None else values[v] for v in node.inputs]
             given = _resolved(node.attributes.values(), attributes)
+            if len(node.outputs) > 1:
+                made = self._in_front(place, node.op_type, operands, given, len(node.outputs))
+                values.update(zip(node.outputs, made, strict=True))
+                continue
             if node.domain == DOMAIN:
                 result = self._body(node, operands, given, place)
             elif node.op_type == "Constant":
@@ -242,7 +246,7 @@ class _Inliner:
             elif all(v in self._shared for v in operands):
                 result = self._once(node.op_type, operands, given)
             else:
-                result = self._in_front(place, node.op_type, operands, given)
+                (result,) = self._in_front(place, node.op_type, operands, given)
             values[node.outputs[0]] = result
         result_or_none = values[function.outputs[0]]
         assert result_or_none is not None
@@ -277,16 +281,21 @@ class _Inliner:
         op_type: str,
         operands: Sequence[ir.Value | None],
         attributes: Mapping[str, ir.Attr],
-    ) -> ir.Value:
+        count: int = 1,
+    ) -> Sequence[ir.Value]:
         # Models of convolutions have many of these: long names would be a twentieth of the file.
         short = kind_of(place.op_type) == "weight"
         name = self._names.node(shared_name(op_type) if short else f"{place.name}/{op_type}")
         notes = {KEY: place.metadata_props.get(KEY, _SHARED)}
-        made = ir.Node("", op_type, operands, attributes.values(), name=name, metadata_props=notes)
-        made.outputs[0].name = self._names.value(name)
+        made = ir.Node(
+            "", op_type, operands, attributes.values(),
+            num_outputs=count, name=name, metadata_props=notes,
+        )  # fmt: skip
+        for output in made.outputs:
+            output.name = self._names.value(name)
         assert place.graph is not None
         place.graph.insert_before(place, made)
-        return made.outputs[0]
+        return made.outputs
 
     def finish(self) -> None:
         """Place shared nodes, mark the uses, and drop what nothing calls any more."""

@@ -40,8 +40,10 @@ _PANEL = 16
 
 
 def worthwhile(settings: Settings) -> bool:
-    """Whether a codec may be used that has products with chosen experts."""
+    """Whether a codec may be used that has products with chosen experts, or some are to go."""
     able = {name for name, codec in CODECS.items() if codec.experts is not None}
+    if settings.prune_experts is not None:
+        return True
     return bool({"auto", *able} & set(settings.method)) and not settings.stock
 
 

@@ -29,6 +29,7 @@ __all__ = ["MINIMUM_OPSET", "emit", "functions", "load_bytes", "load_memory", "p
 V = TypeVar("V")
 
 MINIMUM_OPSET = 7
+_UNIQUE_OPSET = 11
 
 _TENSOR_TYPES = {
     "float32": int(TensorProto.FLOAT),
@@ -139,8 +140,8 @@ def _matmul(opset: int) -> onnx.FunctionProto:
 def _experts(opset: int) -> onnx.FunctionProto:
     """HyperExperts: x (..., m, length) and indices -> (..., m, rows / experts).
 
-    Bytes of the chosen matrices are picked before anything is decoded. `stack` is how many matrices
-    there are, and rows of one.
+    Bytes of the chosen matrices are picked before anything is decoded, from opset 11 on once for
+    each matrix that is named. `stack` is how many matrices there are, and rows of one.
     """
     body = Body(opset)
     size = body.node("Gather", "stack", body.ints(1), axis=0)
@@ -148,7 +149,10 @@ def _experts(opset: int) -> onnx.FunctionProto:
     by_expert = body.node(
         "Concat", body.node("Gather", "blocks", body.ints(0), axis=0), "stack", axis=0
     )
-    indices = body.node("Reshape", "experts", body.ints(-1))
+    indices = body.node("Reshape", body.cast("experts", int(TensorProto.INT64)), body.ints(-1))
+    places = ""
+    if opset >= _UNIQUE_OPSET:
+        indices, _, places = body.outputs("Unique", indices, 3)
 
     def picked(bytes_first: str, *target: str) -> str:
         apart = body.node("Reshape", bytes_first, by_expert)
@@ -167,9 +171,13 @@ def _experts(opset: int) -> onnx.FunctionProto:
     whole = body.node("Concat", body.ints(-1), padded, size, axis=0)
     columns = body.node("Gather", "extent", body.ints(1), axis=0)
     matrices = body.crop(body.node("Reshape", scaled, whole), (1,), columns, "columns")
-    inner = body.node("Gather", body.node("Shape", matrices), body.ints(1, 2), axis=0)
-    target = body.node("Concat", body.node("Shape", "experts"), inner, axis=0)
-    product = body.node("MatMul", body.cast("x", _FLOAT), body.node("Reshape", matrices, target))
+    target = body.node("Shape", "experts")
+    if places:
+        chosen = body.node("Gather", matrices, body.node("Reshape", places, target), axis=0)
+    else:
+        inner = body.node("Gather", body.node("Shape", matrices), body.ints(1, 2), axis=0)
+        chosen = body.node("Reshape", matrices, body.node("Concat", target, inner, axis=0))
+    product = body.node("MatMul", body.cast("x", _FLOAT), chosen)
     body.node("Cast", product, refs={"to": ("dtype", onnx.AttributeProto.INT)})
     attributes = ["extent", "group", "dtype", "precision", "experts", "columns"]
     return body.finish("HyperExperts", ["x", "experts", *NODE_INPUTS, "stack"], attributes)

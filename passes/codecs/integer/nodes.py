@@ -163,7 +163,7 @@ def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x:
     """Nodes for one use.
 
     ``matmul``: ``y = MatMulNBits(x, codes, scales, zeros)``, or for 8 bits
-    ``y = MatMulNBits(x, high, 16 scales, ...) + MatMulNBits(x, low, scales, ...)``. ``gather``: the
+    ``y = 16 MatMulNBits(x, high, scales, ...) + MatMulNBits(x, low, scales, ...)``. ``gather``: the
     looked-up rows, ``(Cast(Gather(codes, x)) - Gather(zeros, x)) * Gather(scales, x)``. ``weight``:
     the same for all rows, which a session folds to a constant. ``decode``: integers of one byte and
     DequantizeLinear, which a session does not fold.
@@ -221,14 +221,14 @@ class _Nodes:
 
     def _two_products(self, x: Any) -> Any:
         tensor, form = self._builder.tensor, self._form
-        sixteen = np.array(16, form.scale_type)
-        factor = self._builder.constant(f"int.sixteen.{form.scale_type.name}", sixteen)
-        scales = self._node("Mul", tensor("scales"), factor)
         own = [tensor("high_zeros")] if form.zero_points else []
         low_zeros = "low_zeros" if form.zero_points else next(iter(self._payload.shared))
-        high = self._nbits(x, tensor("high"), scales, own)
+        high = self._nbits(x, tensor("high"), tensor("scales"), own)
         low = self._nbits(x, tensor("low"), tensor("scales"), [tensor(low_zeros)])
-        return self._node("Add", high, low)
+        # The product is scaled and not the scales: MatMulNBits takes computed scales for zeros.
+        sixteen = np.array(16, form.scale_type)
+        factor = self._builder.constant(f"int.sixteen.{form.scale_type.name}", sixteen)
+        return self._node("Add", self._node("Mul", high, factor), low)
 
     def _nbits(self, x: Any, codes: Any, scales: Any, zeros: list[Any]) -> Any:
         form = self._form

@@ -101,3 +101,24 @@ def test_expanding_without_the_metadata_of_nodes_is_an_error(tools):
         node.metadata_props.clear()
     with pytest.raises(ModelError, match="still read"):
         expand(small)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("optimized", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_are_right_where_a_session_folds_nothing(tools, bits, optimized, dtype):
+    # Sessions fold no nodes of float16, and MatMulNBits takes scales of a node for zeros.
+    letters = {"float32": "float", "float16": "float16"}[dtype]
+    weight = tools.weight(96, 64).astype(dtype)
+    proto = tools.build(
+        f"g ({letters}[N, 96] x) => ({letters}[N, 64] y) {{ y = MatMul (x, w) }}", {"w": weight}
+    )
+    written = tools.proto_of(compressed(proto, IntegerParams(bits)))
+    options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(written.SerializeToString(), options)
+    x = tools.weight(5, 96, seed=2).astype(dtype)
+    (y,) = session.run(None, {"x": x})
+    expected = x.astype(np.float64) @ weight.astype(np.float64)
+    assert np.linalg.norm(y - expected) < {4: 0.12, 8: 0.01}[bits] * np.linalg.norm(expected)

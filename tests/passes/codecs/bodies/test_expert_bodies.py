@@ -111,6 +111,14 @@ def test_codes_are_picked_before_anything_is_decoded() -> None:
         assert "Gather" in way and "Cast" not in way
 
 
+def test_a_matrix_that_is_named_often_is_decoded_once() -> None:
+    """Codes are picked by indices without repetitions, matrices by those of all products."""
+    (body,) = (f for f in hyper_bodies.functions(17) if f.name == "HyperExperts")
+    (unique,) = (node for node in body.node if node.op_type == "Unique")
+    readers = [node.op_type for node in body.node if unique.output[0] in node.input]
+    assert readers == ["Gather", "Gather"]
+
+
 def _way(makers: dict[str, onnx.NodeProto], name: str) -> list[str]:
     """Operators from a value back along first inputs, and the input that they come from."""
     seen = []
