@@ -1,5 +1,6 @@
 """Plans that know inputs: what each weight's error does to the outputs, and what that buys."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from onnxcomp.passes.planning.candidates import Estimate
 from onnxcomp.passes.planning.error_model import Estimates, gains
 from onnxcomp.passes.planning.measurements import blended
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity, sensitivity_prior
-from onnxcomp.passes.weight import Array, Stats
+from onnxcomp.passes.weight import Array, Stats, Use
 
 RNG = np.random.default_rng(5)
 
@@ -205,6 +206,20 @@ def test_estimates_follow_what_calibration_leaves(model: Path) -> None:
         output_error(matrix, codec.decode(site, feedback), stats.gram), rel=0.2
     )
     assert (found[True].harm or 1) < (found[False].harm or 0)
+
+
+def test_feedback_does_not_help_look_ups(model: Path) -> None:
+    prepared = prepare(read(model), Settings())
+    site = next(site for site in prepared.sites if site.name == "a")
+    x = RNG.standard_normal((2000, 256)) @ (RNG.standard_normal((256, 256)) / 8)
+    looked_up = Use("rows", "Gather", 0, "gather")
+    harms = []
+    for own in (site, dataclasses.replace(site, uses=(*site.uses, looked_up))):
+        estimates = Estimates(prepared.model, calibrated=True)
+        estimates.look_at(Stats(own, len(x), x.T @ x / len(x), x.mean(axis=0)))
+        (found,) = estimates(CODECS["hyper"], own, [HyperParams(3)])
+        harms.append(found.harm or found.error)
+    assert harms[0] < harms[1] < CODECS["hyper"].predict(site, HyperParams(3))
 
 
 def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path: Path) -> None:
