@@ -168,7 +168,7 @@ def shared_training() -> Iterator[str]:
         "Accuracy of networks that are trained with fewer numbers: as signed copies of a memory,\n"
         "pruned before training (the places of the remaining weights are not counted), or with\n"
         "fewer channels, which takes fewer operations, too. There are few epochs on 8,000 to\n"
-        "10,000 images, three seeds on digits and one on CIFAR-10: differences of a point are\n"
+        "10,000 images, three seeds, one for ResNet20: differences of a point are\n"
         "noise\n"
         "(`benchmarks/bench_sharing_training.py`, and [Shared weights](sharing.md)).\n"
     )
