@@ -364,5 +364,41 @@ inline void Dispatch(const Format& format, Args&&... args) {
   }
 }
 
+// Decodes one group of up to two panels in the form that `To` says: its elements, how far panels and
+// units of eight weights lie apart, what is added to entries, and how a unit is stored.
+template <int K, int L, class To>
+struct DecodeBlock {
+  using Element = typename To::Element;
+
+  static void Run(const Weight& weight, const Entries& entries, int64_t panel, int panels,
+                  int64_t g, Element* w) {
+    const int64_t ahead = PairAhead(weight.format, g);
+    for (int p = 0; p < panels; ++p, w += To::kPanel) {
+      const uint8_t* codes = weight.block(panel + p, g);
+      if (L > 8 && weight.levels != nullptr) {
+        const LevelLookup<(L > 8 ? L : 10)> lookup(*weight.levels, To::kBias);
+        Panel(lookup, weight.format, codes, ahead, w);
+      } else if (L > 8 && entries.odd) {
+        Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, ahead, w);
+      } else {
+        Panel(LookupOf<L, false>(entries.data), weight.format, codes, ahead, w);
+      }
+    }
+  }
+
+ private:
+  template <class Table>
+  static void Panel(const Table lookup, const Format& format, const uint8_t* codes,
+                    int64_t ahead, Element* out) {
+    __m512i before = LastDword(codes, format.dwords);
+    for (int t = 0; t < format.group; t += kStep, codes += K * kLine) {
+      Unit units[4];
+      Prefetch<K>(codes + ahead);
+      DecodeStep<K>(lookup, codes, before, units);
+      for (int u = 0; u < 4; ++u, out += To::kUnit) To::Store(units[u], out);
+    }
+  }
+};
+
 }  // namespace
 }  // namespace onnxcomp::hyper

@@ -106,47 +106,29 @@ struct Stream {
   }
 };
 
-inline void StoreFour(__m512i bytes, float* out) {
-  _mm512_store_ps(out, Widen<0>(bytes));
-  _mm512_store_ps(out + 2 * kLanes, Widen<1>(bytes));
-  _mm512_store_ps(out + 4 * kLanes, Widen<2>(bytes));
-  _mm512_store_ps(out + 6 * kLanes, Widen<3>(bytes));
-}
+// One group of up to two panels as floats: w[(t * 2 + p) * 16 + lane], times 2^24.
+struct Floats {
+  using Element = float;
+  static constexpr int kPanel = kLanes;
+  static constexpr int kUnit = 16 * kLanes;
+  static constexpr uint8_t kBias = 0;
 
-// Decodes one group of up to two panels: w[(t * 2 + p) * 16 + lane], times 2^24.
-template <int K, int L>
-struct DecodeTile {
-  static void Run(const Weight& weight, const Entries& entries, int64_t panel, int panels,
-                  int64_t g, float* w) {
-    const int64_t ahead = PairAhead(weight.format, g);
-    for (int p = 0; p < panels; ++p, w += kLanes) {
-      const uint8_t* codes = weight.block(panel + p, g);
-      if (L > 8 && weight.levels != nullptr) {
-        Panel(LevelLookup<(L > 8 ? L : 10)>(*weight.levels, 0), weight.format, codes, ahead, w);
-      } else if (L > 8 && entries.odd) {
-        Panel(LookupOf<L, (L > 8)>(entries.data), weight.format, codes, ahead, w);
-      } else {
-        Panel(LookupOf<L, false>(entries.data), weight.format, codes, ahead, w);
-      }
-    }
+  static void Store(Unit unit, float* out) {
+    StoreFour(FirstHalf(unit), out);
+    StoreFour(SecondHalf(unit), out + 8 * kLanes);
   }
 
  private:
-  template <class Table>
-  static void Panel(const Table lookup, const Format& format, const uint8_t* codes,
-                    int64_t ahead, float* out) {
-    __m512i before = LastDword(codes, format.dwords);
-    for (int t = 0; t < format.group; t += kStep, codes += K * kLine) {
-      Unit units[4];
-      Prefetch<K>(codes + ahead);
-      DecodeStep<K>(lookup, codes, before, units);
-      for (int u = 0; u < 4; ++u, out += 16 * kLanes) {
-        StoreFour(FirstHalf(units[u]), out);
-        StoreFour(SecondHalf(units[u]), out + 8 * kLanes);
-      }
-    }
+  static void StoreFour(__m512i bytes, float* out) {
+    _mm512_store_ps(out, Widen<0>(bytes));
+    _mm512_store_ps(out + 2 * kLanes, Widen<1>(bytes));
+    _mm512_store_ps(out + 4 * kLanes, Widen<2>(bytes));
+    _mm512_store_ps(out + 6 * kLanes, Widen<3>(bytes));
   }
 };
+
+template <int K, int L>
+using DecodeTile = DecodeBlock<K, L, Floats>;
 
 // One tile of M rows times NP panels over one decoded group.
 template <int M, int NP>

@@ -137,7 +137,7 @@ def test_no_hot_loop_stores_more_than_a_tenth_of_its_work_on_the_stack(
     kernels: list[tuple[str, Loop]],
 ) -> None:
     found = "\n".join(title for title, _ in kernels)
-    for name in ("Stream<4, 7>", "Stream<4, 12>", "DecodeTile<4, 7>", "DecodeVector<4, 12, 128>"):
+    for name in ("Stream<4, 7>", "Stream<4, 12>", "DecodeBlock<4, 7", "DecodeVector<4, 12, 128>"):
         assert name in found
     for title, loop in kernels:
         assert count(loop, _STACK_STORE) <= count(loop, _VECTOR) / 10, title
