@@ -77,6 +77,7 @@ def _client(distributed: Any, scheduler: str, folder: Path) -> Iterator[Any]:
     count = local_workers(scheduler)
     if count is None:
         try:
+            _check_address(distributed, scheduler)
             client = distributed.Client(scheduler, timeout=_CONNECT, set_as_default=False)
         except (OSError, ValueError) as error:
             raise UsageError(
@@ -86,13 +87,34 @@ def _client(distributed: Any, scheduler: str, folder: Path) -> Iterator[Any]:
         with client:
             yield client
         return
-    cluster = _local(distributed, count or os.cpu_count() or 1, folder)
+    cluster = _local(distributed, 0, folder)
     with cluster, distributed.Client(cluster, set_as_default=False) as client:
         try:
+            cluster.scale(count or os.cpu_count() or 1)  # in here, so that Ctrl-C ends them
             yield client
         except BaseException:
             _kill(cluster)
             raise
+
+
+def _check_address(distributed: Any, address: str) -> None:
+    """Refuse what a client breaks at: it prints a traceback when the process ends.
+
+    Raises:
+        ValueError: The protocol is unknown.
+        UsageError: It needs certificates, and there are none.
+    """
+    from distributed.comm.addressing import parse_address
+    from distributed.comm.registry import get_backend
+
+    protocol, _ = parse_address(address)
+    get_backend(protocol)
+    encrypted = protocol in ("tls", "wss")
+    if encrypted and not distributed.Security().get_connection_args("client")["ssl_context"]:
+        raise UsageError(
+            f"no certificates for {address}: the configuration of Dask names none",
+            hint="set distributed.comm.tls there, or use tcp:// in a network that you trust",
+        )
 
 
 def _local(distributed: Any, count: int, folder: Path) -> Any:
@@ -112,8 +134,11 @@ def _local(distributed: Any, count: int, folder: Path) -> Any:
 
 
 def _kill(cluster: Any) -> None:
-    """End the workers of this machine at once: waiting for what they are at takes seconds."""
-    for nanny in cluster.workers.values():
+    """End the workers of this machine at once: waiting for what they are at takes seconds.
+
+    Those that are still starting are not among `cluster.workers`.
+    """
+    for nanny in list(cluster._created):
         nanny.auto_restart = False
         if nanny.pid is not None and sys.platform != "win32":
             with contextlib.suppress(ProcessLookupError):

@@ -244,6 +244,19 @@ def test_an_address_where_nobody_answers(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("http://127.0.0.1:9", "unknown address scheme"), ("tls://127.0.0.1:9", "no certificates")],
+)
+def test_an_address_that_dask_cannot_speak_to(
+    model: Path, tmp_path: Path, address: str, message: str
+) -> None:
+    start = time.monotonic()
+    with pytest.raises(UsageError, match=message):
+        onnxcomp.optimize(model, tmp_path / "out.onnx", scheduler=address)
+    assert time.monotonic() - start < 5  # no client, which takes ten seconds to go
+
+
 @pytest.mark.parametrize("text", ["nowhere", "local:0", "local:x", "", "tcp://", 3])
 def test_texts_that_are_no_address(model: Path, tmp_path: Path, text: Any) -> None:
     with pytest.raises(UsageError, match="scheduler is") as caught:
@@ -271,8 +284,9 @@ def test_a_file_that_is_another_one_is_refused(model: Path) -> None:
         assert "folder" in caught.value.hint
 
 
-def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    """A terminal interrupts the workers of this machine as well."""
+@pytest.mark.parametrize("busy", [True, False])
+def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path, busy: bool) -> None:
+    """A terminal interrupts the workers of this machine as well, which may be starting still."""
     psutil = pytest.importorskip("psutil", reason="psutil is not installed")
     words = ["optimize", model, "-o", tmp_path / "out.onnx", "--no-verify"]
     words += ["--method", "hash", "--include", "w[89]"]  # some seconds of work
@@ -289,7 +303,7 @@ def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         known = psutil.Process(process.pid).children(recursive=True)
-        if list(tmp_path.glob(".*/exchange/*.payload")):
+        if list(tmp_path.glob(".*/exchange/*.payload")) or (not busy and len(known) >= 2):
             break
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
