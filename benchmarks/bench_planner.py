@@ -6,8 +6,9 @@ FOLDER holds models/*.onnx, lm/*.onnx and eval/; MINILM is all-MiniLM-L6-v2 as O
 with one half of some real inputs and judged by the other half. For each model:
 
 * ratios 4, 6, 8 and 10: bytes of the output under the target, or the best that was reached;
-* for 2 to 5 bits for all weights: measured error of the outputs (relative L2, the worst output) of
-  equal settings, and of mixed plans of the same bytes, made without inputs and with them;
+* for 2 to 5 bits for all weights: measured error of the outputs (relative L2, the worst output) and
+  loss (divergence of distributions, squared error of the rest) of equal settings, and of mixed
+  plans of the same bytes, made without inputs and with them;
 * with --ranks alone: expected against measured noise of the outputs with one weight compressed, and
   expected against measured times of products, over all weights of some models.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,17 @@ from planner_ranks import error_ranks, pooled, time_ranks
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
+from onnxcomp.passes.calibration.output_difference import OutputDifference, kinds_by_name
+from onnxcomp.passes.ir.model import load
+from onnxcomp.runtime.evaluate import iterate_model
+from onnxcomp.runtime.inputs import load_inputs
 
 RATIOS = (4, 6, 8, 10)
 BITS = (5, 4, 3, 2)
+
+# Numbers of plans with equal bytes, in the order of the table.
+PLANS = ("equal", "mixed", "mixed_with_inputs", "expected")
+COLUMNS = (*PLANS, *(f"{name}_loss" for name in PLANS))
 
 # What is ranked.
 KINDS = ("error", "time")
@@ -56,6 +66,15 @@ def error_of(model: Path, small: Path, judge: Path) -> float:
     return max(metrics.rel_l2 for metrics in outputs.values())
 
 
+def loss_of(model: Path, small: Path, judge: Path) -> float:
+    """The loss that plans are compared by, on inputs that no plan has seen."""
+    feeds = load_inputs(judge, model)
+    found = OutputDifference(kinds_by_name(load(model)))
+    for exact, now in zip(iterate_model(model, feeds), iterate_model(small, feeds), strict=True):
+        found.add({n: a for n, a in exact.items() if a.dtype.kind == "f"}, now)
+    return found.mean().loss
+
+
 def at_ratios(model: Path, folder: Path, plan: Path) -> list[dict[str, Any]]:
     """Bytes for each ratio."""
     rows = []
@@ -76,12 +95,15 @@ def at_equal_bytes(model: Path, folder: Path, plan: Path, judge: Path) -> list[d
         size = equal.report.output.bytes
         row: dict[str, Any] = {"bits": bits, "bytes": size}
         row["equal"] = error_of(model, output, judge)
+        row["equal_loss"] = loss_of(model, output, judge)
         for name, data in (("mixed", None), ("mixed_with_inputs", plan)):
             mixed = compile_model(model, output, cache, target_size=size, data=data)
             row[name] = error_of(model, output, judge)
+            row[f"{name}_loss"] = loss_of(model, output, judge)
             row[f"{name}_bytes"] = mixed.report.output.bytes
             if mixed.plan.error is not None:
                 row["expected"] = mixed.plan.error
+                row["expected_loss"] = mixed.plan.loss
         rows.append(row)
     return rows
 
@@ -169,16 +191,13 @@ def print_results(rows: list[dict[str, Any]]) -> None:
         ],
     )
     print_table(
-        ("model", "bits", "bytes", "equal", "mixed", "mixed, with inputs", "expected"),
+        ("model", "bits", "bytes", *(name.replace("_", " ") for name in COLUMNS)),
         [
             (
                 row["name"],
                 r["bits"],
                 r["bytes"],
-                f"{r['equal']:.4f}",
-                f"{r['mixed']:.4f}",
-                f"{r['mixed_with_inputs']:.4f}",
-                f"{r.get('expected', float('nan')):.4f}",
+                *(f"{r.get(key, math.nan):.4g}" for key in COLUMNS),
             )
             for row in rows
             for r in row["equal_bytes"]

@@ -2,17 +2,21 @@
 
     python benchmarks/bench_scale.py [--sizes 1 4] [--commands plain verify] [--folder DIR]
                                      [--huge] [--windows 16] [--threads 2] [--memory 1GB]
+                                     [--workers 3]
 
 Writes synthetic decoders (`scale_models.py`), runs each command in a process of its own, and
 prints CPU seconds, weights per CPU second and the peak of resident memory, of each phase as well.
 Rows of other sizes and commands in ``results/scale.json`` stay. What is said of 7B and 70B is
-computed from the rows and not measured. A size of N takes about 2 N GB of the disk.
+computed from the rows and not measured. A size of N takes about 2 N GB of the disk. With --workers
+one process and two workers of Dask take turns instead, so many times
+(``results/scale_workers.json``).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,13 @@ import bench_killed
 import numpy as np
 from results import RESULTS, print_table, write_results
 from scale_models import SIZES, Decoder, write_decoder
+from scale_workers import in_turns
 
 # What is given to `optimize`; the other commands need its first result.
 COMMANDS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"bits": 4},
     "ratio": {"ratio": 8.0},
-    "data": {"bits": 4, "data": "tokens.npz"},
+    "data": {"bits": 4, "data": "tokens.npz", "tune": 0},
     "lowrank": {"method": "lowrank", "ratio": 8.0},
     "prune": {"bits": 4, "prune_ratio": 0.2},
     "verify": {},
@@ -42,8 +47,9 @@ COMMANDS: Mapping[str, Mapping[str, Any]] = {
     "killed": {"bits": 4, "data": "tokens.npz"},
 }
 
-# Runs with --data that are killed at random moments before one that ends.
-KILLS = 10
+# Runs with --data that are killed at random moments before one that ends, and how long they live at
+# most, as a share of a whole run: what one has done the next one does not do again.
+KILLS, _LONGEST = 10, 0.22
 
 TOKENS = 256
 
@@ -95,7 +101,7 @@ def work(task: Mapping[str, Any]) -> dict[str, Any]:
 
     phases: dict[str, dict[str, float]] = {}
     watched(phases)
-    start, base = time.process_time(), peak_rss()
+    start, wall, base = time.process_time(), time.perf_counter(), peak_rss()
     model, small = task["model"], task["small"]
     if task["command"] == "verify":
         found = onnxcomp.verify(model, small)
@@ -106,15 +112,29 @@ def work(task: Mapping[str, Any]) -> dict[str, Any]:
         result = onnxcomp.optimize(
             model, task["output"], verify=False, jobs=task["threads"], **task["options"]
         )
-        extra = {"bytes": result.report.output.bytes, "met": result.plan.met}
+        output = result.report.output
+        extra = {
+            "bytes": output.bytes, "met": result.plan.met, "sha256": hashes(output.files),
+            "seconds": result.report.seconds,
+        }  # fmt: skip
     peaks = [peak_rss(), *(int(phase["peak_rss_bytes"]) for phase in phases.values())]
     return {
         **extra,
         "cpu_seconds": round(time.process_time() - start, 1),
+        "wall_seconds": round(time.perf_counter() - wall, 1),
+        "children_cpu_seconds": round(sum(os.times()[2:4]), 1),
         "base_rss_bytes": base,
         "peak_rss_bytes": max(peaks),
         "phases": phases,
     }
+
+
+def hashes(files: Sequence[str]) -> str:
+    """A hash of all files of a model."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
 
 
 def run(task: Mapping[str, Any], limit: str | None) -> dict[str, Any]:
@@ -134,7 +154,7 @@ def killed(task: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     words = ["--bits", str(options["bits"]), "--data", options["data"], "--tune", "0"]
     words += ["--jobs", str(task["threads"])]
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        runs = bench_killed.measure(Path(task["model"]), Path(place), KILLS, words)
+        runs = bench_killed.measure(Path(task["model"]), Path(place), KILLS, words, _LONGEST)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "runs": runs,
@@ -183,6 +203,28 @@ def measure(
         yield row
 
 
+def measure_workers(given: argparse.Namespace, folder: Path) -> None:
+    """One process and workers of Dask in turns, on each model."""
+    path = RESULTS / "scale_workers.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    for size in given.sizes:
+        model = folder / f"decoder{size}.onnx"
+        if not model.exists():
+            write_decoder(SIZES[size], model)
+        task = {
+            "command": "plain", "model": str(model), "small": "",
+            "output": str(folder / f"workers{size}.onnx"), "options": COMMANDS["plain"],
+        }  # fmt: skip
+        rows = in_turns(lambda one: run(one, None), task, given.workers)
+        for row in rows:
+            names = ("way", "wall_seconds", "cpu_seconds", "path_seconds", "load_of_each")
+            print_table(names, [[row[name] for name in names]])
+        fresh = [{"size": size, "weights": SIZES[size].parameters, **row} for row in rows]
+        known = [*(row for row in known if row["size"] != size), *fresh]
+        known.sort(key=lambda row: float(row["size"]))
+        write_results("scale_workers", {"processor": processor(), "rows": known})
+
+
 def largest(decoder: Decoder) -> int:
     """Weights of the largest tensor."""
     return max(math.prod(shape) for shape in decoder.weights.values())
@@ -222,9 +264,10 @@ def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def expected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Real models, computed: time by the weights, memory beyond the base by the largest tensor.
 
-    Each command's largest model that was measured is what it is computed from. What has another
-    law is left out: time of factors, which grows with the sides of matrices, memory of --data,
-    which grows with its inputs, and verification in whole sessions.
+    For each command, time is computed from the largest model that was measured, and memory from the
+    one with the largest tensor. What has another law is left out: time of factors, which grows with
+    the sides of matrices, memory of --data, which grows with its inputs, and verification in whole
+    sessions.
     """
     found = []
     for command in COMMANDS:
@@ -233,16 +276,18 @@ def expected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             known = [row for row in known if row["layer_by_layer"]]
         if command in ("lowrank", "killed") or not known:
             continue
-        row = max(known, key=lambda row: float(row["size"]))
-        grown = row["peak_rss_bytes"] - row["base_rss_bytes"]
+        timed = max(known, key=lambda row: float(row["size"]))
+        wide = max(known, key=lambda row: (row["largest_weights"], float(row["size"])))
+        grown = wide["peak_rss_bytes"] - wide["base_rss_bytes"]
         for name, (weights, tensor) in REAL.items():
-            peak = row["base_rss_bytes"] + grown * tensor / row["largest_weights"]
+            peak = wide["base_rss_bytes"] + grown * tensor / wide["largest_weights"]
             found.append(
                 {
                     "model": name,
                     "command": command,
-                    "from_size": row["size"],
-                    "cpu_seconds": round(row["cpu_seconds"] * weights / row["weights"]),
+                    "from_size": timed["size"],
+                    "memory_from_size": wide["size"],
+                    "cpu_seconds": round(timed["cpu_seconds"] * weights / timed["weights"]),
                     "peak_rss_bytes": None if command == "data" else round(peak),
                 }
             )
@@ -257,6 +302,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="of --data, 256 tokens each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", help="what verify may take, such as 1GB")
+    parser.add_argument("--workers", type=int, metavar="TIMES", help="compare with Dask workers")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -266,6 +312,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=given.folder) as made:
         folder = given.folder or Path(made)
+        if given.workers:
+            measure_workers(given, folder)
+            return
         for size in [*given.sizes, *(["130"] if given.huge else [])]:
             for row in measure(size, SIZES[size], given, folder):
                 rows.append(row)

@@ -229,10 +229,15 @@ def measure(network: str, plan: Plan, method: str, ratio: int, options: Any) -> 
         "accuracy": round(accuracy(model, split), 4),
         "seconds": round(time.process_time() - start, 1),
     }
-    if method in (*METHODS, "lottery"):
+    if method in (*METHODS, "lottery") and not _normalised(model):
         row["stored"] = stored(model, split.images[:1])
     print(row, flush=True)
     return row
+
+
+def _normalised(model: nn.Module) -> bool:
+    """Whether an exporter changes weights: batch norms go into the convolutions before them."""
+    return any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
 def stored(model: nn.Module, image: torch.Tensor) -> dict[str, int]:

@@ -29,7 +29,7 @@ from quality_tables import calibration_steps, deep_convolutions
 from scale_tables import large_models
 from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
-from speed_tables import products, shared_products, sparse_products, structured_products
+from speed_tables import experts, products, shared_products, sparse_products, structured_products
 
 __all__ = ["stale_pages", "tables"]
 
@@ -168,7 +168,7 @@ def shared_training() -> Iterator[str]:
         "Accuracy of networks that are trained with fewer numbers: as signed copies of a memory,\n"
         "pruned before training (the places of the remaining weights are not counted), or with\n"
         "fewer channels, which takes fewer operations, too. There are few epochs on 8,000 to\n"
-        "10,000 images, three seeds on digits and one on CIFAR-10: differences of a point are\n"
+        "10,000 images, three seeds, one for ResNet20: differences of a point are\n"
         "noise\n"
         "(`benchmarks/bench_sharing_training.py`, and [Shared weights](sharing.md)).\n"
     )
@@ -345,6 +345,7 @@ ALL: Sections = {
     "Whole models": whole_models,
     "Products with shared weights": shared_products,
     "Products with sparse weights": sparse_products,
+    "Products with chosen experts": experts,
     "Training with shared weights": shared_training,
     "The model of the demo": demo,
     "Models of other projects": models,

@@ -68,7 +68,11 @@ class Decoder:
         return sum(math.prod(shape) for shape in self.weights.values())
 
 
+# The one of 0.9 GB is a layer of that of 13 GB, with its table and head: memory follows the largest
+# tensor and not the number of layers.
 SIZES = {
+    "0.06": Decoder(512, 1408, 2, 8, 8, vocabulary=8000),
+    "0.9": Decoder(4096, 11008, 1, 32, 32, half=True),
     "1": Decoder(1536, 4096, 5, 12, 12),
     "4": Decoder(2048, 5632, 16, 16, 16),
     "13": Decoder(4096, 11008, 31, 32, 32, half=True),

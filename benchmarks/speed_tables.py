@@ -7,7 +7,7 @@ from typing import Any
 
 from page_parts import markdown, read
 
-__all__ = ["products", "shared_products", "sparse_products", "structured_products"]
+__all__ = ["experts", "products", "shared_products", "sparse_products", "structured_products"]
 
 SPEED_NAMES = {
     "fp32": "ONNX Runtime MatMul, float32",
@@ -197,3 +197,23 @@ def sparse_products() -> Iterator[str]:
         rows.append([name, f"{records[variant, 1]['bits_per_weight']:.2f}", *speeds])
     columns = ("weight", "bits", *(f"{m} row" + "s" * (m > 1) for m in heights))
     yield markdown(columns, rows)
+
+
+def experts() -> Iterator[str]:
+    """Time and memory of a layer of which a token chooses some experts."""
+    results = read("experts")
+    count, (width, inner) = results["experts"], results["widths"]
+    yield (
+        f"A layer of {count} experts, {width} to {inner} and back, for one token: processor time\n"
+        f"of one thread of an {results['cpu']} in turns, against Gather and MatMul of ONNX\n"
+        "Runtime, and what a session takes (`benchmarks/bench_experts.py`). Without the library,\n"
+        "chosen experts are decoded at every run.\n"
+    )
+    found: dict[str, list[Any]] = {}
+    for row in results["rows"]:
+        name = row["form"]
+        found.setdefault(name, [f"{row['file'] / 1e6:.1f} MB", f"{row['memory'] / 1e6:.0f} MB"])
+        found[name].append(f"{row['ms']:.2f} ms ({row['faster']:.2f}x)")
+    chosen = dict.fromkeys(row["chosen"] for row in results["rows"])
+    columns = ("weights", "file", "session", *(f"{n} of {count}" for n in chosen))
+    yield markdown(columns, [[name, *cells] for name, cells in found.items()])

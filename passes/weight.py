@@ -54,15 +54,17 @@ Feed = Mapping[str, Array]
 # What a use of a weight needs from its codec.
 #   matmul  y (..., rows) = x (..., length) @ weight.T
 #   gather  y (..., length) = weight[indices]
+#   experts y = x @ weight[indices], where the weight is a stack of matrices, as MatMul does it
+#   batch   the same with all of them, or with some that are known when a session is created
 #   dense   the whole weight, for any other consumer
-Need = Literal["matmul", "gather", "dense"]
+Need = Literal["matmul", "gather", "experts", "batch", "dense"]
 
 # How a use is served. `fused` computes on the codes; `folded` is expanded to a dense constant when
 # the session is created; `decode` is expanded by a kernel at every run.
 Mode = Literal["fused", "folded", "decode"]
 
 # What `Codec.emit` is asked to produce.
-Kind = Literal["matmul", "gather", "weight", "decode"]
+Kind = Literal["matmul", "gather", "experts", "batch", "weight", "decode"]
 
 
 # Ways to keep every bit of a constant.
@@ -119,7 +121,8 @@ class WeightSite:
         scope: Where the initializer lives: "" for the main graph, else the path of the subgraph.
         rows: Rows of the canonical matrix.
         length: Columns of the canonical matrix; ``rows * length`` is the number of elements.
-        transposed: True when the stored 2-D tensor is ``(length, rows)``.
+        transposed: True when the stored 2-D tensor is ``(length, rows)``, or when each matrix of
+            a stack is the transpose of its rows of the canonical matrix.
         filters_input: Whether a convolution filters an input of the model with it.
         rank: The most that its rank can be, where it is the product of two thin weights that were
             in its place: stored with this rank it is what it was. None for all others.
@@ -129,6 +132,8 @@ class WeightSite:
         kept: Elements with a bit that is set, where leaving out the others makes it smaller; else
             None.
         paired: Whether at most two of every four elements of its rows are kept.
+        experts: Matrices of a stack that is stored as one tensor of three dimensions; their rows
+            follow one another in the canonical matrix. 1 for all others.
     """
 
     name: str
@@ -145,6 +150,21 @@ class WeightSite:
     wide: bool = False
     kept: int | None = None
     paired: bool = False
+    experts: int = 1
+
+    def matrix(self, stored: Array) -> Array:
+        """The canonical matrix ``(rows, length)`` of a stored tensor; a view where that is one."""
+        if not self.transposed:
+            return stored.reshape(self.rows, self.length)
+        if self.experts == 1:
+            return stored.reshape(self.length, self.rows).T
+        return stored.reshape(self.shape).swapaxes(1, 2).reshape(self.rows, self.length)
+
+    def stored_form(self, matrix: Array) -> Array:
+        """The stored tensor of a canonical matrix, contiguous; the inverse of `matrix`."""
+        if self.transposed:
+            matrix = matrix.reshape(self.experts, -1, self.length).swapaxes(1, 2)
+        return np.ascontiguousarray(matrix).reshape(self.shape)
 
     @property
     def size(self) -> int:
@@ -175,10 +195,15 @@ class WeightSite:
 
     @property
     def kinds(self) -> frozenset[Kind]:
-        """All that its uses could ask for: the dense weight always."""
+        """What its uses could ask for, apart from stacks: the dense weight always."""
         kinds: set[Kind] = {"weight", "decode"}
-        kinds.update(use.need for use in self.uses if use.need != "dense")
+        kinds.update(use.need for use in self.uses if use.need in ("matmul", "gather"))
         return frozenset(kinds)
+
+    @property
+    def stack_kinds(self) -> frozenset[Kind]:
+        """What its uses could ask for of a stack."""
+        return frozenset(use.need for use in self.uses if use.need in ("experts", "batch"))
 
     @property
     def fusable(self) -> bool:

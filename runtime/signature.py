@@ -236,10 +236,22 @@ def _look_ups(
         extent = _attribute(node, "extent")
         if extent:
             yield node.input[0], extent[0]
+    elif node.domain == DOMAIN and node.op_type.endswith("Experts"):
+        experts = _attribute(node, "experts")
+        if experts:
+            yield node.input[1], experts[0]
     elif node.domain == "" and node.op_type == "OneHot":
         depth = _scalar(node.input[1], model, producers)
         if depth is not None:
             yield node.input[0], depth
+    elif (
+        node.domain == ""
+        and node.op_type == "GatherND"
+        and _attribute(node, "batch_dims") in (None, [0])
+    ):
+        shape = _table_shape(node.input[0], producers, shapes)
+        if shape:  # entries of a tuple are of different axes
+            yield node.input[1], min(shape)
     axis = (_attribute(node, "axis") or [0])[0]
     for index, table in _LOOK_UPS.get((node.domain, node.op_type), ()):
         if max(index, table) < len(node.input) and node.input[index]:
@@ -283,6 +295,10 @@ def _table_shape(
         if node.domain == DOMAIN:
             extent = _attribute(node, "extent")
             return tuple(extent) if extent else None
+        if node.op_type == "Transpose":
+            shape = _table_shape(node.input[0], producers, shapes)
+            perm = _attribute(node, "perm")
+            return shape and tuple(shape[axis] for axis in perm or range(len(shape))[::-1])
         if node.op_type not in ("Cast", "Identity", "DequantizeLinear"):
             return None
         name = node.input[0]

@@ -66,6 +66,20 @@ class InferContext {
     return values;
   }
 
+  // An attribute that is one integer; 0 when absent.
+  int64_t Int(const char* name) const {
+    const OrtOpAttr* attribute = nullptr;
+    int64_t value = 0;
+    size_t bytes = 0;
+    OrtStatus* status = api_.InferGetAttribute(context_, name, &attribute);
+    if (status == nullptr) {
+      status = api_.ReadOpAttr(attribute, kAttributeInt, &value, sizeof value, &bytes);
+    }
+    if (status == nullptr) return value;
+    api_.ReleaseStatus(status);
+    return 0;
+  }
+
   // Every unknown dim needs a name: ONNX Runtime takes a nameless -1 for a value and then finds
   // Reshape targets with two of them. Names made here are never given twice, so none claims that
   // two dims are equal.

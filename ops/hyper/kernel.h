@@ -11,7 +11,10 @@ namespace onnxcomp::hyper {
 // Adds one operator for each combination of element types.
 void AddOps(const Api& api, std::deque<CustomOp>& ops);
 
-// The same for CUDAExecutionProvider.
+// HyperExperts, which `AddOps` adds, too.
+void AddExperts(const Api& api, std::deque<CustomOp>& ops);
+
+// The same as `AddOps` for CUDAExecutionProvider, but for HyperExperts.
 void AddGpuOps(const Api& api, std::deque<CustomOp>& ops);
 
 // Element types of a node's inputs from the codes on: codes, scales, table, then what only the

@@ -166,10 +166,7 @@ def _content(weight: Array, role: _Role) -> str:
 def _stored(value: ir.Value | None, site: WeightSite) -> Array:
     """The canonical matrix ``(rows, length)`` in the stored type, as a view of its file."""
     assert value is not None and value.const_value is not None
-    array = np.asarray(value.const_value.numpy())
-    if site.transposed:
-        return array.reshape(site.length, site.rows).T
-    return array.reshape(site.rows, site.length)
+    return site.matrix(np.asarray(value.const_value.numpy()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

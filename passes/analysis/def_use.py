@@ -2,7 +2,8 @@
 
 On the way a weight may pass through Transpose, Identity, Cast between float types, and Reshape,
 Flatten, Squeeze or Unsqueeze to two dimensions. What arrives is described by a `View`: the stored
-tensor read as a matrix, transposed or not.
+tensor read as a matrix, transposed or not. A tensor of three dimensions may also be a stack of
+matrices, of which some are chosen on the way (`stacks`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.constant_arguments import integers
+from onnxcomp.passes.analysis.stacks import Orientation, Stack, product_of, through
 from onnxcomp.passes.ir.tensors import WEIGHT_TYPES, shape_of
 from onnxcomp.passes.ir.traversal import is_default_domain
 from onnxcomp.passes.weight import Need
 
-__all__ = ["Leaf", "Orientation", "View", "filters_input", "leaves", "qualified_type", "view_of"]
+__all__ = ["Leaf", "View", "filters_input", "leaves", "qualified_type", "view_of"]
 
 # Operators that only move or scale the samples of a signal.
 _MOVES = frozenset(
@@ -27,21 +29,6 @@ _MOVES = frozenset(
         *("Slice", "Split", "Concat", "Add", "Sub", "Mul", "Div", "BatchNormalization"),
     )
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Orientation:
-    """Which way round a fused use reads the canonical matrix.
-
-    Attributes:
-        rows: Rows of the canonical matrix: output channels, or embedding vectors.
-        length: Its columns: the axis a product sums over.
-        transposed: Whether the stored tensor is ``(length, rows)`` rather than ``(rows, length)``.
-    """
-
-    rows: int
-    length: int
-    transposed: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,13 +92,41 @@ def view_of(tensor: ir.TensorProtocol) -> View:
 
 def leaves(value: ir.Value, view: View, path: tuple[ir.Node, ...] = ()) -> Iterator[Leaf]:
     """Every node that computes with a value, whatever scope it is in."""
+    stack = None if view.transposed else Stack.of(view.shape, view.dtype)
     for node, index in sorted(value.uses(), key=lambda use: use.idx):
+        products = None if stack is None else _products(node, index, value, stack, path)
+        if products is not None:
+            yield from products
+            continue
         onward = _through(node, index, view)
         if onward is not None and not node.outputs[0].is_graph_output():
             yield from leaves(node.outputs[0], onward, (*path, node))
             continue
         need, orientation = _need(node, index, value, view)
         yield Leaf(node, index, path, view, need, orientation)
+
+
+def _products(
+    node: ir.Node, index: int, value: ir.Value, stack: Stack, path: tuple[ir.Node, ...]
+) -> list[Leaf] | None:
+    """Products with matrices of a stack behind one of its uses; None where something else is."""
+    onward = through(node, index, stack)
+    if onward is None:
+        product = product_of(node, index, value, stack)
+        if product is None:
+            return None
+        view = View((stack.experts, *stack.shape), stack.transposed, stack.dtype)
+        return [Leaf(node, index, path, view, "experts" if stack.chosen else "batch", product)]
+    found: list[Leaf] = []
+    output = node.outputs[0]
+    if output.is_graph_output():
+        return None
+    for reader, place in sorted(output.uses(), key=lambda use: use.idx):
+        products = _products(reader, place, output, onward, (*path, node))
+        if products is None:
+            return None
+        found += products
+    return found or None
 
 
 def _through(node: ir.Node, index: int, view: View) -> View | None:
@@ -155,7 +170,7 @@ def _target_shape(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, ...] | No
     if node.op_type == "Flatten":
         axis = int(node.attributes.get_int("axis", 1)) % max(1, len(shape))
         return math.prod(shape[:axis]), math.prod(shape[axis:])
-    axes = _integers(node, "axes" if node.op_type != "Reshape" else "shape")
+    axes = integers(node, "axes" if node.op_type != "Reshape" else "shape")
     if axes is None:
         return None
     if node.op_type == "Reshape":
@@ -173,26 +188,6 @@ def _resolved(wanted: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...
     dims = [shape[axis] if dim == 0 else dim for axis, dim in enumerate(wanted)]
     known = math.prod(dim for dim in dims if dim > 0)
     return tuple(math.prod(shape) // max(1, known) if dim == -1 else dim for dim in dims)
-
-
-def _integers(node: ir.Node, name: str) -> tuple[int, ...] | None:
-    """A constant integer argument, given as attribute or as second input."""
-    if name in node.attributes:
-        return tuple(node.attributes[name].as_ints())
-    value = node.inputs[1] if len(node.inputs) > 1 else None
-    tensor = None if value is None else _constant(value)
-    if tensor is None or tensor.dtype != ir.DataType.INT64:
-        return None
-    return tuple(int(item) for item in np.ravel(tensor.numpy()))
-
-
-def _constant(value: ir.Value) -> ir.TensorProtocol | None:
-    if value.const_value is not None:
-        return None if value.is_graph_input() else value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or "value" not in node.attributes:
-        return None
-    return node.attributes["value"].as_tensor()
 
 
 def _need(

@@ -19,12 +19,12 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.analysis.def_use import (
     Leaf,
-    Orientation,
     filters_input,
     leaves,
     qualified_type,
     view_of,
 )
+from onnxcomp.passes.analysis.stacks import Orientation
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import compressed_tensors
 from onnxcomp.passes.ir.tensors import (
@@ -290,8 +290,8 @@ def _not_finite(tensor: ir.TensorProtocol) -> str | None:
 
 def _orientation(found: Sequence[Leaf], tensor: ir.TensorProtocol) -> Orientation:
     """The orientation that most products need, else most look-ups, else the operator's own."""
-    for need in ("matmul", "gather"):
-        wanted = Counter(leaf.orientation for leaf in found if leaf.need == need)
+    for needs in (("matmul",), ("experts", "batch"), ("gather",)):
+        wanted = Counter(leaf.orientation for leaf in found if leaf.need in needs)
         if wanted:
             best = wanted.most_common(1)[0][0]
             assert best is not None
@@ -333,6 +333,7 @@ def _site(
         filters_input=any(filters_input(leaf.node, model) for leaf in found),
         rank=value.meta.get(metadata.RANK),
         wide=wide,
+        experts=chosen.experts,
     )
 
 
@@ -390,6 +391,4 @@ def read_weight(model: ir.Model, site: WeightSite) -> Array:
 
 def canonical_matrix(array: Array, site: WeightSite) -> Array:
     """The stored tensor of a weight as canonical matrix ``(rows, length)`` in float32."""
-    if site.transposed:
-        array = array.reshape(site.length, site.rows).T
-    return array.reshape(site.rows, site.length).astype(np.float32, copy=False)
+    return site.matrix(array).astype(np.float32, copy=False)

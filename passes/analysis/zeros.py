@@ -42,8 +42,7 @@ def _marked(model: ir.Model, site: WeightSite) -> WeightSite:
     layout = MaskLayout(site.rows, site.length, kept, DTYPES[site.dtype].itemsize)
     if layout.nbytes >= site.nbytes or kept > MOST_KEPT:
         return site
-    matrix = stored.reshape(site.length, site.rows).T if site.transposed else stored
     # In rows of a length that is no multiple of four, more than half may be kept.
     paired = kept <= 2 * site.rows * -(-site.length // 4)
-    paired = paired and is_paired(matrix.reshape(site.rows, site.length))
+    paired = paired and is_paired(site.matrix(stored))
     return dataclasses.replace(site, kept=kept, paired=paired)

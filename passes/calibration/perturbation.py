@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.taps import find_taps, is_discrete
+from onnxcomp.passes.calibration.output_difference import OutputDifference, kinds_by_name
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 
-__all__ = ["NoiseShares", "Probe", "made_up_inputs", "opened", "stored_form", "typed"]
+__all__ = ["Probe", "made_up_inputs", "opened", "stored_form", "typed"]
 
 # The IR version from which on a listed initializer is a default, and an unlisted one a constant.
 _LISTING_IR = 4
@@ -29,8 +29,7 @@ _LISTING_IR = 4
 
 def stored_form(site: WeightSite, weight: Array) -> Array:
     """A canonical matrix ``(rows, length)`` as the tensor it stands for."""
-    stored = weight.T if site.transposed else weight
-    return np.ascontiguousarray(stored).reshape(site.shape)
+    return site.stored_form(weight)
 
 
 def typed(site: WeightSite, weight: Array) -> Array:
@@ -43,39 +42,6 @@ def typed(site: WeightSite, weight: Array) -> Array:
 
         return stored_form(site, weight).astype(ml_dtypes.bfloat16)
     return stored_form(site, weight).astype(kinds[site.dtype], copy=False)
-
-
-class NoiseShares:
-    """Noise of outputs against exact ones, added up over runs, for each output by name."""
-
-    def __init__(self) -> None:
-        self._power: dict[str, float] = {}
-        self._wrong: dict[str, float] = {}
-
-    def add(self, exact: Mapping[str, Array], found: Mapping[str, Array]) -> None:
-        """Take in one run; only outputs of the same size in both count."""
-        for name, array in exact.items():
-            if name not in found or found[name].shape != array.shape:
-                continue
-            wide = array.astype(np.float64)
-            self._power[name] = self._power.get(name, 0.0) + float(np.square(wide).sum())
-            wide -= found[name]
-            self._wrong[name] = self._wrong.get(name, 0.0) + float(np.square(wide).sum())
-
-    def by_name(self) -> dict[str, float]:
-        """``|y' - y|^2 / |y|^2`` of each output that is not zero, summed over all runs."""
-        return {n: self._wrong[n] / power for n, power in self._power.items() if power > 0.0}
-
-    def shares(self) -> list[float]:
-        """``|y' - y|^2 / |y|^2`` of each output, summed over all runs.
-
-        Raises:
-            ModelError: No output says anything.
-        """
-        shares = list(self.by_name().values())
-        if not shares:
-            raise ModelError("every output is zero or not floating point on these inputs")
-        return shares
 
 
 class Probe:
@@ -97,7 +63,9 @@ class Probe:
         from onnxcomp.runtime.evaluate import run_session
         from onnxcomp.runtime.session import open_session
 
-        path = save(opened(model, sites), folder / "probe.onnx").files[0]
+        copy = opened(model, sites)
+        self._kinds = kinds_by_name(copy)
+        path = save(copy, folder / "probe.onnx").files[0]
         self._session = open_session(path)
         self._run = run_session
         self._feeds = list(feeds)
@@ -110,26 +78,30 @@ class Probe:
         found = self._run(self._session, {**feed, **weights})
         return {name: array for name, array in found.items() if array.dtype.kind == "f"}
 
-    def noise(
-        self,
-        weights: Mapping[WeightSite, Array],
-        *,
-        worst: bool = False,
-        inputs: slice = slice(None),
-    ) -> float:
+    def difference(
+        self, weights: Mapping[WeightSite, Array], *, inputs: slice = slice(None)
+    ) -> OutputDifference:
+        """How far outputs are from those of the dense weights, summed over all inputs.
+
+        Args:
+            weights: Other values ``(rows, length)`` of some weights.
+            inputs: Which inputs to run.
+        """
+        stored = {site.name: typed(site, weight) for site, weight in weights.items()}
+        found = OutputDifference(self._kinds)
+        for feed, exact in zip(self._feeds[inputs], self._exact[inputs], strict=True):
+            found.add(exact, self._outputs(feed, stored))
+        return found
+
+    def noise(self, weights: Mapping[WeightSite, Array], *, worst: bool = False) -> float:
         """Mean over outputs of ``|y' - y|^2 / |y|^2``, each summed over all inputs.
 
         Args:
             weights: Other values ``(rows, length)`` of some weights.
             worst: Return that of the worst output instead of the mean.
-            inputs: Which inputs to run.
         """
-        stored = {site.name: typed(site, weight) for site, weight in weights.items()}
-        noise = NoiseShares()
-        for feed, exact in zip(self._feeds[inputs], self._exact[inputs], strict=True):
-            noise.add(exact, self._outputs(feed, stored))
-        shares = noise.shares()
-        return float(max(shares) if worst else np.mean(shares))
+        found = self.difference(weights)
+        return found.worst_noise() if worst else found.mean().noise
 
 
 def opened(model: ir.Model, sites: Sequence[WeightSite]) -> ir.Model:

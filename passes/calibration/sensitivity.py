@@ -16,11 +16,19 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.cache_outputs import without_caches
 from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.calibration.output_difference import Difference
 from onnxcomp.passes.calibration.perturbation import Probe
 from onnxcomp.passes.calibration.staged_noise import StagedProbe, Trial
+from onnxcomp.passes.calibration.statistics import split_batches
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 
-__all__ = ["Sensitivities", "block_noise", "measure_sensitivities", "spread"]
+__all__ = [
+    "Sensitivities",
+    "block_noise",
+    "measure_sensitivities",
+    "small_pieces",
+    "spread",
+]
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +69,14 @@ class Sensitivities:
         scale: The same over the square of a relative change of the weight's scale. Codes of few
             bits are means of what they stand for, and shorter: by the square of their error.
         draws: `noise` by parts of the inputs.
+        loss: The same of the loss of the outputs in the place of their noise; None where nothing
+            is known.
     """
 
     noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
     scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     draws: Sequence[Mapping[str, float]] = ()
+    loss: Sensitivities | None = None
 
     def chance(self, usual: Mapping[str, float]) -> float:
         """How much of the differences between weights is chance, 0 to 1.
@@ -113,6 +124,26 @@ def spread(feeds: Sequence[Feed], count: int) -> list[Feed]:
     return list(feeds[::step][:count])
 
 
+def small_pieces(model: ir.Model, feeds: Sequence[Feed], most: int) -> list[Feed]:
+    """The inputs, cut along their batch axis where they have more than so many elements.
+
+    Args:
+        model: The model.
+        feeds: Inputs by name.
+        most: Elements of the largest array of a piece, if one sample has no more.
+    """
+    dims = {
+        value.name or "": [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+        for value in model.graph.inputs
+        if value.shape is not None and value.name in feeds[0]
+    }
+    small = all(array.size <= most for feed in feeds for array in feed.values())
+    if small or dims.keys() != feeds[0].keys():
+        return list(feeds)
+    sample = max(array.size // max(1, len(array)) for array in feeds[0].values() if array.ndim)
+    return split_batches(feeds, dims, most=max(1, most // max(1, sample)))
+
+
 def measure_sensitivities(
     model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed]
 ) -> Sensitivities:
@@ -135,6 +166,7 @@ def measure_sensitivities(
     with tempfile.TemporaryDirectory() as folder:
         try:
             if sum(site.nbytes for site in sites) > _WHOLE:
+                feeds = small_pieces(model, feeds, _STAGED // _STAGED_FEEDS[0])
                 size = max(array.size for array in feeds[0].values())
                 count = min(max(_STAGED_FEEDS[0], _STAGED // max(1, size)), _STAGED_FEEDS[1])
                 chosen = spread(feeds, count)
@@ -155,16 +187,16 @@ def _measured(
     model: ir.Model, sites: Sequence[WeightSite], probe: Probe, draws: int
 ) -> Sensitivities:
     rng = np.random.default_rng(0)
-    parts: list[dict[str, float]] = [{} for _ in range(draws)]
-    scale: dict[str, float] = {}
+    found: dict[str, list[Difference]] = {}
     for site in sites:
         weight = read_weight(model, site)
-        for draw, part in enumerate(parts):
-            noisy = {site: block_noise(weight, rng)}
-            part[site.name] = probe.noise(noisy, inputs=slice(draw, None, draws)) / _NOISE**2
+        found[site.name] = [
+            probe.difference({site: block_noise(weight, rng)}, inputs=slice(d, None, draws)).mean()
+            for d in range(draws)
+        ]
         smaller = {site: weight * np.float32(1.0 - _SHRUNK)}
-        scale[site.name] = probe.noise(smaller, inputs=slice(0, None, draws)) / _SHRUNK**2
-    return _sensitivities(parts, scale)
+        found[site.name].append(probe.difference(smaller, inputs=slice(0, None, draws)).mean())
+    return _sensitivities(found)
 
 
 def _in_stages(
@@ -189,11 +221,7 @@ def _in_stages(
 
     count = stage_count(sites)
     found = StagedProbe(model, sites, feeds, folder, count).noise(trials, together)
-    parts = [
-        {name: values[draw] / _NOISE**2 for name, values in found.items()} for draw in range(draws)
-    ]
-    scale = {name: values[-1] / _SHRUNK**2 for name, values in found.items()}
-    return _sensitivities(parts, scale)
+    return _sensitivities(found)
 
 
 def stage_count(sites: Sequence[WeightSite]) -> int:
@@ -202,11 +230,19 @@ def stage_count(sites: Sequence[WeightSite]) -> int:
     return max(math.ceil(math.sqrt(len(sites))), math.ceil(total / _STAGE))
 
 
-def _sensitivities(
-    parts: Sequence[Mapping[str, float]], scale: Mapping[str, float]
-) -> Sensitivities:
+def _sensitivities(found: Mapping[str, Sequence[Difference]]) -> Sensitivities:
+    """From what each draw of noise and then a smaller weight do, by weight."""
+    noise = _of({name: [one.noise for one in values] for name, values in found.items()})
+    loss = _of({name: [one.loss for one in values] for name, values in found.items()})
+    return dataclasses.replace(noise, loss=loss)
+
+
+def _of(found: Mapping[str, Sequence[float]]) -> Sensitivities:
     """What is known and finite of all weights."""
-    noise = {name: sum(part[name] for part in parts) / len(parts) for name in scale}
+    draws = min((len(values) for values in found.values()), default=1) - 1
+    parts = [{name: values[d] / _NOISE**2 for name, values in found.items()} for d in range(draws)]
+    scale = {name: values[-1] / _SHRUNK**2 for name, values in found.items()}
+    noise = {name: sum(part[name] for part in parts) / draws for name in scale}
     kept = [name for name, value in noise.items() if 0.0 < value < math.inf]
     kept = [name for name in kept if math.isfinite(scale[name])]
     return Sensitivities(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.einsum_products import einsum_product
 from onnxcomp.passes.calibration.im2col import Patches, windows
 from onnxcomp.passes.calibration.residual_streams import stream_of
 from onnxcomp.passes.weight import Use, WeightSite
@@ -46,6 +47,14 @@ def _source(
         indices = node.inputs[1]
         assert indices is not None
         return Source(indices.name or "", "indices")
+    if use.need in ("experts", "batch"):  # moments of what all of its matrices meet
+        other = node.inputs[1 - use.input_index]
+        assert other is not None
+        summed = einsum_product(node, use.input_index)
+        if summed is not None and summed.summed != len(summed.perm) - 1:
+            return "what is multiplied is not along the last axis of the other operand"
+        columns = summed is None and use.input_index == 0
+        return Source(other.name or "", "columns" if columns else "rows")
     x = node.inputs[0]
     if use.need == "matmul" and x is not None:
         flipped = node.op_type == "Gemm" and node.attributes.get_int("transA", False)
@@ -92,6 +101,8 @@ def stream_source(
 ) -> tuple[Source, ...]:
     """The stream that the only product of a weight is added to."""
     if len(sources) != 1 or sources[0].kind not in ("rows", "patches") or sources[0].groups > 1:
+        return ()
+    if site.experts > 1:
         return ()
     stream = stream_of(model, site)
     if stream is None:

@@ -19,7 +19,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.calibration.perturbation import NoiseShares, opened, typed
+from onnxcomp.passes.analysis.output_kinds import OutputKind
+from onnxcomp.passes.calibration.output_difference import (
+    Difference,
+    OutputDifference,
+    kinds_by_name,
+    mean_of,
+)
+from onnxcomp.passes.calibration.perturbation import opened, typed
 from onnxcomp.passes.calibration.segmented_run import read_values, segment
 from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.weight import Array, Feed, WeightSite
@@ -87,15 +94,20 @@ class _Carried:
         weights: Weights that differ, as they are stored, while later stages read them.
         inputs: Numbers of the inputs that are run.
         values: What differs from the exact values at the last cut, for each input.
-        outputs: Noise of the outputs so far, by output.
+        outputs: What outputs differ so far.
         cut: Noise at the last cut.
     """
 
-    def __init__(self, weights: Mapping[str, Array], inputs: Sequence[int]) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Array],
+        inputs: Sequence[int],
+        kinds: Mapping[str, OutputKind],
+    ) -> None:
         self.weights = weights
         self.inputs = inputs
         self.values: dict[int, dict[str, Array]] = {number: {} for number in inputs}
-        self.outputs = NoiseShares()
+        self.outputs = OutputDifference(kinds)
         self.cut = _VectorNoise()
 
 
@@ -136,6 +148,7 @@ class StagedProbe:
         count: int,
     ) -> None:
         self._model = opened(model, sites)
+        self._kinds = kinds_by_name(self._model)
         self._folder = folder
         self._feeds = list(feeds)
         self._stages = cut_into_stages(self._model, sites, count)
@@ -145,8 +158,8 @@ class StagedProbe:
         self,
         trials: Callable[[WeightSite], Sequence[Trial]],
         together: Callable[[Sequence[WeightSite]], Mapping[WeightSite, Array]],
-    ) -> dict[str, list[float]]:
-        """Noise of the outputs for each trial of each weight: the mean of ``|y' - y|^2 / |y|^2``.
+    ) -> dict[str, list[Difference]]:
+        """Noise and loss of the outputs for each trial of each weight, means over outputs.
 
         Args:
             trials: What is tried with a weight.
@@ -157,9 +170,9 @@ class StagedProbe:
         """
         held: list[dict[str, Array]] = [dict(feed) for feed in self._feeds]
         carried: list[_Carried] = []
-        common: list[tuple[_Carried, float, dict[str, float]]] = []
+        common: list[tuple[_Carried, float, dict[str, Difference]]] = []
         tried: list[tuple[str, int, _Carried, float]] = []
-        outputs = NoiseShares()
+        outputs = OutputDifference({})
         for number, stage in enumerate(self._stages):
             activity("measuring sensitivities", number, len(self._stages), "parts of the model")
             with tempfile.TemporaryDirectory(dir=self._folder) as folder:
@@ -174,8 +187,7 @@ class StagedProbe:
                     self._advance(noise, stage, run, held, exact)
                 for site in stage.sites:
                     for trial in trials(site):
-                        inputs = range(len(held))[trial.inputs]
-                        noise = _Carried({site.name: typed(site, trial.change())}, inputs)
+                        noise = self._start(trial)
                         self._advance(noise, stage, run, held, exact)
                         tried.append((site.name, number, noise, noise.cut.mean()))
                         if self._last[site.name] > number:
@@ -186,31 +198,38 @@ class StagedProbe:
                 changed = together(local) if stage.alive and local else {}
                 weights = {site.name: typed(site, array) for site, array in changed.items()}
                 del changed
-                mixed = _Carried(weights, range(len(held) if weights else 0))
+                mixed = _Carried(weights, range(len(held) if weights else 0), self._kinds)
                 self._advance(mixed, stage, run, held, exact)
                 common.append((mixed, mixed.cut.mean(), mixed.outputs.by_name()))
                 carried.append(mixed)
             held = alive  # type: ignore[assignment]
             for noise in carried:
                 noise.weights = {n: w for n, w in noise.weights.items() if self._last[n] > number}
-        return self._put_together(tried, common, len(outputs.shares()))
+        outputs.mean()  # says so where every output is zero
+        return self._put_together(tried, common, list(outputs.by_name()))
+
+    def _start(self, trial: Trial) -> _Carried:
+        """Noise before the first stage."""
+        inputs = range(len(self._feeds))[trial.inputs]
+        return _Carried({trial.site.name: typed(trial.site, trial.change())}, inputs, self._kinds)
 
     def _put_together(
         self,
         tried: Sequence[tuple[str, int, _Carried, float]],
-        common: Sequence[tuple[_Carried, float, dict[str, float]]],
-        outputs: int,
-    ) -> dict[str, list[float]]:
-        """Noise of all outputs: what was seen, and behind the stage what is to be expected."""
-        result: dict[str, list[float]] = {}
+        common: Sequence[tuple[_Carried, float, dict[str, Difference]]],
+        outputs: Sequence[str],
+    ) -> dict[str, list[Difference]]:
+        """What all outputs lose: what was seen, and behind the stage what is to be expected."""
+        result: dict[str, list[Difference]] = {}
         for site, number, noise, at_cut in tried:
             mixed, mixed_at_cut, seen = common[number]
-            found = noise.outputs.by_name()
-            total = sum(found.values())
+            found = dict.fromkeys(outputs, Difference(0.0, 0.0)) | noise.outputs.by_name()
             if self._last[site] == number and mixed_at_cut > 0.0:
-                later = {n: v for n, v in mixed.outputs.by_name().items() if n not in seen}
-                total += sum(later.values()) * at_cut / mixed_at_cut
-            result.setdefault(site, []).append(total / outputs)
+                share = at_cut / mixed_at_cut
+                for name, later in mixed.outputs.by_name().items():
+                    if name not in seen:
+                        found[name] = Difference(later.noise * share, later.loss * share)
+            result.setdefault(site, []).append(mean_of(found, self._kinds))
         return result
 
     def _advance(

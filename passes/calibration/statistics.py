@@ -127,7 +127,7 @@ def _vectors(array: Array, source: Source) -> Array:
         found = patches(array, source.patches)
         return found if source.groups == 1 else found.reshape(len(found), source.groups, -1)
     if source.kind == "columns":
-        array = array.T
+        array = np.swapaxes(array, -1, -2)
     return np.asarray(array.reshape(-1, array.shape[-1]))
 
 
@@ -248,8 +248,7 @@ class Calibration:
 
     def replace(self, site: WeightSite, weight: Array) -> None:
         """Put ``(rows, length)`` in the place of a weight for all that is observed later."""
-        stored = weight.T if site.transposed else weight
-        self._chain.replace(site.name, np.ascontiguousarray(stored).reshape(site.shape))
+        self._chain.replace(site.name, site.stored_form(weight))
 
     def shift(self, shift: Shift) -> None:
         """Add a shift to its initializer for all that is observed later."""

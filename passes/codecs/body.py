@@ -37,6 +37,12 @@ class Body:
         self.nodes.append(made)
         return output
 
+    def outputs(self, op_type: str, value: str, count: int) -> list[str]:
+        """Add a node of one input with several outputs."""
+        names = [f"v{len(self.nodes)}.{number}" for number in range(count)]
+        self.nodes.append(helper.make_node(op_type, [value], names))
+        return names
+
     def ints(self, *values: int) -> str:
         """An int64 constant; before opset 9 a Constant holds floats only.
 

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from onnxcomp.passes.codecs.load_memory import LoadMemory
-from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.params import DenseFallback, Params, Qualities
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "CalibratedEncoding",
     "Codec",
     "DenseFallback",
+    "EmitExperts",
     "LoadMemory",
     "Payload",
     "Qualities",
@@ -156,6 +157,27 @@ class EmitFactors(Protocol):
         ...
 
 
+class EmitExperts(Protocol):
+    """A product with some matrices of a stack."""
+
+    def __call__(
+        self, builder: Builder[V], site: WeightSite, payload: Payload, x: V, experts: V
+    ) -> V:
+        """``x @ matrices[experts]`` as ONNX's MatMul does it, in the site's dtype.
+
+        Args:
+            builder: Makes nodes.
+            site: A stack of matrices, each ``(rows / experts, length)`` and used transposed.
+            payload: What is stored.
+            x: ``(..., m, length)``, or ``(length,)``.
+            experts: Which of them, integers of any shape.
+
+        Returns:
+            ``(..., m, rows / experts)``; what stands in front is broadcast.
+        """
+        ...
+
+
 class EncodeForInputs(Protocol):
     """`Codec.encode` for inputs with known second moments."""
 
@@ -231,34 +253,6 @@ class RankGoals:
     names: Mapping[str, str]
     energies: SquaredSpectrum
     rank_for: Callable[[WeightSite, str, object, Array], int]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Qualities:
-    """Named settings: more speed, or less error, at equal bytes.
-
-    Attributes:
-        names: What each quality stands for, by name.
-        apply: The settings of a quality, as near to the given ones as they exist.
-    """
-
-    names: Mapping[str, str]
-    apply: Callable[[Params, str], Params]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DenseFallback:
-    """When a weight stays dense, for a codec that few models are made for.
-
-    Attributes:
-        rival: Name of the baseline, usually better at equal bytes; the report compares the two.
-        limit: Relative error of products, for the settings, above which a weight stays dense.
-        advice: How models come to need no such loss; empty for nothing to be said.
-    """
-
-    rival: str
-    limit: Callable[[Params], float]
-    advice: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -350,6 +344,14 @@ class Codec(Protocol):
     @property
     def factors(self) -> EmitFactors | None:
         """The two matrices whose product the weight is, to be used one after the other."""
+        return None
+
+    @property
+    def experts(self) -> EmitExperts | None:
+        """Products with stacks of matrices, of which only those that are used are decoded.
+
+        A codec that has it names ``experts`` and ``batch`` among its `kinds` where it suits.
+        """
         return None
 
     @property
@@ -487,7 +489,7 @@ class Codec(Protocol):
 
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """Expected memory to load what `emit` makes where the operators are not registered."""
-        dense = 0 if kind in ("matmul", "gather") else site.nbytes
+        dense = site.nbytes if kind in ("weight", "decode") else 0
         return LoadMemory(dense, 0, dense)
 
     def functions(self, opset: int) -> Sequence[onnx.FunctionProto]:

@@ -198,6 +198,13 @@ class ByteOptions(Options):
         "Let pruning change the shapes of inputs and outputs that hold a KV cache.",
         key="caches", example="false",
     )  # fmt: skip
+    prune_experts: float | None = option(
+        None, Number(above=0, metavar="N|SHARE"), "prune",
+        "Take so many whole experts, or this share of them, out of each mixture of experts.",
+        "Those go that are chosen least on the data; without data, those with the least column of "
+        "the router. A router and the stacks that its indices pick from are found by themselves.",
+        key="experts", example="2",
+    )  # fmt: skip
     detect_sharing: bool = option(
         False, Flag(), "method",
         "Find weights that were trained to share values and then multiplied out, and store them "

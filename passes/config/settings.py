@@ -45,6 +45,12 @@ class Settings(ByteOptions):
             raise UsageError(
                 f"{' and '.join(shares)} were given together", hint="choose one of them"
             )
+        experts = self.prune_experts
+        if experts is not None and experts > 1 and experts != int(experts):
+            raise UsageError(
+                f"prune_experts is {experts:g}",
+                hint="give a whole number of experts, or a share below 1",
+            )
         if self.functions != "local" and not self.portable:
             raise UsageError(
                 f"functions is {self.functions!r}, but portable is false",
@@ -104,8 +110,9 @@ def settings_from(options: ByteOptions) -> Settings:
     stored = tuple(name for name in asked if name != "prune")
     if len(stored) == len(asked):
         return Settings(**given)
-    shares = (options.prune_ratio, options.target_flops)
-    if shares == (options.ratio, options.target_size) == (None, None):
+    shares = (options.prune_ratio, options.target_flops, options.prune_experts)
+    unsaid = all(share is None for share in shares)
+    if unsaid and options.ratio is None and options.target_size is None:
         raise UsageError("the method prune was asked for, but not how much", hint=_HOW_MUCH)
-    divide = True if shares == (None, None) else None
+    divide = True if unsaid else None
     return Settings(**given | {"method": stored or ("dense",), "divide": divide})

@@ -12,6 +12,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.prepare import prepare
 from onnxcomp.passes.driver.prune_budget import Trial, best_share, output_noise, witnesses
+from onnxcomp.passes.driver.referee import referee_of
 from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.driver.state import PlannedModel, Subject
 from onnxcomp.passes.ir.model import save
@@ -43,7 +44,9 @@ def plan_subject(
         return _planned(subject, settings, given, run)
 
 
-def _planned(subject: Subject, settings: Settings, given: Plan | None, run: Run) -> PlannedModel:
+def _planned(
+    subject: Subject, settings: Settings, given: Plan | None, run: Run, *, compared: bool = True
+) -> PlannedModel:
     prepared = prepare(subject.loaded, settings, subject.samples)
     if prepared.has_new_inputs:
         subject = subject.without_inputs(subject.reference)
@@ -51,7 +54,15 @@ def _planned(subject: Subject, settings: Settings, given: Plan | None, run: Run)
         return PlannedModel(subject, prepared, settle(given, prepared, name=subject.name), None)
     measured = measure(prepared, settings, subject.samples, calibrated=run.calibrates)
     candidates = candidate_sets(prepared, measured)
-    plan = plan_from(candidates, prepared, settings, name=subject.name, timing=measured.timing)
+    referee = referee_of(prepared, settings, subject, run) if compared else None
+    plan = plan_from(
+        candidates,
+        prepared,
+        settings,
+        name=subject.name,
+        timing=measured.timing,
+        referee=referee,
+    )
     return PlannedModel(subject, prepared, plan, candidates, measured.timing)
 
 
@@ -72,7 +83,7 @@ def _divided(subject: Subject, settings: Settings, run: Run) -> PlannedModel:
         own = dataclasses.replace(
             settings, divide=None, prune_ratio=share or None, prune_score=score
         )
-        planned = _planned(subject.copy(), own, None, run)
+        planned = _planned(subject.copy(), own, None, run, compared=False)
         if planned.plan.pruned is not None and not planned.plan.pruned.met:
             return None
         noise = _pruning_noise(planned, seen) if share else 0.0

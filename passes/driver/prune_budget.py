@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-
 from onnxcomp.passes.calibration.notices import once_per_weight
-from onnxcomp.passes.calibration.perturbation import NoiseShares
+from onnxcomp.passes.calibration.output_difference import OutputDifference
 from onnxcomp.passes.calibration.sensitivity import spread
 from onnxcomp.passes.calibration.statistics import HELD_OUT
 from onnxcomp.passes.weight import Feed
@@ -161,11 +159,11 @@ def output_noise(reference: Path, other: Path, feeds: Sequence[Feed]) -> float:
     """
     from onnxcomp.runtime.evaluate import iterate_model
 
-    noise = NoiseShares()
+    difference = OutputDifference({})
     runs = zip(iterate_model(reference, feeds), iterate_model(other, feeds), strict=True)
     for exact, found in runs:
-        noise.add(_floats(exact), found)
-    return float(np.mean(noise.shares()))
+        difference.add(_floats(exact), found)
+    return difference.mean().noise
 
 
 def _floats(outputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
-from onnxcomp.passes.encoding.encoded import EncodedWeight, release_pages, weight_error
+from onnxcomp.passes.encoding.encoded import EncodedWeight, decoding_error
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.ir.tensors import not_finite
+from onnxcomp.passes.ir.tensors import not_finite, release_pages
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, WeightSite
 
@@ -25,18 +25,25 @@ __all__ = ["encode_by_values", "encode_matrix"]
 _UNUSUAL = 2.0
 
 
-def _payload(
+def _measured(
     site: WeightSite, weight: Array, choice: Choice, cache: PayloadCache | None, jobs: int
-) -> Payload:
+) -> tuple[Payload, float]:
+    """The payload, and the relative error of what it decodes to."""
     codec: Codec = CODECS[choice.codec]
-    if cache is None:
-        return codec.encode(site, weight, choice.params, threads=jobs)
-    key = cache.key(site, weight, codec, choice.params)
-    payload = cache.get(key, site, codec, choice.params)
+    key, payload, error = "", None, None
+    if cache is not None:
+        key = cache.key(site, weight, codec, choice.params)
+        payload, error = cache.measured(key, site, codec, choice.params)
+    if payload is not None and error is not None:
+        return payload, error
     if payload is None:
         payload = codec.encode(site, weight, choice.params, threads=jobs)
-        cache.put(key, payload)
-    return payload
+    # The weight and its decoded form are not held in full at the same time.
+    release_pages(weight)
+    error = decoding_error(weight, codec, site, payload)
+    if cache is not None:
+        cache.put(key, payload, error)
+    return payload, error
 
 
 def encode_by_values(
@@ -83,13 +90,10 @@ def _encoded(
     if reason:
         return EncodedWeight(site, choice, None, reason=reason)
     try:
-        payload = _payload(site, weight, choice, cache, jobs)
+        payload, measured = _measured(site, weight, choice, cache, jobs)
     except ModelError as error:
         return EncodedWeight(site, choice, None, reason=error.message)
-    # The weight and its decoded form are not held in full at the same time.
-    release_pages(weight)
     codec = CODECS[choice.codec]
-    measured = weight_error(weight, codec.decode(site, payload))
     usual = codec.predict(site, choice.params)
     if codec.measure is not None and choice.error is not None:
         usual = choice.error

@@ -64,13 +64,14 @@ class Cluster:
         client: The client of `distributed`.
         address: What the user calls it.
         exchange: A folder of this run, which payloads go through where workers see it.
-        shared: Whether all workers that were there at the beginning see it.
+        shared: Looks at the workers when it is asked first: whether all of them see the exchange.
+            It refuses those that cannot be used.
     """
 
     client: Any
     address: str
     exchange: Place
-    shared: bool
+    shared: Callable[[], bool]
 
     def workers(self) -> int:
         """Tasks that workers run at a time now; 0 while there are none.
@@ -102,6 +103,7 @@ class Cluster:
         progress: Progress | None = None,
     ) -> Iterator[Callable[[WeightSite], EncodedWeight]]:
         """What `passes.encoding.encoder.Workers` says."""
+        self.shared()
         place = None if cache is None else Place.marked(cache.folder)
         ahead = Ahead(self, model, work, plan, cache=place, compare=compare, progress=progress)
         try:
@@ -216,7 +218,7 @@ class Ahead:
                 self._files[tensor.path] = os.stat(tensor.path)
             return FilePart.of(tensor, self._files[tensor.path])
         array = np.ascontiguousarray(tensor.numpy())
-        if array.nbytes <= SMALL or not self._cluster.shared:
+        if array.nbytes <= SMALL or not self._cluster.shared():
             return array
         path = self._sent_file(site)
         path.write_bytes(array.reshape(-1).view(np.uint8).data)

@@ -5,7 +5,10 @@ Dask schedules, moves results, and runs the tasks of lost workers again. Nothing
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -20,12 +23,20 @@ from onnxcomp.passes.encoding.cluster import Cluster
 from onnxcomp.passes.encoding.cluster_tasks import Place, differences, look_around, versions
 from onnxcomp.runtime.activity import activity
 
-__all__ = ["connected"]
+__all__ = ["connected", "local_cluster"]
 
 log = logging.getLogger(__name__)
 
 # Seconds in which a scheduler answers, and in which it gets its first worker.
 _CONNECT, _FIRST_WORKER = 5, 60
+
+# Settings of workers of this machine. Dask lets them give memory back to the system at once, and
+# getting it again for every weight costs half as much as encoding does. Samples of what they are at
+# are taken a hundred times a second, and nobody looks at them.
+_WORKERS = {
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+    "distributed.worker.profile.enabled": False,
+}
 
 # Name of the folder that payloads go through.
 _EXCHANGE = "exchange"
@@ -57,8 +68,10 @@ def connected(scheduler: str | None, folder: Path) -> Iterator[Cluster | None]:
         client = stack.enter_context(_client(distributed, scheduler, folder))
         # Whoever still writes finds no folder of this name, and leaves nothing behind.
         stack.callback(place.rename, folder / f"{_EXCHANGE}.closed")
-        stack.enter_context(client.as_current())
-        yield Cluster(client, scheduler, exchange, _examined(client, scheduler, exchange))
+        shared = functools.cache(lambda: _examined(client, scheduler, exchange))
+        if local_workers(scheduler) is None:  # those of this machine are still about to start
+            shared()
+        yield Cluster(client, scheduler, exchange, shared)
 
 
 def _distributed() -> Any:
@@ -77,64 +90,72 @@ def _client(distributed: Any, scheduler: str, folder: Path) -> Iterator[Any]:
     count = local_workers(scheduler)
     if count is None:
         try:
-            _check_address(distributed, scheduler)
+            _greet(scheduler)
             client = distributed.Client(scheduler, timeout=_CONNECT, set_as_default=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, distributed.TimeoutError) as error:
+            said = str(error) or "it says nothing"
             raise UsageError(
-                f"no scheduler of Dask answers at {scheduler}: {error}",
+                f"no scheduler of Dask answers at {scheduler}: {said}",
                 hint="start one with `dask scheduler`, or take workers of this machine: local:2",
             ) from error
         with client:
             yield client
         return
-    cluster = _local(distributed, 0, folder)
+    cluster = local_cluster(distributed, folder)
     with cluster, distributed.Client(cluster, set_as_default=False) as client:
         try:
-            cluster.scale(count or os.cpu_count() or 1)  # in here, so that Ctrl-C ends them
+            cluster.scale(count or os.cpu_count() or 1)  # they start beside what comes next
             yield client
-        except BaseException:
+        finally:
             _kill(cluster)
-            raise
 
 
-def _check_address(distributed: Any, address: str) -> None:
-    """Refuse what a client breaks at: it prints a traceback when the process ends.
+def _greet(scheduler: str) -> None:
+    """Connect for a moment: a client would wait for ever where somebody listens and says nothing.
 
     Raises:
-        ValueError: The protocol is unknown.
-        UsageError: It needs certificates, and there are none.
+        Exception: There is no answer of Dask.
     """
-    from distributed.comm.addressing import parse_address
-    from distributed.comm.registry import get_backend
+    from distributed import Security
+    from distributed.core import connect
 
-    protocol, _ = parse_address(address)
-    get_backend(protocol)
-    encrypted = protocol in ("tls", "wss")
-    if encrypted and not distributed.Security().get_connection_args("client")["ssl_context"]:
-        raise UsageError(
-            f"no certificates for {address}: the configuration of Dask names none",
-            hint="set distributed.comm.tls there, or use tcp:// in a network that you trust",
+    async def greeting() -> None:
+        keys = Security().get_connection_args("client")
+        wanted = connect(scheduler, timeout=_CONNECT, **keys)
+        (await asyncio.wait_for(wanted, 2 * _CONNECT)).abort()
+
+    # On a thread, where there is no loop yet: notebooks have one.
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        executor.submit(asyncio.run, greeting()).result()
+
+
+def local_cluster(distributed: Any, folder: Path, count: int = 0) -> Any:
+    """Worker processes of this machine, which nobody else can reach.
+
+    Args:
+        distributed: The package.
+        folder: Takes files of the workers.
+        count: Workers to wait for; the cluster may be scaled later.
+    """
+    import dask
+
+    with dask.config.set(_WORKERS):
+        return distributed.LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            scheduler_kwargs={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
+            worker_dashboard_address=None,
+            memory_limit=0,  # encoding is bounded by the largest weight; a limit would only stop it
+            local_directory=str(folder),
+            silence_logs=logging.CRITICAL,
+            preload=["onnxcomp.passes.encoding.cluster_tasks"],
         )
 
 
-def _local(distributed: Any, count: int, folder: Path) -> Any:
-    """Worker processes of this machine, which nobody else can reach."""
-    return distributed.LocalCluster(
-        n_workers=count,
-        threads_per_worker=1,
-        processes=True,
-        host="127.0.0.1",
-        dashboard_address=None,
-        worker_dashboard_address=None,
-        memory_limit=0,  # encoding is bounded by the largest weight; a limit would only stop it
-        local_directory=str(folder),
-        silence_logs=logging.CRITICAL,
-        preload=["onnxcomp.passes.encoding.cluster_tasks"],
-    )
-
-
 def _kill(cluster: Any) -> None:
-    """End the workers of this machine at once: waiting for what they are at takes seconds.
+    """End the workers of this machine at once: they hold nothing, and asking them takes seconds.
 
     Those that are still starting are not among `cluster.workers`.
     """
@@ -149,7 +170,7 @@ def _examined(client: Any, scheduler: str, exchange: Place) -> bool:
     """Whether all workers see the exchange; those with other versions are refused."""
     try:
         client.wait_for_workers(1, timeout=_FIRST_WORKER)
-    except TimeoutError as error:
+    except _distributed().TimeoutError as error:
         raise UsageError(
             f"the scheduler at {scheduler} has no workers after {_FIRST_WORKER} seconds",
             hint=f"start some: dask worker {scheduler}",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import mmap
 
 import numpy as np
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import Payload
+from onnxcomp.passes.codecs.protocol import Codec, Payload
+from onnxcomp.passes.ir.tensors import release_pages
 from onnxcomp.passes.lowering.rewrite import Placement
+from onnxcomp.passes.lowering.row_parts import row_bounds, some_rows
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, Shift, WeightSite
 
-__all__ = ["EncodedWeight", "release_pages", "weight_error"]
+__all__ = ["EncodedWeight", "decoding_error", "weight_error"]
 
-# Elements compared at a time when an error is measured.
-_BLOCK = 1 << 18
+# Elements compared at a time when an error is measured, and bytes in float32 of weights that are
+# decoded as a whole for that.
+_BLOCK, _WHOLE = 1 << 18, 1 << 26
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,15 +61,6 @@ class EncodedWeight:
         return EncodedWeight(self.site, self.choice, None, reason=reason)
 
 
-def release_pages(array: Array) -> None:
-    """Release the pages of an array that is mapped from a file; reading it maps them again."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
-
-
 def weight_error(weight: Array, decoded: Array) -> float:
     """Relative Frobenius error ``|decoded - weight| / |weight|`` in float64.
 
@@ -78,6 +71,34 @@ def weight_error(weight: Array, decoded: Array) -> float:
     Returns:
         The error; 0 for two zero matrices, infinity when only `weight` is zero.
     """
+    return _relative(*_powers(weight, decoded))
+
+
+def decoding_error(weight: Array, codec: Codec, site: WeightSite, payload: Payload) -> float:
+    """`weight_error` of what a payload decodes to; a large one is decoded in parts of its rows.
+
+    Args:
+        weight: Float32 ``(rows, length)``.
+        codec: What encoded it.
+        site: Where it lives.
+        payload: What is stored.
+    """
+    cut = codec.row_parts
+    if cut is None or 4 * site.size <= _WHOLE or len(site.shape) != 2:
+        return weight_error(weight, codec.decode(site, payload))
+    unit = cut.unit(site, payload)
+    step = max(1, _WHOLE // (4 * site.length * unit)) * unit
+    noise = power = 0.0
+    for start, stop in row_bounds(site.rows, step):
+        part, _ = cut.part(site, payload, start, stop)
+        decoded = codec.decode(some_rows(site, stop - start), part)
+        found = _powers(weight[start:stop], decoded)
+        noise, power = noise + found[0], power + found[1]
+    return _relative(noise, power)
+
+
+def _powers(weight: Array, decoded: Array) -> tuple[float, float]:
+    """Sums of the squares of errors and of elements."""
     noise = power = 0.0
     if weight.strides[0] < weight.strides[1]:  # in the order of memory
         weight, decoded = weight.T, decoded.T
@@ -88,6 +109,10 @@ def weight_error(weight: Array, decoded: Array) -> float:
         exact -= decoded[start : start + rows]
         noise += float(np.square(exact).sum())
         release_pages(weight)
+    return noise, power
+
+
+def _relative(noise: float, power: float) -> float:
     if power == 0.0:
         return 0.0 if noise == 0.0 else float("inf")
     return float(np.sqrt(noise / power))

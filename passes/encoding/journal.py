@@ -129,6 +129,10 @@ class Journal:
         if cache is not None:
             base = [_FORMAT, content_hash(model), _hash_of_feeds(feeds), _code(), facts]
             self._keys = dict(_chained(_hash(base), order))
+        paths = (self._path(name, "calibrated") for name in self._keys)
+        known = sum(path is not None and path.exists() for path in paths)
+        if known:
+            log.info("%d of %d weights are known from an earlier run", known, len(order))
 
     def _path(self, name: str, ending: str) -> Path | None:
         if self._cache is None:

@@ -23,7 +23,7 @@ from onnxcomp.passes.calibration.statistics import Calibration
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import mean_shift
 from onnxcomp.passes.encoding.encoded import EncodedWeight
-from onnxcomp.passes.weight import Stats, WeightSite
+from onnxcomp.passes.weight import Feed, Stats, WeightSite
 
 __all__ = ["encode_with_means"]
 
@@ -37,6 +37,7 @@ def encode_with_means(
     *,
     seed: int = 0,
     folder: Path | None = None,
+    feeds: Sequence[Feed] | None = None,
 ) -> Iterator[EncodedWeight]:
     """Encode weights, and shift the offsets of their products where the model reads pictures.
 
@@ -46,12 +47,13 @@ def encode_with_means(
         plain: Encodes one of them by its values.
         seed: Of the pictures.
         folder: Where temporary files lie.
+        feeds: Real inputs in the place of the pictures.
     """
     offsets = {site.name: offset for site in work if (offset := offset_of(model, site))}
     able = [site for site in work if site.name in offsets]
-    pictures = made_up_pictures(model, seed=seed) if able else None
+    pictures = made_up_pictures(model, seed=seed) if able and feeds is None else feeds
     left = {site.name: site for site in work}
-    if pictures is not None:
+    if able and pictures is not None:
         seen = Calibration(model, pictures, able, grouped=True, means=True, folder=folder)
         try:
             for group, stats in seen:

@@ -39,7 +39,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 # Changes whenever the files do; what is in them also follows from the code of the encoders.
-FORMAT = 3
+FORMAT = 4
 
 
 @functools.cache
@@ -141,20 +141,38 @@ class PayloadCache:
 
     def get(self, key: str, site: WeightSite, codec: Codec, params: Params) -> Payload | None:
         """The payload, or None when there is none that is whole and fits the codec's layout."""
+        return self.measured(key, site, codec, params)[0]
+
+    def measured(
+        self, key: str, site: WeightSite, codec: Codec, params: Params
+    ) -> tuple[Payload | None, float | None]:
+        """The payload as `get` gives it, and its error where that was stored with it."""
         found = read_arrays(self.path(key))
         if found is None:
-            return None
-        return stored_payload_of(found[1], found[0], site, codec, params)
+            return None, None
+        head, tensors = found
+        return stored_payload_of(tensors, head["attributes"], site, codec, params), head["error"]
 
-    def put(self, key: str, payload: Payload) -> bool:
-        """Store a payload under its key, replacing what is there; whether that could be done."""
-        return self.put_tensors(key, payload.tensors, payload.attributes)
+    def put(self, key: str, payload: Payload, error: float | None = None) -> bool:
+        """Store a payload under its key, replacing what is there; whether that could be done.
+
+        Args:
+            key: Its name.
+            payload: The payload.
+            error: Relative error of the decoded weight, where that is known.
+        """
+        return self.put_tensors(key, payload.tensors, payload.attributes, error)
 
     def put_tensors(
-        self, key: str, tensors: Mapping[str, Array], attributes: Mapping[str, Attribute]
+        self,
+        key: str,
+        tensors: Mapping[str, Array],
+        attributes: Mapping[str, Attribute],
+        error: float | None = None,
     ) -> bool:
         """The same for the parts of a payload."""
-        return self.write(self.path(key), plain_attributes(attributes), tensors)
+        head = {"attributes": plain_attributes(attributes), "error": error}
+        return self.write(self.path(key), head, tensors)
 
     def write(self, path: Path, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> bool:
         """Write a file of the folder beside its place, then rename it.

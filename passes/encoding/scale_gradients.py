@@ -154,7 +154,10 @@ def _by_scales(tape: Tape, groups: Groups, value: ir.Value, gradient: ir.Value) 
     """From the gradient by a weight to that by logarithms of its scales: sums of ``g W``."""
     site, spread = groups.site, tape.constant(groups.spread())
     product = tape.multiply(gradient, value)
-    if site.transposed:
+    if site.transposed and site.experts > 1:
+        each = tape.integers(site.experts, site.length, site.rows // site.experts)
+        product = tape.node("Transpose", [tape.reshape(product, each)], {"perm": [0, 2, 1]})
+    elif site.transposed:
         return tape.product(product, spread, left=True, right=True)
     return tape.product(
         tape.reshape(product, tape.integers(site.rows, site.length)), spread, right=True

@@ -100,8 +100,7 @@ class _Scales:
     def _multiply(self, factors: Array) -> None:
         site = self.groups.site
         columns = np.repeat(factors, self.groups.width, axis=1)[:, : site.length]
-        flat = self.weight.reshape(-1, site.rows if site.transposed else site.length)
-        flat *= columns.T if site.transposed else columns
+        self.weight *= site.stored_form(columns)
 
     def encoded(self, model: ir.Model) -> EncodedWeight:
         """The weight with the scales as they are now; errors of its products are not known."""

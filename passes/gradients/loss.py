@@ -8,14 +8,15 @@ error, relative to the power of the reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.analysis.output_kinds import OutputKind, output_kinds
 from onnxcomp.passes.gradients.tape import Tape
-from onnxcomp.passes.ir.traversal import Names, is_default_domain
+from onnxcomp.passes.ir.traversal import Names
 
 __all__ = ["Loss", "add_loss"]
 
@@ -40,45 +41,10 @@ class Loss:
     references: Mapping[str, str]
 
 
-def _reads_table(graph: ir.Graph, width: int) -> bool:
-    """Whether the model looks up rows of a table of so many rows: its outputs are its words."""
-    tables = (
-        node.inputs[0]
-        for node in graph
-        if node.op_type == "Gather" and is_default_domain(node.domain)
-    )
-    return any(
-        table is not None
-        and table.is_initializer()
-        and table.shape is not None
-        and len(table.shape) == 2
-        and table.shape[0] == width
-        for table in tables
-    )
-
-
-def _is_logits(graph: ir.Graph, value: ir.Value) -> bool:
-    if "logit" in (value.name or "").lower():
-        return True
-    width = value.shape[-1] if value.shape is not None and len(value.shape) > 1 else None
-    return isinstance(width, int) and width > 1 and _reads_table(graph, width)
-
-
-def _kinds(graph: ir.Graph) -> Iterator[tuple[ir.Value, str]]:
+def _compared(graph: ir.Graph) -> Mapping[ir.Value, OutputKind]:
     """The outputs that are compared, and how."""
-    found: dict[ir.Value, str] = {}
-    for value in graph.outputs:
-        producer = value.producer()
-        if value.dtype != ir.DataType.FLOAT or producer is None:
-            continue
-        last = producer.op_type in ("Softmax", "LogSoftmax")
-        if last and producer.attributes.get_int("axis", -1) in (-1, 1):
-            found[value] = producer.op_type
-        else:
-            found[value] = "logits" if _is_logits(graph, value) else "values"
-    if any(kind != "values" for kind in found.values()):
-        found = {value: kind for value, kind in found.items() if kind != "values"}
-    yield from found.items()
+    outputs = (v for v in graph.outputs if v.dtype == ir.DataType.FLOAT and v.producer())
+    return output_kinds(graph, outputs)
 
 
 def add_loss(tape: Tape, model: ir.Model) -> Loss:
@@ -91,7 +57,7 @@ def add_loss(tape: Tape, model: ir.Model) -> Loss:
     terms: list[ir.Value] = []
     seeds: dict[ir.Value, ir.Value] = {}
     references: dict[str, str] = {}
-    for value, kind in list(_kinds(graph)):
+    for value, kind in _compared(graph).items():
         name = names.value(f"{REFERENCE}{value.name}")
         wanted = ir.Value(name=name, type=value.type, shape=value.shape)
         graph.inputs.append(wanted)

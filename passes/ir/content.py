@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxcomp.passes.ir.serializer import model_proto, tensor_header, tensor_proto
+from onnxcomp.runtime.activity import activity
 
 __all__ = ["content_hash"]
 
@@ -37,6 +38,7 @@ def content_hash(model: ir.Model) -> str:
     def hashed(tensor: ir.TensorProtocol, name: str | None) -> onnx.TensorProto:
         if isinstance(tensor, ir.StringTensor):
             return tensor_proto(tensor, name)
+        activity("comparing with earlier runs", item=name or "")
         file = _Hashing()
         if hasattr(tensor, "tofile"):
             tensor.tofile(file)

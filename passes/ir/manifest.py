@@ -7,7 +7,8 @@ The entry `onnxcomp` is JSON. Sites with equal settings share a recipe::
                   "tensors": ["codes", "scales"], "shared": ["hyper.table.k4.L7", ...]}],
      "sites": {"fc1.weight": [0, [256, 64], "float32", 64, 256, true], ...}}
 
-A site lists its recipe, the stored tensor's shape and dtype, rows, length and transposed. The
+A site lists its recipe, the stored tensor's shape and dtype, rows, length and transposed; a stack
+of matrices also how many, in documents of version 2, which are the same else. The
 tensor `codes` of site `fc1.weight` is the initializer ``fc1.weight::codes``; a shared tensor has
 the domain in front: ``com.onnxcomp::hyper.table.k4.L7``.
 """
@@ -44,11 +45,13 @@ KEY = "onnxcomp"
 # On the node whose output is a whole decoded weight in its stored form: the name of the weight.
 WEIGHT_KEY = "onnxcomp.weight"
 # On the node whose output is a product or a look-up by standard operators: JSON of the weight's
-# name, of what is done with it ("matmul", "gather"), and of the inputs that lead to the operand.
+# name, of what is done with it ("matmul", "gather", "experts"), of the inputs that lead to the
+# operand, of the element type where it is another, and of those that lead to indices of a stack.
 USE_KEY = "onnxcomp.use"
 # On nodes that make weights wait for each other while a model is loaded, see `lowering.stages`.
 STAGE_KEY = "onnxcomp.stage"
-_VERSION = 1
+# Without a stack of matrices the version is 1, which older releases read.
+_VERSION = 2
 
 # Element types that weights are compressed from.
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -130,13 +133,18 @@ def _recipe(values: Mapping[str, Any]) -> Recipe:
 
 
 def _entry(name: str, values: Sequence[Any], recipes: Sequence[Recipe]) -> ManifestEntry:
-    index, shape, dtype, rows, length, transposed = values
-    sizes = (index, rows, length, *shape)
+    index, shape, dtype, rows, length, transposed, *stack = values
+    experts = stack[0] if stack else 1
+    sizes = (index, rows, length, experts, *shape)
     if not all(isinstance(size, int) for size in sizes) or not 0 <= index < len(recipes):
         raise TypeError(f"weight {name!r} is described by {values}")
     if min(rows, length, *shape) < 1 or rows * length != math.prod(shape) or dtype not in _DTYPES:
         raise ValueError(f"weight {name!r} cannot be {dtype} {shape} of {rows} rows of {length}")
-    site = WeightSite(name, tuple(shape), dtype, (), "", rows, length, bool(transposed))
+    if len(stack) > 1 or (stack and (len(shape) != 3 or shape[0] != experts or rows % experts)):
+        raise ValueError(f"weight {name!r} cannot be {stack} matrices of shape {shape}")
+    site = WeightSite(
+        name, tuple(shape), dtype, (), "", rows, length, bool(transposed), experts=experts
+    )
     return ManifestEntry(site, recipes[index])
 
 
@@ -153,7 +161,10 @@ def write_manifest(model: ir.Model, manifest: Mapping[str, ManifestEntry]) -> No
             recipes.append(recipe)
         index = recipes.index(recipe)
         sites[name] = [index, site.shape, site.dtype, site.rows, site.length, site.transposed]
-    document = {"version": _VERSION, "recipes": recipes, "sites": sites}
+        if site.experts > 1:
+            sites[name].append(site.experts)
+    stacks = any(entry.site.experts > 1 for entry in manifest.values())
+    document = {"version": _VERSION if stacks else 1, "recipes": recipes, "sites": sites}
     model.metadata_props[KEY] = json.dumps(document, separators=(",", ":"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = [
     "is_float",
     "is_matrix",
     "not_finite",
+    "release_pages",
     "shape_of",
 ]
 
@@ -67,6 +69,15 @@ def not_finite(weight: Array) -> str:
     if weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
         return "holds infinities or NaN"
     return ""
+
+
+def release_pages(array: Array) -> None:
+    """Release the pages of an array that is mapped from a file; reading it maps them again."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class MappedTensor(ir.LazyTensor):

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -29,7 +30,7 @@ from onnxcomp.passes.ir.serializer import (
     tensor_header,
     tensor_proto,
 )
-from onnxcomp.passes.ir.tensors import SparseTensor
+from onnxcomp.passes.ir.tensors import SparseTensor, release_pages
 from onnxcomp.runtime.activity import activity
 
 __all__ = ["EXTERNAL_BYTES", "PAGE", "THRESHOLD", "ExternalData", "Saved", "output_size", "save"]
@@ -179,6 +180,8 @@ def _stream(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
         tensor.tofile(file)
     else:
         file.write(tensor.tobytes())
+    if isinstance(raw := getattr(tensor, "raw", None), np.ndarray):
+        release_pages(raw)  # or all payloads that wait in a file would be in memory in the end
     written = file.tell() - start
     if written != tensor.nbytes:
         raise CompressionError(

@@ -153,8 +153,8 @@ def _dense(entry: ManifestEntry, values: Mapping[str, ir.Value]) -> ir.LazyTenso
 
     def decoded() -> ir.TensorProtocol:
         matrix = _decode(entry, values)
-        stored = (matrix.T if site.transposed else matrix).astype(dtype.numpy(), copy=False)
-        return ir.Tensor(np.ascontiguousarray(stored).reshape(site.shape), dtype=dtype)
+        stored = site.stored_form(matrix).astype(dtype.numpy(), copy=False)
+        return ir.Tensor(stored, dtype=dtype)
 
     return ir.LazyTensor(decoded, dtype, ir.Shape(site.shape), cache=False, name=site.name)
 
@@ -244,10 +244,14 @@ class _Expander:
             name, kind, way, *stated = json.loads(node.metadata_props[USE_KEY])
             entry, source = self._manifest[name], operand(node, way)
             dtype = ELEMENT_TYPES[stated[0] if stated else entry.site.dtype]
+            indices = operand(node, stated[1]) if kind == "experts" else source
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ModelError(f"node {node.name!r} is damaged: {error}", hint=_DAMAGED) from error
         if kind in SPLIT_KINDS:
             self._join(node, kind, source, entry.site)
+            return
+        if kind == "experts":
+            self._take_place(node, self._stack_product(node, entry.site, source, indices, dtype))
             return
         site, transposed = entry.site, kind == "matmul"
         shape = (site.length, site.rows) if transposed else (site.rows, site.length)
@@ -286,21 +290,47 @@ class _Expander:
             dtype = ir.DataType(node.attributes.get_int("dtype", default))
             weight = self._matrix(_Matrix(site.name, (length, rows), True, dtype))
             return self._before(node, "MatMul", [node.inputs[0], weight])
+        if node.op_type.endswith("Experts"):
+            dtype = ir.DataType(node.attributes.get_int("dtype", ELEMENT_TYPES[site.dtype].value))
+            x, indices, *_ = node.inputs
+            return self._stack_product(node, site, x, indices, dtype)
         weight = self._matrix(_Matrix(site.name, (rows, length), False, ir.DataType.FLOAT))
         if node.op_type.endswith("Gather"):
             return self._before(node, "Gather", [weight, node.inputs[0]])
         extent = tuple(node.attributes.get_ints("extent", (rows, length)))
         return self._before(node, "Reshape", [weight, self._dims(extent)])
 
+    def _stack_product(
+        self,
+        node: ir.Node,
+        site: WeightSite,
+        x: ir.Value | None,
+        indices: ir.Value | None,
+        dtype: ir.DataType,
+    ) -> ir.Value:
+        """A product with all matrices of a stack, or with those that are chosen."""
+        shape = (site.experts, site.length, site.rows // site.experts)
+        weight: ir.Value | None = self._matrix(_Matrix(site.name, shape, True, dtype))
+        if indices is None or indices.name != shared_name(f"experts.{site.experts}"):
+            weight = self._before(node, "Gather", [weight, indices])
+        return self._before(node, "MatMul", [x, weight])
+
     def _matrix(self, wanted: _Matrix) -> ir.Value:
-        """The weight as ``(rows, length)``, or as ``(length, rows)`` when transposed, in a type."""
+        """The weight as ``(rows, length)``, or as ``(length, rows)`` when transposed, in a type.
+
+        A stack also with three dimensions, each of its matrices transposed or not.
+        """
         if wanted not in self._matrices:
             site = self._manifest[wanted.site].site
             value = self.weight(wanted.site)
-            flat = (site.length, site.rows) if site.transposed else (site.rows, site.length)
-            if flat != site.shape:
+            stack, turned = len(wanted.shape) == 3, site.transposed
+            if site.experts > 1 and turned != (stack and wanted.transposed):
+                value = self._at_start("Transpose", [value], {"perm": [0, 2, 1]})
+                turned = not turned
+            flat = (site.length, site.rows) if turned else (site.rows, site.length)
+            if not stack and (flat != site.shape or turned != site.transposed):
                 value = self._at_start("Reshape", [value, self._dims(flat)])
-            if wanted.transposed != site.transposed:
+            if not stack and wanted.transposed != turned:
                 value = self._at_start("Transpose", [value], {"perm": [1, 0]})
             if wanted.dtype != ELEMENT_TYPES[site.dtype]:
                 value = self._at_start("Cast", [value], {"to": wanted.dtype.value})

@@ -157,14 +157,15 @@ class _Inliner:
             )
         return one
 
-    def _recorded_uses(self) -> dict[ir.Value, tuple[list[object], ir.Value]]:
-        """Marks of uses, by the result of the use, with the operand: routes will change."""
+    def _recorded_uses(self) -> dict[ir.Value, tuple[list[object], list[ir.Value]]]:
+        """Marks of uses, by the result of the use, with the operands: routes will change."""
         found = {}
         for scope in scopes(self._model):
             for node in scope.graph:
                 mark = json.loads(node.metadata_props.get(USE_KEY, "null"))
                 if mark is not None and mark[1] not in SPLIT_KINDS:
-                    found[node.outputs[0]] = mark, operand(node, mark[2])
+                    ways = [mark[2], mark[4]] if mark[1] == "experts" else [mark[2]]
+                    found[node.outputs[0]] = mark, [operand(node, way) for way in ways]
         return found
 
     def replace(self, call: ir.Node) -> None:
@@ -186,11 +187,12 @@ class _Inliner:
         if kind_of(call.op_type) == "weight":
             join_shapes(result)
 
-    def _use(self, call: ir.Node) -> tuple[list[object], ir.Value] | None:
+    def _use(self, call: ir.Node) -> tuple[list[object], list[ir.Value]] | None:
         """How to mark what takes the place of a product or a look-up."""
         known = self._uses.pop(call.outputs[0], None)
         site = next((self._owners[v.name] for v in call.inputs if v and v.name in self._owners), "")
-        kind = next((k for k in ("matmul", "gather") if call.op_type.lower().endswith(k)), None)
+        kinds = ("matmul", "gather", "experts")
+        kind = next((k for k in kinds if call.op_type.lower().endswith(k)), None)
         codec = CODECS.get(call.metadata_props.get(KEY, ""))
         opset = default_opset(self._model) or 0
         if known is not None or kind is None or not site:
@@ -198,11 +200,11 @@ class _Inliner:
         if codec is not None and in_parts(codec, opset):
             return None
         stored, dtype = self._manifest[site].site.dtype, "float32"
-        if kind == "matmul" and "dtype" in call.attributes:
+        if kind != "gather" and "dtype" in call.attributes:
             dtype = dtype_name(ir.DataType(call.attributes["dtype"].as_int()))
-        source = call.inputs[0]
-        assert source is not None
-        return [site, kind, [], *([dtype] if dtype != stored else [])], source
+        sources = [v for v in call.inputs[: 2 if kind == "experts" else 1] if v is not None]
+        stated = [dtype] if dtype != stored or kind == "experts" else []
+        return [site, kind, [], *stated], sources
 
     def _inputs(self, call: ir.Node) -> list[ir.Value | None]:
         """Inputs of a call, payloads behind a Reshape where they must not be folded."""
@@ -233,6 +235,10 @@ class _Inliner:
         for node in function:
             operands = [None if v is None else values[v] for v in node.inputs]
             given = _resolved(node.attributes.values(), attributes)
+            if len(node.outputs) > 1:
+                made = self._in_front(place, node.op_type, operands, given, len(node.outputs))
+                values.update(zip(node.outputs, made, strict=True))
+                continue
             if node.domain == DOMAIN:
                 result = self._body(node, operands, given, place)
             elif node.op_type == "Constant":
@@ -240,7 +246,7 @@ class _Inliner:
             elif all(v in self._shared for v in operands):
                 result = self._once(node.op_type, operands, given)
             else:
-                result = self._in_front(place, node.op_type, operands, given)
+                (result,) = self._in_front(place, node.op_type, operands, given)
             values[node.outputs[0]] = result
         result_or_none = values[function.outputs[0]]
         assert result_or_none is not None
@@ -275,26 +281,31 @@ class _Inliner:
         op_type: str,
         operands: Sequence[ir.Value | None],
         attributes: Mapping[str, ir.Attr],
-    ) -> ir.Value:
+        count: int = 1,
+    ) -> Sequence[ir.Value]:
         # Models of convolutions have many of these: long names would be a twentieth of the file.
         short = kind_of(place.op_type) == "weight"
         name = self._names.node(shared_name(op_type) if short else f"{place.name}/{op_type}")
         notes = {KEY: place.metadata_props.get(KEY, _SHARED)}
-        made = ir.Node("", op_type, operands, attributes.values(), name=name, metadata_props=notes)
-        made.outputs[0].name = self._names.value(name)
+        made = ir.Node(
+            "", op_type, operands, attributes.values(),
+            num_outputs=count, name=name, metadata_props=notes,
+        )  # fmt: skip
+        for output in made.outputs:
+            output.name = self._names.value(name)
         assert place.graph is not None
         place.graph.insert_before(place, made)
-        return made.outputs[0]
+        return made.outputs
 
     def finish(self) -> None:
         """Place shared nodes, mark the uses, and drop what nothing calls any more."""
         self._front.place(STAGE_KEY)
-        for result, (mark, source) in self._uses.items():
+        for result, (mark, sources) in self._uses.items():
             producer = result.producer()
             assert producer is not None
-            site, kind, _, *rest = mark
-            way = route(result, self._results.get(source, source))
-            producer.metadata_props[USE_KEY] = json.dumps([site, kind, way, *rest])
+            way, *others = [route(result, self._results.get(v, v)) for v in sources]
+            stated = [*mark[:2], way, *mark[3:4], *others]
+            producer.metadata_props[USE_KEY] = json.dumps(stated)
         called = self._called()
         for identifier in [key for key in self._model.functions if key[0] == DOMAIN]:
             if identifier not in called:

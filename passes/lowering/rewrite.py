@@ -1,16 +1,18 @@
 """Put payloads in the place of weights.
 
 ``MatMul(x, W) -> HyperMatMul(x, codes, ...)``, ``Gather(W, i) -> HyperGather(i, codes, ...)``, and
-``Gemm(A, W, C) -> Add(Mul(HyperMatMul(A), alpha), Mul(C, beta))``; convolutions and recurrent
-operators take the factors of a codec that has them (see `split_operators`); any other consumer of
-``W`` reads ``Reshape(Transpose(HyperWeight(codes, ...)))``, made once for each graph that needs it.
-The operators are those of the codec. Visits the main graph and all subgraphs, which see payloads by
-capture; function bodies are not visited.
+``Gemm(A, W, C) -> Add(Mul(HyperMatMul(A), alpha), Mul(C, beta))``; ``MatMul(x, Gather(W, i))`` with
+a stack of matrices takes the product of a codec that has one (see `expert_products`); convolutions
+and recurrent operators take the factors of a codec that has them (see `split_operators`); any other
+consumer of ``W`` reads ``Reshape(Transpose(HyperWeight(codes, ...)))``, made once for each graph
+that needs it. The operators are those of the codec. Visits the main graph and all subgraphs, which
+see payloads by capture; function bodies are not visited.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,7 +27,6 @@ from onnxcomp.passes.codecs.protocol import Codec, EmitFactors, Payload
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import (
     USE_KEY,
-    WEIGHT_KEY,
     ManifestEntry,
     Recipe,
     read_manifest,
@@ -33,7 +34,6 @@ from onnxcomp.passes.ir.manifest import (
     write_manifest,
 )
 from onnxcomp.passes.ir.model import Change
-from onnxcomp.passes.ir.tensors import ELEMENT_TYPES, dtype_name
 from onnxcomp.passes.ir.traversal import (
     LISTING_IR,
     default_opset,
@@ -45,8 +45,9 @@ from onnxcomp.passes.ir.traversal import (
     scopes,
 )
 from onnxcomp.passes.lowering.builder import GraphBuilder, InitializerPool
-from onnxcomp.passes.lowering.routes import route
-from onnxcomp.passes.lowering.row_parts import Part, joined, parts_of
+from onnxcomp.passes.lowering.expert_products import expert_product
+from onnxcomp.passes.lowering.routes import dtype_at_use, route
+from onnxcomp.passes.lowering.row_parts import stored_form
 from onnxcomp.passes.lowering.split_operators import split, splits
 from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, Mode, Shift, Use, WeightSite
 
@@ -176,14 +177,14 @@ class _Rewriter:
     def _fuse_use(self, placement: Placement, use: Use) -> bool:
         node = self._node(use.node)
         path = [self._node(name) for name in use.path]
-        dtype = _dtype_at_use(path, placement.site.dtype)
+        dtype = dtype_at_use(path, placement.site.dtype)
         converted = dtype != placement.site.dtype
         if converted and in_parts(placement.codec, self.pool.opset):
             # Tensors of standard operators have the stored type: the Cast has to stay.
             return False
         site = dataclasses.replace(placement.site, dtype=dtype)
         builder = self._builder(placement, node, use.node)
-        result = _replacement(placement, site, use, node, builder)
+        result = _replacement(placement, site, use, node, path, builder)
         if result.producer() is None:
             result = builder.node("Identity", [result])
         self._put(result, node)
@@ -216,21 +217,29 @@ class _Rewriter:
             assert graph is not None
             anchor = next(node for node in graph if node in consumers)
             builder = self._builder(placement, anchor, placement.site.name)
-            restored = _stored_form(placement, builder, self._largest)
+            mode = placement.mode
+            restored = stored_form(
+                placement.codec, placement.site, placement.payload, mode, builder, self._largest
+            )
             for node, index in uses:
                 node.replace_input_with(index, restored)
         return sum(map(len, by_graph.values()))
 
 
-def _dtype_at_use(path: Sequence[ir.Node], stored: str) -> str:
-    casts = [node.attributes["to"].as_int() for node in path if node.op_type == "Cast"]
-    return dtype_name(ir.DataType(casts[-1])) if casts else stored
-
-
 def _replacement(
-    placement: Placement, site: WeightSite, use: Use, node: ir.Node, builder: GraphBuilder
+    placement: Placement,
+    site: WeightSite,
+    use: Use,
+    node: ir.Node,
+    path: Sequence[ir.Node],
+    builder: GraphBuilder,
 ) -> ir.Value:
     """The value that takes the place of a node's output."""
+    if use.need in ("experts", "batch"):
+        emit = placement.codec.experts
+        assert emit is not None
+        emitted = functools.partial(emit, builder, site, placement.payload)
+        return expert_product(emitted, site.experts, use, node, path, builder)
     if use.need == "gather":
         return _emitted(placement, site, "gather", node.inputs[1], builder)
     x = node.inputs[0]
@@ -276,37 +285,6 @@ def _scaled(value: ir.Value, factor: float, dtype: str, builder: GraphBuilder) -
         return value
     array = np.array(factor, DTYPES[dtype])
     return builder.node("Mul", [value, builder.constant(f"scalar.{dtype}.{factor!r}", array)])
-
-
-def _expanded(codec: Codec, part: Part, kind: Kind) -> ir.Value:
-    """A decoded weight, or some rows of it, in the stored shape."""
-    site, builder = part.site, part.builder
-    value = codec.emit(builder, site, part.payload, kind, None)
-    shape = (site.rows, site.length)
-    if site.transposed:
-        value = builder.node("Transpose", [value], {"perm": [1, 0]})
-        shape = shape[::-1]
-    if shape != site.shape:
-        dims = "x".join(map(str, site.shape))
-        target = builder.constant(f"shape.{dims}", np.array(site.shape, np.int64))
-        value = builder.node("Reshape", [value, target])
-    return value
-
-
-def _stored_form(placement: Placement, builder: GraphBuilder, largest: int | None) -> ir.Value:
-    """The decoded weight in the shape and type of the tensor it replaces."""
-    site, codec = placement.site, placement.codec
-    kinds = codec.kinds(site)
-    wanted: Kind = "decode" if placement.mode == "decode" else "weight"
-    kind: Kind = wanted if wanted in kinds else "weight" if "weight" in kinds else "decode"
-    parts = parts_of(codec, site, placement.payload, builder, largest if kind == "weight" else None)
-    value = joined([_expanded(codec, part, kind) for part in parts], site, builder)
-    producer = value.producer()
-    if producer is not None:
-        value.shape = ir.Shape(site.shape)
-        value.type = ir.TensorType(ELEMENT_TYPES[site.dtype])
-        producer.metadata_props[WEIGHT_KEY] = site.name
-    return builder.node("Cast", [value], {"to": int(ir.DataType.DOUBLE)}) if site.wide else value
 
 
 def _add_functions(

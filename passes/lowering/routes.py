@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.ir.manifest import KEY
+from onnxcomp.passes.ir.tensors import dtype_name
 
-__all__ = ["operand", "route"]
+__all__ = ["dtype_at_use", "operand", "route"]
 
 
 def route(result: ir.Value, x: ir.Value) -> list[int]:
@@ -51,3 +52,9 @@ def operand(node: ir.Node, way: Sequence[int]) -> ir.Value:
     if value is None:
         raise ValueError(f"nothing is connected to its inputs {list(way)}")
     return value
+
+
+def dtype_at_use(path: Sequence[ir.Node], stored: str) -> str:
+    """The element type of a weight behind the nodes on its way."""
+    casts = [node.attributes["to"].as_int() for node in path if node.op_type == "Cast"]
+    return dtype_name(ir.DataType(casts[-1])) if casts else stored

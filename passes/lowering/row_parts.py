@@ -12,10 +12,21 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.codecs.protocol import Codec, LoadMemory, Payload
+from onnxcomp.passes.ir.manifest import WEIGHT_KEY
+from onnxcomp.passes.ir.tensors import ELEMENT_TYPES
 from onnxcomp.passes.lowering.builder import GraphBuilder
 from onnxcomp.passes.weight import Array, Attribute, Kind, WeightSite
 
-__all__ = ["Part", "divided", "joined", "largest_part", "parts_of", "row_bounds", "some_rows"]
+__all__ = [
+    "Part",
+    "divided",
+    "joined",
+    "largest_part",
+    "parts_of",
+    "row_bounds",
+    "some_rows",
+    "stored_form",
+]
 
 # A weight is cut where it has more than this share of all weights, in parts of about that size:
 # each takes about eight times its own memory, and so half of what all weights take in the end.
@@ -145,3 +156,55 @@ def joined(parts: Sequence[ir.Value], site: WeightSite, builder: GraphBuilder) -
     if len(parts) == 1:
         return parts[0]
     return builder.node("Concat", parts, {"axis": int(site.transposed)})
+
+
+def _expanded(codec: Codec, part: Part, kind: Kind) -> ir.Value:
+    """A decoded weight, or some rows of it, in the stored shape."""
+    site, builder = part.site, part.builder
+    value = codec.emit(builder, site, part.payload, kind, None)
+    shape: tuple[int, ...] = (site.rows, site.length)
+    if site.transposed and site.experts > 1:
+        each = (site.experts, site.rows // site.experts, site.length)
+        target = builder.constant(f"shape.{'x'.join(map(str, each))}", np.array(each, np.int64))
+        value = builder.node("Reshape", [value, target])
+        value = builder.node("Transpose", [value], {"perm": [0, 2, 1]})
+        shape = site.shape
+    elif site.transposed:
+        value = builder.node("Transpose", [value], {"perm": [1, 0]})
+        shape = shape[::-1]
+    if shape != site.shape:
+        dims = "x".join(map(str, site.shape))
+        target = builder.constant(f"shape.{dims}", np.array(site.shape, np.int64))
+        value = builder.node("Reshape", [value, target])
+    return value
+
+
+def stored_form(
+    codec: Codec,
+    site: WeightSite,
+    payload: Payload,
+    mode: str,
+    builder: GraphBuilder,
+    largest: int | None,
+) -> ir.Value:
+    """The decoded weight in the shape and type of the tensor it replaces.
+
+    Args:
+        codec: Its codec.
+        site: The weight.
+        payload: What is stored.
+        mode: "decode" for a weight that is decoded at every run where the codec can do that.
+        builder: Makes nodes.
+        largest: As for `parts_of`.
+    """
+    kinds = codec.kinds(site)
+    wanted: Kind = "decode" if mode == "decode" else "weight"
+    kind: Kind = wanted if wanted in kinds else "weight" if "weight" in kinds else "decode"
+    parts = parts_of(codec, site, payload, builder, largest if kind == "weight" else None)
+    value = joined([_expanded(codec, part, kind) for part in parts], site, builder)
+    producer = value.producer()
+    if producer is not None:
+        value.shape = ir.Shape(site.shape)
+        value.type = ir.TensorType(ELEMENT_TYPES[site.dtype])
+        producer.metadata_props[WEIGHT_KEY] = site.name
+    return builder.node("Cast", [value], {"to": int(ir.DataType.DOUBLE)}) if site.wide else value

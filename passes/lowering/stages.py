@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
+from onnxcomp.passes.analysis.constant_arguments import constant
 from onnxcomp.passes.codecs.protocol import Codec, LoadMemory
 from onnxcomp.passes.ir.manifest import STAGE_KEY, own_name, shared_name
 from onnxcomp.passes.ir.traversal import Names, default_opset, remove_dead, scopes, subgraphs
@@ -42,13 +43,21 @@ _MOST = 7
 _LEAST = 16 << 20
 
 _KINDS: Mapping[str, Kind] = {
-    "MatMul": "matmul", "Gather": "gather", "Weight": "weight", "Decode": "decode",
+    "MatMul": "matmul", "Gather": "gather", "Experts": "experts", "Weight": "weight",
+    "Decode": "decode",
 }  # fmt: skip
 
 
 def kind_of(operator: str) -> Kind | None:
     """How an operator of ours uses a weight."""
     return next((kind for end, kind in _KINDS.items() if operator.endswith(end)), None)
+
+
+def _kind_of_call(call: ir.Node) -> Kind | None:
+    """How a call uses a weight: a constant choice of matrices is known when a session starts."""
+    kind = kind_of(call.op_type)
+    chosen = call.inputs[1] if kind == "experts" else None
+    return kind if chosen is None or constant(chosen) is None else "batch"
 
 
 def stages_of(needs: Sequence[LoadMemory]) -> list[int]:
@@ -148,7 +157,7 @@ def _calls(
             if kind_of(call.op_type) == "weight"
         )
         for call, name in zip(calls, read, strict=True):
-            placement, kind = owners.get(name), kind_of(call.op_type)
+            placement, kind = owners.get(name), _kind_of_call(call)
             index = None if placement is None else _waiting_input(call, placement.codec)
             if placement is not None and index is not None and kind is not None:
                 yield call, index, _need(placement, kind, parts[name] if kind == "weight" else 1)

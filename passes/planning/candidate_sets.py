@@ -60,8 +60,9 @@ def _candidate_set(
         policy,
         estimator=estimator,
         sensitivity=known.sensitivities.get(site.name),
-        measured=known.measured.get(site.name),
         scale=known.scale.get(site.name),
+        measured=known.measured.get(site.name),
+        noise_scale=known.noise_scale.get(site.name),
         prior=known.prior[site.name],
     )
 

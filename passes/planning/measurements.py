@@ -41,11 +41,12 @@ class Measurements:
         prior: How much each weight is taken to matter without any, see `sensitivity_prior`.
         feeds: Real inputs in small batches; None where there are none.
         calibrated: Whether weights will be encoded for these inputs.
-        sensitivities: Noise power of the outputs over that of each weight, as plans use it; empty
-            where nothing is known.
-        measured: The same, of the weights it was measured of.
-        scale: Noise power of the outputs over the square of a relative change of each weight's
-            scale, of the same weights.
+        sensitivities: Loss of the outputs over the noise power of each weight, as plans use it;
+            empty where nothing is known. Where an error has to be kept, it is their noise power.
+        scale: The same over the square of a relative change of each weight's scale.
+        measured: Noise power of the outputs over that of each weight, of the weights it was
+            measured of.
+        noise_scale: The same over the square of a relative change of each weight's scale.
         chance: How much of the differences between sensitivities is chance, 0 to 1.
         timing: What settings cost in time; None where that does not matter.
     """
@@ -54,8 +55,9 @@ class Measurements:
     feeds: Sequence[Feed] | None = None
     calibrated: bool = False
     sensitivities: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
     scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    measured: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    noise_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     chance: float = 0.0
     timing: Timing | None = None
 
@@ -132,12 +134,14 @@ def _errors(
     real = samples()
     if real is not None:
         told = measure_sensitivities(prepared.model, prepared.sites, real)
-        chance = told.chance(prior)
+        aim = told if settings.max_error is not None or told.loss is None else told.loss
+        chance = aim.chance(prior)
         return Measurements(
             prior,
             spread(real, _FEEDS),
             calibrated,
-            blended(prior, told.noise, max(_DOUBT, chance)),
+            blended(prior, aim.noise, max(_DOUBT, chance)),
+            aim.scale,
             told.noise,
             told.scale,
             chance,

@@ -94,6 +94,9 @@ class Plan:
             times were not measured.
         error: Expected relative error of the outputs, from what noise in each weight does to them;
             None where that was not measured.
+        loss: Expected loss of the outputs: their divergence where they are distributions, the
+            square of `error` elsewhere; None where that was not measured.
+        compared: Plans that were compared by a measured loss, the chosen one first.
         pruned: What pruning takes out before; None without pruning.
         division: Where pruning and codes share one budget: the divisions that were tried, this
             plan's first.
@@ -108,6 +111,8 @@ class Plan:
     portable_load_bytes: int | None = None
     error: float | None = None
     slowdown: float | None = None
+    loss: float | None = None
+    compared: tuple[Mapping[str, Any], ...] = ()
     pruned: PruneReport | None = None
     division: tuple[Mapping[str, Any], ...] = ()
 
@@ -123,7 +128,8 @@ class Plan:
                 hint=f"start from plan[{name!r}].with_(...)",
             )
         self.choices[name] = choice
-        self.bytes = self.portable_load_bytes = self.error = self.slowdown = None
+        self.bytes = self.portable_load_bytes = self.error = self.slowdown = self.loss = None
+        self.compared = ()
 
     def __iter__(self) -> Iterator[Choice]:
         return iter(self.choices.values())
@@ -175,6 +181,8 @@ class Plan:
             portable_load_bytes=None,
             error=None,
             slowdown=None,
+            loss=None,
+            compared=(),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -187,7 +195,9 @@ class Plan:
             "bytes": self.bytes,
             "portable_load_bytes": self.portable_load_bytes,
             "error": None if self.error is None else float(f"{self.error:.4g}"),
+            **({} if self.loss is None else {"loss": float(f"{self.loss:.4g}")}),
             "slowdown": None if self.slowdown is None else float(f"{self.slowdown:.4g}"),
+            **({"compared": [dict(entry) for entry in self.compared]} if self.compared else {}),
             **({} if self.pruned is None else {"prune": self.pruned.to_json()}),
             **({"division": [dict(trial) for trial in self.division]} if self.division else {}),
             "sites": [choice.to_json() for choice in self],
@@ -223,6 +233,8 @@ class Plan:
             portable_load_bytes=values.get("portable_load_bytes"),
             error=values.get("error"),
             slowdown=values.get("slowdown"),
+            loss=values.get("loss"),
+            compared=tuple(values.get("compared", ())),
             pruned=None if pruned is None else PruneReport.from_json(pruned),
             division=tuple(values.get("division", ())),
         )
@@ -273,7 +285,7 @@ class Plan:
 
 _PLAN_KEYS = frozenset(
     {"version", "source", "settings", "budget", "bytes", "portable_load_bytes", "error"}
-    | {"slowdown", "prune", "division", "sites", "skipped"}
+    | {"loss", "compared", "slowdown", "prune", "division", "sites", "skipped"}
 )
 
 

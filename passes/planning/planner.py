@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.latency.model import Timing
 from onnxcomp.passes.planning.candidates import Candidate, Choice
+from onnxcomp.passes.planning.contest import Entry, Referee, contest
 from onnxcomp.passes.planning.error_model import Estimates
 from onnxcomp.passes.planning.explain import explain
 from onnxcomp.passes.planning.plan import Budget, Plan
 from onnxcomp.passes.planning.search_space import CandidateSet
 from onnxcomp.passes.planning.size_model import planned_size, portable_load_bytes
-from onnxcomp.passes.planning.solver import choose, default_bits, expected_error
+from onnxcomp.passes.planning.solver import (
+    choose,
+    default_bits,
+    expected_error,
+    plans_of_bits,
+)
 
 __all__ = ["measured_size", "plan_from", "settle"]
 
@@ -42,6 +49,7 @@ def plan_from(
     *,
     name: str = "out.onnx",
     timing: Timing | None = None,
+    referee: Referee | None = None,
 ) -> Plan:
     """Decide for every weight.
 
@@ -51,6 +59,7 @@ def plan_from(
         settings: What is asked for.
         name: File name of the output; external data refers to it.
         timing: What settings cost in time.
+        referee: How plans of a size are compared; None for their expected errors.
 
     Returns:
         A plan with the exact bytes of the output. When no plan meets the target, it is the
@@ -65,6 +74,14 @@ def plan_from(
     if timing is not None and settings.max_slowdown is not None:
         limit = (settings.max_slowdown - 1.0) * timing.dense_seconds
     picks, total = choose(sets, budget, settings, size_of, limit)
+    entries: list[Entry] = []
+    if referee is not None and budget.bytes is not None:
+        first = Entry("expected best", picks, total)
+        equal = plans_of_bits(sets)
+        entries = contest(sets, first, budget.bytes, size_of, referee, equal)
+        picks, total = list(entries[0].picks), entries[0].bytes
+    real = referee is not None and not referee.margin
+    told = entries[0].measured if entries and real else None
     added = sum(pick.time for pick in picks)
     reasons = explain(sets, picks, budget)
     choices = {
@@ -79,7 +96,9 @@ def plan_from(
         skipped=prepared.skipped,
         bytes=total,
         portable_load_bytes=portable_load_bytes(prepared.sites, list(choices.values())),
-        error=expected_error(sets, picks),
+        error=expected_error(sets, picks) if told is None else math.sqrt(told.mean().noise),
+        loss=None if told is None else told.mean().loss,
+        compared=tuple(entry.to_json() for entry in entries) if told is not None else (),
         slowdown=None if timing is None else max(0.0, 1.0 + added / timing.dense_seconds),
         pruned=prepared.pruned,
     )

@@ -64,11 +64,14 @@ class CandidateSet:
     Attributes:
         site: The weight.
         options: Candidates; never empty.
-        sensitivity: Noise power of the model's outputs over that of the weight, both relative, as
-            far as known; None for the prior.
-        measured: The same as it was measured, to predict by; None where that is `sensitivity`.
-        scale: Noise power of the outputs over the square of a relative change of the weight's
-            scale; None where that was not measured.
+        sensitivity: Loss of the model's outputs over the relative noise power of the weight, as far
+            as known; None for the prior.
+        scale: The same over the square of a relative change of the weight's scale; None where that
+            was not measured.
+        measured: Noise power of the outputs, relative to theirs, over that of the weight, to
+            predict by; None where that is `sensitivity`.
+        noise_scale: The same over the square of a relative change of the weight's scale; None
+            where that is `scale`.
         prior: What stands for it in the objective where it is not known, see `sensitivity_prior`;
             None for that of the weight alone.
         chance: Share of the differences between sensitivities that is noise, 0 to 1.
@@ -80,8 +83,9 @@ class CandidateSet:
     site: WeightSite
     options: tuple[Candidate, ...]
     sensitivity: float | None = None
-    measured: float | None = None
     scale: float | None = None
+    measured: float | None = None
+    noise_scale: float | None = None
     prior: float | None = None
     chance: float = 0.0
     price: float = 0.0
@@ -93,19 +97,20 @@ class CandidateSet:
         return dataclasses.replace(self, options=tuple(options))
 
     def noise(self, candidate: Candidate) -> float:
-        """Noise power that a candidate counts for: ``sensitivity * harm^2 + scale * harm^4``."""
+        """Loss that a candidate counts for: ``sensitivity * harm^2 + scale * harm^4``.
+
+        The second term is that of a shorter weight: codes are means, and an error e makes them
+        shorter by e^2.
+        """
         factor = self.prior if self.sensitivity is None else self.sensitivity
         factor = sensitivity(self.site) if factor is None else factor
-        return factor * candidate.harm**2 + self._shrinking(candidate)
+        return factor * candidate.harm**2 + (self.scale or 0.0) * candidate.harm**4
 
     def expected_noise(self, candidate: Candidate) -> float:
         """Noise power that a candidate is expected to add to the outputs, relative to theirs."""
         known = self.measured or self.sensitivity or 0.0
-        return known * candidate.harm**2 + self._shrinking(candidate)
-
-    def _shrinking(self, candidate: Candidate) -> float:
-        """Noise of a shorter weight: codes are means, and an error e makes them shorter by e^2."""
-        return (self.scale or 0.0) * candidate.harm**4
+        scale = self.scale if self.noise_scale is None else self.noise_scale
+        return known * candidate.harm**2 + (scale or 0.0) * candidate.harm**4
 
     def cost_of(self, candidate: Candidate) -> float:
         """Objective of a candidate: its noise, and its time at the price of time."""
@@ -136,7 +141,8 @@ def _graded(codec: Codec, offered: Sequence[Params], quality: object) -> list[Pa
 def _target(site: WeightSite, policy: Policy) -> Target:
     """Machines that matter to a weight: those are no matter where it is decoded but once."""
     decoded = policy.mode == "decode"
-    multiplied = policy.mode != "folded" and any(use.need == "matmul" for use in site.uses)
+    needs = {use.need for use in site.uses}
+    multiplied = policy.mode != "folded" and not needs.isdisjoint({"matmul", "experts", "batch"})
     return policy.target if decoded or multiplied else "any"
 
 
@@ -209,8 +215,9 @@ def candidate_set(
     codecs: Mapping[str, Codec] | None = None,
     estimator: Estimator = predicted,
     sensitivity: float | None = None,
-    measured: float | None = None,
     scale: float | None = None,
+    measured: float | None = None,
+    noise_scale: float | None = None,
     prior: float | None = None,
 ) -> CandidateSet:
     """All candidates for a site; only the dense weight where nothing makes it smaller.
@@ -221,8 +228,9 @@ def candidate_set(
         codecs: All codecs by name.
         estimator: What is expected of settings.
         sensitivity: Of the model's outputs to noise in the weight; None for the prior.
-        measured: The same as it was measured; None where it was not.
         scale: Of the model's outputs to the scale of the weight; None where it was not measured.
+        measured: See `CandidateSet`; so is `noise_scale`.
+        noise_scale: Where it was not measured, None.
         prior: What stands for the sensitivity where it is not known.
 
     Raises:
@@ -255,7 +263,9 @@ def candidate_set(
     ):  # what a rule fixes is for one of the codecs; here it is for none
         raise wrong[0]
     options = tuple(found) or (keep(site, "; ".join(reasons)),)
-    return CandidateSet(site, options, sensitivity, measured, scale, prior, policy=policy)
+    return CandidateSet(
+        site, options, sensitivity, scale, measured, noise_scale, prior, policy=policy
+    )
 
 
 def _no_offer(offered: Sequence[Candidate], site: WeightSite) -> str:

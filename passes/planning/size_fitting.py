@@ -40,6 +40,8 @@ def fit(
     target: int,
     size_of: Callable[[Sequence[Candidate]], int],
     others: Sequence[Sequence[Candidate]] = (),
+    *,
+    mixed: bool = False,
 ) -> tuple[list[Candidate], int]:
     """Candidates whose whole output has at most `target` bytes, as close to it as they come.
 
@@ -53,6 +55,7 @@ def fit(
         target: Most bytes of the output.
         size_of: Exact bytes of the output written with these candidates.
         others: Plans that are to be among those compared.
+        mixed: Leave plans with equal settings out.
 
     Returns:
         The candidates and the bytes of the output; more than `target` only when no plan
@@ -62,7 +65,8 @@ def fit(
     least = allocate(search.sets, 0)
     search.try_(least)
     search.correct(search.sets, target - (search.best_bytes - _bytes(least)))
-    search.try_given([*equal_plans(sets), *map(list, others)])
+    if not mixed:
+        search.try_given([*equal_plans(sets), *map(list, others)])
     search.try_few(sets)
     if search.best_bytes <= target:
         search.try_alike()

@@ -25,7 +25,7 @@ from onnxcomp.passes.planning.search_space import (
 from onnxcomp.passes.planning.size_fitting import fit, with_dense
 from onnxcomp.passes.weight import Use, WeightSite
 
-__all__ = ["choose", "default_bits", "expected_error"]
+__all__ = ["choose", "default_bits", "expected_error", "plans_of_bits"]
 
 # Bits per weight where neither bits nor a target is asked for.
 DEFAULT_BITS = 4
@@ -176,7 +176,7 @@ def _chosen(
     sets: Sequence[CandidateSet], budget: Budget, settings: Settings, size_of: SizeOf
 ) -> tuple[list[Candidate], int]:
     if budget.bytes is not None:
-        return fit(sets, budget.bytes, size_of, _plans_of_bits(sets))
+        return fit(sets, budget.bytes, size_of, plans_of_bits(sets))
     if budget.max_error is not None and budget.bits is None:
         picks = smallest_within(sets, budget.max_error)
         return _worth_it(picks, size_of(picks), size_of)
@@ -200,7 +200,7 @@ def _only(candidates: CandidateSet, codec: str) -> CandidateSet:
     return candidates.with_options(options) if options else candidates
 
 
-def _plans_of_bits(sets: Sequence[CandidateSet]) -> list[list[Candidate]]:
+def plans_of_bits(sets: Sequence[CandidateSet]) -> list[list[Candidate]]:
     """What a run with each number of bits would do, for each codec that counts in bits."""
     names = dict.fromkeys(
         c.codec for candidates in sets for c in candidates.options if not c.reason

@@ -102,7 +102,6 @@ def _put(model: ir.Model, site: WeightSite, weight: Array) -> None:
     """Store ``(rows, length)`` as the tensor of a site."""
     value = find_initializer(model, site.name)
     assert value is not None and value.const_value is not None
-    stored = (weight.T if site.transposed else weight).reshape(site.shape)
     dtype = value.const_value.dtype
-    array = np.ascontiguousarray(stored, dtype.numpy())
+    array = site.stored_form(weight).astype(dtype.numpy(), copy=False)
     value.const_value = ir.Tensor(array, dtype=dtype, name=value.name)

@@ -8,6 +8,7 @@ and sees calibration. Exact up to the order of sums, which ONNX Runtime does not
 * ``Attention(x, W, b, mask, , s) -> MultiHeadAttention(Split(Add(MatMul(x, W), b)), , mask, s)``
 * ``EmbedLayerNormalization(ids, segments, W, P, S, ...) -> LayerNormalization(Add(Gather(W, ids),
   Gather(P, positions), Gather(S, segments)))``
+* ``MoE(x, r, W1, ...)``: products with the chosen experts, see `split_moe`
 
 `kept` tells why a fused operator stays as it is. Visits the main graph and all subgraphs.
 """
@@ -24,15 +25,10 @@ import onnx_ir as ir
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import WEIGHT_TYPES, shape_of
-from onnxcomp.passes.ir.traversal import (
-    Names,
-    default_opset,
-    inherit_notes,
-    new_initializer,
-    replace_value,
-    scopes,
-)
+from onnxcomp.passes.ir.traversal import Names, default_opset, scopes
+from onnxcomp.passes.transforms.fused_node import FusedNode
 from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
+from onnxcomp.passes.transforms.split_moe import kept_experts, split_experts, worthwhile
 
 __all__ = ["SplitFused", "kept"]
 
@@ -73,85 +69,34 @@ class SplitFused(GraphPass):
                 tensor = None if weight is None else weight.const_value
                 if tensor is None or tensor.nbytes < context.settings.min_size:
                     continue
+                if node.op_type == "MoE" and not worthwhile(context.settings):
+                    continue
                 reason = kept(model, node)
                 if reason is None:
-                    _SPLITS[node.op_type](_Maker(model, node, names))
+                    _SPLITS[node.op_type](FusedNode(model, node, names))
                     notes.append(f"{node.name}: {node.op_type} was split")
                 else:
                     log.info("%s: %s stays, %s", node.name, node.op_type, reason)
         return Change(len(notes), tuple(notes))
 
 
-class _Maker:
-    """Makes nodes in front of a fused one, and puts the last of them in its place."""
-
-    def __init__(self, model: ir.Model, node: ir.Node, names: Names) -> None:
-        self.node = node
-        self._model = model
-        self._names = names
-
-    def add(
-        self,
-        op_type: str,
-        inputs: list[ir.Value | None],
-        attributes: Mapping[str, Any] | None = None,
-        *,
-        domain: str = "",
-        outputs: int = 1,
-    ) -> list[ir.Value]:
-        """The outputs of a new node."""
-        label = f"{self.node.name}/{op_type}"
-        made = ir.node(
-            op_type, inputs, dict(attributes or {}), domain=domain, num_outputs=outputs,
-            name=self._names.node(label),
-        )  # fmt: skip
-        for output in made.outputs:
-            output.name = self._names.value(label)
-            output.type = self.node.outputs[0].type
-        assert self.node.graph is not None
-        self.node.graph.insert_before(self.node, made)
-        return list(made.outputs)
-
-    def one(
-        self,
-        op_type: str,
-        inputs: list[ir.Value | None],
-        attributes: Mapping[str, Any] | None = None,
-    ) -> ir.Value:
-        """The output of a new node that has one."""
-        return self.add(op_type, inputs, attributes)[0]
-
-    def constant(self, name: str, array: Any) -> ir.Value:
-        """A new initializer."""
-        return new_initializer(self._model, self._names.value(f"{self.node.name}/{name}"), array)
-
-    def input(self, index: int) -> ir.Value | None:
-        """An input of the fused node; None where it is not given."""
-        return self.node.inputs[index] if index < len(self.node.inputs) else None
-
-    def replace(self, value: ir.Value) -> None:
-        """Put a value in the place of the fused node."""
-        producer = value.producer()
-        assert producer is not None and self.node.graph is not None
-        inherit_notes(self.node, producer)
-        replace_value(self.node.outputs[0], value)
-        self.node.graph.remove(self.node, safe=True)
-
-
 def _weight(node: ir.Node) -> ir.Value | None:
     """The weight inside of a fused operator that can be split."""
-    place = {"EmbedLayerNormalization": 2}.get(node.op_type, _WEIGHT)
+    place = {"EmbedLayerNormalization": 2, "MoE": 2}.get(node.op_type, _WEIGHT)
     if node.domain != _DOMAIN or node.op_type not in _SPLITS or len(node.inputs) <= place:
         return None
     value = node.inputs[place]
     tensor = None if value is None else value.const_value
-    if tensor is None or tensor.dtype not in WEIGHT_TYPES or len(shape_of(tensor)) != 2:
+    rank = 3 if node.op_type == "MoE" else 2
+    if tensor is None or tensor.dtype not in WEIGHT_TYPES or len(shape_of(tensor)) != rank:
         return None
     return value
 
 
 def kept(model: ir.Model, node: ir.Node) -> str | None:
     """Why a fused operator stays as it is; None where it can be split."""
+    if node.op_type == "MoE":
+        return kept_experts(model, node)
     if (default_opset(model) or 0) < _LEAST_OPSET:
         return f"the model's operator set is older than {_LEAST_OPSET}"
     if node.op_type == "FusedMatMul":
@@ -183,7 +128,7 @@ def _attention_kept(node: ir.Node) -> str | None:
     return None
 
 
-def _split_matmul(make: _Maker) -> None:
+def _split_matmul(make: FusedNode) -> None:
     node = make.node
     weight = make.input(_WEIGHT)
     if node.attributes.get_int("transB", 0):
@@ -203,14 +148,14 @@ def _dtype(value: ir.Value | None) -> Any:
     return tensor.dtype.numpy()
 
 
-def _split_gemm(make: _Maker) -> None:
+def _split_gemm(make: FusedNode) -> None:
     own = ("alpha", "beta", "transA", "transB")
     kept_attributes = {n: a.value for n, a in make.node.attributes.items() if n in own}
     product = make.one("Gemm", list(make.node.inputs), kept_attributes)
     make.replace(make.one(make.node.attributes.get_string("activation", ""), [product]))
 
 
-def _split_attention(make: _Maker) -> None:
+def _split_attention(make: FusedNode) -> None:
     node, weight = make.node, make.input(_WEIGHT)
     assert weight is not None and weight.const_value is not None
     width = shape_of(weight.const_value)[1]
@@ -226,7 +171,7 @@ def _split_attention(make: _Maker) -> None:
     make.replace(make.add("MultiHeadAttention", inputs, shared, domain=_DOMAIN)[0])
 
 
-def _split_embedding(make: _Maker) -> None:
+def _split_embedding(make: FusedNode) -> None:
     ids, segments = make.input(0), make.input(1)
     zero, one = (
         make.constant(name, np.array(i, np.int64)) for i, name in enumerate(("zero", "one"))
@@ -244,9 +189,10 @@ def _split_embedding(make: _Maker) -> None:
     make.replace(make.one("LayerNormalization", [total, make.input(5), make.input(6)], epsilon))
 
 
-_SPLITS: Mapping[str, Callable[[_Maker], None]] = {
+_SPLITS: Mapping[str, Callable[[FusedNode], None]] = {
     "Attention": _split_attention,
     "EmbedLayerNormalization": _split_embedding,
     "FusedGemm": _split_gemm,
     "FusedMatMul": _split_matmul,
+    "MoE": split_experts,
 }

@@ -404,7 +404,7 @@ def _products(model: PathLike) -> list[dict[str, onnx.AttributeProto]]:
     return [
         {attribute.name: attribute for attribute in node.attribute}
         for node in custom_nodes(model)
-        if node.op_type.endswith("MatMul")
+        if node.op_type.endswith(("MatMul", "Experts"))
     ]
 
 

@@ -434,6 +434,7 @@ void Mutate(Random& random, Case& made) {
   const auto last = static_cast<int64_t>(made.parts) - 1;
   const auto pick = [&] { return made.first + static_cast<size_t>(random.Between(0, last)); };
   const bool hyper = made.name.rfind("Hyper", 0) == 0;
+  const auto operands = static_cast<int64_t>(std::max<size_t>(made.first, 1));
   switch (random.Between(0, 7)) {
     case 0:
     case 1:
@@ -443,7 +444,7 @@ void Mutate(Random& random, Case& made) {
       MutateDims(random, node.inputs[pick()]);
       break;
     case 3:
-      MutateDims(random, node.inputs[0]);
+      MutateDims(random, node.inputs[static_cast<size_t>(random.Between(0, operands - 1))]);
       break;
     case 4: {  // any table length
       const size_t at = hyper ? made.first + 2 : pick();
@@ -460,7 +461,9 @@ void Mutate(Random& random, Case& made) {
       break;
     }
     case 6:
-      MutateElement(random, node.inputs[random.Chance(0.5) ? 0 : pick()]);
+      MutateElement(random, node.inputs[random.Chance(0.5)
+                                            ? static_cast<size_t>(random.Between(0, operands - 1))
+                                            : pick()]);
       break;
     default:
       node.failing_parallel = true;
@@ -483,6 +486,33 @@ void AddOperand(Random& random, Case& made, int64_t rows, int64_t length) {
     const int64_t index = random.Between(-rows, rows - 1);
     std::memcpy(x.data() + i * static_cast<int64_t>(SizeOf(x.type)), &index, SizeOf(x.type));
   }
+}
+
+// For HyperExperts: activations whose batch fits to that of the indices, (..., a, b) to (..., a, 1)
+// for example, and the indices.
+void AddExperts(Random& random, Case& made, int64_t experts, int64_t length) {
+  Node& node = made.node;
+  made.first = 2;
+  Dims batch, chosen;
+  for (int64_t n = random.Between(0, 2); n > 0; --n) {
+    const int64_t dim = random.Between(0, 5);
+    batch.push_back(random.Chance(0.3) ? 1 : dim);
+    chosen.push_back(random.Chance(0.3) ? 1 : dim);
+  }
+  Dims& longer = random.Chance(0.5) ? batch : chosen;
+  if (random.Chance(0.3)) longer.insert(longer.begin(), random.Between(0, 4));
+  if (!batch.empty() || random.Chance(0.7)) batch.push_back(random.Between(0, 5));
+  batch.push_back(length);
+  node.inputs.emplace_back(made.op->GetInputType(made.op, 0), batch);
+  node.inputs.emplace_back(made.op->GetInputType(made.op, 1), chosen);
+  FillFloats(random, node.inputs[0], 0.05);
+  const Value& indices = node.inputs[1];
+  const size_t size = SizeOf(indices.type);
+  for (int64_t i = 0; i < indices.count(); ++i) {
+    const int64_t index = random.Between(-experts, experts - 1);
+    std::memcpy(indices.data() + static_cast<size_t>(i) * size, &index, size);
+  }
+  node.attributes["experts"] = {false, experts, {}};
 }
 
 // A table without -128; in many cases as encoders write it, which kernels may use: odd, or large and
@@ -637,9 +667,15 @@ Case MakeCase(Random& random) {
       random.Between(0, static_cast<int64_t>(registered.size()) - 1))];
   made.name = made.op->GetName(made.op);
   Node& node = made.node;
-  const int64_t rows = random.Between(1, 50);
+  const bool chosen = made.name.find("Experts") != std::string::npos;
+  const int64_t experts = random.Between(1, 5);
+  const int64_t rows = chosen ? 16 * experts * random.Between(1, 4) : random.Between(1, 50);
   const int64_t length = random.Between(1, random.Chance(0.2) ? 600 : 200);
-  if (made.name.find("Decode") == std::string::npos) AddOperand(random, made, rows, length);
+  if (chosen) {
+    AddExperts(random, made, experts, length);
+  } else if (made.name.find("Decode") == std::string::npos) {
+    AddOperand(random, made, rows, length);
+  }
   const size_t shift = random.Chance(0.3) ? static_cast<size_t>(random.Between(1, 63)) : 0;
   if (made.name.rfind("Hyper", 0) == 0) {
     AddWeightOfHyper(random, made, rows, length, shift);
@@ -660,13 +696,13 @@ Case MakeCase(Random& random) {
     node.constant.push_back(constant && i >= made.first);
   }
   node.attributes["extent"] = {true, 0, {rows, length}};
-  if (made.name.find("MatMul") != std::string::npos) {
-    const bool int8 = node.inputs[1].type != onnxcomp::kFloat &&
-                      (node.inputs[1].type != onnxcomp::kFloat16) && random.Chance(0.5);
+  if (chosen || made.name.find("MatMul") != std::string::npos) {
+    const bool int8 = node.inputs[made.first].type != onnxcomp::kFloat &&
+                      (node.inputs[made.first].type != onnxcomp::kFloat16) && random.Chance(0.5);
     node.attributes["dtype"] = {false, node.inputs[0].type, {}};
     node.attributes["precision"] = {false, int8 ? 1 : 0, {}};
   }
-  if (made.name == "HyperGather") node.attributes["columns"] = {true, 0, {length}};
+  if (chosen || made.name == "HyperGather") node.attributes["columns"] = {true, 0, {length}};
   if (random.Chance(0.6)) {
     for (int64_t n = random.Between(1, 3); n > 0; --n) Mutate(random, made);
   }

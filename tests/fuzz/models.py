@@ -39,7 +39,8 @@ MEMORY = 8 << 30
 
 GRAPH = """
 everything (int64[N] ids, bool go, float[1, 3, 8, 8] image)
-        => (float[1, 32] logits, float[N, 12] side, float[1, 4, 6, 6] seen) {
+        => (float[1, 32] logits, float[N, 12] side, float[1, 4, 6, 6] seen, float[N, 1, 32] mixed,
+            float[3, N, 16] summed) {
     x = Gather <axis = 0> (emb, ids)
     h = MatMul (x, fc1)
     r = Relu (h)
@@ -57,9 +58,16 @@ everything (int64[N] ids, bool go, float[1, 3, 8, 8] image)
     turned = Transpose <perm = [1, 0]> (emb)
     logits = MatMul (z, turned)
     seen = Conv (image, kernel)
+    last_axis = Constant <value_ints = [-1]> ()
+    tuples = Unsqueeze (ids, last_axis)
+    chosen = GatherND (stack, tuples)
+    wide = Unsqueeze (x, axis)
+    mixed = MatMul (wide, chosen)
+    summed = Einsum <equation = "th,enh->etn"> (x, turned_stack)
 }
 """
 SHAPES = {
+    "stack": (32, 16, 32), "turned_stack": (3, 16, 16),
     "emb": (32, 16), "fc1": (16, 32), "fc2": (32, 16), "fc3": (16, 16), "bias": (16,),
     "outer": (16, 12), "lstm_w": (1, 64, 16), "lstm_r": (1, 64, 16), "kernel": (4, 3, 3, 3),
 }  # fmt: skip

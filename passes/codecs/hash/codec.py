@@ -334,7 +334,7 @@ class HashCodec(Codec):
             hash_format.to_matrix(array, geometry)
             for array in (entries, np.broadcast_to(signs[..., None], entries.shape))
         ]
-        index, factors = ((m.T if site.transposed else m).reshape(-1) for m in matrices)
+        index, factors = (site.stored_form(m).reshape(-1) for m in matrices)
         values = memory.astype(np.float32).reshape(-1) * payload.tensors["scale"][0]
         return SharedValues(
             site.name,

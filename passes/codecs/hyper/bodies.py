@@ -15,6 +15,7 @@ import functools
 from collections.abc import Iterable
 from typing import TypeVar
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
@@ -28,6 +29,7 @@ __all__ = ["MINIMUM_OPSET", "emit", "functions", "load_bytes", "load_memory", "p
 V = TypeVar("V")
 
 MINIMUM_OPSET = 7
+_UNIQUE_OPSET = 11
 
 _TENSOR_TYPES = {
     "float32": int(TensorProto.FLOAT),
@@ -135,6 +137,52 @@ def _matmul(opset: int) -> onnx.FunctionProto:
     return body.finish("HyperMatMul", ["x", *NODE_INPUTS], attributes)
 
 
+def _experts(opset: int) -> onnx.FunctionProto:
+    """HyperExperts: x (..., m, length) and indices -> (..., m, rows / experts).
+
+    Bytes of the chosen matrices are picked before anything is decoded, from opset 11 on once for
+    each matrix that is named. `stack` is how many matrices there are, and rows of one.
+    """
+    body = Body(opset)
+    size = body.node("Gather", "stack", body.ints(1), axis=0)
+    # What is large waits for `blocks`, whose first entry is -1.
+    by_expert = body.node(
+        "Concat", body.node("Gather", "blocks", body.ints(0), axis=0), "stack", axis=0
+    )
+    indices = body.node("Reshape", body.cast("experts", int(TensorProto.INT64)), body.ints(-1))
+    places = ""
+    if opset >= _UNIQUE_OPSET:
+        indices, _, places = body.outputs("Unique", indices, 3)
+
+    def picked(bytes_first: str, *target: str) -> str:
+        apart = body.node("Reshape", bytes_first, by_expert)
+        found = body.node("Gather", body.node("Transpose", apart, perm=[1, 0, 2]), indices, axis=0)
+        shape = body.node("Concat", body.ints(-1), *target, size, axis=0)
+        return body.cast(body.node("Reshape", found, shape), _FLOAT)
+
+    width = body.node("Gather", "blocks", body.ints(2), axis=0)
+    octets = picked(body.node("Transpose", "codes", perm=[1, 2, 4, 0, 3]), width)
+    factors = picked(body.node("Transpose", "scales", perm=[1, 3, 0, 2]), body.ints(1))
+    windows = body.node("Transpose", _windows(body), perm=[1, 0])
+    values = _look_up(body, body.node("MatMul", windows, octets))
+    rotation = body.node("Transpose", _rotation(body), perm=[1, 0])
+    scaled = body.node("Mul", body.node("MatMul", rotation, values), factors)
+    padded = body.node("Gather", "blocks", body.ints(3), axis=0)
+    whole = body.node("Concat", body.ints(-1), padded, size, axis=0)
+    columns = body.node("Gather", "extent", body.ints(1), axis=0)
+    matrices = body.crop(body.node("Reshape", scaled, whole), (1,), columns, "columns")
+    target = body.node("Shape", "experts")
+    if places:
+        chosen = body.node("Gather", matrices, body.node("Reshape", places, target), axis=0)
+    else:
+        inner = body.node("Gather", body.node("Shape", matrices), body.ints(1, 2), axis=0)
+        chosen = body.node("Reshape", matrices, body.node("Concat", target, inner, axis=0))
+    product = body.node("MatMul", body.cast("x", _FLOAT), chosen)
+    body.node("Cast", product, refs={"to": ("dtype", onnx.AttributeProto.INT)})
+    attributes = ["extent", "group", "dtype", "precision", "experts", "columns"]
+    return body.finish("HyperExperts", ["x", "experts", *NODE_INPUTS, "stack"], attributes)
+
+
 def _gather(opset: int) -> onnx.FunctionProto:
     """HyperGather: indices -> float32 indices.shape + (length,).
 
@@ -161,13 +209,13 @@ def functions(opset: int) -> tuple[onnx.FunctionProto, ...]:
         opset: Version of the default domain in the model, at least `MINIMUM_OPSET`.
 
     Returns:
-        HyperRows, HyperWeight, HyperDecode, HyperGather and HyperMatMul. A function comes after
-        those it calls: `onnx.reference` resolves calls in this order. They are shared: copy one
-        before changing it.
+        HyperRows, HyperWeight, HyperDecode, HyperGather, HyperMatMul and HyperExperts. A function
+        comes after those it calls: `onnx.reference` resolves calls in this order. They are shared:
+        copy one before changing it.
     """
     if opset < MINIMUM_OPSET:
         raise ValueError(f"bodies need opset {MINIMUM_OPSET} or later, not {opset}")
-    return tuple(make(opset) for make in (_rows, _weight, _decode, _gather, _matmul))
+    return tuple(make(opset) for make in (_rows, _weight, _decode, _gather, _matmul, _experts))
 
 
 def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None) -> V:
@@ -183,8 +231,7 @@ def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x:
     Returns:
         The result in the site's dtype.
     """
-    roles = {key.split(".")[1]: key for key in payload.shared} | {k: k for k in payload.tensors}
-    weight = [builder.tensor(roles[name]) for name in NODE_INPUTS]
+    weight = _weight_inputs(builder, payload)
     attributes: dict[str, Attribute] = {
         "extent": (site.rows, site.length),
         "group": payload.attributes["group"],
@@ -201,6 +248,38 @@ def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x:
     return builder.node("Cast", [result], {"to": _TENSOR_TYPES[site.dtype]})
 
 
+def _weight_inputs(builder: Builder[V], payload: Payload) -> list[V]:
+    roles = {key.split(".")[1]: key for key in payload.shared} | {k: k for k in payload.tensors}
+    return [builder.tensor(roles[name]) for name in NODE_INPUTS]
+
+
+def emit_experts(builder: Builder[V], site: WeightSite, payload: Payload, x: V, experts: V) -> V:
+    """A product with some matrices of a stack, as HyperExperts of spec.md section 4.
+
+    Args:
+        builder: Makes nodes and initializers.
+        site: The stack; rows of each matrix are whole panels.
+        payload: As for `emit`.
+        x: Activations ``(..., m, length)``.
+        experts: Indices of any shape.
+
+    Returns:
+        The product in the site's dtype.
+    """
+    stack = (site.experts, site.rows // site.experts)
+    sizes = builder.constant(f"hyper.stack.{stack[0]}x{stack[1]}", np.array(stack, np.int64))
+    attributes: dict[str, Attribute] = {
+        "extent": (site.rows, site.length),
+        "group": payload.attributes["group"],
+        "dtype": _TENSOR_TYPES[site.dtype],
+        "precision": payload.attributes.get("precision", 0),
+        "experts": site.experts,
+        "columns": (site.length,),
+    }
+    inputs = [x, experts, *_weight_inputs(builder, payload), sizes]
+    return builder.node("HyperExperts", inputs, attributes, domain=DOMAIN)
+
+
 def load_bytes(site: WeightSite, geometry: GroupLayout, kind: Kind) -> int:
     """Memory that folding one operator's body keeps until the session's folding pass is over.
 
@@ -210,7 +289,8 @@ def load_bytes(site: WeightSite, geometry: GroupLayout, kind: Kind) -> int:
     Args:
         site: The weight.
         geometry: Sizes of the weight as it is stored.
-        kind: Which operator; ``gather`` folds only what does not depend on the indices.
+        kind: Which operator; ``gather`` and ``experts`` fold only what does not depend on the
+            indices.
     """
     blocks = geometry.panels * geometry.groups * LANES
     codes = blocks * geometry.block_bytes
@@ -218,12 +298,18 @@ def load_bytes(site: WeightSite, geometry: GroupLayout, kind: Kind) -> int:
     rows_cut = geometry.rows % LANES != 0
     if kind == "gather":  # codes: Transpose, Reshape, Slice; scales: Transpose, Flatten, Reshape
         return (3 + rows_cut) * codes + (4 + rows_cut) * 2 * blocks
+    if kind == "experts":  # both: Transpose, Reshape, Transpose
+        return 3 * (codes + 2 * blocks)
     cut = rows_cut or geometry.length % geometry.group != 0
     # codes: Transpose, Reshape, Cast; scales: Transpose, Reshape, Cast
     small = (3 + 4) * codes + (3 * 2 + 4) * blocks
     # MatMul, Cast, Gather, MatMul, Mul, Flatten, and Slice
     kept = small + 6 * dense + cut * 4 * site.size
-    return kept if kind == "matmul" else kept + _restoring_copies(site, geometry) * site.nbytes
+    return (
+        kept
+        if kind in ("matmul", "batch")
+        else kept + _restoring_copies(site, geometry) * site.nbytes
+    )
 
 
 def _restoring_copies(site: WeightSite, geometry: GroupLayout) -> int:
@@ -235,8 +321,9 @@ def _restoring_copies(site: WeightSite, geometry: GroupLayout) -> int:
 
 def load_memory(site: WeightSite, geometry: GroupLayout, kind: Kind) -> LoadMemory:
     """Memory to fold one operator's body: what stays until the pass is over, and what does not."""
-    dense = geometry.nbytes if kind == "gather" else 4 * site.size
-    result = 0 if kind == "gather" else 4 * site.size
+    looked_up = kind in ("gather", "experts")
+    dense = geometry.nbytes if looked_up else 4 * site.size
+    result = 0 if looked_up else 4 * site.size
     return LoadMemory(load_bytes(site, geometry, kind), int(_FOLDING_COPIES * dense), result)
 
 

@@ -41,6 +41,7 @@ from onnxcomp.passes.codecs.protocol import (
     Builder,
     CalibratedEncoding,
     Codec,
+    EmitExperts,
     LoadMemory,
     Payload,
     Qualities,
@@ -417,8 +418,12 @@ class HyperCodec(Codec):
         return weight.reshape(site.rows, site.length)
 
     def kinds(self, site: WeightSite) -> frozenset[Kind]:
-        """Products and look-ups where the site has such uses; the dense weight always."""
-        return site.kinds
+        """Products and look-ups where the site has such uses; the dense weight always.
+
+        Matrices of a stack are told apart where each is whole panels.
+        """
+        whole = site.rows // site.experts % hyper_format.LANES == 0
+        return site.kinds | site.stack_kinds if whole else site.kinds
 
     def emit(
         self, builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind, x: V | None
@@ -434,6 +439,13 @@ class HyperCodec(Codec):
         extent = np.array([site.rows, site.length], np.int64)
         shape = builder.constant(f"hyper.shape.{site.rows}x{site.length}", extent)
         return builder.node("Reshape", [result, shape])
+
+    @property
+    def experts(self) -> EmitExperts:
+        """HyperExperts."""
+        from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
+
+        return hyper_bodies.emit_experts
 
     @property
     def row_parts(self) -> RowParts:

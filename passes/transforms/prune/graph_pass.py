@@ -11,10 +11,11 @@ from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
+from onnxcomp.passes.transforms.prune.experts import PruneExperts
 from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.pruning import prune
 
-__all__ = ["Prune", "PruneChange"]
+__all__ = ["Prune", "PruneChange", "PruneExperts"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""Sensitivities of large models are found stage by stage, near those of whole runs."""
+"""Large models are run piece by piece, and what is found is that of whole runs, or near it."""
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from scipy.stats import spearmanr
 
-from onnxcomp.passes.analysis.weight_sites import find_sites
-from onnxcomp.passes.calibration import sensitivity
+from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
+from onnxcomp.passes.calibration import paired_run, sensitivity
+from onnxcomp.passes.calibration.paired_run import paired_difference
+from onnxcomp.passes.calibration.perturbation import Probe, typed
 from onnxcomp.passes.calibration.sensitivity import measure_sensitivities
 from onnxcomp.passes.calibration.staged_noise import cut_into_stages
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.transforms.canonicalize import canonicalize
-from onnxcomp.passes.weight import WeightSite
+from onnxcomp.passes.weight import Array, WeightSite
 
 WIDTH, BLOCKS = 64, 6
 
@@ -129,6 +131,32 @@ def test_a_tied_table_is_carried_through_all_stages(
     path = residual(tmp_path / "m.onnx")
     once, found = (staged(path, monkeypatch, count).noise["table"] for count in (1, 4))
     assert found == pytest.approx(once, rel=1e-4), "the first weight has the same noise in both"
+
+
+@pytest.mark.parametrize("piece", [1 << 28, 1 << 16, 1])
+def test_pieces_find_what_whole_runs_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(paired_run, "_PIECE", piece)
+    model, sites = ready(residual(tmp_path / "m.onnx"))
+    smaller = {site: 0.9 * read_weight(model, site) for site in sites}
+    wanted = Probe(model, sites, feeds(3), tmp_path).difference(smaller).mean()
+    asked: list[str] = []
+
+    def changes(part: Sequence[WeightSite]) -> Iterator[Mapping[str, Array]]:
+        asked.extend(site.name for site in part)
+        for site in part:
+            yield {site.name: typed(site, smaller[site])}
+
+    found = paired_difference(model, sites, feeds(3), changes, folder=tmp_path).mean()
+    assert found.noise == pytest.approx(wanted.noise, rel=1e-4)
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-4)
+    assert sorted(asked) == sorted(site.name for site in sites)
+
+
+def test_nothing_that_differs_loses_nothing(tmp_path: Path) -> None:
+    model, sites = ready(residual(tmp_path / "m.onnx"))
+    assert paired_difference(model, sites, feeds(2), lambda part: []).mean().noise == 0.0
 
 
 PROGRAM = """

@@ -15,6 +15,7 @@ from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.config.settings import Settings
+from onnxcomp.passes.encoding import encoded
 from onnxcomp.passes.encoding import encoder as module
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.encoding.encoder import encode
@@ -245,3 +246,25 @@ def test_what_is_not_finite_is_found_wherever_it_is() -> None:
         weight = normal(4, 4)
         weight[3, 3] = bad
         assert not_finite(weight)
+
+
+@pytest.mark.parametrize("stored", [(130, 300), (300, 130)])
+@pytest.mark.parametrize("codec_name", ["hyper", "int"])
+def test_errors_of_large_weights_are_measured_in_parts(
+    codec_name: str, stored: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of({"w": normal(*stored)})
+    canonicalize(model)
+    (site,) = find_sites(model, min_size=0).sites
+    codec, weight = CODECS[codec_name], read_weight(model, site)
+    payload = codec.encode(site, weight, codec.params_type())
+    whole = weight_error(weight, codec.decode(site, payload))
+    monkeypatch.setattr(encoded, "_WHOLE", 4 * 40 * site.length)
+    sizes: list[int] = []
+    decode = type(codec).decode
+    monkeypatch.setattr(
+        type(codec), "decode", lambda *args: (sizes.append(args[1].rows), decode(*args))[1]
+    )
+    assert encoded.decoding_error(weight, codec, site, payload) == pytest.approx(whole, rel=1e-12)
+    assert sum(sizes) == site.rows
+    assert (len(sizes) > 1) == (codec.row_parts is not None)

@@ -131,6 +131,7 @@ def test_an_interrupted_run_continues_with_the_same_bytes(
     counts: Counter[str],
     tmp_path: Path,
     request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model: Model = request.getfixturevalue(name)
     wanted = compress(model, tmp_path / "whole.onnx", None, calibration=mode)
@@ -149,8 +150,10 @@ def test_an_interrupted_run_continues_with_the_same_bytes(
     assert counts["advance"] <= 0.6 * whole["advance"]
     assert endings(cache).keys() <= {".calibrated", ".payload"}
     counts.clear()
+    caplog.set_level("INFO")
     assert compress(model, out, cache, calibration=mode) == wanted
     assert not counts
+    assert f"{endings(cache)['.calibrated']} weights are known" in caplog.text
 
 
 def test_other_inputs_and_other_settings_find_nothing(

@@ -1,5 +1,7 @@
 """The payload cache: hits, misses, and files that are not whole."""
 
+import os
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.codecs.protocol import Payload
+from onnxcomp.passes.encoding.by_values import encode_matrix
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
+from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
 SITE = WeightSite("w", (32, 256), "float32", (Use("n", "Gather", 0, "gather"),), "", 32, 256, False)
@@ -51,6 +55,17 @@ def test_a_stored_payload_comes_back(tmp_path: Path, weight: Array, payload: Pay
     assert [path.name for path in cache.folder.iterdir()] == [cache.path(key).name]
 
 
+def test_begun_files_go_with_their_process_on_its_machine_only(tmp_path: Path) -> None:
+    own, other = platform.node(), f"not.{platform.node()}"
+    names = [f"a.{os.getpid()}.1.{own}.part", f"b.{1 << 30}.1.{other}.part"]
+    for name in (*names, f"c.{1 << 30}.1.{own}.part", f"d.{1 << 30}.1.part", "e.x.part"):
+        (tmp_path / name).touch()
+    PayloadCache(tmp_path, make=False)
+    assert len(list(tmp_path.iterdir())) == 5
+    PayloadCache(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_the_key_follows_from_content_and_settings_alone(tmp_path: Path, weight: Array) -> None:
     cache = PayloadCache(tmp_path)
     key = cache.key(SITE, weight, HYPER, PARAMS)
@@ -88,3 +103,17 @@ def test_a_payload_of_another_layout_counts_as_missing(tmp_path: Path, payload: 
     cache.put("key", payload)
     assert cache.get("key", SITE, HYPER, HyperParams(4)) is None
     assert cache.get("key", SITE, CODECS["dense"], PARAMS) is None
+
+
+def test_what_is_kept_is_neither_encoded_nor_decoded_again(
+    tmp_path: Path, weight: Array, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = (SITE.name, SITE.shape, SITE.dtype, ("Gather",), SITE.nbytes)
+    choice = Choice(*facts, codec="hyper", params=PARAMS)
+    first = encode_matrix(lambda: weight, SITE, choice, PayloadCache(tmp_path), 1)
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(type(HYPER), name, None)
+    second = encode_matrix(lambda: weight, SITE, choice, PayloadCache(tmp_path), 1)
+    assert first.payload is not None
+    assert equal(second.payload, first.payload)
+    assert second.error == first.error > 0

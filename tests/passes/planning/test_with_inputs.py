@@ -1,5 +1,6 @@
 """Plans that know inputs: what each weight's error does to the outputs, and what that buys."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -25,13 +26,14 @@ from onnxcomp.passes.codecs.moments import output_error
 from onnxcomp.passes.config.policy import Policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.driver.prepare import prepare
+from onnxcomp.passes.encoding import rehearsal
 from onnxcomp.passes.ir.files import read
 from onnxcomp.passes.planning import search_space
 from onnxcomp.passes.planning.candidates import Estimate
 from onnxcomp.passes.planning.error_model import Estimates, gains
 from onnxcomp.passes.planning.measurements import blended
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity, sensitivity_prior
-from onnxcomp.passes.weight import Array, Stats
+from onnxcomp.passes.weight import Array, Stats, Use
 
 RNG = np.random.default_rng(5)
 
@@ -206,6 +208,20 @@ def test_estimates_follow_what_calibration_leaves(model: Path) -> None:
     assert (found[True].harm or 1) < (found[False].harm or 0)
 
 
+def test_feedback_does_not_help_look_ups(model: Path) -> None:
+    prepared = prepare(read(model), Settings())
+    site = next(site for site in prepared.sites if site.name == "a")
+    x = RNG.standard_normal((2000, 256)) @ (RNG.standard_normal((256, 256)) / 8)
+    looked_up = Use("rows", "Gather", 0, "gather")
+    harms = []
+    for own in (site, dataclasses.replace(site, uses=(*site.uses, looked_up))):
+        estimates = Estimates(prepared.model, calibrated=True)
+        estimates.look_at(Stats(own, len(x), x.T @ x / len(x), x.mean(axis=0)))
+        (found,) = estimates(CODECS["hyper"], own, [HyperParams(3)])
+        harms.append(found.harm or found.error)
+    assert harms[0] < harms[1] < CODECS["hyper"].predict(site, HyperParams(3))
+
+
 def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path: Path) -> None:
     options = {"target_size": 90_000, "method": "hyper"}
     blind = oc.plan(model, **options)  # type: ignore[arg-type]
@@ -221,7 +237,27 @@ def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path:
         oc.apply(model, made, path, verify=False)
         errors.append(oc.verify(model, path, data=data).outputs["y"].rel_l2)
     assert errors[1] < 0.9 * errors[0]
-    assert plan.error == pytest.approx(errors[1], rel=0.25)
+    assert plan.error == pytest.approx(errors[1], rel=0.1)
+    assert plan.loss == pytest.approx(errors[1] ** 2, rel=0.2)
+    losses = {entry["plan"]: entry["loss"] for entry in plan.compared}
+    assert losses["expected best"] == min(losses.values()) < 0.5 * losses["equal"]
+    assert not blind.compared and blind.loss is None
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_plan_expects_what_calibrated_codes_lose(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    monkeypatch.setattr(rehearsal, "_SMALL", 1 << 21 if small else 0)
+    x = np.random.default_rng(8).standard_normal((16, 64, 256)).astype(np.float32)
+    inputs = [{"x": part, "yes": np.array(True)} for part in x]
+    path = tmp_path / "out.onnx"
+    result = oc.optimize(
+        model, path, target_size=70_000, data=inputs, method="hyper", tune=0, verify=False
+    )
+    measured = oc.verify(model, path, data=feeds(yes=True)).outputs["y"].rel_l2
+    assert result.plan.error == pytest.approx(measured, rel=0.15)
+    assert result.plan.loss == pytest.approx(measured**2, rel=0.3)
 
 
 def test_the_smallest_plan_that_keeps_an_error(model: Path, data: Path) -> None:
@@ -245,7 +281,11 @@ def test_a_frontier_falls_and_is_nowhere_worse_than_equal_settings(model: Path, 
     assert {p.setting for p in equal} >= {f"hyper bits={bits}" for bits in range(2, 7)}
     for point in equal:
         plan = oc.plan(model, target_size=point.bytes, data=data, method="hyper")
-        assert (plan.error or 0.0) <= (point.error or 0.0) * 1.004
+        assert plan.error is not None and point.error is not None
+        assert plan.error <= 1.15 * point.error
+        measured = {entry["plan"]: entry["loss"] for entry in plan.compared}
+        assert plan.loss == pytest.approx(plan.compared[0]["loss"], rel=1e-3)
+        assert plan.compared[0]["loss"] <= measured.get("equal", np.inf)
 
 
 def test_the_frontier_is_drawn_and_printed(model: Path) -> None:

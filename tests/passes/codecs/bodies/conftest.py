@@ -108,3 +108,55 @@ def emitted_model() -> EmittedModel:
 def run_model() -> RunModel:
     """run_model(model, x, optimize=True): output in this ONNX Runtime, without the library."""
     return _run
+
+
+def _two_inputs(
+    emit: Callable[[Any], str],
+    payload: Payload,
+    opset: int,
+    feed: Mapping[str, Array],
+    dtype: str,
+    functions: Sequence[onnx.FunctionProto],
+) -> onnx.ModelProto:
+    builder = _ProtoBuilder(opset, payload)
+    y = builder.node("Identity", [emit(builder)])
+    inputs = [
+        helper.make_tensor_value_info(
+            name, _TYPES[array.dtype.name], [f"{name}{axis}" for axis in range(array.ndim)]
+        )
+        for name, array in feed.items()
+    ]
+    rank = max(feed["x"].ndim, feed["i"].ndim + min(feed["x"].ndim, 2))
+    shape = [f"y{axis}" for axis in range(rank)]
+    graph = helper.make_graph(
+        builder.nodes,
+        "g",
+        inputs,
+        [helper.make_tensor_value_info(y, _TYPES[dtype], shape)],
+        [numpy_helper.from_array(value, name) for name, value in builder.initializers.items()],
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=8)
+
+
+def _run_feed(model: onnx.ModelProto, feed: Mapping[str, Array], *, optimize: bool = True) -> Array:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return np.asarray(session.run(None, dict(feed))[0])
+
+
+@pytest.fixture(scope="session")
+def two_input_model() -> EmittedModel:
+    """two_input_model(emit, payload, opset, feed, dtype, functions): of inputs `x` and `i`."""
+    return _two_inputs
+
+
+@pytest.fixture(scope="session")
+def run_feed() -> RunModel:
+    """run_feed(model, feed, optimize=True): output in this ONNX Runtime, without the library."""
+    return _run_feed

@@ -1,0 +1,229 @@
+"""Plans of one size against each other, by a measured loss.
+
+Expectations add up what each weight loses, and know the mean of what codes do. What a whole plan
+loses is measured on the outputs instead: of the plan that is expected to be the best one, of one
+with equal bits, and of some between the two. Equal bits are left only for a gain that is more than
+chance among the inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.passes.calibration.output_difference import OutputDifference
+from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.planning.candidates import Candidate
+from onnxcomp.passes.planning.search_space import CandidateSet, equal_plans
+from onnxcomp.passes.planning.size_fitting import fit
+
+__all__ = ["Entry", "Judge", "Referee", "contest"]
+
+log = logging.getLogger(__name__)
+
+# Standard errors of the difference of two plans that it has to be larger than.
+_SURE = 2.0
+
+# What a plan loses, measured; None where that cannot be told.
+Judge = Callable[[Sequence[Candidate]], OutputDifference | None]
+
+_EQUAL = "equal"
+
+# Share of the target that a plan near equal bits has to use to be the safe one.
+_USED = 0.97
+
+SizeOf = Callable[[Sequence[Candidate]], int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Referee:
+    """How plans of one size are compared.
+
+    Attributes:
+        judge: Measures what a plan loses; None where no inputs say anything.
+        margin: By what part of its loss another plan has to be better than the safe one: 0 where
+            the judge's inputs are real.
+    """
+
+    judge: Judge | None = None
+    margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One plan of the contest.
+
+    Attributes:
+        name: What it does: "expected best", "equal".
+        picks: The plan.
+        bytes: Of the output.
+        measured: What it loses; None where that was not measured.
+    """
+
+    name: str
+    picks: Sequence[Candidate]
+    bytes: int
+    measured: OutputDifference | None = None
+
+    @property
+    def loss(self) -> float:
+        """The measured loss; infinite where there is none."""
+        found = math.inf if self.measured is None else self.measured.mean().loss
+        return found if math.isfinite(found) else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without the plan itself."""
+        return {"plan": self.name, "bytes": self.bytes, "loss": float(f"{self.loss:.4g}")}
+
+
+def contest(
+    sets: Sequence[CandidateSet],
+    first: Entry,
+    target: int,
+    size_of: SizeOf,
+    referee: Referee,
+    equal: Sequence[Sequence[Candidate]],
+) -> list[Entry]:
+    """All plans that were compared, the best first.
+
+    The safe one has equal bits, and spends what is left on more of the same, by the prior. It is
+    taken where nothing can be measured, and where no other one is better by more than chance.
+
+    Args:
+        sets: What there is to choose from, for each weight.
+        first: The plan that is expected to be the best.
+        target: Most bytes of the output.
+        size_of: Exact bytes of the output written with some candidates.
+        referee: How plans are compared.
+        equal: Plans with equal bits for all weights.
+    """
+    if first.bytes > target:
+        return [first]
+    near = _around_equal(sets, target, size_of, equal)
+    safe = near[0] if near and near[0].bytes >= _USED * target else first
+    if referee.judge is None:
+        return [safe]
+    entries: list[Entry] = []
+    for entry in (safe, *near, *_fitted("mixed", sets, target, size_of), first):
+        _add(entries, entry)
+    if len(entries) == 1 and referee.margin:
+        return entries
+    judged = [dataclasses.replace(own, measured=referee.judge(own.picks)) for own in entries]
+    for entry in judged:
+        log.info("plan %s: %d bytes, loss %.4g", entry.name, entry.bytes, entry.loss)
+    if any(entry.measured is None for entry in judged):
+        return [safe if referee.margin else first]
+    ordered = sorted(judged[1:], key=lambda entry: entry.loss)
+    better = [entry for entry in ordered if _beats(entry, judged[0], referee.margin)]
+    best = better[0] if better else judged[0]
+    return [best, *(entry for entry in (judged[0], *ordered) if entry is not best)]
+
+
+def _add(entries: list[Entry], entry: Entry) -> None:
+    """Add a plan; one that is there already gets its name."""
+    for number, other in enumerate(entries):
+        if _settings(entry.picks) == _settings(other.picks):
+            entries[number] = entry
+            return
+    entries.append(entry)
+
+
+def _settings(picks: Sequence[Candidate]) -> list[object]:
+    return [(pick.codec, pick.params) for pick in picks]
+
+
+def _beats(entry: Entry, safe: Entry, margin: float) -> bool:
+    """Whether a plan is better than the safe one by more than the margin and chance."""
+    if entry.measured is None or safe.measured is None or not entry.loss < safe.loss:
+        return False
+    if not math.isfinite(safe.loss):
+        return True
+    gains = safe.measured.losses() - entry.measured.losses()
+    if len(gains) < 2:
+        return False
+    error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
+    return float(np.mean(gains)) > margin * safe.loss + _SURE * error
+
+
+def _around_equal(
+    sets: Sequence[CandidateSet],
+    target: int,
+    size_of: SizeOf,
+    equal: Sequence[Sequence[Candidate]],
+) -> list[Entry]:
+    """Equal bits, and what is left spent on the next number of bits; the safest plan first.
+
+    There are none where the codec does not count in bits: equal ranks are not safe.
+    """
+    best = _best_equal(sets, target, size_of, equal)
+    codec = None if best is None else _codec(best.picks)
+    if best is None or codec is None or CODECS[codec].width is None:
+        return []
+    near = _near(sets, best.picks, equal)
+    if near is None:
+        return [best]
+    by_size = [dataclasses.replace(own, sensitivity=None, scale=None) for own in near]
+    found: list[Entry] = []
+    for entry in (
+        *_fitted("equal, and a bit more by size", by_size, target, size_of),
+        *_fitted("equal, and a bit more where it helps", near, target, size_of),
+        best,
+    ):
+        _add(found, entry)
+    return found
+
+
+def _fitted(
+    name: str, sets: Sequence[CandidateSet], target: int, size_of: SizeOf
+) -> Iterator[Entry]:
+    """The best plan of some candidates in a size, if there is one."""
+    picks, size = fit(sets, target, size_of, mixed=True)
+    if size <= target:
+        yield Entry(name, picks, size)
+
+
+def _best_equal(
+    sets: Sequence[CandidateSet],
+    target: int,
+    size_of: SizeOf,
+    equal: Sequence[Sequence[Candidate]],
+) -> Entry | None:
+    """The plan with equal bits that is expected to be the best of those that fit."""
+    plans = [*equal, *equal_plans(sets)]
+    plans = [picks for picks in plans if _bytes(picks) <= target]
+    plans.sort(key=lambda picks: sum(s.cost_of(p) for s, p in zip(sets, picks, strict=True)))
+    for picks in plans:
+        size = size_of(picks)
+        if size <= target:
+            return Entry(_EQUAL, picks, size)
+    return None
+
+
+def _near(
+    sets: Sequence[CandidateSet],
+    picks: Sequence[Candidate],
+    equal: Sequence[Sequence[Candidate]],
+) -> list[CandidateSet] | None:
+    """Sets that offer what an equal plan has, and what the next larger one of its codec has."""
+    larger = [p for p in equal if _bytes(p) > _bytes(picks) and _codec(p) == _codec(picks)]
+    if not larger:
+        return None
+    above = min(larger, key=_bytes)
+    return [
+        own.with_options(dict.fromkeys((pick, more)))
+        for own, pick, more in zip(sets, picks, above, strict=True)
+    ]
+
+
+def _codec(picks: Sequence[Candidate]) -> str | None:
+    """The codec of the first weight that is not left as it is."""
+    return next((pick.codec for pick in picks if not pick.reason), None)
+
+
+def _bytes(picks: Sequence[Candidate]) -> int:
+    return sum(pick.bytes for pick in picks)

@@ -1,0 +1,133 @@
+"""Plans of one size are compared by what they lose, and equal bits left for more than chance."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from onnxcomp.passes.calibration.output_difference import OutputDifference
+from onnxcomp.passes.codecs.hyper.codec import HyperParams
+from onnxcomp.passes.planning.candidates import Candidate
+from onnxcomp.passes.planning.contest import Entry, Referee, contest
+from onnxcomp.passes.planning.search_space import CandidateSet
+from onnxcomp.passes.planning.size_fitting import fit
+from onnxcomp.passes.planning.solver import plans_of_bits
+from onnxcomp.passes.weight import Use, WeightSite
+
+RUNS = 12
+
+
+def weights(*, sensitivities: Sequence[float]) -> list[CandidateSet]:
+    """Weights with 2 to 5 bits, whose outputs are differently sensitive."""
+    found = []
+    for number, sensitivity in enumerate(sensitivities):
+        use = Use(f"n{number}", "MatMul", 1, "matmul")
+        own = WeightSite(f"w{number}", (512, 256), "float32", (use,), "", 256, 512, True)
+        options = tuple(
+            Candidate(own, "hyper", HyperParams(bits), 2**14 * bits, 2.0**-bits)
+            for bits in (2, 3, 4, 5)
+        )
+        found.append(CandidateSet(own, options, sensitivity))
+    return found
+
+
+def bits(picks: Sequence[Candidate]) -> list[int]:
+    return [pick.params.bits for pick in picks if isinstance(pick.params, HyperParams)]
+
+
+def size(picks: Sequence[Candidate]) -> int:
+    return sum(pick.bytes for pick in picks)
+
+
+def judge(loss: Callable[[list[int]], Sequence[float]]) -> Callable[..., OutputDifference]:
+    """Measures the losses that a function says for bits, by runs."""
+
+    def judged(picks: Sequence[Candidate]) -> OutputDifference:
+        found = OutputDifference({})
+        for one in loss(bits(picks)):
+            found.add({"y": np.ones(1)}, {"y": np.array([1.0 + np.sqrt(one)])})
+        return found
+
+    return judged
+
+
+def run(loss: Callable[[list[int]], Sequence[float]], margin: float = 0.0) -> list[Entry]:
+    sets = weights(sensitivities=(1.0, 1.0, 1.0, 60.0))
+    target = 4 * 3 * 2**14
+    picks, total = fit(sets, target, size)
+    assert len(set(bits(picks))) > 1
+    first = Entry("expected best", picks, total)
+    return contest(sets, first, target, size, Referee(judge(loss), margin), plans_of_bits(sets))
+
+
+def true(found: list[int]) -> float:
+    """What the sensitivities say: the last weight counts for most."""
+    return sum(k * 4.0**-b for k, b in zip((1, 1, 1, 60), found, strict=True))
+
+
+def wrong(found: list[int]) -> float:
+    """All weights count alike."""
+    return sum(4.0**-b for b in found)
+
+
+def test_a_mixed_plan_wins_where_it_is_better() -> None:
+    best, *others = run(lambda found: [true(found)] * RUNS)
+    assert best.name == "expected best"
+    assert bits(best.picks)[-1] > 3
+    assert best.loss < min(entry.loss for entry in others)
+    assert all(entry.bytes <= 4 * 3 * 2**14 for entry in (best, *others))
+
+
+def test_equal_bits_win_where_expectations_are_wrong() -> None:
+    best = run(lambda found: [wrong(found)] * RUNS)[0]
+    assert best.name == "equal"
+    assert bits(best.picks) == [3, 3, 3, 3]
+
+
+def test_a_gain_that_is_chance_is_none() -> None:
+    rng = np.random.default_rng(1)
+
+    def noisy(found: list[int]) -> Sequence[float]:
+        spread = 0.01 if len(set(found)) == 1 else 8.0
+        return np.abs(true(found) * 0.98 * (1 + spread * rng.standard_normal(RUNS))).tolist()
+
+    assert run(noisy)[0].name == "equal"
+
+
+@pytest.mark.parametrize(("margin", "wins"), [(0.1, True), (0.95, False)])
+def test_inputs_that_are_made_up_have_to_say_more(margin: float, wins: bool) -> None:
+    best = run(lambda found: [true(found)] * RUNS, margin)[0]
+    assert (best.name == "expected best") == wins
+
+
+def test_one_run_does_not_tell_chance() -> None:
+    assert run(lambda found: [true(found)])[0].name == "equal"
+
+
+def test_what_cannot_be_measured_leaves_the_expected_plan() -> None:
+    sets = weights(sensitivities=(1.0, 60.0))
+    picks, total = fit(sets, 2 * 3 * 2**14, size)
+    first = Entry("expected best", picks, total)
+    found = contest(sets, first, total, size, Referee(lambda _: None), plans_of_bits(sets))
+    assert found == [first]
+
+
+def test_between_two_numbers_of_bits_the_safe_plan_uses_the_room() -> None:
+    sets = weights(sensitivities=(1.0, 1.0, 1.0, 1.0))
+    target = (4 * 3 + 2) * 2**14
+    picks, total = fit(sets, target, size)
+    first = Entry("expected best", picks, total)
+    found = contest(
+        sets, first, target, size, Referee(judge(lambda b: [wrong(b)] * 2)), plans_of_bits(sets)
+    )
+    assert sorted(bits(found[0].picks)) == [3, 3, 4, 4]
+
+
+def test_without_inputs_the_safe_plan_is_taken() -> None:
+    sets = weights(sensitivities=(1.0, 1.0, 1.0, 60.0))
+    target = (4 * 3 + 1) * 2**14
+    picks, total = fit(sets, target, size)
+    assert max(bits(picks)) > 4
+    first = Entry("expected best", picks, total)
+    (found,) = contest(sets, first, target, size, Referee(), plans_of_bits(sets))
+    assert sorted(bits(found.picks)) == [3, 3, 3, 4]
