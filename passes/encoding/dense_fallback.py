@@ -42,8 +42,8 @@ def warn_of_losses(encoded: Sequence[EncodedWeight]) -> None:
         fallback = CODECS[name].fallback
         decibels = -20.0 * math.log10(max(errors))
         log.warning(
-            "%s: %d weights were not trained for it and lose up to %.0f %% (%.1f dB)%s",
-            name, len(errors), 100 * max(errors), decibels,
+            "%s loses up to %.0f %% (%.1f dB) of %d weight%s without training for it%s",
+            name, 100 * max(errors), decibels, len(errors), "s"[: len(errors) != 1],
             f": {fallback.advice}" if fallback is not None and fallback.advice else "",
         )  # fmt: skip
 

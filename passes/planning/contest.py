@@ -172,6 +172,7 @@ def _around_equal(
     for entry in (
         *_fitted("equal, and a bit more by size", by_size, target, size_of),
         *_fitted("equal, and a bit more where it helps", near, target, size_of),
+        *_for_tables(near, target, size_of),
         best,
     ):
         _add(found, entry)
@@ -218,6 +219,17 @@ def _near(
         own.with_options(dict.fromkeys((pick, more)))
         for own, pick, more in zip(sets, picks, above, strict=True)
     ]
+
+
+def _for_tables(near: Sequence[CandidateSet], target: int, size_of: SizeOf) -> Iterator[Entry]:
+    """Equal bits, and the next number for tables of look-ups first: most are the head as well."""
+    tables = [any(use.need == "gather" for use in own.site.uses) for own in near]
+    if any(tables) and not all(tables):
+        sets = [
+            own.with_options(own.options[-1:]) if table else own
+            for own, table in zip(near, tables, strict=True)
+        ]
+        yield from _fitted("equal, and a bit more for tables", sets, target, size_of)
 
 
 def _codec(picks: Sequence[Candidate]) -> str | None:

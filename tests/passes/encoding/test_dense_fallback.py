@@ -78,7 +78,7 @@ def test_a_loss_is_warned_of_with_the_way_to_have_none(
     compiled(model, "method=hash,map=fold,compression=4,memory=float16")
     assert "lose up to" not in caplog.text  # it stayed dense
     compiled(model, "method=hash,map=fold,compression=4,memory=float16,limit=1")
-    assert "hash: 1 weights were not trained for it and lose up to 86 % (1.3 dB)" in caplog.text
+    assert "hash loses up to 86 % (1.3 dB) of 1 weight without training for it" in caplog.text
     assert "torch.onnx.export" in caplog.text
 
 

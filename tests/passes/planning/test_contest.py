@@ -1,5 +1,6 @@
 """Plans of one size are compared by what they lose, and equal bits left for more than chance."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -131,3 +132,20 @@ def test_without_inputs_the_safe_plan_is_taken() -> None:
     first = Entry("expected best", picks, total)
     (found,) = contest(sets, first, target, size, Referee(), plans_of_bits(sets))
     assert sorted(bits(found.picks)) == [3, 3, 3, 4]
+
+
+def test_a_bit_more_for_the_table_of_look_ups_is_tried() -> None:
+    """By the sensitivities it would not be: they were taken where it counts for little."""
+    sets = weights(sensitivities=(1.0, 2.0, 2.0, 2.0))
+    look_up = Use("g", "Gather", 0, "gather")
+    site = dataclasses.replace(sets[0].site, uses=(*sets[0].site.uses, look_up))
+    sets[0] = dataclasses.replace(sets[0], site=site)
+    target = (4 * 3 + 1) * 2**14
+    first = Entry("expected best", *fit(sets, target, size))
+
+    def table(found: list[int]) -> Sequence[float]:
+        return [9 * 4.0 ** -found[0] + wrong(found[1:])] * RUNS
+
+    found = contest(sets, first, target, size, Referee(judge(table)), plans_of_bits(sets))
+    assert bits(found[0].picks) == [4, 3, 3, 3]
+    assert found[0].name == "equal, and a bit more for tables"
