@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Any, Literal
 
 from onnxcomp.errors import CompressionError
-from onnxcomp.runtime.machine import Machine, current_isa
+from onnxcomp.runtime.machine import ISA_VARIABLE, Machine, can_run, current_isa
 
 __all__ = ["Diagnosis", "Finding", "environment"]
 
@@ -171,6 +171,9 @@ def _library(machine: Machine) -> Finding:
         register(import_runtime().SessionOptions())
     except CompressionError as error:
         return Finding(title, "problem", error.message, error.hint, facts)
+    if not can_run(isa):
+        text = f"{ISA_VARIABLE} is {isa!r}, and this processor has no such kernels: no model runs"
+        return Finding(title, "problem", text, f"unset {ISA_VARIABLE}", facts)
     if isa == "plain":
         text = f"{path} loads; kernels: plain, slower than dense products"
         hint = "the fast kernels need x86-64 with AVX2, or 64-bit ARM"

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["ISA_VARIABLE", "Machine", "current_isa", "isa_of", "look", "target_of"]
+__all__ = ["ISA_VARIABLE", "Machine", "can_run", "current_isa", "isa_of", "look", "target_of"]
 
 # Instruction sets each form of the kernels needs, best first; the rule of ops/hyper/select.cc.
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
@@ -26,6 +26,8 @@ _FORMS: tuple[tuple[str, frozenset[str]], ...] = (
     ("neondot", frozenset({"asimd", "asimddp"})),
     ("neon", frozenset({"asimd"})),
 )
+# Runs only where it is asked for.
+_TILES = ("amx", _FORMS[0][1] | {"amx_tile", "amx_int8"})
 _ARM = ("aarch64", "arm64")
 # Names another form of the kernels than the best one.
 ISA_VARIABLE = "ONNXCOMP_ISA"
@@ -73,6 +75,14 @@ def target_of(isa: str) -> Class | None:
 def current_isa(machine: Machine) -> str:
     """The form of the kernels that runs: the machine's best one, or the one that is asked for."""
     return os.environ.get(ISA_VARIABLE) or machine.isa
+
+
+def can_run(isa: str) -> bool:
+    """Whether this processor runs a form of the kernels; true where the system does not tell."""
+    _, flags = _processor()
+    if isa == "plain" or not flags - {"asimd"}:
+        return True
+    return any(name == isa and needed <= flags for name, needed in (*_FORMS, _TILES))
 
 
 def look() -> Machine:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from onnxcomp.passes.analysis.weight_sites import Sites
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.ir.traversal import scopes
+from onnxcomp.passes.ir import metadata
+from onnxcomp.passes.ir.traversal import initializers, scopes
 
 __all__ = ["unmatched", "warn_of_unmatched"]
 
@@ -36,6 +37,8 @@ def warn_of_unmatched(model: ir.Model, found: Sites, settings: Settings) -> None
 def unmatched(model: ir.Model, found: Sites, settings: Settings) -> list[str]:
     """What to say of patterns that match nothing, each with the names nearest to it."""
     weights = [site.name for site in found.sites] + [one.name for one in found.skipped]
+    kept = [value.meta.get(metadata.TRAINED, ()) for value in initializers(model).values()]
+    weights += [name for names in kept for name in names]
     nodes = [node.name or "" for scope in scopes(model) for node in scope.graph]
     uses = {use.op_type for site in found.sites for use in site.uses}
     said = []

@@ -55,6 +55,9 @@ COMPRESSED_PART = "part of a weight already compressed by onnxcomp"
 _TRAINED_PART = f"{COMPRESSED_PART}: trained to share, exact"
 _LEAST_OPSET = 7
 
+# Weights that are named of those in a memory.
+_TOLD = 3
+
 # The largest value that codes of a float64 weight can stand for.
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -156,6 +159,8 @@ class _SiteFinder:
         quantised = [leaf for leaf in found if _QUANTISED.search(leaf.node.op_type)]
         if value.name in self.compressed or any(leaf.node.domain == DOMAIN for leaf in found):
             return _TRAINED_PART if metadata.TRAINED in value.meta else COMPRESSED_PART
+        if metadata.TRAINED in value.meta:
+            return f"memory of {', '.join(value.meta[metadata.TRAINED][:_TOLD])}, left as it is"
         if isinstance(tensor, SparseTensor):
             return "sparse initializer"
         if quantised:

@@ -103,8 +103,8 @@ def _client(distributed: Any, scheduler: str, folder: Path) -> Iterator[Any]:
         return
     cluster = local_cluster(distributed, folder)
     with cluster, distributed.Client(cluster, set_as_default=False) as client:
-        cluster.scale(count or os.cpu_count() or 1)  # they start beside what comes next
         try:
+            cluster.scale(count or os.cpu_count() or 1)  # they start beside what comes next
             yield client
         finally:
             _kill(cluster)
@@ -155,8 +155,11 @@ def local_cluster(distributed: Any, folder: Path, count: int = 0) -> Any:
 
 
 def _kill(cluster: Any) -> None:
-    """End the workers of this machine at once: they hold nothing, and asking them takes seconds."""
-    for nanny in cluster.workers.values():
+    """End the workers of this machine at once: they hold nothing, and asking them takes seconds.
+
+    Those that are still starting are not among `cluster.workers`.
+    """
+    for nanny in list(cluster._created):
         nanny.auto_restart = False
         if nanny.pid is not None and sys.platform != "win32":
             with contextlib.suppress(ProcessLookupError):

@@ -34,7 +34,8 @@ INPUT_INFO: Final = "onnxcomp.input_info"
 OUTPUT_INFO: Final = "onnxcomp.output_info"
 # Value: a weight that is the product of two thin ones: the most that its rank can be.
 RANK: Final = "onnxcomp.rank"
-# Value: entries that several weights share and were trained for.
+# Value: entries that several weights share and were trained for; the names of those that are left
+# as they are, and still looked up in them.
 TRAINED: Final = "onnxcomp.trained"
 # Node: the name we gave it and the one it had, which is written while it still has ours.
 GENERATED_NAME: Final = "onnxcomp.generated_name"

@@ -201,8 +201,13 @@ def _replace(value: ir.Value, weight: IndexedWeight, writer: RunWriter) -> None:
     remove_chain(producer)
 
 
-def remove_chain(last: ir.Node) -> None:
-    """Remove the nodes and tables that made the weight before."""
+def remove_chain(last: ir.Node, *, listed: bool = False) -> None:
+    """Remove the nodes and tables that made the weight before.
+
+    Args:
+        last: The node that made it.
+        listed: Whether tables that are graph inputs as well may go.
+    """
     dead, tables = [last], []
     for node in dead:
         for value in node.inputs:
@@ -213,5 +218,6 @@ def remove_chain(last: ir.Node) -> None:
                 tables.append(value)
     remove_dead(dead)
     for value in tables:
-        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+        bound = value.is_graph_output() or (value.is_graph_input() and not listed)
+        if not value.uses() and not bound:
             remove_initializer(value)

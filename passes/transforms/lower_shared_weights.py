@@ -53,8 +53,8 @@ class SharedWeights(GraphPass):
     def run(self, model: ir.Model, context: Context) -> Change:
         """``MatMul(x, W) -> HashMatMul(x, memory, ...)`` for weights whose map is known."""
         memories = read_note(model)
-        weights = SharedLookups(model)
         settings: Settings = context.settings
+        weights = SharedLookups(model, freeze_inputs=settings.freeze_inputs)
         # Looking for weights that were multiplied out reads them all.
         search = settings.detect_sharing or "hash" in settings.method
         if not memories and not weights.found and not search:

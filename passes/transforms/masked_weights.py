@@ -41,8 +41,9 @@ _OPERATORS: Mapping[str, Callable[..., Array]] = {
     "Where": np.where,
 }
 
-# Elements of a tensor that tell a mask from a weight.
-_LOOKED_AT = 4096
+# Elements of a tensor that tell masks and integers from weights: values other than 0 that are this
+# few, and as often there.
+_LOOKED_AT, _FEW, _REPEATS = 4096, 256, 4
 
 # Types in which numpy and runtimes round alike.
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
@@ -120,14 +121,19 @@ def _weight_of(node: ir.Node, min_size: int, listed: bool) -> ir.Value | None:
             continue
         if shape_of(tensor) == result and is_matrix(tensor) and tensor.nbytes >= min_size:
             found.append(value)
-    return next((value for value in found if not _looks_like_a_mask(value)), None)
+    return next((value for value in found if not _has_few_values(value)), None)
 
 
-def _looks_like_a_mask(value: ir.Value) -> bool:
-    """Whether the first elements are 0 or 1: a mask alone is smaller than what it leaves."""
+def _has_few_values(value: ir.Value) -> bool:
+    """Whether the first elements are of few values, as those of masks and of integers are.
+
+    Without its scales, such a tensor is stored by its values: smaller than the product, and exact.
+    """
     assert value.const_value is not None
     first = np.asarray(value.const_value.numpy()).reshape(-1)[:_LOOKED_AT]
-    return bool(np.isin(first, (0, 1)).all())
+    elements = first[first != 0]
+    count = len(np.unique(elements))
+    return count <= _FEW and count * _REPEATS <= len(elements)
 
 
 def _join(model: ir.Model, node: ir.Node, weight: ir.Value, names: Names) -> None:

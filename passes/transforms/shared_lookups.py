@@ -101,9 +101,14 @@ class _Trace:
     scale: np.float32 | None = None
 
 
-def find_lookups(model: ir.Model) -> list[Lookup]:
-    """Weights that are looked up in memories by maps of the hash operators, in graph order."""
-    listed = set(model.graph.inputs)
+def find_lookups(model: ir.Model, *, frozen: bool = False) -> list[Lookup]:
+    """Weights that are looked up in memories by maps of the hash operators, in graph order.
+
+    Args:
+        model: The model.
+        frozen: Whether nobody feeds initializers that are graph inputs as well.
+    """
+    listed = set() if frozen else set(model.graph.inputs)
     found: list[Lookup] = []
     for scope in scopes(model):
         for node in scope.graph:

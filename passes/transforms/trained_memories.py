@@ -19,7 +19,7 @@ from onnxcomp.passes.codecs.hash.format import ChunkLayout, Sharing, expand, sha
 from onnxcomp.passes.codecs.protocol import Payload
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import shared_name
-from onnxcomp.passes.ir.traversal import Names, new_initializer, remove_initializer
+from onnxcomp.passes.ir.traversal import LISTING_IR, Names, new_initializer, remove_initializer
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.transforms.dedup_index_tables import remove_chain
 from onnxcomp.passes.transforms.shared_lookups import Lookup, find_lookups
@@ -55,7 +55,7 @@ def mark_trained(model: ir.Model) -> None:
     """Let the memories of a rewritten model be listed as what they are."""
     for name, value in model.graph.initializers.items():
         if name.startswith(shared_name(_MEMORY)):
-            value.meta[metadata.TRAINED] = True
+            value.meta[metadata.TRAINED] = ()
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,11 +80,12 @@ class SharedLookups:
         found: The weights by the names of their initializers.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, *, freeze_inputs: bool = False) -> None:
         self.found: Mapping[str, _Dense] = {}
+        self._frozen = freeze_inputs or model.ir_version < LISTING_IR
         by_content: dict[tuple[object, ...], _Dense] = {}
         names = Names(model)
-        for item in find_lookups(model):
+        for item in find_lookups(model, frozen=self._frozen):
             key = (item.memory, item.sharing, float(item.scale), item.shape)
             if key not in by_content:
                 wanted = f"{item.layer}.weight" if item.layer else item.value.name or "weight"
@@ -99,6 +100,8 @@ class SharedLookups:
     def placements(self, sites: Sequence[WeightSite]) -> tuple[list[Placement], list[str]]:
         """How the weights among `sites` are stored; the others are looked up again as before.
 
+        Their memory stays as it is then: whoever leaves a weight out wants its values.
+
         Returns:
             Placements, and a note on each memory of which some weights were left out.
         """
@@ -109,8 +112,9 @@ class SharedLookups:
                 placed.append(_placement(by_name[name], weight.lookup))
             else:
                 _restore(weight)
-                memory = weight.lookup.memory.name
-                notes[memory] = f"{memory}: is stored twice, because {name} is left as it is"
+                kept = weight.lookup.memory
+                kept.meta[metadata.TRAINED] = (*kept.meta.get(metadata.TRAINED, ()), name)
+                notes[kept.name] = f"{kept.name}: is stored twice, because {name} is left as it is"
         return placed, list(notes.values())
 
     def remove_unused(self) -> None:
@@ -119,7 +123,7 @@ class SharedLookups:
             for value, _ in weight.replaced:
                 producer = value.producer()
                 if producer is not None and not value.uses() and producer.graph is not None:
-                    remove_chain(producer)
+                    remove_chain(producer, listed=self._frozen)
 
 
 def _multiplied_out(item: Lookup) -> Array:

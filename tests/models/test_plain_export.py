@@ -220,7 +220,41 @@ def test_look_ups_that_are_not_understood_stay_as_they_are(
         )
     np.testing.assert_allclose(outputs(tmp_path / "out.onnx", args), expected, atol=0.03)
     if change == "excluded":
-        assert "stored twice" in caplog.text
+        assert "stored twice" in caplog.text and "matches no weight" not in caplog.text
+
+
+def test_a_weight_that_is_left_out_keeps_its_values(
+    tmp_path: Path, two_layers: onnx.ModelProto
+) -> None:
+    onnx.save(two_layers, tmp_path / "plain.onnx")
+    args = (torch.ones(3, 128),)
+    expected = outputs(tmp_path / "plain.onnx", args)
+    for method in ("auto", "hash"):  # both would store its memory with a loss
+        onnxcomp.optimize(
+            tmp_path / "plain.onnx", tmp_path / "out.onnx", bits=2, method=method,
+            exclude=["^0.weight"], min_size=64,
+        )  # fmt: skip
+        np.testing.assert_allclose(outputs(tmp_path / "out.onnx", args), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_memories_that_are_listed_as_inputs_are_known_once_nobody_feeds_them(
+    tmp_path: Path, two_layers: onnx.ModelProto, freeze: bool
+) -> None:
+    model, args = onnx.ModelProto(), (torch.ones(3, 128),)
+    model.CopyFrom(two_layers)
+    for tensor in two_layers.graph.initializer:
+        info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        model.graph.input.append(info)
+    onnx.save(model, tmp_path / "listed.onnx")
+    result = onnxcomp.optimize(
+        tmp_path / "listed.onnx", tmp_path / "out.onnx", method="hash", freeze_inputs=freeze
+    )
+    names = [site.name for site in result.report.sites]
+    assert any("hash.memory" in name for name in names) == freeze
+    assert any(name.endswith(".values") for name in names) != freeze
+    expected = outputs(tmp_path / "listed.onnx", args)
+    np.testing.assert_allclose(outputs(tmp_path / "out.onnx", args), expected, atol=1e-5)
 
 
 def keep_as_int8(model: onnx.ModelProto) -> None:

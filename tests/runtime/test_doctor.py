@@ -217,6 +217,30 @@ def test_the_form_of_the_kernels_is_what_the_library_chooses(twins: tuple[Path, 
     assert machine.look().isa == best
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize(
+    ("isa", "flags", "status"),
+    [
+        ("amx", {"avx2", "fma", "f16c"}, "problem"),
+        ("amx", {*machine._FORMS[0][1], "amx_tile", "amx_int8"}, "ok"),
+        ("avx9", {"avx2", "fma", "f16c"}, "problem"),
+        ("neon", {"avx2", "fma", "f16c"}, "problem"),
+        ("neon", {"asimd"}, "ok"),
+        ("plain", {"avx2", "fma", "f16c"}, "note"),
+        ("avx2", set(), "ok"),  # no facts: the system does not tell
+    ],
+)
+def test_kernels_that_are_asked_for_and_do_not_run_here(
+    monkeypatch: pytest.MonkeyPatch, isa: str, flags: set[str], status: str
+) -> None:
+    monkeypatch.setenv("ONNXCOMP_ISA", isa)
+    monkeypatch.setattr(machine, "_processor", lambda: ("a processor", frozenset(flags)))
+    found = environment._library(machine.look())
+    assert found.status == status
+    if status == "problem":
+        assert repr(isa) in found.text and found.hint == "unset ONNXCOMP_ISA"
+
+
 def test_probes_tell_versions_and_operators(library: Path) -> None:
     import onnxruntime
 

@@ -341,8 +341,9 @@ def test_a_killed_worker_costs_nothing_but_time(model: Path, workers: Any, tmp_p
     assert killed and many == alone
 
 
-def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
-    """A terminal interrupts the workers of this machine as well."""
+@pytest.mark.parametrize("busy", [True, False])
+def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path, busy: bool) -> None:
+    """A terminal interrupts the workers of this machine as well, which may be starting still."""
     psutil = pytest.importorskip("psutil", reason="psutil is not installed")
     words = ["optimize", model, "-o", tmp_path / "out.onnx", "--no-verify"]
     words += ["--method", "hash", "--include", "w[89]"]  # some seconds of work
@@ -359,14 +360,15 @@ def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         known = psutil.Process(process.pid).children(recursive=True)
-        if list(tmp_path.glob(".*/exchange/*.payload")):
+        if list(tmp_path.glob(".*/exchange/*.payload")) or (not busy and len(known) >= 2):
             break
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err
     lines = [line for line in err.splitlines() if not line.startswith(("encoding: ", "now: "))]
-    assert lines == ["error: interrupted"]
+    # Python itself complains in processes that have not come to their first line yet.
+    assert lines[-1] == "error: interrupted" and (len(lines) == 1 or not busy)
     assert not list(tmp_path.iterdir())
     assert len(known) >= 2
     gone, alive = psutil.wait_procs(known, timeout=5)

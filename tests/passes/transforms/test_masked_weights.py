@@ -38,6 +38,8 @@ def model(nodes: Nodes, *, listed: str = "", returned: str = "") -> onnx.ModelPr
     """``y = x w``, with nodes that make w from W, MASK, SCALE and the like."""
     tensors = {"W": W, "mask": MASK, "kept": MASK > 0, "scale": SCALE, "other": OTHER}
     tensors["zero"] = np.zeros((), np.float32)
+    tensors["few"] = (RNG.random((96, 64)) < 0.03).astype(np.float32)
+    tensors |= {"signs": np.sign(W), "codes": np.round(W * 40).clip(-128, 127)}
     read = {name for each in nodes for name in each.input}
     held = [numpy_helper.from_array(tensors[name], name) for name in tensors if name in read]
     info = helper.make_tensor_value_info
@@ -73,6 +75,10 @@ CASES: dict[str, Callable[[], Nodes]] = {
         node("Mul", "W", "m", to="w"),
     ],
     "where": lambda: [node("Where", "kept", "W", "zero", to="w")],
+    "most of it masked before": lambda: [
+        node("Mul", "W", "few", to="v"),
+        node("Mul", "v", "mask", to="w"),
+    ],
     "scales of rows": lambda: [node("Div", "W", "scale", to="w")],
     "a difference, masked": lambda: [
         node("Sub", "W", "other", to="d"),
@@ -98,6 +104,8 @@ LEFT = {
     "may be overridden": (model([node("Mul", "W", "mask", to="w")], listed="W"), {}),
     "returned": (model([node("Mul", "W", "mask", to="w")], returned="w"), {}),
     "excluded": (model([node("Mul", "W", "mask", to="w")]), {"exclude": ("^W$",)}),
+    "signs and scales": (model([node("Mul", "signs", "scale", to="w")]), {}),
+    "codes and scales": (model([node("Mul", "scale", "codes", to="w")]), {}),
     "smaller than its factor": (model([node("Mul", "scale", "scale", to="w")]), {}),
 }
 
