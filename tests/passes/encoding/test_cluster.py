@@ -302,7 +302,7 @@ def test_an_address_where_nobody_answers(
             start = time.monotonic()
             with pytest.raises(UsageError, match=rf"no scheduler .* at 127.0.0.1:{port}") as caught:
                 onnxcomp.optimize(model, tmp_path / "out.onnx", scheduler=f"127.0.0.1:{port}")
-            assert time.monotonic() - start < 8 and "dask scheduler" in caught.value.hint
+            assert time.monotonic() - start < 20 and "dask scheduler" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
 
@@ -364,12 +364,12 @@ def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path, busy: bool) -> None:
             break
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     lines = [line for line in err.splitlines() if not line.startswith(("encoding: ", "now: "))]
     # Python itself complains in processes that have not come to their first line yet.
     assert lines.count("error: interrupted") == 1 and (len(lines) == 1 or not busy), lines
     assert not list(tmp_path.iterdir())
     assert len(known) >= 2
-    gone, alive = psutil.wait_procs(known, timeout=5)
+    gone, alive = psutil.wait_procs(known, timeout=20)
     assert not alive and gone
