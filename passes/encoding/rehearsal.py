@@ -50,6 +50,12 @@ class Rehearsal:
         self._prepared, self._feeds, self._samples, self._jobs = prepared, feeds, samples, jobs
         self._empty = Plan(prepared.source, settings, Budget(), {})
 
+    @property
+    def estimates(self) -> bool:
+        """Whether weights are too many to be calibrated: what it would gain is estimated."""
+        weights = sum(site.size for site in self._prepared.sites)
+        return self._samples is not None and weights > _SMALL
+
     def __call__(self, picks: Sequence[Candidate]) -> OutputDifference | None:
         """What outputs lose with a plan; None where that cannot be measured."""
         model = self._prepared.model

@@ -32,7 +32,7 @@ _SURE = 2.0
 # What a plan loses, measured; None where that cannot be told.
 Judge = Callable[[Sequence[Candidate]], OutputDifference | None]
 
-_EQUAL = "equal"
+_EQUAL, _TABLES = "equal", "equal, and a bit more for tables"
 
 # Share of the target that a plan near equal bits has to use to be the safe one.
 _USED = 0.97
@@ -47,11 +47,19 @@ class Referee:
     Attributes:
         judge: Measures what a plan loses; None where no inputs say anything.
         margin: By what part of its loss another plan has to be better than the safe one: 0 where
-            the judge's inputs are real.
+            the judge's inputs are real and its codes those that will be written.
+        estimated: Whether the judge's codes are not those that will be written: the safe plan then
+            spends what is left on tables of look-ups, of which estimates think too well.
     """
 
     judge: Judge | None = None
     margin: float = 0.0
+    estimated: bool = False
+
+    @property
+    def real(self) -> bool:
+        """Whether the judge's inputs are real: what is measured is what to expect then."""
+        return self.estimated or not self.margin
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,13 +113,14 @@ def contest(
     if first.bytes > target:
         return [first]
     near = _around_equal(sets, target, size_of, equal)
-    safe = near[0] if near and near[0].bytes >= _USED * target else first
+    usual = [entry for entry in near if referee.estimated and entry.name == _TABLES] or near
+    safe = usual[0] if usual and usual[0].bytes >= _USED * target else first
     if referee.judge is None:
         return [safe]
     entries: list[Entry] = []
     for entry in (safe, *near, *_fitted("mixed", sets, target, size_of), first):
         _add(entries, entry)
-    if len(entries) == 1 and referee.margin:
+    if len(entries) == 1 and not referee.real:
         return entries
     judged = [dataclasses.replace(own, measured=referee.judge(own.picks)) for own in entries]
     for entry in judged:
@@ -229,7 +238,7 @@ def _for_tables(near: Sequence[CandidateSet], target: int, size_of: SizeOf) -> I
             own.with_options(own.options[-1:]) if table else own
             for own, table in zip(near, tables, strict=True)
         ]
-        yield from _fitted("equal, and a bit more for tables", sets, target, size_of)
+        yield from _fitted(_TABLES, sets, target, size_of)
 
 
 def _codec(picks: Sequence[Candidate]) -> str | None:

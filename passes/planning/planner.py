@@ -80,7 +80,7 @@ def plan_from(
         equal = plans_of_bits(sets)
         entries = contest(sets, first, budget.bytes, size_of, referee, equal)
         picks, total = list(entries[0].picks), entries[0].bytes
-    real = referee is not None and not referee.margin
+    real = referee is not None and referee.real
     told = entries[0].measured if entries and real else None
     added = sum(pick.time for pick in picks)
     reasons = explain(sets, picks, budget)

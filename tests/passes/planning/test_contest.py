@@ -149,3 +149,12 @@ def test_a_bit_more_for_the_table_of_look_ups_is_tried() -> None:
     found = contest(sets, first, target, size, Referee(judge(table)), plans_of_bits(sets))
     assert bits(found[0].picks) == [4, 3, 3, 3]
     assert found[0].name == "equal, and a bit more for tables"
+
+    def others(factor: float) -> Callable[[list[int]], Sequence[float]]:
+        return lambda found: [true(found) * (factor if found[0] == 4 else 1.0)] * RUNS
+
+    # Where the loss is estimated, others have to be better by a margin.
+    for factor, wins in ((1.1, True), (40.0, False)):
+        referee = Referee(judge(others(factor)), 0.2, estimated=True)
+        best = contest(sets, first, target, size, referee, plans_of_bits(sets))[0]
+        assert (bits(best.picks) == [4, 3, 3, 3]) == wins
