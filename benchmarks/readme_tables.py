@@ -267,22 +267,22 @@ def planner() -> Iterator[str]:
     """Mixed plans beside equal settings."""
     results = read("planner")["models"]
     yield (
-        "Plans on real inputs, one half to plan with and the other to judge by: relative L2 error\n"
-        "of the worst output with equal bits for all weights, and with mixed plans of the same\n"
-        "bytes, made without inputs and with them. The last column is the error that the plan\n"
-        "expected, as the mean over the outputs. Codes are not calibrated, and an unlucky draw of\n"
-        "rounding errors can cost several times the usual loss (Silero VAD at 4 and 2 bits).\n"
-        "SqueezeNet is judged by 15 images (`benchmarks/bench_planner.py`).\n"
+        "Plans on real inputs, one half to plan with and the other to judge by: what is lost with\n"
+        "equal bits for all weights, and with mixed plans of the same bytes, made without inputs\n"
+        "and with them. The loss is the divergence in nats of outputs that are distributions or\n"
+        "logits of some, and the squared relative error of the others. The last column is the\n"
+        "loss that the plan with inputs expected. Codes are not calibrated. SqueezeNet is judged\n"
+        "by 15 images (`benchmarks/bench_planner.py`).\n"
     )
     rows = [
         (
             row["name"],
             f"{at['bytes'] / 1e3:.0f} KB",
             str(at["bits"]),
-            f"{at['equal']:.3f}",
-            f"{at['mixed']:.3f}",
-            f"{at['mixed_with_inputs']:.3f}",
-            f"{at['expected']:.3f}" if "expected" in at else "",
+            *(
+                f"{at[key]:.3g}" if key in at else ""
+                for key in ("equal_loss", "mixed_loss", "mixed_with_inputs_loss", "expected_loss")
+            ),
         )
         for row in results
         for at in row["equal_bytes"]
