@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["constant", "integers"]
+from onnxcomp.passes.ir.tensors import WEIGHT_TYPES
+
+__all__ = ["cast_type", "constant", "integers"]
 
 
 def integers(node: ir.Node, name: str) -> tuple[int, ...] | None:
@@ -17,6 +19,12 @@ def integers(node: ir.Node, name: str) -> tuple[int, ...] | None:
     if tensor is None or tensor.dtype != ir.DataType.INT64:
         return None
     return tuple(int(item) for item in np.ravel(tensor.numpy()))
+
+
+def cast_type(node: ir.Node) -> ir.DataType | None:
+    """What a Cast casts to; None where weights are not stored in that type."""
+    to = node.attributes.get_int("to", 0)
+    return next((dtype for dtype in WEIGHT_TYPES if int(dtype) == to), None)
 
 
 def constant(value: ir.Value) -> ir.TensorProtocol | None:

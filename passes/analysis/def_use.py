@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from onnxcomp.passes.analysis.constant_arguments import integers
+from onnxcomp.passes.analysis.constant_arguments import cast_type, integers
 from onnxcomp.passes.analysis.stacks import Orientation, Stack, product_of, through
-from onnxcomp.passes.ir.tensors import WEIGHT_TYPES, shape_of
+from onnxcomp.passes.ir.tensors import shape_of
 from onnxcomp.passes.ir.traversal import is_default_domain
 from onnxcomp.passes.weight import Need
 
@@ -139,9 +139,8 @@ def _through(node: ir.Node, index: int, view: View) -> View | None:
         case "Transpose":
             return _transposed(node, view)
         case "Cast":
-            to = node.attributes.get_int("to", 0)
-            supported = to in [int(dtype) for dtype in WEIGHT_TYPES]
-            return dataclasses.replace(view, dtype=ir.DataType(to)) if supported else None
+            dtype = cast_type(node)
+            return None if dtype is None else dataclasses.replace(view, dtype=dtype)
         case "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze":
             return _reshaped(node, view)
     return None

@@ -12,9 +12,8 @@ import dataclasses
 
 import onnx_ir as ir
 
-from onnxcomp.passes.analysis.constant_arguments import constant, integers
+from onnxcomp.passes.analysis.constant_arguments import cast_type, constant, integers
 from onnxcomp.passes.analysis.einsum_products import einsum_product
-from onnxcomp.passes.ir.tensors import WEIGHT_TYPES
 from onnxcomp.passes.ir.traversal import is_default_domain
 
 __all__ = ["Orientation", "Stack", "product_of", "through"]
@@ -96,9 +95,8 @@ def through(node: ir.Node, index: int, stack: Stack) -> Stack | None:
         case "Identity":
             return stack
         case "Cast":
-            to = node.attributes.get_int("to", 0)
-            supported = to in [int(dtype) for dtype in WEIGHT_TYPES]
-            return dataclasses.replace(stack, dtype=ir.DataType(to)) if supported else None
+            dtype = cast_type(node)
+            return None if dtype is None else dataclasses.replace(stack, dtype=dtype)
         case "Transpose":
             return _transposed(node, stack)
         case "Gather" | "GatherND":

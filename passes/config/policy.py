@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 from onnxcomp.passes.codecs import CODECS
@@ -12,7 +13,7 @@ from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.config.values import ModeChoice, Target
 from onnxcomp.passes.weight import WeightSite
 
-__all__ = ["HALF", "Policy", "resolve_policy"]
+__all__ = ["HALF", "Policy", "resolve_policy", "selected"]
 
 # The codec of half precision, for what stays dense.
 HALF = "fp16"
@@ -84,3 +85,18 @@ def resolve_policy(site: WeightSite, settings: Settings) -> Policy:
     """
     names = [site.name, *(use.node for use in site.uses)]
     return Policy.of(settings, names, [use.op_type for use in site.uses])
+
+
+def selected(names: Sequence[str], include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether patterns allow something with these names to be touched.
+
+    Args:
+        names: Of a weight and of the nodes that read it.
+        include: When given, one of them must match one of the names.
+        exclude: None of them may.
+    """
+
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(re.search(pattern, name) for pattern in patterns for name in names)
+
+    return (not include or matches(include)) and not matches(exclude)

@@ -42,6 +42,10 @@ SPILL_BYTES = 1 << 25
 _ALIGNMENT = 64
 
 
+# First byte, shape and type of a tensor in the file.
+_Place = tuple[int, tuple[int, ...], "np.dtype[np.generic]"]
+
+
 class Workers(Protocol):
     """Who encodes weights by their values in the place of this process."""
 
@@ -72,30 +76,40 @@ class Workers(Protocol):
 
 
 class _Spill:
-    """An unnamed temporary file that takes arrays and maps them back, all at once at the end."""
+    """An unnamed temporary file that takes tensors and maps them back, all at once at the end."""
 
     def __init__(self, folder: Path | None) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives on in maps
-        self._arrays: list[tuple[int, tuple[int, ...], np.dtype[np.generic]]] = []
+        self._places: dict[str, dict[str, _Place]] = {}
         self._end = 0
 
-    def store(self, array: Array) -> int:
-        """Append an array and return its number."""
+    def emptied(self, encoded: EncodedWeight) -> EncodedWeight:
+        """A weight without its tensors, which are in the file."""
+        payload = encoded.payload
+        if payload is None:
+            return encoded
+        self._places[encoded.site.name] = {k: self._stored(t) for k, t in payload.tensors.items()}
+        return dataclasses.replace(encoded, payload=dataclasses.replace(payload, tensors={}))
+
+    def _stored(self, array: Array) -> _Place:
         self._end += -self._end % _ALIGNMENT
         self._file.seek(self._end)
         self._file.write(np.ascontiguousarray(array).data)
-        self._arrays.append((self._end, array.shape, array.dtype))
+        place = (self._end, array.shape, array.dtype)
         self._end += array.nbytes
-        return len(self._arrays) - 1
+        return place
 
-    def arrays(self) -> list[Array]:
-        """All arrays, read-only, in one map; the file goes away with them."""
+    def arrays(self) -> dict[str, dict[str, Array]]:
+        """The tensors of all weights, read-only, in one map; the file goes away with them."""
         self._file.flush()
-        if self._end == 0:
-            return [np.empty(shape, dtype) for _, shape, dtype in self._arrays]
-        mapped = np.memmap(self._file, np.uint8, mode="r", shape=(self._end,))
-        self._file.close()
-        return [_view(mapped, offset, shape, dtype) for offset, shape, dtype in self._arrays]
+        mapped: Array = np.empty(0, np.uint8)
+        if self._end:
+            mapped = np.memmap(self._file, np.uint8, mode="r", shape=(self._end,))
+            self._file.close()
+        return {
+            name: {key: _view(mapped, *place) for key, place in places.items()}
+            for name, places in self._places.items()
+        }
 
 
 def _view(mapped: Array, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
@@ -137,7 +151,6 @@ def encode(
     spill = _Spill(folder) if large else None
     done = 0
     found: dict[str, EncodedWeight] = {}
-    numbers: dict[str, Mapping[str, int]] = {}
 
     def plain(site: WeightSite) -> EncodedWeight:
         if progress is not None:
@@ -164,27 +177,13 @@ def encode(
                 )
             )
         for encoded in results:
-            site = encoded.site
-            if spill is not None and encoded.payload is not None:
-                spilled_tensors = encoded.payload.tensors.items()
-                numbers[site.name] = {key: spill.store(t) for key, t in spilled_tensors}
-                del spilled_tensors  # or the payload would live as long as the next weight's
-                encoded = dataclasses.replace(
-                    encoded, payload=dataclasses.replace(encoded.payload, tensors={})
-                )
-            found[site.name] = encoded
-            done += site.nbytes
+            if spill is not None:  # in this name: the payload must not outlive the next weight's
+                encoded = spill.emptied(encoded)
+            found[encoded.site.name] = encoded
+            done += encoded.site.nbytes
     if progress is not None:
         progress(done, total, "")
-    arrays = spill.arrays() if spill is not None else []
-    extra = precision_attributes(plan.settings.precision)
-    kept = {
-        site.name: EncodedWeight(site, plan[site.name], None, reason=plan[site.name].reason)
-        for site in sites
-        if site.name not in found
-    }
-    finished = {name: _finished(e, numbers.get(name), arrays, extra) for name, e in found.items()}
-    weights = [{**kept, **finished}[site.name] for site in sites]
+    weights = _finished(sites, plan, found, spill)
     if not plan.settings.distill:  # which makes the loss smaller, and says what is left
         warn_of_losses(weights)
     return weights if samples is None else _tuned(model, weights, samples, folder)
@@ -205,17 +204,25 @@ def _tuned(
 
 
 def _finished(
-    encoded: EncodedWeight,
-    numbers: Mapping[str, int] | None,
-    arrays: Sequence[Array],
-    extra: Mapping[str, int],
-) -> EncodedWeight:
-    """The weight with its tensors where they were spilled, and with attributes of the run."""
-    payload = encoded.payload
-    if payload is None:
-        return encoded
-    if numbers is not None:
-        tensors = {key: arrays[number] for key, number in numbers.items()}
-        payload = dataclasses.replace(payload, tensors=tensors)
-    payload = dataclasses.replace(payload, attributes={**payload.attributes, **extra})
-    return dataclasses.replace(encoded, payload=payload)
+    sites: Sequence[WeightSite],
+    plan: Plan,
+    found: Mapping[str, EncodedWeight],
+    spill: _Spill | None,
+) -> list[EncodedWeight]:
+    """All weights, with their tensors where they were spilled, and with attributes of the run."""
+    extra = precision_attributes(plan.settings.precision)
+    arrays = {} if spill is None else spill.arrays()
+    weights = []
+    for site in sites:
+        encoded = found.get(site.name)
+        if encoded is None:
+            encoded = EncodedWeight(site, plan[site.name], None, reason=plan[site.name].reason)
+        elif encoded.payload is not None:
+            payload = encoded.payload
+            tensors = arrays.get(site.name, payload.tensors)
+            payload = dataclasses.replace(
+                payload, tensors=tensors, attributes={**payload.attributes, **extra}
+            )
+            encoded = dataclasses.replace(encoded, payload=payload)
+        weights.append(encoded)
+    return weights

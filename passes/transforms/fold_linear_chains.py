@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.policy import Policy
+from onnxcomp.passes.config.policy import Policy, selected
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import compressed_tensors
@@ -318,12 +317,7 @@ class _Folder:
 
     def _selected(self, names: Sequence[str]) -> bool:
         """Whether the patterns allow something with these names to be touched."""
-        included = not self._include or any(
-            re.search(pattern, name) for pattern in self._include for name in names
-        )
-        return included and not any(
-            re.search(pattern, name) for pattern in self._exclude for name in names
-        )
+        return selected(names, self._include, self._exclude)
 
     def _replace(self, first: Link, second: Link, matrix: Array, bias: Array | None) -> str:
         """Put one map in the place of two."""

@@ -9,13 +9,13 @@ as a runtime does, with one rounding, bit for bit. Visits the main graph.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.passes.config.policy import selected
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import is_matrix, shape_of
@@ -66,17 +66,19 @@ class MaskedWeights(GraphPass):
         notes = []
         for node in list(model.graph):
             weight = _weight_of(node, settings.min_size, listed)
-            if weight is None or _excluded(settings, node, weight):
+            if weight is None or not selected(
+                _names_of(node, weight), settings.include, settings.exclude
+            ):
                 continue
             notes.append(f"{weight.name}: {node.op_type} of two tensors of the model")
             _join(model, node, weight, names)
         return Change(len(notes), tuple(notes))
 
 
-def _excluded(settings: Settings, node: ir.Node, weight: ir.Value) -> bool:
-    """Whether a weight or its node is to stay as it is."""
-    names = [name for name in (weight.name, node.name) if name]
-    return any(re.search(pattern, name) for pattern in settings.exclude for name in names)
+def _names_of(node: ir.Node, weight: ir.Value) -> list[str]:
+    """Names of a weight, of the node that makes it, and of those that read it."""
+    readers = [use.node.name for use in node.outputs[0].uses()]
+    return [name for name in (weight.name, node.name, *readers) if name]
 
 
 def _tensor(value: ir.Value | None, listed: bool) -> ir.TensorProtocol | None:

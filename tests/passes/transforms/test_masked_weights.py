@@ -104,6 +104,14 @@ LEFT = {
     "may be overridden": (model([node("Mul", "W", "mask", to="w")], listed="W"), {}),
     "returned": (model([node("Mul", "W", "mask", to="w")], returned="w"), {}),
     "excluded": (model([node("Mul", "W", "mask", to="w")]), {"exclude": ("^W$",)}),
+    "read by a node that is excluded": (
+        model([node("Mul", "W", "mask", to="w")]),
+        {"exclude": ("^make_y$",)},
+    ),
+    "not among those that are included": (
+        model([node("Mul", "W", "mask", to="w")]),
+        {"include": ("^other$",)},
+    ),
     "signs and scales": (model([node("Mul", "signs", "scale", to="w")]), {}),
     "codes and scales": (model([node("Mul", "scale", "codes", to="w")]), {}),
     "smaller than its factor": (model([node("Mul", "scale", "scale", to="w")]), {}),

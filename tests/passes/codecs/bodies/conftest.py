@@ -86,7 +86,7 @@ def _emitted(
     return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=8)
 
 
-def _run(model: onnx.ModelProto, x: Array | None, *, optimize: bool = True) -> Array:
+def _run_feed(model: onnx.ModelProto, feed: Mapping[str, Array], *, optimize: bool = True) -> Array:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if not optimize:
@@ -94,8 +94,12 @@ def _run(model: onnx.ModelProto, x: Array | None, *, optimize: bool = True) -> A
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+    return np.asarray(session.run(None, dict(feed))[0])
+
+
+def _run(model: onnx.ModelProto, x: Array | None, *, optimize: bool = True) -> Array:
     feed = {"d": np.zeros(1, np.float32)} if x is None else {"x": x}
-    return np.asarray(session.run(None, feed)[0])
+    return _run_feed(model, feed, optimize=optimize)
 
 
 @pytest.fixture(scope="session")
@@ -137,17 +141,6 @@ def _two_inputs(
     )
     imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=8)
-
-
-def _run_feed(model: onnx.ModelProto, feed: Mapping[str, Array], *, optimize: bool = True) -> Array:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return np.asarray(session.run(None, dict(feed))[0])
 
 
 @pytest.fixture(scope="session")
