@@ -2,7 +2,6 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,12 @@ from onnxcomp.runtime.session import open_session
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[torch]'")
 nn, functional = torch.nn, torch.nn.functional
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:torch.*", "ignore::Warning:onnxscript.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::Warning:torch.*", "ignore::Warning:onnxscript.*"),
+    pytest.mark.usefixtures("one_thread_and_seed"),
+]
 
 EXPERTS, WIDTH, INNER, CHOSEN = 4, 64, 96, 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_seed() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Router(nn.Module):

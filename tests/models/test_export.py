@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,13 @@ from onnxcomp.models import export
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[torch]'")
 nn = torch.nn
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:torch.*", "ignore::Warning:onnxscript.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::Warning:torch.*", "ignore::Warning:onnxscript.*"),
+    pytest.mark.usefixtures("one_thread_and_seed"),
+]
 
 EXPORTERS = ("dynamo", "torchscript")
 Case = tuple[Any, tuple[Any, ...], dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_seed() -> Iterator[None]:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Perceptron(nn.Module):

@@ -21,13 +21,7 @@ WIDTH, HEADS, LAYERS, TOKENS = 64, 4, 1, 128
 COMMON = {"vocab_size": TOKENS, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_seed() -> Any:
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_seed")
 
 
 @pytest.fixture
