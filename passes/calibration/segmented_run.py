@@ -7,21 +7,21 @@ other, that costs one pass over the data, not one for each weight.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.calibration.elsewhere import Runs
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
 from onnxcomp.runtime.activity import activity
 from onnxcomp.runtime.clients.patching import return_freed_memory
 
-__all__ = ["Chain", "read_values", "segment"]
+__all__ = ["Chain", "read_values", "segment", "segment_runner"]
 
 Feed = Mapping[str, Array]
 
@@ -50,6 +50,7 @@ class Chain:
         library: Whether the operator library is registered where a segment has a use for it.
         repeat: Numbers of nodes that depend on weights alone: every segment that reads what they
             give computes it again, so that it is not held as a dense copy for each input.
+        runs: Runs segments that need no library in other processes; None to do so here.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class Chain:
         *,
         library: bool = True,
         repeat: frozenset[int] = frozenset(),
+        runs: Runs | None = None,
     ) -> None:
         self._model = model
-        self._folder = folder
+        self._runs = runs
+        self._folder = folder if runs is None else runs.folder
         self._library = library
         self._repeat = repeat
         self._nodes = list(model.graph)
@@ -149,13 +152,12 @@ class Chain:
         outputs = sorted(made & ((later - again) | set(wanted)))
         part = self._with_repeated(part, outputs)
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            run = self._session(part, outputs, Path(folder), folded) if outputs else None
+            found = self._results(part, outputs, Path(folder), folded)
             for number, held in enumerate(self._held):
-                if run is not None:
-                    held = {**held, **run(held)}
+                held = {**held, **next(found)}
                 self._held[number] = {n: array for n, array in held.items() if n in later}
                 yield {name: held[name] for name in wanted}
-        run = None  # its session goes, and its memory with it
+            found.close()  # its session goes, and its memory with it
         return_freed_memory()
         self._done = max(self._done, stop)
         self._weights = {n: w for n, w in self._weights.items() if self.needs(n)}
@@ -175,34 +177,64 @@ class Chain:
                     pending.append(index)
         return sorted(found)
 
-    def _session(
+    def _results(
         self, part: Sequence[int], outputs: Sequence[str], folder: Path, folded: bool
-    ) -> Any:
-        """A function from held values to the segment's outputs."""
-        from onnxcomp.runtime.evaluate import runner
-        from onnxcomp.runtime.session import import_runtime, needs_library, open_session
+    ) -> Generator[dict[str, Array], None, None]:
+        """The outputs of a segment for each input."""
+        from onnxcomp.runtime.session import needs_library
 
-        if not self._held:
-            return None
+        if not outputs or not self._held:
+            yield from ({} for _ in self._held)
+            return
         model = segment(self._model, part, outputs, self._held[0], self._weights)
-        path = save(model, folder / "segment.onnx").files[0]
-        options = import_runtime().SessionOptions()
-        options.log_severity_level = 4
-        # Between segments the threads would wait in a loop, while encoders want the processors.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not folded:
-            options.add_session_config_entry(_LEFT_OUT, "ConstantFolding")
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        path = Path(save(model, folder / "segment.onnx").files[0])
+        del model
         library = self._library and needs_library(path)
-        session = open_session(path, library=library, session_options=options)
-        names = [value.name for value in session.get_inputs()]
-        call = runner(session)
+        if self._runs is not None and not library:
+            self._runs.keep(array for held in self._held for array in held.values())
+            yield from self._runs.run(path, outputs, list(self._held))
+            return
+        run = segment_runner(path, outputs, folded=folded, library=library)
+        for held in list(self._held):
+            yield run(held)
 
-        def run(held: Feed) -> dict[str, Array]:
-            results = call({name: held[name] for name in names})
-            return dict(zip(outputs, results, strict=True))
 
-        return run
+def segment_runner(
+    path: Path,
+    outputs: Sequence[str],
+    *,
+    folded: bool = True,
+    library: bool = False,
+    threads: int | None = None,
+) -> Callable[[Feed], dict[str, Array]]:
+    """A function from held values to the outputs of a segment.
+
+    Args:
+        path: The segment.
+        outputs: Names of what it gives.
+        folded: Whether ONNX Runtime may compute what depends on weights alone when it loads it.
+        library: Whether the operator library is registered.
+        threads: Threads of one operator; None for ONNX Runtime's choice.
+    """
+    from onnxcomp.runtime.evaluate import runner
+    from onnxcomp.runtime.session import import_runtime, open_session
+
+    options = import_runtime().SessionOptions()
+    options.log_severity_level = 4
+    # Between segments the threads would wait in a loop, while encoders want the processors.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not folded:
+        options.add_session_config_entry(_LEFT_OUT, "ConstantFolding")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    session = open_session(path, library=library, session_options=options, threads=threads)
+    names = [value.name for value in session.get_inputs()]
+    call = runner(session)
+
+    def run(held: Feed) -> dict[str, Array]:
+        results = call({name: held[name] for name in names})
+        return dict(zip(outputs, results, strict=True))
+
+    return run
 
 
 def segment(

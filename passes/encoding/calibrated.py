@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -17,13 +16,13 @@ import onnx_ir as ir
 
 from onnxcomp.passes.analysis.offsets import offset_of
 from onnxcomp.passes.analysis.weight_sites import read_weight
-from onnxcomp.passes.calibration.statistics import Calibration
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.fitting import fitted
 from onnxcomp.passes.encoding.journal import Journal, Walk
+from onnxcomp.passes.encoding.order import Order
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.encoding.samples import Samples, calibration_of
+from onnxcomp.passes.encoding.samples import Samples
 from onnxcomp.passes.encoding.workers import Plain, Workers
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Stats, WeightSite
@@ -61,63 +60,39 @@ def encode_calibrated(
     Raises:
         ModelError: The model does not run, or inputs of a weight hold NaN or infinite values.
     """
-    found = {site.name: calibration_of(site, plan[site.name]) for site in work}
     offsets = {site.name: offset_of(model, site) for site in work}
-    able = [site for site in work if found[site.name] or offsets[site.name]]
-    anchored = any(calibration.anchored for calibration in found.values() if calibration)
-    reference = model if anchored and samples.sequential else None
-    streams = any(calibration.streams for calibration in found.values() if calibration)
-    tables = [site for site in able if samples.sequential and _looked_up(site)]
-    calibration = Calibration(
-        model,
-        samples.feeds,
-        [site for site in able if site not in tables],
-        reference=reference,
-        streams=streams,
-        grouped=True,
-        folder=folder,
-        threads=jobs,
-    )
-    first = Calibration(model, samples.feeds, tables, folder=folder, threads=jobs)
-    reasons = {**calibration.reasons, **first.reasons}
-    observed = {site.name for site in able} - set(reasons)
-
-    def fit(sites: Sequence[WeightSite], stats: Stats) -> Generator[EncodedWeight, None, None]:
-        for site in sites:
-            read = functools.partial(read_weight, model, site)
-            yield fitted(read, plain(site), stats, offsets[site.name], threads=jobs)
-
-    others = [site for site in work if site.name not in observed]
-    groups = [*first.groups, *calibration.groups]
-    order = [(site, plan[site.name]) for site in (*others, *itertools.chain(*groups))]
-    names = [[site.name for site in group] for group in groups]
-    facts = [names, samples.sequential, reference is not None, streams]
-    journal = Journal(cache, model, samples.feeds, order, facts)
-    walk = Walk(calibration, journal, sequential=samples.sequential)
     with contextlib.ExitStack() as stack:
-        alone, there = plain, None
+        there = None
         if workers is not None:
-            unknown = [site for site in others if journal.known(site) is None]
+            there = stack.enter_context(
+                workers.calibrating(model, plan, offsets, cache=cache, progress=progress)
+            )
+        elsewhere = None if there is None else there.elsewhere
+        order = Order.of(model, work, plan, samples, offsets, jobs, folder, elsewhere)
+        journal = Journal(cache, model, samples.feeds, order.choices(plan), order.facts)
+        alone = plain
+        if workers is not None:
+            unknown = [site for site in order.others if journal.known(site) is None]
             alone = stack.enter_context(
                 workers.encoding(model, unknown, plan, cache=cache, compare=False)
-            )
-            there = stack.enter_context(
-                workers.fitting(model, plan, offsets, cache=cache, progress=progress)
             )
 
         def uncalibrated(site: WeightSite) -> EncodedWeight:
             encoded = alone(site)
-            note = reasons.get(site.name, "")
+            note = order.reasons.get(site.name, "")
             encoded = dataclasses.replace(encoded, note=f"not calibrated: {note}" if note else "")
             return with_fallback(encoded, functools.partial(read_weight, model, site), threads=jobs)
 
-        yield from walk.plainly(others, uncalibrated)
+        def here(sites: Sequence[WeightSite], stats: Stats) -> Generator[EncodedWeight, None, None]:
+            for site in sites:
+                read = functools.partial(read_weight, model, site)
+                yield fitted(read, plain(site), stats, offsets[site.name], threads=jobs)
+
+        fit = here if there is None else there.fit
+        walk = Walk(order.products, journal, sequential=samples.sequential)
+        yield from walk.plainly(order.others, uncalibrated)
         # Look-ups of a table come before its products, and all weights between see what is stored:
         # so it is encoded first, for what the dense model feeds its products.
-        yield from Walk(first, journal, sequential=False).fitted(there or fit, walk)
-        yield from walk.fitted(there or fit)
-    journal.close()
-
-
-def _looked_up(site: WeightSite) -> bool:
-    return any(use.need == "gather" for use in site.uses)
+        yield from Walk(order.tables, journal, sequential=False).fitted(fit, walk)
+        yield from walk.fitted(fit)
+        journal.close()

@@ -19,12 +19,12 @@ from onnxcomp.passes.analysis.offsets import Offset
 from onnxcomp.passes.calibration.blas_threads import blas_threads
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.cluster_calls import Calls
-from onnxcomp.passes.encoding.cluster_fitting import Fitting
+from onnxcomp.passes.encoding.cluster_observing import calibrating
 from onnxcomp.passes.encoding.cluster_tasks import Answer, Batch, Place, encode_batch, versions
 from onnxcomp.passes.encoding.cluster_weights import Weights
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.encoding.workers import Fit
+from onnxcomp.passes.encoding.workers import Calibrating
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import WeightSite
 
@@ -92,7 +92,7 @@ class Cluster:
                 place.unmark()
 
     @contextlib.contextmanager
-    def fitting(
+    def calibrating(
         self,
         model: ir.Model,
         plan: Plan,
@@ -100,7 +100,7 @@ class Cluster:
         *,
         cache: PayloadCache | None = None,
         progress: Callable[[int, str], None] | None = None,
-    ) -> Iterator[Fit | None]:
+    ) -> Iterator[Calibrating | None]:
         """What `passes.encoding.workers.Workers` says."""
         if not self.shared():
             yield None
@@ -108,11 +108,12 @@ class Cluster:
         place = None if cache is None else Place.marked(cache.folder)
         codecs = (plan[name].codec for name in offsets)
         # On one thread for linear algebra, as calibration is everywhere.
-        frame = Batch((), versions(codecs), self.exchange, place, compare=False, blas=1)
+        known = versions(codecs, runtime=True)
+        frame = Batch((), known, self.exchange, place, compare=False, blas=1)
         calls = Calls(self)
         weights = Weights(model, plan, self.exchange, shared=True)
         try:
-            yield Fitting(calls, weights, frame, offsets, progress).fit
+            yield calibrating(calls, weights, frame, offsets, progress)
         finally:
             calls.cancel()
             if place is not None:

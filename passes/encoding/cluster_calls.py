@@ -6,7 +6,7 @@ import contextlib
 import queue
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from onnxcomp.errors import CompressionError
@@ -53,6 +53,7 @@ class Calls:
         self._cluster = cluster
         self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._flying: dict[Any, Sequence[str]] = {}
+        self._done: dict[Any, Sequence[str]] = {}
         self._name = f"onnxcomp-{secrets.token_hex(4)}"
         self._made = 0
         self._workers, self._looked, self._seen = 0, -_LOOK, time.monotonic()
@@ -117,6 +118,46 @@ class Calls:
             )
         return None
 
+    def wait(self) -> None:
+        """Wait a moment for a call to end, which `done` tells of then."""
+        ended = self.ended()
+        if ended is not None:
+            future, names = ended
+            self._done[future] = names
+
+    def done(self, future: Any) -> bool:
+        """Whether a call has ended while `wait` was called."""
+        return future in self._done
+
+    def each(
+        self, function: Callable[[Any], Any], arguments: Iterable[object], names: Sequence[str]
+    ) -> Iterator[Any]:
+        """Let workers call a function with each argument, all at the same time.
+
+        Args:
+            function: As for `call`.
+            arguments: What it is given.
+            names: Weights that it is about, for messages.
+
+        Yields:
+            What each call gave, in their order.
+
+        Raises:
+            CompressionError: As `outcome` does.
+        """
+        for future in [self.call(function, argument, names) for argument in arguments]:
+            yield self.take(future)
+
+    def take(self, future: Any) -> Any:
+        """What a call gives, as soon as it ends.
+
+        Raises:
+            CompressionError: As `outcome` does.
+        """
+        while future not in self._done:
+            self.wait()
+        return self.outcome(future, self._done.pop(future))
+
     def outcome(self, future: Any, names: Sequence[str]) -> Any:
         """What a call gave that has ended.
 
@@ -127,7 +168,7 @@ class Calls:
             error = future.exception()
             lost = type(error).__name__ == "KilledWorker"
             raise CompressionError(
-                f"{', '.join(names[:3])} cannot be encoded on the cluster: "
+                f"the work on {', '.join(names[:3])} failed on the cluster: "
                 + ("several workers were lost with it" if lost else repr(error)),
                 hint="look at the memory of the workers" if lost else "look at their logs",
             ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from onnxcomp.errors import CompressionError, ModelError
 from onnxcomp.passes.analysis.offsets import Offset
@@ -31,7 +32,7 @@ class _Task:
 
     Attributes:
         batch: The weight alone, and how workers go about it.
-        stats: `Stats` of its inputs.
+        stats: The `Stats` of its inputs.
         offset: The constant that is added to its products.
     """
 
@@ -53,7 +54,8 @@ def fit_weight(task: _Task) -> Answer | CompressionError:
     (item,) = batch.items
     try:
         plain = encode_matrix(item.read, item.site, item.choice, cache_of(batch), 1, compare=False)
-        encoded = fitted(item.read, plain, task.stats.opened(), task.offset)
+        (stats,) = task.stats.opened()
+        encoded = fitted(item.read, plain, stats, task.offset)
         return answer_of(encoded, batch.exchange)
     except ModelError as error:
         return error
@@ -98,33 +100,25 @@ class Fitting:
             ModelError: A worker does not see the model's file.
             CompressionError: A weight cannot be encoded on the cluster, or the cluster is gone.
         """
-        stats_file = Path(self._frame.exchange.folder, "moments")
-        parcel = Parcel.packed(stats_file, stats)
+        parcel = Parcel.packed(Path(self._frame.exchange.folder, "moments"), [stats])
+        calls: dict[str, Any] = {}
         try:
             # The largest first, so that no worker is left with one in the end.
             for site in sorted(sites, key=lambda site: -site.size):
                 batch = dataclasses.replace(self._frame, items=(self._weights.item(site),))
                 task = _Task(batch, parcel, self._offsets.get(site.name))
-                self._calls.call(fit_weight, task, [site.name])
-            answers: dict[str, Answer] = {}
-            for site in sites:
-                while site.name not in answers:
-                    self._tell(sites, answers)
-                    self._receive(answers)
-                yield self._weights.encoded(site, answers.pop(site.name))
+                calls[site.name] = self._calls.call(fit_weight, task, [site.name])
+            for number, site in enumerate(sites):
+                while not self._calls.done(calls[site.name]):
+                    self._tell(calls, sites[number:])
+                    self._calls.wait()
+                answer: Answer = self._calls.take(calls[site.name])
+                self._weights.forget(site.name)
+                yield self._weights.encoded(site, answer)
         finally:
             parcel.remove()
 
-    def _tell(self, sites: Sequence[WeightSite], answers: Mapping[str, Answer]) -> None:
+    def _tell(self, calls: Mapping[str, Any], sites: Sequence[WeightSite]) -> None:
         if self._progress is not None:
-            waiting = sum(site.nbytes for site in sites if site.name in answers)
-            self._progress(waiting, self._calls.at_work)
-
-    def _receive(self, answers: dict[str, Answer]) -> None:
-        """Wait a moment for a weight, and take what a worker says of it."""
-        ended = self._calls.ended()
-        if ended is None:
-            return
-        answer = self._calls.outcome(*ended)
-        answers[answer.name] = self._weights.kept(answer)
-        self._weights.forget(answer.name)
+            done = (site.nbytes for site in sites if self._calls.done(calls[site.name]))
+            self._progress(sum(done), self._calls.at_work)

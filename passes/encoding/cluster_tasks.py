@@ -28,6 +28,7 @@ from onnxcomp.passes.encoding.payload_cache import PayloadCache, code_version, p
 from onnxcomp.passes.ir.tensors import MappedTensor, shape_of
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, Attribute, Shift, WeightSite
+from onnxcomp.runtime.session import import_runtime
 from onnxcomp.version import __version__
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "versions",
 ]
 
+_RUNTIME = "ONNX Runtime"
+
 # Characters of a hash that are shown, and compared.
 _SHOWN = 12
 
@@ -54,11 +57,12 @@ _SHOWN = 12
 SMALL = 1 << 16
 
 
-def versions(codecs: Iterable[str] = ()) -> dict[str, str]:
+def versions(codecs: Iterable[str] = (), *, runtime: bool = False) -> dict[str, str]:
     """What bytes follow from besides weights and settings, by name.
 
     Args:
         codecs: Names of codecs that may come from other packages.
+        runtime: Whether they follow from what ONNX Runtime computes, too.
     """
     names = [name for name in codecs if name not in CODECS or _foreign(name)]
     major, minor, _ = platform.python_version_tuple()
@@ -68,6 +72,7 @@ def versions(codecs: Iterable[str] = ()) -> dict[str, str]:
         "Python": f"{major}.{minor}",
         "numpy": np.__version__,
         **{f"codec {name}": _code_of(name) for name in sorted(names)},
+        **({_RUNTIME: str(import_runtime().__version__)} if runtime else {}),
     }
 
 
@@ -288,7 +293,8 @@ def encode_batch(batch: Batch) -> list[Answer] | CompressionError:
 
 def begun(batch: Batch) -> UsageError | None:
     """Make this process ready for a task; why it cannot be, where its versions are others."""
-    own = versions(item.choice.codec for item in batch.items)
+    names = (item.choice.codec for item in batch.items)
+    own = versions(names, runtime=_RUNTIME in batch.client)
     wrong = differences(own, batch.client)
     if wrong:
         return UsageError(

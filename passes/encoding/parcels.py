@@ -13,7 +13,7 @@ import pickle
 import platform
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,63 +28,65 @@ _TRIES, _PAUSE = 20, 0.5
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parcel:
-    """A value on its way.
+    """Values on their way.
 
     Attributes:
         path: The file.
-        head: The value without its arrays, pickled.
-        places: First byte and size of each array in the file.
+        heads: The values without their arrays, pickled.
+        places: First byte and size of the arrays of each in the file.
     """
 
     path: str
-    head: bytes
-    places: Sequence[tuple[int, int]]
+    heads: Sequence[bytes]
+    places: Sequence[Sequence[tuple[int, int]]]
 
     @classmethod
-    def packed(cls, path: Path, value: object) -> Parcel:
-        """Write the arrays of a value; whoever sees the file sees all of it.
+    def packed(cls, path: Path, values: Iterable[object]) -> Parcel:
+        """Write the arrays of some values; whoever sees the file sees all of it.
 
         Args:
             path: The file; it is replaced where it is there.
-            value: Anything that can be pickled. Arrays that are contiguous go to the file.
+            values: Anything that can be pickled, one held at a time. Arrays that are contiguous go
+                to the file.
 
         Raises:
             OSError: It cannot be written.
         """
-        buffers: list[pickle.PickleBuffer] = []
-        head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        heads: list[bytes] = []
+        places: list[list[tuple[int, int]]] = []
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        places: list[tuple[int, int]] = []
         with part.open("wb") as file:
-            for buffer in buffers:
-                file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
-                data = buffer.raw()
-                places.append((file.tell(), data.nbytes))
-                file.write(data)
+            for value in values:
+                buffers: list[pickle.PickleBuffer] = []
+                heads.append(pickle.dumps(value, protocol=5, buffer_callback=buffers.append))
+                places.append([])
+                for buffer in buffers:
+                    file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
+                    data = buffer.raw()
+                    places[-1].append((file.tell(), data.nbytes))
+                    file.write(data)
         part.replace(path)
-        return cls(os.path.realpath(path), head, places)
+        return cls(os.path.realpath(path), heads, places)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return sum(size for _, size in self.places)
-
-    def opened(self) -> Any:
-        """The value; its arrays are mapped, and cannot be written.
+    def opened(self) -> list[Any]:
+        """The values; their arrays are mapped, and cannot be written.
 
         Raises:
             OSError: The file is not there, or not whole.
         """
-        if not self.nbytes:
-            return pickle.loads(self.head, buffers=[b""] * len(self.places))
-        least = max(start + size for start, size in self.places)
+        least = max((start + size for ones in self.places for start, size in ones), default=0)
+        data = self._mapped(least) if least else memoryview(b"")
+        return [
+            pickle.loads(head, buffers=[data[start : start + size] for start, size in ones])
+            for head, ones in zip(self.heads, self.places, strict=True)
+        ]
+
+    def _mapped(self, least: int) -> memoryview:
         for _ in range(_TRIES):
             try:
                 with open(self.path, "rb") as file:
                     if os.fstat(file.fileno()).st_size >= least:
-                        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                        arrays = [data[start : start + size] for start, size in self.places]
-                        return pickle.loads(self.head, buffers=arrays)
+                        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             except FileNotFoundError:
                 if not os.path.isdir(os.path.dirname(self.path)):
                     break  # the run has ended

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Protocol
 
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.offsets import Offset
+from onnxcomp.passes.calibration.elsewhere import Elsewhere
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Stats, WeightSite
 
-__all__ = ["Fit", "Plain", "Workers"]
+__all__ = ["Calibrating", "Fit", "Plain", "Workers"]
 
 # Encodes a weight without calibration.
 Plain = Callable[[WeightSite], EncodedWeight]
 
 # Encodes weights for the inputs that all of them read, and gives them in their order.
 Fit = Callable[[Sequence[WeightSite], Stats], Generator[EncodedWeight, None, None]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Calibrating:
+    """Calibration by workers.
+
+    Attributes:
+        fit: Encodes weights, all at the same time.
+        elsewhere: Runs the model and sums up what weights read.
+    """
+
+    fit: Fit
+    elsewhere: Elsewhere
 
 
 class Workers(Protocol):
@@ -52,7 +67,7 @@ class Workers(Protocol):
         """
         ...
 
-    def fitting(
+    def calibrating(
         self,
         model: ir.Model,
         plan: Plan,
@@ -60,7 +75,7 @@ class Workers(Protocol):
         *,
         cache: PayloadCache | None = None,
         progress: Callable[[int, str], None] | None = None,
-    ) -> contextlib.AbstractContextManager[Fit | None]:
+    ) -> contextlib.AbstractContextManager[Calibrating | None]:
         """Encode weights for their inputs while the block runs.
 
         Args:
@@ -71,7 +86,7 @@ class Workers(Protocol):
             progress: Told how many bytes of weights are done and not asked for yet.
 
         Yields:
-            Encodes some weights, all at the same time; None where workers do not see a folder of
-            this process, through which inputs go.
+            How to go about it; None where workers do not see a folder of this process, through
+            which inputs go.
         """
         ...

@@ -23,11 +23,14 @@ from onnx import helper, numpy_helper
 
 import onnxcomp
 from onnxcomp.errors import CompressionError, ModelError, RuntimeMissingError, UsageError
+from onnxcomp.passes.calibration import segmented_run
 from onnxcomp.passes.calibration.blas_threads import one_blas_thread
+from onnxcomp.passes.calibration.sums import Sums
 from onnxcomp.passes.codecs.hyper.codec import HyperCodec
 from onnxcomp.passes.encoding import cluster as cluster_module
 from onnxcomp.passes.encoding import cluster_connection, cluster_tasks
 from onnxcomp.passes.encoding.cluster_calls import Calls
+from onnxcomp.passes.encoding.cluster_fitting import fit_weight
 
 distributed = pytest.importorskip("distributed", reason="dask[distributed] is not installed")
 
@@ -169,19 +172,21 @@ def alone(calibrated: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The weights that workers encode; no process encodes any for its inputs but they."""
+    """The weights that workers encode for their inputs; nobody else does, nor runs the model."""
     names: list[str] = []
     original = Calls.call
 
     def call(self: Calls, function: Any, argument: Any, about: Any) -> Any:
-        names.extend(about)
+        names.extend(about if function is fit_weight else ())
         return original(self, function, argument, about)
 
     def refused(*_: Any, **__: Any) -> None:
-        raise AssertionError("the client encodes")
+        raise AssertionError("the client does it")
 
     monkeypatch.setattr(Calls, "call", call)
     monkeypatch.setattr(HyperCodec, "encode_calibrated", refused)
+    monkeypatch.setattr(Sums, "add", refused)
+    monkeypatch.setattr(segmented_run, "segment_runner", refused)
     return names
 
 
@@ -211,8 +216,9 @@ def test_calibrated_bytes_are_those_of_one_process(
     [
         {"method": "lowrank", "set_": [".*:rank=24"]},
         {"calibration": "parallel", "bits": 3},
+        {"bits": 4, "include": ["w[589]"]},
     ],
-    ids=["lowrank", "parallel"],
+    ids=["lowrank", "parallel", "wide"],
 )
 def test_other_ways_of_calibrating(
     model: Path, workers: Any, tmp_path: Path, options: dict[str, Any]
