@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.elsewhere import Runs
-from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
 from onnxcomp.runtime.activity import activity
@@ -244,45 +244,73 @@ def segment(
     held: Feed,
     weights: Mapping[str, Array],
 ) -> ir.Model:
-    """A model of some nodes that reads what is held and returns the outputs."""
-    copy = copy_model(model)
-    graph = copy.graph
-    nodes = list(graph)
-    kept = {nodes[index] for index in part}
-    values = {value.name: value for node in kept for value in node.outputs}
-    graph.outputs.clear()
-    inputs = [value for value in graph.inputs if value.name in held or value.is_initializer()]
-    graph.inputs.clear()
-    graph.inputs.extend(inputs)
-    read = {value.name: value for node in kept for value in read_values(node)}
-    for name, value in read.items():
-        producer = value.producer()
-        if producer is not None and producer.graph is graph and producer not in kept:
-            graph.inputs.append(_as_input(value, held[name or ""]))
-    graph.remove([node for node in reversed(nodes) if node not in kept])
-    graph.outputs.extend(values[name] for name in outputs)
-    for name, initializer in list(graph.initializers.items()):
-        if name not in read:
-            if initializer.is_graph_input():
-                graph.inputs.remove(initializer)
-            del graph.initializers[name]
-        elif name in weights:
-            assert initializer.const_value is not None
-            kind = initializer.const_value.dtype
-            array = weights[name].astype(kind.numpy())
-            initializer.const_value = ir.Tensor(array, dtype=kind, name=name)
-    return copy
+    """A model of some nodes that reads what is held and returns the outputs.
+
+    It is made of these nodes alone: a model in many pieces is not copied for each of them. Tensors
+    and functions are those of the model.
+
+    Args:
+        model: The model.
+        part: Numbers of the nodes, in order.
+        outputs: Names of the values to return.
+        held: Values that may be read, of one input.
+        weights: What is in the place of initializers.
+
+    Raises:
+        ModelError: A value that is read is no tensor.
+    """
+    graph, everything = model.graph, list(model.graph)
+    nodes = [everything[index] for index in part]
+    made = {value.name: value for node in nodes for value in node.outputs}
+    read = {value.name: value for node in nodes for value in read_values(node)}
+    initializers = [value for name, value in graph.initializers.items() if name in read]
+    declared = [value for value in graph.inputs if value.name in held or value.name in read]
+    declared = [value for value in declared if not value.is_initializer() or value.name in read]
+    fed = [v for v in read.values() if _is_of(v.producer(), graph) and v.name not in made]
+    view = ir.GraphView(
+        [*declared, *fed],
+        [made[name] for name in outputs],
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports=dict(graph.opset_imports),
+        name=graph.name,
+    )
+    copy = view.clone()
+    copy.meta.update(graph.meta)
+    for value in copy.inputs[len(declared) :]:
+        _describe(value, held[value.name or ""])
+    for name, array in weights.items():
+        changed = copy.initializers.get(name)
+        if changed is not None:
+            assert changed.const_value is not None
+            kind = changed.const_value.dtype
+            changed.const_value = ir.Tensor(array.astype(kind.numpy()), dtype=kind, name=name)
+    return ir.Model(copy, ir_version=model.ir_version, functions=_called(model, nodes))
 
 
-def _as_input(value: ir.Value, sample: Array) -> ir.Value:
-    """An input in the place of a value whose producer is not in the segment."""
+def _is_of(node: ir.Node | None, graph: ir.Graph) -> bool:
+    return node is not None and node.graph is graph
+
+
+def _called(model: ir.Model, nodes: Sequence[ir.Node]) -> list[ir.Function]:
+    """The functions that some nodes call, and those that these call."""
+    found: dict[ir.OperatorIdentifier, ir.Function] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        pending.extend(inner for _, graph in subgraphs(node) for inner in graph)
+        key = node.op_identifier()
+        if key in model.functions and key not in found:
+            found[key] = model.functions[key]
+            pending.extend(found[key])
+    return [function for key, function in model.functions.items() if key in found]
+
+
+def _describe(value: ir.Value, sample: Array) -> None:
+    """Give an input the type of a value that it may have."""
     if not isinstance(sample, np.ndarray):
         raise ModelError(f"value {value.name!r} is not a tensor: the model cannot be split there")
     text = sample.dtype.kind in "OSU"
-    kind = ir.TensorType(ir.DataType.STRING if text else ir.DataType.from_numpy(sample.dtype))
-    shape = ir.Shape([None] * sample.ndim)
-    new = ir.Value(name=value.name, shape=shape, type=kind)
-    name, value.name = value.name, None
-    value.replace_all_uses_with(new)
-    new.name = name
-    return new
+    value.type = ir.TensorType(ir.DataType.STRING if text else ir.DataType.from_numpy(sample.dtype))
+    value.shape = ir.Shape([None] * sample.ndim)
+    value.const_value = None
