@@ -59,6 +59,9 @@ _UNWRITABLE = (errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ENOSPC, errn
 # Seconds after a signal in which further ones are ignored, so that cleaning up can end.
 _GRACE = 5.0
 
+# Seconds until a signal comes again that was lost.
+_AGAIN = 0.02
+
 
 class Interruption(BaseException):
     """A signal that ends the command; files it has begun are removed on the way out.
@@ -78,7 +81,8 @@ class Interruption(BaseException):
 def interruptions() -> Iterator[list[Interruption]]:
     """Raise `Interruption` on SIGINT and SIGTERM while the block runs.
 
-    Gives a list of those raised: native code may turn one into an error of its own.
+    Gives a list of those raised: native code may turn one into an error of its own. One that cuts
+    in where Python drops all errors, as in callbacks of the garbage collector, comes again.
     """
     raised: list[Interruption] = []
     if threading.current_thread() is not threading.main_thread():
@@ -93,13 +97,25 @@ def interruptions() -> Iterator[list[Interruption]]:
             raised.append(Interruption(number))
             raise raised[-1]
 
+    def dropped(lost: Any) -> None:
+        nonlocal last
+        if not isinstance(lost.exc_value, Interruption):
+            hook(lost)
+            return
+        last = -_GRACE
+        again = threading.Timer(_AGAIN, signal.raise_signal, (lost.exc_value.number,))
+        again.daemon = True
+        again.start()
+
     # What a shell's background job or nohup ignores stays ignored, for programs we start, too.
     asked = (signal.SIGINT, signal.SIGTERM)
     numbers = [number for number in asked if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in numbers}
+    hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield raised
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -10,10 +10,11 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from onnxcomp.errors import RuntimeMissingError, UsageError
 from onnxcomp.passes.config.scheduler import local_workers
 from onnxcomp.passes.encoding.cluster import Cluster
 from onnxcomp.passes.encoding.cluster_tasks import Place, differences, look_around, versions
+from onnxcomp.passes.ir.atomic import uninterrupted
 from onnxcomp.runtime.activity import activity
 
 __all__ = ["connected", "local_cluster"]
@@ -29,6 +31,9 @@ log = logging.getLogger(__name__)
 
 # Seconds in which a scheduler answers, and in which it gets its first worker.
 _CONNECT, _FIRST_WORKER = 5, 60
+
+# Seconds that the end of workers of this machine takes at most.
+_CLOSE = 2
 
 # Settings of workers of this machine. Dask lets them give memory back to the system at once, and
 # getting it again for every weight costs half as much as encoding does. Samples of what they are at
@@ -101,13 +106,16 @@ def _client(distributed: Any, scheduler: str, folder: Path) -> Iterator[Any]:
         with client:
             yield client
         return
-    cluster = local_cluster(distributed, folder)
-    with cluster, distributed.Client(cluster, set_as_default=False) as client:
-        try:
-            cluster.scale(count or os.cpu_count() or 1)  # they start beside what comes next
-            yield client
-        finally:
-            _kill(cluster)
+    others = set(multiprocessing.active_children())
+    cluster = client = None
+    try:
+        with uninterrupted():  # Dask takes long to end what is half begun
+            cluster = local_cluster(distributed, folder)
+            client = distributed.Client(cluster, set_as_default=False)
+        cluster.scale(count or os.cpu_count() or 1)  # they start beside what comes next
+        yield client
+    finally:
+        _end(client, cluster, others)
 
 
 def _greet(scheduler: str) -> None:
@@ -154,16 +162,33 @@ def local_cluster(distributed: Any, folder: Path, count: int = 0) -> Any:
         )
 
 
-def _kill(cluster: Any) -> None:
+def _end(client: Any, cluster: Any, others: Collection[Any]) -> None:
     """End the workers of this machine at once: they hold nothing, and asking them takes seconds.
 
-    Those that are still starting are not among `cluster.workers`.
+    A signal may have ended some that are started anew then, and Dask waits for what never comes.
+    None is left: it would make the folder again that its files lie in.
+
+    Args:
+        client: The client, if there is one.
+        cluster: The workers, if there are some; those that are still starting are not among
+            `cluster.workers`.
+        others: Processes that were there before.
     """
-    for nanny in list(cluster._created):
+    for nanny in [] if cluster is None else list(cluster._created):
         nanny.auto_restart = False
         if nanny.pid is not None and sys.platform != "win32":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(nanny.pid, signal.SIGKILL)
+    for open_one in (client, cluster):
+        if open_one is not None:
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                open_one.close(timeout=_CLOSE)
+    if cluster is not None:
+        cluster.shutdown_on_close = False  # or it would wait again when Python ends
+    for process in multiprocessing.active_children():
+        if process not in others:
+            process.kill()
+            process.join(_CLOSE)
 
 
 def _examined(client: Any, scheduler: str, exchange: Place) -> bool:

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ _PREFIX = 40
 
 # Bytes of a file name, of 255, that leave room for a mark and for the name of the data file.
 _LONGEST = 230
+
+# How often the removal of a workspace is tried, and seconds between tries.
+_REMOVALS, _BETWEEN = 20, 0.05
 
 # What ends the name of a workspace.
 _TOKEN = re.compile("[0-9a-f]{8}")
@@ -194,7 +198,16 @@ def _held(folder: Path, output: Path, stack: contextlib.ExitStack) -> Iterator[P
         raise _unwritable(output, error) from error
     finally:
         with uninterrupted():
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, in which processes that end just now may still write."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(_BETWEEN)
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> bool:

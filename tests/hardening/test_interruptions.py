@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -102,3 +104,36 @@ def test_uninterrupted_blocks_are_finished_first() -> None:
         done.append("the rest of the block")
     assert done == ["the rest of the block"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_where_errors_are_dropped_comes_again(number: signal.Signals) -> None:
+    from onnxcomp.cli.app import Interruption, interruptions
+
+    class Forgotten:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+            done.append("not reached")
+
+    done: list[str] = []
+    before = sys.unraisablehook
+    with pytest.raises(Interruption) as caught, interruptions():
+        found = Forgotten()
+        del found
+        done.append("behind it")
+        time.sleep(20)
+    assert caught.value.number == number and done == ["behind it"]
+    assert sys.unraisablehook is before
+
+
+def test_other_errors_that_are_dropped_are_told() -> None:
+    from onnxcomp.cli.app import interruptions
+
+    class Forgotten:
+        def __del__(self) -> None:
+            raise ValueError("nobody sees it")
+
+    found: list[Any] = []
+    with mock.patch.object(sys, "unraisablehook", found.append), interruptions():
+        Forgotten()
+    assert [lost.exc_value.args for lost in found] == [("nobody sees it",)]

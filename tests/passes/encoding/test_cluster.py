@@ -464,9 +464,20 @@ def test_a_killed_worker_costs_nothing_but_time(model: Path, workers: Any, tmp_p
     assert killed and many == alone
 
 
-@pytest.mark.parametrize("busy", [True, False])
-def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path, busy: bool) -> None:
-    """A terminal interrupts the workers of this machine as well, which may be starting still."""
+@pytest.mark.parametrize(
+    ("number", "everybody", "busy"),
+    [
+        (signal.SIGINT, True, True),
+        (signal.SIGINT, True, False),
+        (signal.SIGTERM, True, True),
+        (signal.SIGTERM, True, False),
+        (signal.SIGTERM, False, True),
+    ],
+)
+def test_signals_leave_nothing(
+    model: Path, tmp_path: Path, number: signal.Signals, everybody: bool, busy: bool
+) -> None:
+    """Terminals and supervisors mean the workers of this machine as well, which may be starting."""
     psutil = pytest.importorskip("psutil", reason="psutil is not installed")
     words = ["optimize", model, "-o", tmp_path / "out.onnx", "--no-verify"]
     words += ["--method", "hash", "--include", "w[89]"]  # some seconds of work
@@ -486,12 +497,13 @@ def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path, busy: bool) -> None:
         if list(tmp_path.glob(".*/exchange/*.payload")) or (not busy and len(known) >= 2):
             break
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if everybody else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     lines = [line for line in err.splitlines() if not line.startswith(("encoding: ", "now: "))]
     # Python itself complains in processes that have not come to their first line yet.
-    assert lines.count("error: interrupted") == 1 and (len(lines) == 1 or not busy), lines
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert lines.count(f"error: {word}") == 1 and (len(lines) == 1 or not busy), lines
     assert not list(tmp_path.iterdir())
     assert len(known) >= 2
     gone, alive = psutil.wait_procs(known, timeout=20)
