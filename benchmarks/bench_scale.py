@@ -8,8 +8,8 @@ Writes synthetic decoders (`scale_models.py`), runs each command in a process of
 prints CPU seconds, weights per CPU second and the peak of resident memory, of each phase as well.
 Rows of other sizes and commands in ``results/scale.json`` stay. What is said of 7B and 70B is
 computed from the rows and not measured. A size of N takes about 2 N GB of the disk. With --workers
-one process and two workers of Dask take turns instead, so many times
-(``results/scale_workers.json``).
+one process and two workers of Dask take turns instead, so many times, for
+plain and data (``results/scale_workers.json``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import bench_killed
 import numpy as np
 from results import RESULTS, print_table, write_results
 from scale_models import SIZES, Decoder, write_decoder
-from scale_workers import in_turns
+from scale_workers import CALIBRATED_WAYS, WAYS, in_turns, stages_watched
 
 # What is given to `optimize`; the other commands need its first result.
 COMMANDS: Mapping[str, Mapping[str, Any]] = {
@@ -101,6 +102,9 @@ def work(task: Mapping[str, Any]) -> dict[str, Any]:
 
     phases: dict[str, dict[str, float]] = {}
     watched(phases)
+    stages: list[list[float]] = []
+    if task["options"].get("data") and task["options"].get("scheduler"):
+        stages_watched(stages)
     start, wall, base = time.process_time(), time.perf_counter(), peak_rss()
     model, small, files = task["model"], task["small"], ()
     if task["command"] == "verify":
@@ -126,6 +130,7 @@ def work(task: Mapping[str, Any]) -> dict[str, Any]:
         "base_rss_bytes": base,
         "peak_rss_bytes": max(peaks),
         "phases": phases,
+        **({"stages": stages} if stages else {}),
     }
     return {**found, "sha256": hashes(files)} if files else found  # not counted
 
@@ -176,8 +181,7 @@ def measure(
     if not model.exists():
         write_decoder(decoder, model)
     written = sum(path.stat().st_size for path in folder.glob(f"{model.name}*"))
-    ids = np.random.default_rng(0).integers(0, decoder.vocabulary, (given.windows, TOKENS))
-    np.savez(folder / "tokens.npz", input_ids=ids)
+    write_tokens(decoder, given.windows, folder)
     names = list(given.commands)
     if {"verify", "expand"} & set(names) and "plain" not in names and not small.exists():
         names = ["plain", *names]
@@ -210,22 +214,38 @@ def measure_workers(given: argparse.Namespace, folder: Path) -> None:
     """One process and workers of Dask in turns, on each model."""
     path = RESULTS / "scale_workers.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    for size in given.sizes:
+    ways = {"plain": WAYS, "data": CALIBRATED_WAYS}
+    for size, command in itertools.product(given.sizes, ways):
+        if command not in given.commands:
+            continue
         model = folder / f"decoder{size}.onnx"
         if not model.exists():
             write_decoder(SIZES[size], model)
+        options = dict(COMMANDS[command])
+        if "data" in options:
+            options["data"] = write_tokens(SIZES[size], given.windows, folder)
         task = {
-            "command": "plain", "model": str(model), "small": "",
-            "output": str(folder / f"workers{size}.onnx"), "options": COMMANDS["plain"],
+            "command": command, "model": str(model), "small": "",
+            "output": str(folder / f"workers{size}.onnx"), "options": options,
         }  # fmt: skip
-        rows = in_turns(lambda one: run(one, None), task, given.workers)
+        rows = in_turns(lambda one: run(one, None), task, given.workers, ways[command])
         for row in rows:
-            names = ("way", "wall_seconds", "cpu_seconds", "path_seconds", "load_of_each")
+            names = ("way", "wall_seconds", "cpu_seconds", "path_seconds", "staged_path_seconds")
             print_table(names, [[row[name] for name in names]])
-        fresh = [{"size": size, "weights": SIZES[size].parameters, **row} for row in rows]
-        known = [*(row for row in known if row["size"] != size), *fresh]
-        known.sort(key=lambda row: float(row["size"]))
+        facts = {"size": size, "command": command, "weights": SIZES[size].parameters}
+        facts |= {"windows": given.windows} if "data" in options else {}
+        fresh = [{**facts, **row} for row in rows]
+        key = (size, command)
+        known = [r for r in known if (r["size"], r.get("command", "plain")) != key] + fresh
+        known.sort(key=lambda row: (float(row["size"]), row.get("command", "plain") == "data"))
         write_results("scale_workers", {"processor": processor(), "rows": known})
+
+
+def write_tokens(decoder: Decoder, windows: int, folder: Path) -> str:
+    """Write inputs of `TOKENS` random tokens each; the path."""
+    ids = np.random.default_rng(0).integers(0, decoder.vocabulary, (windows, TOKENS))
+    np.savez(folder / "tokens.npz", input_ids=ids)
+    return str(folder / "tokens.npz")
 
 
 def largest(decoder: Decoder) -> int:

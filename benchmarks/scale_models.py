@@ -72,6 +72,7 @@ class Decoder:
 # tensor and not the number of layers.
 SIZES = {
     "0.06": Decoder(512, 1408, 2, 8, 8, vocabulary=8000),
+    "0.2": Decoder(1024, 2816, 3, 8, 8, vocabulary=8000),
     "0.9": Decoder(4096, 11008, 1, 32, 32, half=True),
     "1": Decoder(1536, 4096, 5, 12, 12),
     "4": Decoder(2048, 5632, 16, 16, 16),

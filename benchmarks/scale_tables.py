@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from page_parts import markdown, read
@@ -70,7 +70,7 @@ def large_models() -> Iterator[str]:
 def _workers() -> Iterator[str]:
     """One process and workers of Dask."""
     results = read("scale_workers")
-    rows = results["rows"]
+    rows = [row for row in results["rows"] if row.get("command", "plain") == "plain"]
     loads = [load for row in rows for load in row["load_of_each"]]
     yield (
         "One process and two workers of Dask at 4 bits, in turns, medians; the outputs are the\n"
@@ -92,6 +92,36 @@ def _workers() -> Iterator[str]:
         for row in rows
     ]
     yield markdown(("model", "how", "wall", "CPU", "CPU of workers", "client and worker"), cells)
+    yield from _calibrated_on_workers(
+        [row for row in results["rows"] if row not in rows], results["processor"]
+    )
+
+
+def _calibrated_on_workers(rows: Sequence[Mapping[str, Any]], processor: str) -> Iterator[str]:
+    """One process and workers of Dask with --data."""
+    if not rows:
+        return
+    windows = sorted({row["windows"] for row in rows})
+    yield (
+        f"The same with `--data`, {' and '.join(map(str, windows))} windows of {_TOKENS} tokens: "
+        "the outputs are the same, too.\nGroups of weights wait for one another, so two columns "
+        "are computed: what the client and\nthe busiest worker took, and what the client took and "
+        "behind it the longest calls of each\nstage, which is about what a run takes on a machine "
+        f"of its own ({processor}).\n"
+    )
+    cells = [
+        (
+            f"{row['size']} GB",
+            row["way"],
+            f"{row['cpu_seconds']:.1f} s",
+            _busy(row),
+            f"{row['path_seconds']:.1f} s" if _busy(row) else "",
+            f"{row['staged_path_seconds']:.1f} s" if _busy(row) else "",
+        )
+        for row in rows
+    ]
+    heads = ("model", "how", "CPU", "CPU of workers", "client and worker", "client and stages")
+    yield markdown(heads, cells)
 
 
 def _busy(row: Mapping[str, Any]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WAYS", "in_turns"]
+__all__ = ["CALIBRATED_WAYS", "WAYS", "in_turns", "stages_watched"]
 
 # How a model is compiled: threads, and workers.
 WAYS: Mapping[str, Mapping[str, Any]] = {
@@ -20,6 +21,9 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "2 Dask workers": {"jobs": 1, "scheduler": "running"},
     "2 Dask workers, started for it": {"jobs": 1, "scheduler": "local:2"},
 }
+
+# The same with calibration, which takes long.
+CALIBRATED_WAYS = {way: WAYS[way] for way in ("one process, 1 thread", "2 Dask workers")}
 
 _WORKERS = 2
 
@@ -47,21 +51,75 @@ def _running() -> Iterator[tuple[str, Callable[[], list[float]]]]:
         yield cluster.scheduler_address, spent
 
 
-def in_turns(run: Run, task: Mapping[str, Any], rounds: int) -> list[dict[str, Any]]:
+def timed(function: Callable[[Any], Any], argument: Any) -> tuple[float, Any]:
+    """On a worker: what a call took of its processor, and what it gave."""
+    start = time.thread_time()
+    result = function(argument)
+    return time.thread_time() - start, result
+
+
+def stages_watched(stages: list[list[float]]) -> None:
+    """Note processor seconds of calls on workers, by stages that wait for one another."""
+    from onnxcomp.errors import CompressionError
+    from onnxcomp.passes.encoding.cluster_calls import Calls
+
+    call, outcome = Calls.call, Calls.outcome
+    numbers: dict[Any, int] = {}
+    taken = True
+
+    def noted_call(self: Any, function: Any, argument: Any, names: Any) -> Any:
+        nonlocal taken
+        if taken:
+            stages.append([])
+            taken = False
+        future = call(self, functools.partial(timed, function), argument, names)
+        numbers[future] = len(stages) - 1
+        return future
+
+    def noted_outcome(self: Any, future: Any, names: Any) -> Any:
+        nonlocal taken
+        taken = True
+        seconds, found = outcome(self, future, names)
+        stages[numbers.pop(future)].append(seconds)
+        if isinstance(found, CompressionError):
+            raise found
+        return found
+
+    Calls.call, Calls.outcome = noted_call, noted_outcome  # type: ignore[method-assign]
+
+
+def path_of(stages: Sequence[Sequence[float]], workers: int) -> float:
+    """Seconds of all stages, one behind the other, the longest calls of each first."""
+    total = 0.0
+    for stage in stages:
+        loads = [0.0] * workers
+        for seconds in sorted(stage, reverse=True):
+            loads[loads.index(min(loads))] += seconds
+        total += max(loads)
+    return total
+
+
+def in_turns(
+    run: Run,
+    task: Mapping[str, Any],
+    rounds: int,
+    ways: Mapping[str, Mapping[str, Any]] = WAYS,
+) -> list[dict[str, Any]]:
     """Each way several times, one after the other in each round.
 
     Args:
         run: Runs a task of `bench_scale.py`.
         task: The task; its options are changed.
         rounds: How often.
+        ways: The ways.
 
     Returns:
         For each way the medians, and the wall clock of every run with the load before it.
     """
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with _running() as (address, spent):
         for _ in range(rounds):
-            for way, options in WAYS.items():
+            for way, options in ways.items():
                 found[way].append(_one(run, task, dict(options), address, spent))
     first = [one["sha256"] for ones in found.values() for one in ones]
     if len(set(first)) != 1:
@@ -98,6 +156,7 @@ def _medians(ones: list[dict[str, Any]]) -> dict[str, Any]:
         for name in ("wall_seconds", "cpu_seconds", "children_cpu_seconds")
     }
     slowest = [max(one["workers"], default=0.0) for one in ones]
+    staged = [path_of(one.get("stages", ()), _WORKERS) for one in ones]
     return {
         **middle,
         "encode_seconds": statistics.median(one["seconds"]["encode"] for one in ones),
@@ -107,6 +166,13 @@ def _medians(ones: list[dict[str, Any]]) -> dict[str, Any]:
         "path_seconds": round(
             statistics.median(
                 one["cpu_seconds"] + most for one, most in zip(ones, slowest, strict=True)
+            ),
+            2,
+        ),
+        # The same where workers wait for each other: calibration goes from group to group.
+        "staged_path_seconds": round(
+            statistics.median(
+                one["cpu_seconds"] + path for one, path in zip(ones, staged, strict=True)
             ),
             2,
         ),

@@ -6,6 +6,7 @@ the other process in its task.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import os
@@ -74,7 +75,8 @@ class Parcel:
         Raises:
             OSError: The file is not there, or not whole.
         """
-        least = max((start + size for ones in self.places for start, size in ones), default=0)
+        places = (place for ones in self.places for place in ones)
+        least = max((start + size for start, size in places if size), default=0)
         data = self._mapped(least) if least else memoryview(b"")
         return [
             pickle.loads(head, buffers=[data[start : start + size] for start, size in ones])
@@ -95,4 +97,5 @@ class Parcel:
 
     def remove(self) -> None:
         """Remove the file; whoever has mapped it may go on reading."""
-        Path(self.path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # some systems keep what is mapped, until the run ends
+            Path(self.path).unlink(missing_ok=True)
