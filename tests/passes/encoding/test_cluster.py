@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from tests.passes.conftest import build, weight
 
 import onnxcomp
 from onnxcomp.errors import CompressionError, ModelError, RuntimeMissingError, UsageError
@@ -228,6 +229,37 @@ def test_other_ways_of_calibrating(
     alone = compress(model, tmp_path / "alone", **options)
     many = compress(model, tmp_path / "many", scheduler=workers.scheduler_address, **options)
     assert many == alone
+
+
+# Convolutions whose offsets are shifted, one of them in groups.
+PICTURES = """
+pictures (float[n, 16, 8, 8] x) => (float[n, 32] y) {
+    a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
+    ar = Relu (a)
+    c = Conv <pads = [1, 1, 1, 1], group = 4> (ar, w2, b2)
+    cr = Relu (c)
+    d = Conv (cr, w3, b3)
+    e = Add (d, ar)
+    g = ReduceMean <axes = [2, 3], keepdims = 0> (e)
+    y = MatMul (g, w4)
+}
+"""
+
+
+def test_shifts_of_offsets_come_back(workers: Any, tmp_path: Path) -> None:
+    shapes = {"w1": (32, 16, 3, 3), "w2": (32, 8, 3, 3), "w3": (32, 32, 1, 1), "w4": (32, 32)}
+    weights = {name: weight(*shape) / 8 for name, shape in shapes.items()}
+    weights |= {name: weight(32) for name in ("b1", "b2", "b3")}
+    model, data = tmp_path / "model.onnx", tmp_path / "data.npz"
+    onnx.save(build(PICTURES, weights), model)
+    np.savez(data, x=SEED.uniform(0, 1, (20, 16, 8, 8)).astype(np.float32))
+    options = {"data": data, "bits": 2, "tune": 0, "min_size": 1 << 10}
+    alone = compress(model, tmp_path / "alone", **options)
+    many = compress(model, tmp_path / "many", scheduler=workers.scheduler_address, **options)
+    assert many == alone
+    stored = onnx.load(tmp_path / "many" / "out.onnx").graph.initializer
+    biases = {tensor.name: numpy_helper.to_array(tensor) for tensor in stored}
+    assert any(not np.array_equal(biases[name], weights[name]) for name in ("b1", "b2", "b3"))
 
 
 def test_workers_that_do_not_see_the_folder_calibrate_nothing(
