@@ -162,6 +162,4 @@ class Estimates:
         if codec.measure is None or not params:
             return predicted(codec, site, params)
         weight = read_weight(self._model, site)
-        if not_finite(weight):  # the encoder will say so
-            return predicted(codec, site, params)
         return [Estimate(error) for error in codec.measure(site, weight, params)]
