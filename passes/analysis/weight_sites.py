@@ -46,6 +46,7 @@ __all__ = [
     "canonical_matrix",
     "find_sites",
     "read_weight",
+    "stored_matrix",
 ]
 
 MIN_SIZE = 16384
@@ -394,10 +395,19 @@ def read_weight(model: ir.Model, site: WeightSite) -> Array:
     Raises:
         ModelError: The model has no such initializer.
     """
+    return stored_matrix(model, site).astype(np.float32, copy=False)
+
+
+def stored_matrix(model: ir.Model, site: WeightSite) -> Array:
+    """The same in its own type: a view of its file.
+
+    Raises:
+        ModelError: The model has no such initializer.
+    """
     value = find_initializer(model, site.name)
     if value is None or value.const_value is None:
         raise ModelError(f"the model has no initializer {site.name!r}")
-    return canonical_matrix(np.asarray(value.const_value.numpy()), site)
+    return site.matrix(np.asarray(value.const_value.numpy()))
 
 
 def canonical_matrix(array: Array, site: WeightSite) -> Array:

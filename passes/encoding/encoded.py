@@ -110,7 +110,7 @@ def decoding_error(weight: Array, codec: Codec, site: WeightSite, payload: Paylo
 
 
 def _spaced(matrix: Array) -> Array:
-    """A copy whose rows are apart by no power of two, so that columns are read through the cache."""
+    """A copy whose rows are apart by no power of two: its columns stay in the cache."""
     rows, length = matrix.shape
     spaced = np.empty((rows, length + _GAP), matrix.dtype)[:, :length]
     spaced[...] = matrix

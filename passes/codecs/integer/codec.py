@@ -156,6 +156,7 @@ class IntegerCodec(Codec):
     params_type: ClassVar[type[Params]] = IntegerParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
+    measures_rows: ClassVar[bool] = True
 
     @property
     def calibration(self) -> CalibratedEncoding:
