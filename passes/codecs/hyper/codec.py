@@ -107,6 +107,9 @@ _OFFERED = tuple(
 # Columns of rows that are calibrated together, at most: times are cubic in them.
 _WIDEST = 1 << 12
 
+# Elements of a weight in another type than float32 that are converted at a time.
+_CONVERTED = 1 << 22
+
 
 def _geometry(site: WeightSite, params: HyperParams) -> GroupLayout:
     """The smallest view of the weight."""
@@ -222,6 +225,7 @@ class HyperCodec(Codec):
     params_type: ClassVar[type[Params]] = HyperParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
+    encodes_stored: ClassVar[bool] = True
 
     @property
     def calibration(self) -> CalibratedEncoding:
@@ -356,14 +360,14 @@ class HyperCodec(Codec):
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
     ) -> Payload:
-        """Encode ``(rows, length)`` float32; equal bytes with and without native code.
+        """Encode ``(rows, length)``; equal bytes with and without native code.
 
         Raises:
             ModelError: Values too large for float16 scales, or not finite.
         """
         geometry = _geometry(site, HyperParams.of(params))
-        weight = np.asarray(weight, np.float32).reshape(geometry.rows, geometry.length)
-        codes, scales = _coder(geometry, params, threads).encode(weight)
+        weight = weight.reshape(geometry.rows, geometry.length)
+        codes, scales = _encoded(_coder(geometry, params, threads), weight)
         return self._payload(site, params, codes, scales)
 
     def _in_rows(self, site: WeightSite, params: Params) -> bool:
@@ -468,3 +472,15 @@ class HyperCodec(Codec):
         from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
 
         return hyper_bodies.functions(opset)
+
+
+def _encoded(coder: Coder, weight: Array) -> tuple[Array, Array]:
+    """Codes and scales of ``(rows, length)``; panels are independent: no copy of all is made."""
+    if weight.dtype == np.float32:
+        return coder.encode(weight)
+    step = max(1, _CONVERTED // (weight.shape[1] * hyper_format.LANES)) * hyper_format.LANES
+    parts = [
+        coder.encode(np.asarray(weight[start : start + step], np.float32))
+        for start in range(0, len(weight), step)
+    ]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
