@@ -107,9 +107,6 @@ _OFFERED = tuple(
 # Columns of rows that are calibrated together, at most: times are cubic in them.
 _WIDEST = 1 << 12
 
-# Elements of a weight in another type than float32 that are converted at a time.
-_CONVERTED = 1 << 22
-
 
 def _geometry(site: WeightSite, params: HyperParams) -> GroupLayout:
     """The smallest view of the weight."""
@@ -367,7 +364,7 @@ class HyperCodec(Codec):
         """
         geometry = _geometry(site, HyperParams.of(params))
         weight = weight.reshape(geometry.rows, geometry.length)
-        codes, scales = _encoded(_coder(geometry, params, threads), weight)
+        codes, scales = _coder(geometry, params, threads).encode_stored(weight)
         return self._payload(site, params, codes, scales)
 
     def _in_rows(self, site: WeightSite, params: Params) -> bool:
@@ -472,15 +469,3 @@ class HyperCodec(Codec):
         from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
 
         return hyper_bodies.functions(opset)
-
-
-def _encoded(coder: Coder, weight: Array) -> tuple[Array, Array]:
-    """Codes and scales of ``(rows, length)``; panels are independent: no copy of all is made."""
-    if weight.dtype == np.float32:
-        return coder.encode(weight)
-    step = max(1, _CONVERTED // (weight.shape[1] * hyper_format.LANES)) * hyper_format.LANES
-    parts = [
-        coder.encode(np.asarray(weight[start : start + step], np.float32))
-        for start in range(0, len(weight), step)
-    ]
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])

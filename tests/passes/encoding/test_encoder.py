@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.hyper import codec as hyper_codec
+from onnxcomp.passes.codecs.hyper import feedback
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.codecs.hyper.feedback import Coder
 from onnxcomp.passes.config.settings import Settings
@@ -289,7 +289,7 @@ def test_half_precision_is_converted_in_parts(
     monkeypatch.setattr(
         Coder, "encode", lambda own, part: (sizes.append(len(part)), encode_part(own, part))[1]
     )
-    monkeypatch.setattr(hyper_codec, "_CONVERTED", 40 * site.length)
+    monkeypatch.setattr(feedback, "_CONVERTED", 40 * site.length)
     parts = codec.encode(site, weight, params)
     assert len(sizes) > 1 and sum(sizes) == site.rows
     for name, tensor in whole.tensors.items():
