@@ -59,6 +59,16 @@ class Consumer:
         return value.name or ""
 
     @property
+    def makes(self) -> ir.Value:
+        """Its output, with the bias and what is added to it next."""
+        out = self.node.outputs[0]
+        behind = [self.bias is not None and self.bias not in self.node.inputs]
+        behind.append(self.addend is not None and self.node.op_type != "FusedConv")
+        for _ in range(sum(behind)):
+            out = next(use.node for use in out.uses()).outputs[0]
+        return out
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         """Names of the values to observe."""
         added = () if self.addend is None else (self.addend.name or "",)

@@ -24,6 +24,7 @@ class PruneOptions:
         allocation: "knapsack" for one budget over all layers, "uniform" for the same share of
             each; "auto" is what goes with the score.
         compensate: "fit" to fit what stays, "bias" for biases only, "none".
+        measure: Whether losses of layers are scaled to those of the outputs, which are measured.
         numerical: How the score of this name is read.
         least: Share of each group that always stays.
         round_to: Groups of 64 channels or more lose this many at a time.
@@ -38,6 +39,7 @@ class PruneOptions:
     score: PruneScore = "obs"
     allocation: Literal["auto", "knapsack", "uniform"] = "auto"
     compensate: Literal["fit", "bias", "none"] = "fit"
+    measure: bool = True
     numerical: Numerical = Numerical()  # noqa: RUF009
     least: float = 0.1
     round_to: int = 8

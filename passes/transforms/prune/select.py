@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from onnxcomp.passes.weight import Array
 __all__ = [
     "Step",
     "clusters",
+    "expected_steps",
     "floor_of",
     "greedy",
     "group_reports",
@@ -61,6 +62,12 @@ def floor_of(group: Group, least: float) -> int:
 def step_size(group: Group, round_to: int) -> int:
     """Candidates of each slot that go at a time, so that sizes stay multiples of `round_to`."""
     return round_to if group.size >= max(_ROUNDED, 4 * round_to) else 1
+
+
+def expected_steps(groups: Sequence[Group], least: float, round_to: int) -> int:
+    """Steps that `greedy` takes until the floors of some groups are reached."""
+    free = [(g.size - floor_of(g, least), step_size(g, round_to)) for g in groups]
+    return sum(max(0, count // width) for count, width in free)
 
 
 def clusters(
@@ -184,8 +191,12 @@ def greedy(
     *,
     least: float,
     round_to: int,
+    watch: Callable[[Sequence[Step]], None] | None = None,
 ) -> list[Step]:
-    """The order in which a cluster's candidates go, until its floors are reached."""
+    """The order in which a cluster's candidates go, until its floors are reached.
+
+    `watch` is told of the steps so far after each one; the surgeons then hold the fitted weights.
+    """
     race = _Race(products, surgeons, ledger)
     steps: list[Step] = []
     while True:
@@ -198,6 +209,8 @@ def greedy(
             return steps
         best = min(real, key=lambda step: step.loss / max(step.cost, 1e-30))
         steps.append(race.commit(best))
+        if watch is not None:
+            watch(steps)
 
 
 def merge(sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float) -> list[Step]:
