@@ -87,7 +87,7 @@ def by_obs(
                     known.pop(name, None)
     if measured is not None:
         more = [measured.without_positions(steps) for steps in more]
-    return merge([*sequences, *more], ledger, share)
+    return merge([*sequences, *more], ledger, share, trim=measured is not None)
 
 
 def _watch(

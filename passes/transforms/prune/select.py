@@ -213,7 +213,9 @@ def greedy(
             watch(steps)
 
 
-def merge(sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float) -> list[Step]:
+def merge(
+    sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float, *, trim: bool = False
+) -> list[Step]:
     """Steps in the order of loss for what they save, until a share is gone.
 
     Inside a sequence the order stays: a step behind a costlier one counts as costly as that.
@@ -222,6 +224,8 @@ def merge(sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float) -> 
         sequences: Of each cluster.
         ledger: Told what goes.
         share: Share of the whole to remove.
+        trim: Whether steps that the share is reached without are put back: the last one may have
+            taken much more than was left to take.
     """
     heap: list[tuple[float, int, int]] = []
     for number, steps in enumerate(sequences):
@@ -238,7 +242,28 @@ def merge(sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float) -> 
             following = sequences[number][place + 1]
             own = following.loss / max(following.cost, 1e-30)
             heapq.heappush(heap, (max(slope, own), number, place + 1))
-    return taken
+    return _trimmed(taken, ledger, share) if trim else taken
+
+
+def _trimmed(steps: Sequence[Step], ledger: Ledger, share: float) -> list[Step]:
+    """Without those steps, each the last one of its group, that the share is reached without.
+
+    Those with the largest losses go first.
+    """
+    kept = list(steps)
+    tried: set[int] = set()
+    while True:
+        last = {id(step.group): step for step in kept}
+        open_ = [step for step in last.values() if id(step) not in tried]
+        if not open_:
+            return kept
+        step = max(open_, key=lambda step: step.loss)
+        ledger.restore(step.classes)
+        if ledger.removed < share:
+            ledger.remove(step.classes)
+            tried.add(id(step))
+        else:
+            kept = [other for other in kept if other is not step]
 
 
 def removed(steps: Sequence[Step]) -> frozenset[int]:

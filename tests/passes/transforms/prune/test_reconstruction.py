@@ -17,7 +17,7 @@ from onnxcomp.passes.transforms.prune.measured import rescaled
 from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.output_loss import OutputLoss
 from onnxcomp.passes.transforms.prune.pruning import prune
-from onnxcomp.passes.transforms.prune.select import Step
+from onnxcomp.passes.transforms.prune.select import Step, merge
 from onnxcomp.passes.weight import Array
 from onnxcomp.runtime.evaluate import run_model
 
@@ -120,6 +120,41 @@ def test_losses_become_those_that_were_measured() -> None:
     assert found == [2.0, 2.0, 3.0, 3.0, 3.0]
     # A loss that falls counts as one that stays.
     assert [step.loss for step in rescaled(steps, {2: 4.0, 4: 1.0})] == [2.0, 2.0, 0.0, 0.0, 0.0]
+
+
+class Scales:
+    """A ledger of classes that each weigh what is said."""
+
+    def __init__(self, weights: dict[int, float]) -> None:
+        self.weights, self.gone = weights, set()  # type: ignore[var-annotated]
+
+    @property
+    def removed(self) -> float:
+        return sum(self.weights[own] for own in self.gone)
+
+    def remove(self, classes: Any) -> None:
+        self.gone |= set(classes)
+
+    def restore(self, classes: Any) -> None:
+        self.gone -= set(classes)
+
+
+def test_steps_that_are_not_needed_are_put_back() -> None:
+    weights = {0: 0.1, 1: 0.1, 2: 0.05, 3: 0.2}
+    groups = [Group(n, "channels", ((frozenset({0}), frozenset({1})),), (n,)) for n in "ab"]
+
+    def step(group: int, own: int, loss: float) -> Step:
+        return Step(groups[group], frozenset({own}), loss, weights[own])
+
+    first = [step(0, 0, 0.1), step(0, 1, 0.2), step(0, 2, 0.15)]
+    second = [step(1, 3, 0.9)]
+    taken, ledger = {}, {}
+    for trim in (False, True):
+        ledger[trim] = Scales(weights)
+        found = merge([first, second], ledger[trim], 0.3, trim=trim)  # type: ignore[arg-type]
+        taken[trim] = [next(iter(s.classes)) for s in found]
+    assert taken[False] == [0, 1, 2, 3] and ledger[False].removed == pytest.approx(0.45)
+    assert taken[True] == [0, 3] and ledger[True].removed == pytest.approx(0.3)
 
 
 def branches(quiet: float) -> onnx.ModelProto:
