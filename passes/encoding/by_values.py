@@ -14,7 +14,7 @@ from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, decoding_error
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.ir.tensors import not_finite, release_pages
+from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, WeightSite
 
@@ -38,8 +38,6 @@ def _measured(
         return payload, error
     if payload is None:
         payload = codec.encode(site, weight, choice.params, threads=jobs)
-    # The weight and its decoded form are not held in full at the same time.
-    release_pages(weight)
     error = decoding_error(weight, codec, site, payload)
     if cache is not None:
         cache.put(key, payload, error)
