@@ -298,6 +298,8 @@ class Codec(Protocol):
         composite: Whether `emit` makes several of our operators for one use.
         rounds_inputs: Whether all activations of a product are rounded to 8 bits with one range.
             Where the time of a run counts, the method "auto" stands for such a codec, too.
+        measures_rows: Whether `measure` looks at some rows only, of a weight in any type.
+        encodes_stored: Whether `encode` takes a weight in any type; others get float32.
     """
 
     name: ClassVar[str]
@@ -307,6 +309,8 @@ class Codec(Protocol):
     width: ClassVar[str | None] = None
     composite: ClassVar[bool] = False
     rounds_inputs: ClassVar[bool] = False
+    measures_rows: ClassVar[bool] = False
+    encodes_stored: ClassVar[bool] = False
 
     @property
     def measure(self) -> Measure | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.analysis.weight_sites import read_weight, stored_matrix
 from onnxcomp.passes.codecs.moments import damped, energy
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, RankGoals
@@ -128,7 +128,7 @@ class Estimates:
         plain = [estimate.error for estimate in self._of_weight(codec, site, params)]
         products = [known.white * error for error in plain]
         if codec.measure is not None and params:
-            products = list(codec.measure(site, read_weight(self._model, site), params, stats))
+            products = list(codec.measure(site, self._looked_at(codec, site), params, stats))
         # What a spectral codec loses of products is what calibration leaves. Feedback counts in its
         # harm all the same: ranks of a small language model that were chosen so lose 7 % less.
         left = [self._feedback(codec, site, item) for item in params]
@@ -161,7 +161,9 @@ class Estimates:
     ) -> list[Estimate]:
         if codec.measure is None or not params:
             return predicted(codec, site, params)
-        weight = read_weight(self._model, site)
-        if not_finite(weight):  # the encoder will say so
-            return predicted(codec, site, params)
+        weight = self._looked_at(codec, site)
         return [Estimate(error) for error in codec.measure(site, weight, params)]
+
+    def _looked_at(self, codec: Codec, site: WeightSite) -> Array:
+        """The weight for `Codec.measure`: in its own type where most of it is not looked at."""
+        return (stored_matrix if codec.measures_rows else read_weight)(self._model, site)

@@ -223,6 +223,7 @@ class HyperCodec(Codec):
     params_type: ClassVar[type[Params]] = HyperParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
+    encodes_stored: ClassVar[bool] = True
 
     @property
     def calibration(self) -> CalibratedEncoding:
@@ -357,14 +358,14 @@ class HyperCodec(Codec):
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
     ) -> Payload:
-        """Encode ``(rows, length)`` float32; equal bytes with and without native code.
+        """Encode ``(rows, length)``; equal bytes with and without native code.
 
         Raises:
             ModelError: Values too large for float16 scales, or not finite.
         """
         geometry = _geometry(site, HyperParams.of(params))
-        weight = np.asarray(weight, np.float32).reshape(geometry.rows, geometry.length)
-        codes, scales = _coder(geometry, params, threads).encode(weight)
+        weight = weight.reshape(geometry.rows, geometry.length)
+        codes, scales = _coder(geometry, params, threads).encode_stored(weight)
         return self._payload(site, params, codes, scales)
 
     def _in_rows(self, site: WeightSite, params: Params) -> bool:
