@@ -93,8 +93,7 @@ def _loading() -> Iterator[str]:
         "CPU time and memory at the peak to load a model with one thread: dense, and compressed\n"
         f"to 4 bits, without the library and with it ({found['processor']},\n"
         "`benchmarks/bench_loading.py`). With the library, weights of convolutions are expanded,\n"
-        "too. A model that is one product for the most part, as common.onnx of ddddocr, takes\n"
-        "several times as much without the library.\n"
+        "too. In common.onnx of ddddocr, one product holds most of the weights.\n"
     )
     forms = ("dense", "portable", "library")
     rows = [

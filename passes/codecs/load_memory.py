@@ -41,9 +41,9 @@ class SpecialBodies:
 
     Attributes:
         weight: For a whole weight in a model of an opset; None where the general one is as good.
-        product: For products with these payloads, which are expanded in so many passes; None where
-            there is no such definition.
+        product: For products with these payloads, which are expanded in so many passes and compute
+            in these element types; None where the general one is as good.
     """
 
     weight: Callable[[int, WeightSite, Params], onnx.FunctionProto | None]
-    product: Callable[[int, Sequence[Payload], int], onnx.FunctionProto | None]
+    product: Callable[[int, Sequence[Payload], int, frozenset[str]], onnx.FunctionProto | None]

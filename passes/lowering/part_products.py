@@ -1,8 +1,9 @@
-"""Give products whose weights are most of a model a definition that expands some rows at a time.
+"""Give products a definition that takes less memory to expand, where all of their weights allow it.
 
 One product that holds most of the weights is more than `stages` can do about: it is expanded in one
 piece. A codec may have a definition that multiplies by parts of the rows, which wait for each
-other. It serves all products of the operator, so it is taken where these are few.
+other. It serves all products of the operator, so it is taken where these are few. Other models may
+have weights of one width only, which allow a shorter way.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import onnx_ir as ir
 
 from onnxcomp.passes.codecs.load_memory import LoadMemory
 from onnxcomp.passes.ir.manifest import STAGE_KEY
+from onnxcomp.passes.ir.tensors import dtype_name
 from onnxcomp.passes.ir.traversal import default_opset, scopes
 from onnxcomp.passes.lowering.rewrite import Placement
-from onnxcomp.passes.lowering.stages import calls_of, kind_of
+from onnxcomp.passes.lowering.stages import LEAST, Call, calls_of, kind_of
 
 __all__ = ["divide_products", "passes_of"]
 
@@ -51,7 +53,7 @@ def divide_products(model: ir.Model, placements: Sequence[Placement]) -> int:
         placements: What was placed.
 
     Returns:
-        In how many parts products are expanded; 1 where nothing was changed.
+        In how many parts products are expanded.
     """
     calls = calls_of(model, placements)
     products = [call for call in calls if kind_of(call.node.op_type) == "matmul"]
@@ -59,8 +61,10 @@ def divide_products(model: ir.Model, placements: Sequence[Placement]) -> int:
     if len(operators) != 1 or len(products) != len(_nodes(model, *operators)):
         return 1
     others = sum(call.need.kept for call in calls) - sum(call.need.kept for call in products)
-    count = passes_of([call.need for call in products], others)
-    body = _body(model, [call.placement for call in products], count) if count > 1 else None
+    needs = [call.need for call in products]
+    count = passes_of(needs, others)
+    large = others + sum(need.kept for need in needs) >= LEAST
+    body = _body(model, products, count) if large else None
     if body is None:
         return 1
     function = ir.serde.deserialize_function(body)
@@ -75,12 +79,14 @@ def _nodes(model: ir.Model, operator: ir.OperatorIdentifier) -> list[ir.Node]:
     return [node for node in nodes if node.op_identifier() == operator]
 
 
-def _body(
-    model: ir.Model, placements: Sequence[Placement], count: int
-) -> onnx.FunctionProto | None:
-    """A definition for products with all of these weights, if there is one."""
-    (codec, *others) = {placement.codec for placement in placements}
+def _body(model: ir.Model, calls: Sequence[Call], count: int) -> onnx.FunctionProto | None:
+    """A definition for all of these products, if there is one."""
+    (codec, *others) = {call.placement.codec for call in calls}
     special, opset = codec.special, default_opset(model)
     if others or special is None or opset is None:
         return None
-    return special.product(opset, [placement.payload for placement in placements], count)
+    attributes = [call.node.attributes.get("dtype") for call in calls]
+    types = {dtype_name(ir.DataType(each.as_int())) if each else "" for each in attributes}
+    return special.product(
+        opset, [call.placement.payload for call in calls], count, frozenset(types)
+    )

@@ -34,6 +34,7 @@ from onnxcomp.passes.lowering.runtime_value import FrontNodes, runtime_one
 from onnxcomp.passes.weight import DOMAIN, Kind
 
 __all__ = [
+    "LEAST",
     "Call",
     "calls_of",
     "end_waiting",
@@ -52,7 +53,7 @@ __all__ = [
 _MOST = 7
 
 # Models that take less memory than this to expand are left as they are.
-_LEAST = 16 << 20
+LEAST = 16 << 20
 
 _KINDS: Mapping[str, Kind] = {
     "MatMul": "matmul", "Gather": "gather", "Experts": "experts", "Weight": "weight",
@@ -74,7 +75,7 @@ def _kind_of_call(call: ir.Node) -> Kind | None:
 
 def stages_of(needs: Sequence[LoadMemory]) -> list[int]:
     """In which piece each of the weights is expanded, the least memory at the peak."""
-    if sum(need.kept for need in needs) < _LEAST:
+    if sum(need.kept for need in needs) < LEAST:
         return [0] * len(needs)
     low, high = 0, sum(need.kept for need in needs)
     while low < high:
@@ -281,8 +282,8 @@ def _expanding(front: FrontNodes, one: ir.Value, shape: ir.Value) -> ir.Graph:
 
 def is_staged(model: ir.Model) -> bool:
     """Whether weights of a model wait for each other."""
-    noted = [*model.graph, *model.functions.values()]
-    return any(STAGE_KEY in item.metadata_props for item in noted)
+    divided = any(f.metadata_props.get(STAGE_KEY, "1") != "1" for f in model.functions.values())
+    return divided or any(STAGE_KEY in node.metadata_props for node in model.graph)
 
 
 def end_waiting(model: ir.Model) -> None:
@@ -296,7 +297,7 @@ def end_waiting(model: ir.Model) -> None:
 
 
 def generalize(model: ir.Model) -> None:
-    """Put general definitions in the place of those that expand weights in parts; in place."""
+    """Put general definitions in the place of those that serve some weights only; in place."""
     opset = default_opset(model)
     special = [key for key, body in model.functions.items() if STAGE_KEY in body.metadata_props]
     if opset is None or not special:

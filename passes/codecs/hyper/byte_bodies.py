@@ -18,7 +18,7 @@ from onnxcomp.passes.codecs.body import Body
 from onnxcomp.passes.codecs.hyper.bodies import rotation_matrix
 from onnxcomp.passes.codecs.hyper.format import NODE_INPUTS
 
-__all__ = ["BITS", "pair_values", "weight", "window_matrix"]
+__all__ = ["BITS", "filters", "matmul", "pair_values", "weight", "window_matrix"]
 
 # Bits per weight that fill bytes in pairs.
 BITS = 4
@@ -49,6 +49,45 @@ def pair_values(body: Body) -> str:
     second = body.node("Flatten", body.node("Transpose", square, perm=[1, 0]), axis=0)
     rows = body.node("Concat", body.node("Flatten", first, axis=0), second, axis=0)
     return body.node("Transpose", rows, perm=[1, 0])
+
+
+def filters(body: Body) -> str:
+    """The rotation of columns as filters (g, B, 1, 2) over the two weights of a byte.
+
+    A convolution needs no copy of them in the order of the matrix. Its sums are of integers, and so
+    exact.
+    """
+    matrix = body.node("Transpose", rotation_matrix(body), perm=[1, 0])
+    return body.node("Reshape", matrix, body.ints(0, -1, 1, 2))
+
+
+@functools.cache
+def matmul(opset: int, *, padded: bool, cast: bool) -> onnx.FunctionProto:
+    """HyperMatMul: x (..., length) -> (..., rows).
+
+    Args:
+        opset: Version of the default domain in the model.
+        padded: Whether rows or columns of a weight are padded. A node less for each product counts.
+        cast: Whether products compute in other types than float32.
+    """
+    body = Body(opset)
+    columns = body.node("Transpose", "codes", perm=[1, 2, 4, 0, 3])
+    shape = body.node("Gather", "blocks", body.ints(1, 2, 0), axis=0)
+    octets = body.cast(body.node("Reshape", columns, shape), _FLOAT)
+    windows = body.node("Transpose", window_matrix(body), perm=[1, 0])
+    states = body.cast(body.node("MatMul", windows, octets), _INT32)
+    pairs = body.node("Gather", pair_values(body), states, axis=0)
+    factors = body.node("Transpose", "scales", perm=[1, 3, 0, 2])
+    factors = body.cast(body.node("Reshape", factors, body.ints(0, 0, -1, 1)), _FLOAT)
+    scaled = body.node("Mul", body.node("Conv", pairs, filters(body)), factors)
+    matrix = body.node("Flatten", scaled, axis=2)
+    if padded:
+        matrix = body.crop(matrix, (1, 0), "extent", "extent")
+    product = body.node("MatMul", body.cast("x", _FLOAT) if cast else "x", matrix)
+    if cast:
+        body.node("Cast", product, refs={"to": ("dtype", onnx.AttributeProto.INT)})
+    attributes = ["extent", "group", "dtype", "precision"]
+    return body.finish("HyperMatMul", ["x", *NODE_INPUTS], attributes)
 
 
 @functools.cache

@@ -485,16 +485,9 @@ def _weight_body(opset: int, site: WeightSite, params: Params) -> onnx.FunctionP
 
 
 def _product_body(
-    opset: int, payloads: Sequence[Payload], passes: int
+    opset: int, payloads: Sequence[Payload], passes: int, types: frozenset[str]
 ) -> onnx.FunctionProto | None:
-    from onnxcomp.passes.codecs.hyper import byte_bodies, part_bodies
+    from onnxcomp.passes.codecs.hyper import part_bodies
 
     layouts = [_stored_geometry(payload, _table_of(payload)) for payload in payloads]
-    if opset < part_bodies.MINIMUM_OPSET or any(layout.panels < passes for layout in layouts):
-        return None
-    return part_bodies.matmul(
-        opset,
-        passes,
-        by_byte=all(layout.bits == byte_bodies.BITS for layout in layouts),
-        padded=any(layout.length % layout.group for layout in layouts),
-    )
+    return part_bodies.product(opset, layouts, passes, types)

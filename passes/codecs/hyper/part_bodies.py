@@ -1,4 +1,4 @@
-"""The body of a product whose weight is most of a model: some rows of it after the others.
+"""Bodies of products: of one whose weight is most of a model, some rows of it after the others.
 
 ONNX Runtime copies every result of folding, and frees it only when a pass over the model is over.
 The parts of this body wait for each other, so that it folds each in a pass of its own; what the
@@ -8,7 +8,7 @@ first needed serves the next. Values are those of `bodies`, bit for bit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.passes.codecs.body import Body
 from onnxcomp.passes.codecs.hyper import bodies, byte_bodies
-from onnxcomp.passes.codecs.hyper.format import NODE_INPUTS
+from onnxcomp.passes.codecs.hyper.format import LANES, NODE_INPUTS, GroupLayout
 
-__all__ = ["MINIMUM_OPSET", "matmul"]
+__all__ = ["MINIMUM_OPSET", "matmul", "product"]
 
 # Concat takes the last axis by -1, and Slice takes ends that are computed.
 MINIMUM_OPSET = 11
@@ -29,6 +29,27 @@ _INT32 = int(TensorProto.INT32)
 # Name of float bytes (G, B, N) -> name of the groups of N rows without their scales, and the shape
 # that these are brought to.
 _Decode = Callable[[str], str]
+
+
+def product(
+    opset: int, layouts: Sequence[GroupLayout], passes: int, types: frozenset[str]
+) -> onnx.FunctionProto | None:
+    """The definition of products with these weights; None where the general one is as good.
+
+    Args:
+        opset: Version of the default domain in the model.
+        layouts: Sizes of the weights.
+        passes: In how many passes they are expanded.
+        types: Element types that the products compute in.
+    """
+    by_byte = all(layout.bits == byte_bodies.BITS for layout in layouts)
+    padded = any(layout.length % layout.group for layout in layouts)
+    if passes == 1 and by_byte:
+        cut = padded or any(layout.rows % LANES for layout in layouts)
+        return byte_bodies.matmul(opset, padded=cut, cast=types != {"float32"})
+    if passes == 1 or opset < MINIMUM_OPSET or any(each.panels < passes for each in layouts):
+        return None
+    return matmul(opset, passes, by_byte=by_byte, padded=padded)
 
 
 @functools.cache
@@ -48,7 +69,7 @@ def matmul(opset: int, count: int, *, by_byte: bool, padded: bool) -> onnx.Funct
     panels = body.node("Gather", body.node("Shape", "codes"), body.ints(0), axis=0)
     ends = body.node("Mul", panels, body.ints(*range(count + 1)))
     ends = body.node("Div", ends, body.ints(count))
-    products = []
+    results = []
     for number, target in enumerate(_waiting(body, x, shape, count)):
         bounds = [body.node("Gather", ends, body.ints(number + side), axis=0) for side in (0, 1)]
         codes, scales = (
@@ -61,25 +82,20 @@ def matmul(opset: int, count: int, *, by_byte: bool, padded: bool) -> onnx.Funct
         matrix = body.node("Flatten", body.node("Mul", groups, factors), axis=2)
         if padded:
             matrix = body.crop(matrix, (1, 0), "extent", "extent")
-        products.append(body.node("MatMul", x, matrix))
-    whole = body.node("Concat", *products, axis=-1)
+        results.append(body.node("MatMul", x, matrix))
+    whole = body.node("Concat", *results, axis=-1)
     # Parts keep rows that are padding, which only the last has.
     rows = body.node("Gather", "extent", body.ints(0), axis=0)
-    product = body.node("Slice", whole, body.ints(0), rows, body.ints(-1))
-    body.node("Cast", product, refs={"to": ("dtype", onnx.AttributeProto.INT)})
+    whole = body.node("Slice", whole, body.ints(0), rows, body.ints(-1))
+    body.node("Cast", whole, refs={"to": ("dtype", onnx.AttributeProto.INT)})
     attributes = ["extent", "group", "dtype", "precision"]
     return body.finish("HyperMatMul", ["x", *NODE_INPUTS], attributes)
 
 
 def _by_byte(body: Body) -> tuple[_Decode, str]:
-    """Groups are (G, g, N, 1).
-
-    The rotation is a convolution over the two weights of a byte, which needs no copy of them in
-    the order of the matrix. Its sums are of integers, and so exact.
-    """
+    """Groups are (G, g, N, 1)."""
     windows = body.node("Transpose", byte_bodies.window_matrix(body), perm=[1, 0])
-    rotation = body.node("Transpose", bodies.rotation_matrix(body), perm=[1, 0])
-    filters = body.node("Reshape", rotation, body.ints(0, -1, 1, 2))
+    filters = byte_bodies.filters(body)
     values = byte_bodies.pair_values(body)
 
     def decode(octets: str) -> str:

@@ -82,6 +82,9 @@ def check(function, sizes, opset):
 @pytest.mark.parametrize("opset", [7, 10, 17])
 def test_two_weights_of_a_byte_are_looked_up_at_once(opset, sizes):
     check(byte_bodies.weight(opset), sizes, opset)
+    check(byte_bodies.matmul(opset, padded=True, cast=True), sizes, opset)
+    if sizes[3] % 16 == sizes[4] % sizes[2] == 0:
+        check(byte_bodies.matmul(opset, padded=False, cast=False), sizes, opset)
 
 
 @pytest.mark.parametrize("sizes", FOUR_BITS + OTHERS)
@@ -103,11 +106,18 @@ def test_a_codec_has_them_where_they_fit():
     assert special.weight(17, site(64, 128), HyperParams(bits=4)) is byte_bodies.weight(17)
     assert special.weight(17, site(64, 128), HyperParams(bits=5)) is None
     payloads = [payload_of(4, 7, 128, 64, 128), payload_of(3, 7, 128, 96, 200)]
-    assert special.product(10, payloads, 2) is special.product(17, payloads, 5) is None
+    types = frozenset({"float32"})
+    assert (
+        special.product(10, payloads, 2, types) is special.product(17, payloads, 5, types) is None
+    )
     mixed = part_bodies.matmul(17, 4, by_byte=False, padded=True)
-    assert special.product(17, payloads, 4) is mixed
+    assert special.product(17, payloads, 4, types) is mixed
     alone = part_bodies.matmul(17, 4, by_byte=True, padded=False)
-    assert special.product(17, payloads[:1], 4) is alone
+    assert special.product(17, payloads[:1], 4, types) is alone
+    assert special.product(17, payloads, 1, types) is None
+    short = byte_bodies.matmul(9, padded=False, cast=False)
+    assert special.product(9, payloads[:1], 1, types) is short
+    assert special.product(9, payloads[:1], 1, types | {"float16"}) is not short
     general = next(body for body in functions(17) if body.name == "HyperMatMul")
     assert list(mixed.input) == list(general.input)
     assert list(mixed.attribute) == list(general.attribute)
