@@ -6,7 +6,8 @@
 The language model (lm/tinyllama_ref.onnx) loses 10 to 50 % of the parameters of its blocks; judged
 by the Kullback-Leibler divergence of its predictions from the dense model's on held-out books and
 Shakespeare. ResNet20 and MobileNetV2 lose 20 to 50 % of their FLOPs; judged by accuracy. No labels
-are used. Rows with fits are the default; `local` measures no losses of outputs and tunes nothing.
+are used. `obs fit` is the default; `obs local` measures no losses of outputs and tunes nothing.
+With other scores those layers are fitted that lose columns, as published.
 `lowrank` is the language model with factors of as many parameters, fitted as published (`even`: the
 same share of every weight) or with ranks by the planner; `division` gives one size to pruning and
 codes; `decode` is the form with a cache, which may shrink: tokens in a second, one
@@ -195,6 +196,7 @@ def language_jobs() -> Iterator[tuple[str, PruneOptions]]:
                         ratio=ratio,
                         score=score,  # type: ignore[arg-type]
                         compensate=how,  # type: ignore[arg-type]
+                        behind=score == "obs",
                         measure=how == "fit",
                     ),
                 )
@@ -215,6 +217,7 @@ def image_jobs() -> Iterator[tuple[str, PruneOptions]]:
                 target_flops=share,
                 score=score,  # type: ignore[arg-type]
                 compensate="fit" if local else how,  # type: ignore[arg-type]
+                behind=score == "obs",
                 measure=how == "fit",
                 tune=how == "fit",
             )

@@ -30,11 +30,11 @@ def pruning() -> Iterator[str]:
             cells.append(("low-rank factors", name, *values))
     yield (
         "Structured pruning of the same language model: divergence from the dense predictions\n"
-        "(nats) when a share of the parameters of its blocks is removed and nothing is trained\n"
+        "(nats) when a share of the parameters of its blocks is removed, without labels\n"
         "(`benchmarks/bench_prune.py`). `obs` is the default, and the only score that also takes\n"
         "positions inside heads. The others are scores of other methods with their own\n"
-        "allocation, here with the same fits. The last rows are low-rank factors of as many\n"
-        "parameters.\n"
+        "allocation, and fits of those layers alone that lose inputs. The last rows are low-rank\n"
+        "factors of as many parameters.\n"
     )
     timed = rows.get("latency 0.2")
     if timed is not None:

@@ -259,7 +259,7 @@ def _pruning_picture() -> str:
         Panel("ResNet20: accuracy, operations", image),
     ]
     legend = {score: (_COLOURS[score], "") for score in _SCORES}
-    return draw("after pruning, nothing trained", panels, (1.0, 0.8, 0.7, 0.5), legend)
+    return draw("after pruning, without labels", panels, (1.0, 0.8, 0.7, 0.5), legend)
 
 
 PICTURES: dict[str, Callable[[], str]] = {

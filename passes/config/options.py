@@ -205,6 +205,12 @@ class ByteOptions(Options):
         "the router. A router and the stacks that its indices pick from are found by themselves.",
         key="experts", example="2",
     )  # fmt: skip
+    prune_layers: int | None = option(
+        None, Number(whole=True, least=1, metavar="N"), "prune",
+        "Take so many whole residual branches out, such as the attention of a layer.",
+        "Those go that the outputs miss least on the data. Branches that fill a cache stay.",
+        key="layers", example="2",
+    )  # fmt: skip
     detect_sharing: bool = option(
         False, Flag(), "method",
         "Find weights that were trained to share values and then multiplied out, and store them "

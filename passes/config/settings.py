@@ -110,8 +110,9 @@ def settings_from(options: ByteOptions) -> Settings:
     stored = tuple(name for name in asked if name != "prune")
     if len(stored) == len(asked):
         return Settings(**given)
-    shares = (options.prune_ratio, options.target_flops, options.prune_experts)
-    unsaid = all(share is None for share in shares)
+    shares = (options.prune_ratio, options.target_flops)
+    whole = (options.prune_experts, options.prune_layers)
+    unsaid = all(share is None for share in (*shares, *whole))
     if unsaid and options.ratio is None and options.target_size is None:
         raise UsageError("the method prune was asked for, but not how much", hint=_HOW_MUCH)
     divide = True if unsaid else None

@@ -22,7 +22,7 @@ from onnxcomp.passes.transforms.fold_linear_chains import LinearChains
 from onnxcomp.passes.transforms.lower_shared_weights import SharedWeights
 from onnxcomp.passes.transforms.masked_weights import MaskedWeights
 from onnxcomp.passes.transforms.pass_manager import GraphPass
-from onnxcomp.passes.transforms.prune.graph_pass import Prune, PruneExperts
+from onnxcomp.passes.transforms.prune.graph_pass import Prune, PruneExperts, PruneLayers
 from onnxcomp.passes.transforms.returned_weights import ReturnedWeights
 from onnxcomp.passes.transforms.sparsify import Sparsify
 from onnxcomp.passes.transforms.split_fused import SplitFused
@@ -43,6 +43,7 @@ GRAPH_PASSES: tuple[GraphPass, ...] = (
     RepeatedValues(),
     LinearChains(),
     PruneExperts(),
+    PruneLayers(),
     Prune(),
     Sparsify(),
 )

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxcomp.passes.calibration.im2col import Patches, patches, windows
 from onnxcomp.passes.transforms.prune.axes import Analysis
-from onnxcomp.passes.transforms.prune.norms import behind
+from onnxcomp.passes.transforms.prune.norms import nodes_behind
 from onnxcomp.passes.weight import Array
 
 __all__ = ["Depthwise", "FilterSums", "best_filters", "find_depthwise"]
@@ -134,7 +134,7 @@ def best_filters(
 def find_depthwise(analysis: Analysis, gone: Array) -> list[Depthwise]:
     """Depthwise convolutions behind something that goes, ``gone[class]``."""
     found = []
-    for node in behind(analysis, gone):
+    for node in nodes_behind(analysis, gone):
         made = _depthwise(analysis, node) if node.op_type == "Conv" else None
         if made is not None:
             found.append(made)

@@ -13,7 +13,7 @@ from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.compensate import best_fit
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.depthwise import Depthwise, best_filters, find_depthwise
-from onnxcomp.passes.transforms.prune.norms import Norm, behind, best_statistics, find_norms
+from onnxcomp.passes.transforms.prune.norms import Norm, best_statistics, find_norms, nodes_behind
 from onnxcomp.passes.transforms.prune.observe import Collector
 from onnxcomp.passes.weight import Array, Feed
 
@@ -34,6 +34,7 @@ def make_up(
     folder: Path | None = None,
     *,
     biases_only: bool = False,
+    behind: bool = True,
 ) -> tuple[Reports, Reports]:
     """Fit what reads something else now, each behind the ones before, and write statistics anew.
 
@@ -45,13 +46,14 @@ def make_up(
         gone: Which classes go.
         feeds: Calibration data.
         folder: Where pieces of the model are written.
-        biases_only: Change biases and means only.
+        biases_only: Change biases and means only, and those of layers that lose columns alone.
+        behind: Whether layers that lose nothing are fitted, too.
 
     Returns:
         What became of products, and of normalisations.
     """
     items: list[Consumer | Depthwise | Norm] = [*find_norms(analysis, gone)]
-    if biases_only:
+    if biases_only or not behind:
         items += [consumer for consumer in consumers if len(consumer.columns(gone))]
     else:
         items += [*_products(analysis, consumers, gone), *find_depthwise(analysis, gone)]
@@ -71,7 +73,7 @@ def make_up(
 
 def _products(analysis: Analysis, consumers: Sequence[Consumer], gone: Array) -> list[Consumer]:
     """Products that lose columns, and those whose inputs have changed."""
-    changed = set(behind(analysis, gone))
+    changed = set(nodes_behind(analysis, gone))
     return [
         consumer
         for consumer in consumers

@@ -12,10 +12,11 @@ from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
 from onnxcomp.passes.transforms.prune.experts import PruneExperts
+from onnxcomp.passes.transforms.prune.layers import PruneLayers
 from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.pruning import prune
 
-__all__ = ["Prune", "PruneChange", "PruneExperts"]
+__all__ = ["Prune", "PruneChange", "PruneExperts", "PruneLayers"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class PruneOptions:
         allocation: "knapsack" for one budget over all layers, "uniform" for the same share of
             each; "auto" is what goes with the score.
         compensate: "fit" to fit what stays, "bias" for biases only, "none".
+        behind: Whether layers behind pruned ones are fitted, too.
         measure: Whether losses of layers are scaled to those of the outputs, which are measured.
         tune: Whether all that is left is tuned together, where that is within reach.
         numerical: How the score of this name is read.
@@ -40,6 +41,7 @@ class PruneOptions:
     score: PruneScore = "obs"
     allocation: Literal["auto", "knapsack", "uniform"] = "auto"
     compensate: Literal["fit", "bias", "none"] = "fit"
+    behind: bool = True
     measure: bool = True
     tune: bool = True
     numerical: Numerical = Numerical()  # noqa: RUF009

@@ -90,6 +90,13 @@ def fit(
         effort = Effort.within_reach(feeds, flops, analysis.seen.elements)
         reference = copy_model(analysis.model)
     values = handed_on(analysis, consumers, gone)
-    biases_only = options.compensate == "bias"
-    fits, norms = make_up(analysis, consumers, gone, feeds, folder, biases_only=biases_only)
+    fits, norms = make_up(
+        analysis,
+        consumers,
+        gone,
+        feeds,
+        folder,
+        biases_only=options.compensate == "bias",
+        behind=options.behind,
+    )
     return Reconstruction(fits, norms, reference, values, effort)
