@@ -5,9 +5,12 @@
 
 The language model is judged by the divergence of its predictions from the dense model's, MiniLM by
 a third of STS-B; see bench_hyper_models.py. Only products within the layers are factored, all with
-the same share of their weights (ranks are multiples of 8), but for `global`, which chooses ranks in
-the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the dense model
-gives them, `anchored` at those behind the factors before and at the dense model's outputs.
+the same share of their weights (ranks are multiples of 8), but for `noise` and `global`, which
+choose ranks in the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the
+dense model gives them, `anchored` at those behind the factors before and at the dense model's
+outputs, `both` also at what the loss feels of products, `tuned` moves the factors in the end.
+`global` is that with ranks by the curvature of the loss, and `noise` with ranks by the loss of
+noise in each weight.
 
 In few bits:
 `lowrank+hyper` has factors of half of the weights in 4 bits, `hyper` all ranks in 2 bits,
@@ -19,11 +22,13 @@ one, 4096 x 4096, interleaved.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +41,8 @@ from results import RESULTS, print_table, write_results
 
 import onnxcomp
 from onnxcomp.passes.codecs.lowrank.codec import STEP
+from onnxcomp.passes.encoding import samples
+from onnxcomp.passes.planning import observed
 from onnxcomp.passes.planning.plan import Plan
 
 Array = npt.NDArray[Any]
@@ -43,10 +50,12 @@ NAME = "lowrank"
 SIDE = 4096
 SHARES = (4, 8, 16)
 
-METHODS = ("svd", "whitened", "anchored", "global")
+METHODS = ("svd", "whitened", "anchored", "both", "tuned", "noise", "global")
 # In few bits, at half of the weights: factors, all ranks, and what a plan chooses of the two.
 CODED = ("lowrank+hyper", "hyper", "hyper+lowrank", "chosen")
 FACTOR_BITS, WHOLE_BITS = 4, 2
+# Passes over the samples that tune factors, as by default.
+TUNED = 2
 # MiniLM is judged by one pair of sentences in so many.
 PAIRS = 3
 
@@ -77,6 +86,17 @@ def only(names: list[str]) -> str:
     return f"^({'|'.join(re.escape(name) for name in names)})$"
 
 
+@contextlib.contextmanager
+def unknown_curvature(place: ModuleType) -> Iterator[None]:
+    """What the loss feels of products is not known to a module while the block runs."""
+    known = place.output_moments
+    place.output_moments = lambda *_, **__: {}  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        place.output_moments = known  # type: ignore[attr-defined]
+
+
 def compile_row(
     model: Path, output: Path, method: str, kept: float, widest: int, data: Any
 ) -> onnxcomp.Result:
@@ -85,9 +105,13 @@ def compile_row(
     options: dict[str, Any] = {"verify": False, "jobs": 1}
     if method == "svd":
         return onnxcomp.optimize(model, output, plan=even, **options)
-    if method in ("whitened", "anchored"):
-        order = "parallel" if method == "whitened" else "sequential"
-        return onnxcomp.optimize(model, output, plan=even, data=data, calibration=order, **options)
+    if method in ("whitened", "anchored", "both", "tuned"):
+        options["calibration"] = "parallel" if method == "whitened" else "sequential"
+        options["tune"] = TUNED if method == "tuned" else 0
+        with contextlib.ExitStack() as stack:
+            if method in ("whitened", "anchored"):
+                stack.enter_context(unknown_curvature(samples))
+            return onnxcomp.optimize(model, output, plan=even, data=data, **options)
     options["include"] = only(factored_sites(even))
     options["data"] = data
     if method == "hyper":
@@ -95,9 +119,12 @@ def compile_row(
     if method == "hyper+lowrank":
         rule = f".*:bits={WHOLE_BITS},rank=32"
         return onnxcomp.optimize(model, output, method=method, set_=rule, **options)
-    if method == "global":
+    if method in ("noise", "global"):
         size = onnxcomp.optimize(model, plan=even, dry_run=True).report.output.bytes
-        return onnxcomp.optimize(model, output, method="lowrank", target_size=size, **options)
+        with contextlib.ExitStack() as stack:
+            if method == "noise":
+                stack.enter_context(unknown_curvature(observed))
+            return onnxcomp.optimize(model, output, method="lowrank", target_size=size, **options)
     coded = factored_plan(model, kept, widest, "lowrank+hyper", 32, bits=FACTOR_BITS)
     if method == "lowrank+hyper":
         del options["include"]

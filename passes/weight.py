@@ -278,6 +278,8 @@ class Stats:
         held_missing: The same over the held-out inputs.
         means: Means of the same vectors, where the products are of one convolution; else None.
         held_means: The same over the held-out inputs.
+        outputs: How the loss of the model's outputs curves by the products, float64
+            ``(rows, rows)``; None where that is not known.
     """
 
     site: WeightSite
@@ -293,3 +295,4 @@ class Stats:
     held_missing: Missing | None = None
     means: Means | None = None
     held_means: Means | None = None
+    outputs: Array | None = None

@@ -220,6 +220,7 @@ class CalibratedEncoding:
     suits: Callable[[WeightSite, Params], bool] = _every
     anchored: bool = False
     streams: bool = False
+    outputs: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -316,6 +317,7 @@ class Codec(Protocol):
         width: Name of the parameter that counts bits per weight and that ``--bits`` sets; None
             where there is none: then ``--bits`` picks settings by the bytes they take.
         composite: Whether `emit` makes several of our operators for one use.
+        trainable: Whether products read the stored tensors as they are, which can be trained then.
         rounds_inputs: Whether all activations of a product are rounded to 8 bits with one range.
             Where the time of a run counts, the method "auto" stands for such a codec, too.
     """
@@ -326,6 +328,7 @@ class Codec(Protocol):
     automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = None
     composite: ClassVar[bool] = False
+    trainable: ClassVar[bool] = False
     rounds_inputs: ClassVar[bool] = False
 
     @property

@@ -25,7 +25,7 @@ from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.encoding.journal import Journal, Walk
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.encoding.samples import Samples, calibration_of, usable
+from onnxcomp.passes.encoding.samples import Samples, calibration_of, curvature_for, usable
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, Shift, Stats, WeightSite
 
@@ -90,8 +90,11 @@ def encode_calibrated(
         encoded = dataclasses.replace(encoded, note=f"not calibrated: {note}" if note else "")
         return with_fallback(encoded, functools.partial(read_weight, model, site), threads=jobs)
 
+    curvature = curvature_for(model, found, able, samples, folder)
+
     def fitted(site: WeightSite, stats: Stats) -> EncodedWeight:
-        own = usable(dataclasses.replace(stats, site=site), found[site.name])
+        outputs = curvature.get(site.name)
+        own = usable(dataclasses.replace(stats, site=site, outputs=outputs), found[site.name])
         weight = read_weight(model, site)
         encoded = _better(weight, own, plain(site), offsets[site.name], jobs)
         read = functools.partial(read_weight, model, site)

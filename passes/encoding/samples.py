@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
 
 from onnxcomp.passes.calibration.statistics import HELD_OUT
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import CalibratedEncoding
 from onnxcomp.passes.config.values import CalibrationMode
+from onnxcomp.passes.gradients.output_moments import output_moments
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.weight import Feed, Stats, WeightSite
+from onnxcomp.passes.weight import Array, Feed, Stats, WeightSite
 
-__all__ = ["Samples", "calibration_of", "load_samples", "usable", "warn_of_uncalibrated_factors"]
+__all__ = [
+    "Samples",
+    "calibration_of",
+    "curvature_for",
+    "load_samples",
+    "usable",
+    "warn_of_uncalibrated_factors",
+]
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +97,26 @@ def calibration_of(site: WeightSite, choice: Choice) -> CalibratedEncoding | Non
     return found if found is not None and found.suits(site, choice.params) else None
 
 
+def curvature_for(
+    model: ir.Model,
+    codecs: Mapping[str, CalibratedEncoding | None],
+    sites: Sequence[WeightSite],
+    samples: Samples,
+    folder: Path | None = None,
+) -> dict[str, Array]:
+    """How the loss of the outputs curves by the products of the weights that are encoded for it.
+
+    Args:
+        model: The canonical model; only read.
+        codecs: How each weight is encoded, by name.
+        sites: Weights whose products are observed.
+        samples: Calibration inputs.
+        folder: Where temporary files lie.
+    """
+    weighed = [site for site in sites if (own := codecs[site.name]) and own.outputs]
+    return output_moments(model, weighed, samples.feeds, folder=folder)
+
+
 def _uses_samples(sites: Sequence[WeightSite], plan: Plan) -> bool:
     """Whether any weight of a plan can be calibrated."""
     return any(calibration_of(site, plan[site.name]) for site in sites if not plan[site.name].kept)
@@ -97,4 +128,6 @@ def usable(stats: Stats, calibration: CalibratedEncoding | None) -> Stats:
         stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
     if calibration is None or not calibration.streams:
         stats = dataclasses.replace(stats, missing=None, held_missing=None)
+    if calibration is None or not calibration.outputs:
+        stats = dataclasses.replace(stats, outputs=None)
     return stats

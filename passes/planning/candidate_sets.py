@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
 
 from onnxcomp.passes.analysis.prepared import Prepared
-from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Codec
-from onnxcomp.passes.config.policy import HALF
-from onnxcomp.passes.planning.candidates import Estimate, Estimator
+from onnxcomp.passes.planning.candidates import Estimator
 from onnxcomp.passes.planning.error_model import Estimates
-from onnxcomp.passes.planning.exact import exact_forms
-from onnxcomp.passes.planning.measurements import Measurements, observed
+from onnxcomp.passes.planning.exact import exact_forms, exact_halves
+from onnxcomp.passes.planning.measurements import Measurements
+from onnxcomp.passes.planning.observed import observed
 from onnxcomp.passes.planning.rank_goals import with_rank
 from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set
 from onnxcomp.passes.weight import WeightSite
@@ -38,7 +34,7 @@ def candidate_sets(prepared: Prepared, known: Measurements) -> list[CandidateSet
         prepared.model, calibrated=known.calibrated, timer=known.timing, rounding=rounding
     )
     found: dict[str, CandidateSet] = {}
-    for site, stats in observed(prepared.model, prepared.sites, known.feeds):
+    for site, stats in observed(prepared, known):
         activity("planning", len(found), len(prepared.sites), site.name)
         estimates.look_at(stats)
         found[site.name] = _candidate_set(site, prepared, known, estimates)
@@ -54,24 +50,17 @@ def _candidate_set(
     policy = with_rank(prepared.policies[site.name], site, estimates.energies)
     estimator: Estimator = estimates
     if policy.exact_half:
-        estimator = functools.partial(_exact, estimates)
+        estimator = functools.partial(exact_halves, estimates)
+    # The curvature of the loss knows in which directions errors count, noise only how much.
+    curved = estimates.loss if known.by_loss else None
+    sensitivity = known.sensitivities.get(site.name) if curved is None else curved
     return candidate_set(
         site,
         policy,
         estimator=estimator,
-        sensitivity=known.sensitivities.get(site.name),
+        sensitivity=sensitivity,
         scale=known.scale.get(site.name),
         measured=known.measured.get(site.name),
         noise_scale=known.noise_scale.get(site.name),
         prior=known.prior[site.name],
     )
-
-
-def _exact(
-    estimator: Estimator, codec: Codec, site: WeightSite, params: Sequence[Params]
-) -> Sequence[Estimate]:
-    """An estimator that allows half precision only where no value changes."""
-    found = estimator(codec, site, params)
-    if codec.name != HALF:
-        return found
-    return [e if e.error == 0.0 else dataclasses.replace(e, error=math.inf) for e in found]
