@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import onnx
 
+from onnxcomp.passes.codecs.bases import SharedBases, SharedValues
 from onnxcomp.passes.codecs.load_memory import LoadMemory
 from onnxcomp.passes.codecs.params import DenseFallback, Params, Qualities
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
@@ -257,25 +258,6 @@ class RankGoals:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class SharedValues:
-    """A weight as signed copies of fewer numbers, which can be trained.
-
-    Attributes:
-        name: Name of the initializer.
-        shape: Shape of the stored tensor.
-        values: float32, a vector.
-        index: int64, which of them each element of the stored tensor is a copy of, flat.
-        factors: float32, what each is multiplied by, flat.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    values: Array
-    index: Array
-    factors: Array
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class ValueSharing:
     """Access to the numbers that a weight's elements are signed copies of.
 
@@ -385,6 +367,11 @@ class Codec(Protocol):
     @property
     def sharing(self) -> ValueSharing | None:
         """The numbers that weights are copies of."""
+        return None
+
+    @property
+    def bases(self) -> SharedBases[Codec] | None:
+        """How weights share what is found for several of them together."""
         return None
 
     @property

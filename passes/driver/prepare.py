@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from onnxcomp.passes.analysis.constants import mark_constants
 from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.analysis.site_facts import with_facts
 from onnxcomp.passes.analysis.unmatched import warn_of_unmatched
 from onnxcomp.passes.analysis.weight_sites import find_sites
-from onnxcomp.passes.analysis.zeros import mark_zeros
 from onnxcomp.passes.config.policy import resolve_policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.files import Loaded
@@ -40,7 +39,7 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         freeze_inputs=settings.freeze_inputs,
     )
     warn_of_unmatched(model, found, settings)
-    sites = mark_zeros(model, mark_constants(model, found.sites))
+    sites = with_facts(model, found.sites)
     pruning = changes.get(Prune.name)
     return Prepared(
         model=model,

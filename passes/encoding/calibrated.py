@@ -9,29 +9,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxcomp.errors import ModelError
-from onnxcomp.passes.analysis.offsets import Offset, offset_of
+from onnxcomp.passes.analysis.offsets import offset_of
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.statistics import Calibration
-from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.moments import HeldOut, mean_shift
+from onnxcomp.passes.encoding.bases import Codecs
+from onnxcomp.passes.encoding.better_form import better_form
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
-from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
+from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.journal import Journal, Walk
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.encoding.samples import Samples, calibration_of, curvature_for, usable
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.weight import Array, Shift, Stats, WeightSite
+from onnxcomp.passes.weight import Stats, WeightSite
 
 __all__ = ["Plain", "Samples", "encode_calibrated"]
-
-log = logging.getLogger(__name__)
 
 # Encodes a weight without calibration.
 Plain = Callable[[WeightSite], EncodedWeight]
@@ -45,6 +41,7 @@ def encode_calibrated(
     plain: Plain,
     *,
     cache: PayloadCache | None = None,
+    codecs: Codecs | None = None,
     jobs: int = 1,
     folder: Path | None = None,
 ) -> Iterator[EncodedWeight]:
@@ -57,6 +54,7 @@ def encode_calibrated(
         samples: Calibration inputs.
         plain: Encodes a weight without calibration.
         cache: Keeps what is finished, for a run that continues this one; None to keep nothing.
+        codecs: Codecs of weights that share something, with that, by name.
         jobs: Threads of the encoders.
         folder: Where temporary files lie.
 
@@ -96,7 +94,8 @@ def encode_calibrated(
         outputs = curvature.get(site.name)
         own = usable(dataclasses.replace(stats, site=site, outputs=outputs), found[site.name])
         weight = read_weight(model, site)
-        encoded = _better(weight, own, plain(site), offsets[site.name], jobs)
+        codec = None if codecs is None else codecs.get(site.name)
+        encoded = better_form(weight, own, plain(site), codec, offsets[site.name], jobs)
         read = functools.partial(read_weight, model, site)
         return with_fallback(encoded, read, own, threads=jobs)
 
@@ -117,76 +116,3 @@ def encode_calibrated(
 
 def _looked_up(site: WeightSite) -> bool:
     return any(use.need == "gather" for use in site.uses)
-
-
-def _better(
-    weight: Array, stats: Stats, plain: EncodedWeight, offset: Offset | None, jobs: int
-) -> EncodedWeight:
-    """The form of a weight, calibrated or plain, that does best on held-out inputs.
-
-    Where its products have an offset of their own, their means are kept by that.
-    """
-    site, choice = plain.site, plain.choice
-    codec, calibration = CODECS[choice.codec], calibration_of(site, choice)
-    if plain.payload is None:
-        return plain
-    fit = _Fit(weight, stats, offset)
-    before = fit.of(codec.decode(site, plain.payload))
-    if before is None:
-        return dataclasses.replace(plain, note="not calibrated: too few inputs to keep some back")
-    shifted = dataclasses.replace(plain, output_error=before.error, shift=before.shift)
-    if calibration is None or stats.gram.ndim > 2:
-        return shifted
-    try:
-        payload = calibration.encode(site, weight, choice.params, stats, threads=jobs)
-    except ModelError as error:
-        return dataclasses.replace(shifted, note=f"not calibrated: {error.message}")
-    decoded = codec.decode(site, payload)
-    after = fit.of(decoded)
-    if after is None or not after.error < before.error:
-        found = float("nan") if after is None else after.error
-        note = f"held-out output error {found:.4g}, plainly encoded {before.error:.4g}"
-        note = f"not calibrated: {note}"
-        log.info("%s: %s", site.name, note)
-        return dataclasses.replace(shifted, note=note)
-    found, own = after.error, weight_error(weight, decoded)
-    log.info("%s: held-out output error %.4g, plainly encoded %.4g", site.name, found, before.error)
-    return EncodedWeight(site, choice, payload, own, output_error=found, shift=after.shift)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Found:
-    """How well a form of a weight does.
-
-    Attributes:
-        error: Relative error of its products on held-out inputs.
-        shift: What was added to their offset; None where that is not better.
-    """
-
-    error: float
-    shift: Shift | None = None
-
-
-class _Fit:
-    """Judges forms of one weight, each with the shift of its offset that keeps means.
-
-    Args:
-        weight: ``(rows, length)``.
-        stats: Moments of its inputs.
-        offset: The constant that is added to its products; None where there is none.
-    """
-
-    def __init__(self, weight: Array, stats: Stats, offset: Offset | None) -> None:
-        self._weight, self._stats, self._offset = weight, stats, offset
-        self._judge = HeldOut(weight, stats)
-
-    def of(self, decoded: Array) -> _Found | None:
-        """Of one form; None where no inputs were held out."""
-        error = self._judge.error(decoded)
-        if error is None or self._offset is None:
-            return None if error is None else _Found(error)
-        change = mean_shift(self._weight, decoded, self._stats)
-        moved = None if change is None else self._judge.error(decoded, change)
-        if change is None or moved is None or not moved < error:
-            return _Found(error)
-        return _Found(moved, self._offset.shift(change))

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
-from onnxcomp.passes.encoding.by_values import encode_by_values
+from onnxcomp.passes.encoding.by_values import ValueEncoder
 from onnxcomp.passes.encoding.calibrated import Plain, Samples, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import warn_of_losses
 from onnxcomp.passes.encoding.encoded import EncodedWeight
@@ -146,6 +146,10 @@ def encode(
         ModelError: The model does not run on the calibration inputs, or gives NaN.
     """
     work = [site for site in sites if not plan[site.name].kept]
+    choices = {site.name: plan[site.name] for site in work}
+    values = ValueEncoder(
+        model, work, choices, cache=cache, jobs=jobs, samples=samples, folder=folder
+    )
     total = sum(site.nbytes for site in work)
     large = sum(plan[site.name].bytes or 0 for site in work) > SPILL_BYTES
     spill = _Spill(folder) if large else None
@@ -155,12 +159,11 @@ def encode(
     def plain(site: WeightSite) -> EncodedWeight:
         if progress is not None:
             progress(done, total, site.name)
-        choice = plan[site.name]
-        return encode_by_values(model, site, choice, cache, jobs, compare=samples is None)
+        return values(site)
 
     with contextlib.ExitStack() as stack:
         encoder: Plain = plain
-        if workers is not None:
+        if workers is not None and values.alone:  # what weights share is here
             if samples is None:  # so that no worker is left with a large one in the end
                 work = sorted(work, key=lambda site: -site.size)
             ahead = workers.encoding(
@@ -173,7 +176,15 @@ def encode(
         else:
             results = on_one_blas_thread(
                 encode_calibrated(
-                    model, work, plan, samples, encoder, cache=cache, jobs=jobs, folder=folder
+                    model,
+                    work,
+                    plan,
+                    samples,
+                    encoder,
+                    cache=values.cache,
+                    codecs=values.codecs,
+                    jobs=jobs,
+                    folder=folder,
                 )
             )
         for encoded in results:

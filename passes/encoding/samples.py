@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxcomp.passes.calibration.statistics import HELD_OUT
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import CalibratedEncoding
+from onnxcomp.passes.codecs.protocol import CalibratedEncoding, Codec
 from onnxcomp.passes.config.values import CalibrationMode
 from onnxcomp.passes.gradients.output_moments import output_moments
 from onnxcomp.passes.planning.candidates import Choice
@@ -91,9 +91,11 @@ def warn_of_uncalibrated_factors(plan: Plan) -> None:
         )
 
 
-def calibration_of(site: WeightSite, choice: Choice) -> CalibratedEncoding | None:
-    """How a weight is encoded for its inputs; None where it cannot be."""
-    found = CODECS[choice.codec].calibration
+def calibration_of(
+    site: WeightSite, choice: Choice, codec: Codec | None = None
+) -> CalibratedEncoding | None:
+    """How a weight is encoded for its inputs, by its codec or a given one; None where it cannot."""
+    found = (CODECS[choice.codec] if codec is None else codec).calibration
     return found if found is not None and found.suits(site, choice.params) else None
 
 

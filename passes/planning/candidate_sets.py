@@ -9,6 +9,7 @@ from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.planning.candidates import Estimator
 from onnxcomp.passes.planning.error_model import Estimates
 from onnxcomp.passes.planning.exact import exact_forms, exact_halves
+from onnxcomp.passes.planning.families import with_families
 from onnxcomp.passes.planning.measurements import Measurements
 from onnxcomp.passes.planning.observed import observed
 from onnxcomp.passes.planning.rank_goals import with_rank
@@ -31,14 +32,19 @@ def candidate_sets(prepared: Prepared, known: Measurements) -> list[CandidateSet
     """
     rounding = {} if known.timing is None else known.timing.rounding
     estimates = Estimates(
-        prepared.model, calibrated=known.calibrated, timer=known.timing, rounding=rounding
+        prepared.model,
+        calibrated=known.calibrated,
+        timer=known.timing,
+        rounding=rounding,
+        sites=prepared.sites,
     )
     found: dict[str, CandidateSet] = {}
     for site, stats in observed(prepared, known):
         activity("planning", len(found), len(prepared.sites), site.name)
         estimates.look_at(stats)
         found[site.name] = _candidate_set(site, prepared, known, estimates)
-    return [dataclasses.replace(found[site.name], chance=known.chance) for site in prepared.sites]
+    sets = [dataclasses.replace(found[site.name], chance=known.chance) for site in prepared.sites]
+    return with_families(sets)
 
 
 def _candidate_set(

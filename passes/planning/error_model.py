@@ -90,6 +90,7 @@ class Estimates:
         timer: What settings cost in time.
         rounding: Relative error of the activations of each weight when they are rounded to 8 bits
             with one range, by name; where it is not known, nothing is lost.
+        sites: All weights, for codecs by which several share a basis.
     """
 
     def __init__(
@@ -99,8 +100,10 @@ class Estimates:
         calibrated: bool = False,
         timer: Timer | None = None,
         rounding: Mapping[str, float] | None = None,
+        sites: Sequence[WeightSite] = (),
     ) -> None:
         self._model = model
+        self._sites = {site.name: site for site in sites}
         self._calibrated = calibrated
         self._timer = timer
         self._rounding = rounding or {}
@@ -150,6 +153,8 @@ class Estimates:
         plain = [estimate.error for estimate in self._of_weight(codec, site, params)]
         alike = dataclasses.replace(stats, outputs=None)
         products = self._of_products(codec, params, plain, alike, known)
+        if codec.bases is not None:
+            seen = known  # outputs of a whole family are not known here
         felt = products if seen is known else self._of_products(codec, params, plain, stats, seen)
         # What a spectral codec loses of products is what calibration leaves. Feedback counts in its
         # harm all the same: ranks of a small language model that were chosen so lose 7 % less.
@@ -173,7 +178,14 @@ class Estimates:
         """Relative errors of products, from those of the weight or from its values."""
         if codec.measure is None or not params:
             return [known.white * error for error in plain]
-        return list(codec.measure(stats.site, read_weight(self._model, stats.site), params, stats))
+        return list(codec.measure(stats.site, self._matrix(codec, stats.site), params, stats))
+
+    def _matrix(self, codec: Codec, site: WeightSite) -> Array:
+        """What a codec is asked about: a weight, or all those that share a basis with it."""
+        if codec.bases is None or site.family is None:
+            return read_weight(self._model, site)
+        members = [self._sites[name] for name in site.family.members if name in self._sites]
+        return np.concatenate([read_weight(self._model, own) for own in members or [site]])
 
     def _with_rounding(self, site: WeightSite, estimate: Estimate) -> Estimate:
         """The estimate with noise in the activations, which is as bad as so much in the weight."""
@@ -196,7 +208,7 @@ class Estimates:
     ) -> list[Estimate]:
         if codec.measure is None or not params:
             return predicted(codec, site, params)
-        weight = read_weight(self._model, site)
+        weight = self._matrix(codec, site)
         if not_finite(weight):  # the encoder will say so
             return predicted(codec, site, params)
         return [Estimate(error) for error in codec.measure(site, weight, params)]
