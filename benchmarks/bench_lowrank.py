@@ -9,7 +9,9 @@ the same share of their weights (ranks are multiples of 8), but for `noise` and 
 choose ranks in the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the
 dense model gives them, `anchored` at those behind the factors before and at the dense model's
 outputs, `both` also at what the loss feels of products, `tuned` moves the factors in the end.
-`global` is that with ranks by the curvature of the loss, and `noise` with ranks by the loss of
+`shared` and `neighbours` are as `tuned`, in the same share of all weights of a basis: `shared` has
+one for weights that read the same value, `neighbours` one for those of two layers in turn.
+`global` is `tuned` with ranks by the curvature of the loss, and `noise` with ranks by the loss of
 noise in each weight.
 
 In few bits:
@@ -43,6 +45,7 @@ import onnxcomp
 from onnxcomp.passes.codecs.lowrank.codec import STEP
 from onnxcomp.passes.encoding import samples
 from onnxcomp.passes.planning import observed
+from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 
 Array = npt.NDArray[Any]
@@ -51,6 +54,7 @@ SIDE = 4096
 SHARES = (4, 8, 16)
 
 METHODS = ("svd", "whitened", "anchored", "both", "tuned", "noise", "global")
+SHARED = ("shared", "neighbours")
 # In few bits, at half of the weights: factors, all ranks, and what a plan chooses of the two.
 CODED = ("lowrank+hyper", "hyper", "hyper+lowrank", "chosen")
 FACTOR_BITS, WHOLE_BITS = 4, 2
@@ -72,6 +76,31 @@ def factored_plan(
             rank = round(kept * rows * length / (rows + length) / step - 0.2) * step
             plan[choice.site] = choice.with_(codec=codec, rank=max(step, rank), **params)
     return plan
+
+
+def shared_plan(model: Path, kept: float, widest: int, layers: int) -> Plan:
+    """The same share of all weights of a basis; `layers` families of equal shapes share one."""
+    even = factored_plan(model, kept, widest)
+    names = factored_sites(even)
+    found = onnxcomp.plan(model, method="shared_basis", set_=f".*:kept={kept}", include=only(names))
+    families: dict[str, list[Choice]] = {}
+    for choice in found:
+        basis = getattr(choice.params, "basis", "")
+        if choice.site in names and basis:
+            families.setdefault(basis, []).append(choice)
+    alike: dict[tuple[Any, ...], list[list[Choice]]] = {}
+    for members in families.values():
+        alike.setdefault(tuple(choice.shape for choice in members), []).append(members)
+    for turns in alike.values():
+        for start in range(0, len(turns), layers):
+            members = [choice for turn in turns[start : start + layers] for choice in turn]
+            length = members[0].shape[0]  # stored transposed, as exporters do
+            rows = sum(choice.shape[1] for choice in members)
+            rank = round(kept * rows * length / (rows + length) / STEP - 0.2) * STEP
+            for choice in members:
+                basis = f"b{members[0].site}"
+                even[choice.site] = choice.with_(rank=rank, basis=basis)
+    return even
 
 
 def factored_sites(plan: Plan) -> list[str]:
@@ -105,6 +134,9 @@ def compile_row(
     options: dict[str, Any] = {"verify": False, "jobs": 1}
     if method == "svd":
         return onnxcomp.optimize(model, output, plan=even, **options)
+    if method in SHARED:
+        even = shared_plan(model, kept, widest, 1 if method == "shared" else 2)
+        return onnxcomp.optimize(model, output, plan=even, data=data, tune=TUNED, **options)
     if method in ("whitened", "anchored", "both", "tuned"):
         options["calibration"] = "parallel" if method == "whitened" else "sequential"
         options["tune"] = TUNED if method == "tuned" else 0
@@ -227,7 +259,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--kept", nargs="+", type=float, default=[0.75, 0.5, 0.25])
-    parser.add_argument("--method", nargs="+", default=METHODS, choices=[*METHODS, *CODED])
+    parser.add_argument("--method", nargs="+", default=METHODS, choices=[*METHODS, *SHARED, *CODED])
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows or batches")
     parser.add_argument("--speed", action="store_true")

@@ -13,12 +13,12 @@ from typing import Any
 
 __all__ = ["WAYS", "in_turns"]
 
-# How a model is compiled: threads, and workers.
+# How a model is compiled: threads of this process, which plans, and workers.
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "one process, 1 thread": {"jobs": 1},
     "one process, 2 threads": {"jobs": 2},
-    "2 Dask workers": {"jobs": 1, "scheduler": "running"},
-    "2 Dask workers, started for it": {"jobs": 1, "scheduler": "local:2"},
+    "2 Dask workers": {"jobs": 2, "scheduler": "running"},
+    "2 Dask workers, started for it": {"jobs": 2, "scheduler": "local:2"},
 }
 
 _WORKERS = 2

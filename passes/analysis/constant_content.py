@@ -9,7 +9,7 @@ sines under a window, of different frequencies.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -56,8 +56,8 @@ _BANDS = 8
 # itself, and the fewest rows. Products of trained rows are some tenths, and never all this small.
 _ORTHOGONAL, _LEAST_ROWS = 1e-4, 16
 
-# Elements that are looked at first.
-_SAMPLE = 1 << 16
+# Elements that are looked at first, and lines that tell nearly all weights from transforms.
+_SAMPLE, _FIRST = 1 << 16, 8
 
 
 def sample(matrix: Array) -> tuple[Array, Array]:
@@ -207,16 +207,32 @@ def _follow(lines: Array) -> bool:
 def _is_fourier(lines: Array) -> bool:
     """Whether lines have few frequencies, and different ones: a transform written as a product."""
     count, length = lines.shape
-    if length < _SHORTEST_ROW or count < _FREQUENCIES:
+    if length < _SHORTEST_ROW or count < _FREQUENCIES or _too_few(_pure_lines, lines):
         return False
+    pure, power = _pure_lines(lines)
+    return bool(len(pure)) and pure.mean() >= _MOST and _differ(power)
+
+
+def _too_few(test: Callable[[Array], tuple[Array, Array]], lines: Array) -> bool:
+    """Whether so many of some lines fail a test that all of them cannot pass it."""
+    passed, _ = test(lines[:: max(1, len(lines) // _FIRST)])
+    return int(np.count_nonzero(~passed)) > (1.0 - _MOST) * len(lines)
+
+
+def _differ(power: Array) -> bool:
+    """Whether the strongest frequencies of lines are different ones."""
+    return len(set(power.argmax(axis=1))) >= _DISTINCT * len(power)
+
+
+def _pure_lines(lines: Array) -> tuple[Array, Array]:
+    """Which lines that are not zero have few frequencies, and their power by frequency."""
+    length = lines.shape[1]
     power = np.square(np.abs(np.fft.rfft(np.asarray(lines, np.float64), axis=1)))
     power[:, 1 : (length + 1) // 2] *= 2  # both signs
     total = power.sum(axis=1)
     alive = total > 0.0
     largest = np.sort(power[alive], axis=1)[:, -_FREQUENCIES // 2 :].sum(axis=1)
-    pure = largest >= _ENERGY * total[alive]
-    different = len(set(power[alive].argmax(axis=1))) >= _DISTINCT * alive.sum()
-    return bool(alive.any() and pure.mean() >= _MOST and different)
+    return np.asarray(largest >= _ENERGY * total[alive]), power[alive]
 
 
 def _is_transform(lines: Array) -> bool:
@@ -226,18 +242,21 @@ def _is_transform(lines: Array) -> bool:
 
 def _is_wavelets(lines: Array) -> bool:
     """Whether lines are pieces of sines under a window, of different frequencies."""
-    if lines.shape[1] < _SHORTEST_ROW or len(lines) < _FREQUENCIES:
+    few = lines.shape[1] < _SHORTEST_ROW or len(lines) < _FREQUENCIES
+    if few or _too_few(_narrow_lines, lines):
         return False
+    narrow, power = _narrow_lines(lines)
+    return bool(len(narrow)) and narrow.mean() >= _MOST and _differ(power)
+
+
+def _narrow_lines(lines: Array) -> tuple[Array, Array]:
+    """Which lines that are not zero are narrow in time and frequency, and their power by these."""
     shares = np.square(np.asarray(lines, np.float64))
-    total = shares.sum(axis=1)
-    alive = total > 0.0
+    alive = shares.sum(axis=1) > 0.0
     length = lines.shape[1]
     power = np.square(np.abs(np.fft.rfft(np.asarray(lines[alive], np.float64), 4 * length, axis=1)))
-    if not power.any():
-        return False
     widths = _deviation(shares[alive]) * _deviation(power) * (np.pi / (2 * length))
-    different = len(set(power.argmax(axis=1))) >= _DISTINCT * len(power)
-    return bool((widths <= _NARROW).mean() >= _MOST and different)
+    return np.asarray(widths <= _NARROW), power
 
 
 def _deviation(weights: Array) -> Array:

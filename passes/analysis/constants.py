@@ -39,6 +39,7 @@ from onnxcomp.passes.analysis.constant_content import (
 from onnxcomp.passes.analysis.def_use import qualified_type
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.codecs.constant import ConstantCodec, ConstantParams
+from onnxcomp.passes.ir.threads import in_threads
 from onnxcomp.passes.ir.traversal import (
     default_opset,
     find_initializer,
@@ -47,7 +48,6 @@ from onnxcomp.passes.ir.traversal import (
     subgraphs,
 )
 from onnxcomp.passes.weight import DTYPES, Array, Constant, ConstantForm, WeightSite
-from onnxcomp.runtime.activity import activity
 
 __all__ = ["EXACT", "mark_constants"]
 
@@ -106,20 +106,24 @@ _RANGE_OPSET = 11
 EXACT = "constant"
 
 
-def mark_constants(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[WeightSite, ...]:
+def mark_constants(
+    model: ir.Model, sites: tuple[WeightSite, ...], *, threads: int = 1
+) -> tuple[WeightSite, ...]:
     """The sites, those marked that are no trained weights; each is read once.
 
     Args:
         model: The canonical model.
         sites: Its weights.
+        threads: How many are looked at at once.
     """
     opset = default_opset(model) or 0
     graphs = _Graphs.of(model)
-    marked = []
-    for number, site in enumerate(sites):
-        activity("looking for constants", number, len(sites), site.name)
-        marked.append(_marked(model, site, opset, graphs))
-    return tuple(marked)
+
+    def marked(site: WeightSite) -> WeightSite:
+        return _marked(model, site, opset, graphs)
+
+    total = len(sites)
+    return tuple(in_threads(marked, sites, threads, what="looking for constants", total=total))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

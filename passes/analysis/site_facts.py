@@ -12,6 +12,15 @@ from onnxcomp.passes.weight import WeightSite
 __all__ = ["with_facts"]
 
 
-def with_facts(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[WeightSite, ...]:
-    """The weights of a canonical model, with all that is known of them."""
-    return mark_families(model, mark_zeros(model, mark_constants(model, sites)))
+def with_facts(
+    model: ir.Model, sites: tuple[WeightSite, ...], *, threads: int = 1
+) -> tuple[WeightSite, ...]:
+    """The weights of a canonical model, with all that is known of them.
+
+    Args:
+        model: The model.
+        sites: Its weights.
+        threads: How many of them are read at once.
+    """
+    sites = mark_constants(model, sites, threads=threads)
+    return mark_families(model, mark_zeros(model, sites, threads=threads))

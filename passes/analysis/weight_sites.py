@@ -35,6 +35,7 @@ from onnxcomp.passes.ir.tensors import (
     is_matrix,
     shape_of,
 )
+from onnxcomp.passes.ir.threads import in_threads
 from onnxcomp.passes.ir.traversal import LISTING_IR, Scope, default_opset, find_initializer, scopes
 from onnxcomp.passes.weight import DOMAIN, Array, Use, WeightSite
 
@@ -46,6 +47,7 @@ __all__ = [
     "canonical_matrix",
     "find_sites",
     "read_weight",
+    "stored_matrix",
 ]
 
 MIN_SIZE = 16384
@@ -62,7 +64,13 @@ _TOLD = 3
 _LARGEST = float(np.finfo(np.float32).max)
 
 # Elements tested for NaN and infinity at a time.
-_SCAN = 1 << 22
+_SCAN = 1 << 18
+
+# Bits of the exponent in types of 16 bits: all of them are set in infinities and in NaN.
+_EXPONENTS = {
+    ir.DataType.FLOAT16: np.uint16(0x7C00),
+    ir.DataType.BFLOAT16: np.uint16(0x7F80),
+}
 
 # Operators that read quantised weights, with their scales and zero points.
 _QUANTISED = re.compile(r"Dequantize|^QLinear|Integer$|NBits|BlockQuantized|MatMulBnb4|QMoE|QGemm")
@@ -140,7 +148,7 @@ class _SiteFinder:
     refusal: str | None
 
     def reason(self, scope: Scope, value: ir.Value, found: Sequence[Leaf]) -> str | None:
-        """Why a tensor is not a site; None when it is one."""
+        """Why a tensor is not a site, whatever it holds; None when it may be one."""
         tensor = value.const_value
         assert tensor is not None
         return (
@@ -149,7 +157,6 @@ class _SiteFinder:
             or self._shape(tensor)
             or self._named(value, found)
             or self.refusal
-            or _not_finite(tensor)
         )
 
     def _foreign(
@@ -207,6 +214,7 @@ def find_sites(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     freeze_inputs: bool = False,
+    threads: int = 1,
 ) -> Sites:
     """Find every weight that can be compressed, and say of every other tensor why not.
 
@@ -219,6 +227,7 @@ def find_sites(
             names matches are sites.
         exclude: Regular expressions of tensors and nodes to leave alone.
         freeze_inputs: Treat initializers that are also graph inputs as constants.
+        threads: How many weights are read at once.
 
     Raises:
         UsageError: A pattern is not a regular expression.
@@ -233,23 +242,35 @@ def find_sites(
         compressed_tensors(model),
         _refusal(model),
     )
-    order = _node_order(model)
+    examined = _examined(finder, threads)
     sites: list[WeightSite] = []
     skipped: list[SkippedWeight] = []
-    for scope in scopes(model):
-        for value in scope.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None:
-                continue
-            found = sorted(leaves(value, view_of(tensor)), key=lambda leaf: order[leaf.node])
-            reason = finder.reason(scope, value, found)
-            if reason is None:
-                sites.append(_site(model, scope, value, tensor, found))
-            elif is_float(tensor.dtype) or tensor.nbytes >= min_size:
-                ops = (qualified_type(leaf.node) for leaf in found)
-                skipped.append(_skip(value.name or "", tensor, ops, reason))
+    for scope, value, tensor, found, reason in examined:
+        if reason is None:
+            sites.append(_site(model, scope, value, tensor, found))
+        elif is_float(tensor.dtype) or tensor.nbytes >= min_size:
+            ops = (qualified_type(leaf.node) for leaf in found)
+            skipped.append(_skip(value.name or "", tensor, ops, reason))
     skipped += _constants(model, min_size)
     return Sites(tuple(sites), tuple(skipped))
+
+
+# A tensor with its graph, what reads it, and why it is no weight to compress, if so.
+_Examined = tuple[Scope, ir.Value, ir.TensorProtocol, Sequence[Leaf], str | None]
+
+
+def _examined(finder: _SiteFinder, threads: int) -> list[_Examined]:
+    """All tensors in the order of the model; of those that may be weights every value is read."""
+    order = _node_order(finder.model)
+    known: list[_Examined] = []
+    for scope in scopes(finder.model):
+        for value in scope.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None:
+                found = sorted(leaves(value, view_of(tensor)), key=lambda leaf: order[leaf.node])
+                known.append((scope, value, tensor, found, finder.reason(scope, value, found)))
+    read = in_threads(_not_finite, [one[2] for one in known if one[4] is None], threads)
+    return [one if one[4] is not None else (*one[:4], next(read)) for one in known]
 
 
 def _refusal(model: ir.Model) -> str | None:
@@ -279,9 +300,14 @@ def _node_order(model: ir.Model) -> dict[ir.Node, int]:
 
 def _not_finite(tensor: ir.TensorProtocol) -> str | None:
     flat = np.asarray(tensor.numpy()).reshape(-1)
+    exponent = _EXPONENTS.get(tensor.dtype)
     for start in range(0, flat.size, _SCAN):
         part = flat[start : start + _SCAN]
-        if not np.isfinite(part).all():
+        if exponent is None:
+            finite = bool(np.isfinite(part).all())
+        else:  # numpy has no vector instructions for these types
+            finite = not ((part.view(np.uint16) & exponent) == exponent).any()
+        if not finite:
             return "contains NaN or infinite values"
         if part.dtype == np.float64 and np.abs(part).max(initial=0.0) > _LARGEST:
             return "contains values that only float64 holds"
@@ -383,10 +409,19 @@ def read_weight(model: ir.Model, site: WeightSite) -> Array:
     Raises:
         ModelError: The model has no such initializer.
     """
+    return stored_matrix(model, site).astype(np.float32, copy=False)
+
+
+def stored_matrix(model: ir.Model, site: WeightSite) -> Array:
+    """The same in its own type: a view of its file.
+
+    Raises:
+        ModelError: The model has no such initializer.
+    """
     value = find_initializer(model, site.name)
     if value is None or value.const_value is None:
         raise ModelError(f"the model has no initializer {site.name!r}")
-    return canonical_matrix(np.asarray(value.const_value.numpy()), site)
+    return site.matrix(np.asarray(value.const_value.numpy()))
 
 
 def canonical_matrix(array: Array, site: WeightSite) -> Array:

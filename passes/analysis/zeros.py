@@ -6,11 +6,13 @@ A negative zero is a zero: a trainer's mask leaves as many of them as there were
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, MaskLayout, count_kept, is_paired
+from onnxcomp.passes.ir.threads import in_threads
 from onnxcomp.passes.ir.traversal import default_opset, find_initializer
 from onnxcomp.passes.weight import DTYPES, WeightSite
 
@@ -20,16 +22,19 @@ __all__ = ["LEAST_OPSET", "mark_zeros"]
 LEAST_OPSET = 11
 
 
-def mark_zeros(model: ir.Model, sites: tuple[WeightSite, ...]) -> tuple[WeightSite, ...]:
+def mark_zeros(
+    model: ir.Model, sites: tuple[WeightSite, ...], *, threads: int = 1
+) -> tuple[WeightSite, ...]:
     """The sites, with `WeightSite.kept` where that pays; each is read once.
 
     Args:
         model: The canonical model.
         sites: Its weights.
+        threads: How many are looked at at once.
     """
     if (default_opset(model) or 0) < LEAST_OPSET:
         return sites
-    return tuple(_marked(model, site) for site in sites)
+    return tuple(in_threads(functools.partial(_marked, model), sites, threads))
 
 
 def _marked(model: ir.Model, site: WeightSite) -> WeightSite:

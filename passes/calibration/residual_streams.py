@@ -7,6 +7,7 @@ product closest to what is missing is ``W x_ref + d`` and not ``W x_ref``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -123,11 +124,14 @@ class MissingSums:
         rows: Rows of the weight.
         length: Columns of the weight.
         held: Whether sums to judge by are kept as well.
+        some: Rows of these sums that are wanted; None for all.
         threads: Threads of the sums.
     """
 
-    def __init__(self, rows: int, length: int, *, held: bool, threads: int = 1) -> None:
-        self._threads = threads
+    def __init__(
+        self, rows: int, length: int, *, held: bool, some: slice | None = None, threads: int = 1
+    ) -> None:
+        self._threads, self._some = threads, some
         self._count = 0
         self._valid = True
         self._power = 0.0
@@ -142,15 +146,32 @@ class MissingSums:
             return
         for start in range(0, len(x), _CHUNK):
             part = slice(start, start + _CHUNK)
-            some = lost[part]
-            self._power += float(np.square(some).sum(dtype=np.float64))
-            self._sum += some.sum(axis=0, dtype=np.float64)
+            lacking = lost[part]
+            self._power += float(np.square(lacking).sum(dtype=np.float64))
+            self._sum += lacking.sum(axis=0, dtype=np.float64)
             inputs = x[part].astype(np.float32, copy=False)
-            add_products(self._cross, some, inputs, threads=self._threads)
+            add_products(self._cross, lacking, inputs, rows=self._some, threads=self._threads)
             if self._exact is not None:
                 inputs = reference[part].astype(np.float32, copy=False)
-                add_products(self._exact, some, inputs, threads=self._threads)
+                add_products(self._exact, lacking, inputs, rows=self._some, threads=self._threads)
         self._count += len(x)
+
+    def cut(self) -> None:
+        """Leave out the rows that are not wanted."""
+        if self._some is not None:
+            self._cross = self._cross[self._some]
+            self._exact = None if self._exact is None else self._exact[self._some]
+
+    def join(self, others: Sequence[MissingSums]) -> None:
+        """Take the rows of others that have been cut, all of the same vectors."""
+        first = others[0]
+        self._count, self._valid = first._count, first._valid
+        self._power, self._sum = first._power, first._sum
+        for other in others:
+            assert other._some is not None
+            self._cross[other._some] = other._cross
+            if self._exact is not None and other._exact is not None:
+                self._exact[other._some] = other._exact
 
     def means(self) -> Missing | None:
         """Means; None where vectors were missing or not finite."""

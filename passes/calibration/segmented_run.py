@@ -7,21 +7,21 @@ other, that costs one pass over the data, not one for each weight.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
-from onnxcomp.passes.ir.model import copy_model, save
+from onnxcomp.passes.calibration.elsewhere import Runs
+from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
 from onnxcomp.runtime.activity import activity
 from onnxcomp.runtime.clients.patching import return_freed_memory
 
-__all__ = ["Chain", "read_values", "segment"]
+__all__ = ["Chain", "read_values", "segment", "segment_runner"]
 
 Feed = Mapping[str, Array]
 
@@ -50,6 +50,7 @@ class Chain:
         library: Whether the operator library is registered where a segment has a use for it.
         repeat: Numbers of nodes that depend on weights alone: every segment that reads what they
             give computes it again, so that it is not held as a dense copy for each input.
+        runs: Runs segments that need no library in other processes; None to do so here.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class Chain:
         *,
         library: bool = True,
         repeat: frozenset[int] = frozenset(),
+        runs: Runs | None = None,
     ) -> None:
         self._model = model
-        self._folder = folder
+        self._runs = runs
+        self._folder = folder if runs is None else runs.folder
         self._library = library
         self._repeat = repeat
         self._nodes = list(model.graph)
@@ -149,13 +152,12 @@ class Chain:
         outputs = sorted(made & ((later - again) | set(wanted)))
         part = self._with_repeated(part, outputs)
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            run = self._session(part, outputs, Path(folder), folded) if outputs else None
+            found = self._results(part, outputs, Path(folder), folded)
             for number, held in enumerate(self._held):
-                if run is not None:
-                    held = {**held, **run(held)}
+                held = {**held, **next(found)}
                 self._held[number] = {n: array for n, array in held.items() if n in later}
                 yield {name: held[name] for name in wanted}
-        run = None  # its session goes, and its memory with it
+            found.close()  # its session goes, and its memory with it
         return_freed_memory()
         self._done = max(self._done, stop)
         self._weights = {n: w for n, w in self._weights.items() if self.needs(n)}
@@ -175,34 +177,64 @@ class Chain:
                     pending.append(index)
         return sorted(found)
 
-    def _session(
+    def _results(
         self, part: Sequence[int], outputs: Sequence[str], folder: Path, folded: bool
-    ) -> Any:
-        """A function from held values to the segment's outputs."""
-        from onnxcomp.runtime.evaluate import runner
-        from onnxcomp.runtime.session import import_runtime, needs_library, open_session
+    ) -> Generator[dict[str, Array], None, None]:
+        """The outputs of a segment for each input."""
+        from onnxcomp.runtime.session import needs_library
 
-        if not self._held:
-            return None
+        if not outputs or not self._held:
+            yield from ({} for _ in self._held)
+            return
         model = segment(self._model, part, outputs, self._held[0], self._weights)
-        path = save(model, folder / "segment.onnx").files[0]
-        options = import_runtime().SessionOptions()
-        options.log_severity_level = 4
-        # Between segments the threads would wait in a loop, while encoders want the processors.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not folded:
-            options.add_session_config_entry(_LEFT_OUT, "ConstantFolding")
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        path = Path(save(model, folder / "segment.onnx").files[0])
+        del model
         library = self._library and needs_library(path)
-        session = open_session(path, library=library, session_options=options)
-        names = [value.name for value in session.get_inputs()]
-        call = runner(session)
+        if self._runs is not None and not library:
+            self._runs.keep(array for held in self._held for array in held.values())
+            yield from self._runs.run(path, outputs, list(self._held))
+            return
+        run = segment_runner(path, outputs, folded=folded, library=library)
+        for held in list(self._held):
+            yield run(held)
 
-        def run(held: Feed) -> dict[str, Array]:
-            results = call({name: held[name] for name in names})
-            return dict(zip(outputs, results, strict=True))
 
-        return run
+def segment_runner(
+    path: Path,
+    outputs: Sequence[str],
+    *,
+    folded: bool = True,
+    library: bool = False,
+    threads: int | None = None,
+) -> Callable[[Feed], dict[str, Array]]:
+    """A function from held values to the outputs of a segment.
+
+    Args:
+        path: The segment.
+        outputs: Names of what it gives.
+        folded: Whether ONNX Runtime may compute what depends on weights alone when it loads it.
+        library: Whether the operator library is registered.
+        threads: Threads of one operator; None for ONNX Runtime's choice.
+    """
+    from onnxcomp.runtime.evaluate import runner
+    from onnxcomp.runtime.session import import_runtime, open_session
+
+    options = import_runtime().SessionOptions()
+    options.log_severity_level = 4
+    # Between segments the threads would wait in a loop, while encoders want the processors.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not folded:
+        options.add_session_config_entry(_LEFT_OUT, "ConstantFolding")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    session = open_session(path, library=library, session_options=options, threads=threads)
+    names = [value.name for value in session.get_inputs()]
+    call = runner(session)
+
+    def run(held: Feed) -> dict[str, Array]:
+        results = call({name: held[name] for name in names})
+        return dict(zip(outputs, results, strict=True))
+
+    return run
 
 
 def segment(
@@ -212,45 +244,73 @@ def segment(
     held: Feed,
     weights: Mapping[str, Array],
 ) -> ir.Model:
-    """A model of some nodes that reads what is held and returns the outputs."""
-    copy = copy_model(model)
-    graph = copy.graph
-    nodes = list(graph)
-    kept = {nodes[index] for index in part}
-    values = {value.name: value for node in kept for value in node.outputs}
-    graph.outputs.clear()
-    inputs = [value for value in graph.inputs if value.name in held or value.is_initializer()]
-    graph.inputs.clear()
-    graph.inputs.extend(inputs)
-    read = {value.name: value for node in kept for value in read_values(node)}
-    for name, value in read.items():
-        producer = value.producer()
-        if producer is not None and producer.graph is graph and producer not in kept:
-            graph.inputs.append(_as_input(value, held[name or ""]))
-    graph.remove([node for node in reversed(nodes) if node not in kept])
-    graph.outputs.extend(values[name] for name in outputs)
-    for name, initializer in list(graph.initializers.items()):
-        if name not in read:
-            if initializer.is_graph_input():
-                graph.inputs.remove(initializer)
-            del graph.initializers[name]
-        elif name in weights:
-            assert initializer.const_value is not None
-            kind = initializer.const_value.dtype
-            array = weights[name].astype(kind.numpy())
-            initializer.const_value = ir.Tensor(array, dtype=kind, name=name)
-    return copy
+    """A model of some nodes that reads what is held and returns the outputs.
+
+    It is made of these nodes alone: a model in many pieces is not copied for each of them. Tensors
+    and functions are those of the model.
+
+    Args:
+        model: The model.
+        part: Numbers of the nodes, in order.
+        outputs: Names of the values to return.
+        held: Values that may be read, of one input.
+        weights: What is in the place of initializers.
+
+    Raises:
+        ModelError: A value that is read is no tensor.
+    """
+    graph, everything = model.graph, list(model.graph)
+    nodes = [everything[index] for index in part]
+    made = {value.name: value for node in nodes for value in node.outputs}
+    read = {value.name: value for node in nodes for value in read_values(node)}
+    initializers = [value for name, value in graph.initializers.items() if name in read]
+    declared = [value for value in graph.inputs if value.name in held or value.name in read]
+    declared = [value for value in declared if not value.is_initializer() or value.name in read]
+    fed = [v for v in read.values() if _is_of(v.producer(), graph) and v.name not in made]
+    view = ir.GraphView(
+        [*declared, *fed],
+        [made[name] for name in outputs],
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports=dict(graph.opset_imports),
+        name=graph.name,
+    )
+    copy = view.clone()
+    copy.meta.update(graph.meta)
+    for value in copy.inputs[len(declared) :]:
+        _describe(value, held[value.name or ""])
+    for name, array in weights.items():
+        changed = copy.initializers.get(name)
+        if changed is not None:
+            assert changed.const_value is not None
+            kind = changed.const_value.dtype
+            changed.const_value = ir.Tensor(array.astype(kind.numpy()), dtype=kind, name=name)
+    return ir.Model(copy, ir_version=model.ir_version, functions=_called(model, nodes))
 
 
-def _as_input(value: ir.Value, sample: Array) -> ir.Value:
-    """An input in the place of a value whose producer is not in the segment."""
+def _is_of(node: ir.Node | None, graph: ir.Graph) -> bool:
+    return node is not None and node.graph is graph
+
+
+def _called(model: ir.Model, nodes: Sequence[ir.Node]) -> list[ir.Function]:
+    """The functions that some nodes call, and those that these call."""
+    found: dict[ir.OperatorIdentifier, ir.Function] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        pending.extend(inner for _, graph in subgraphs(node) for inner in graph)
+        key = node.op_identifier()
+        if key in model.functions and key not in found:
+            found[key] = model.functions[key]
+            pending.extend(found[key])
+    return [function for key, function in model.functions.items() if key in found]
+
+
+def _describe(value: ir.Value, sample: Array) -> None:
+    """Give an input the type of a value that it may have."""
     if not isinstance(sample, np.ndarray):
         raise ModelError(f"value {value.name!r} is not a tensor: the model cannot be split there")
     text = sample.dtype.kind in "OSU"
-    kind = ir.TensorType(ir.DataType.STRING if text else ir.DataType.from_numpy(sample.dtype))
-    shape = ir.Shape([None] * sample.ndim)
-    new = ir.Value(name=value.name, shape=shape, type=kind)
-    name, value.name = value.name, None
-    value.replace_all_uses_with(new)
-    new.name = name
-    return new
+    value.type = ir.TensorType(ir.DataType.STRING if text else ir.DataType.from_numpy(sample.dtype))
+    value.shape = ir.Shape([None] * sample.ndim)
+    value.const_value = None

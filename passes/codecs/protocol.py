@@ -302,6 +302,7 @@ class Codec(Protocol):
         trainable: Whether products read the stored tensors as they are, which can be trained then.
         rounds_inputs: Whether all activations of a product are rounded to 8 bits with one range.
             Where the time of a run counts, the method "auto" stands for such a codec, too.
+        measures_rows: Whether `measure` looks at some rows only, of a weight in any type.
     """
 
     name: ClassVar[str]
@@ -312,6 +313,7 @@ class Codec(Protocol):
     composite: ClassVar[bool] = False
     trainable: ClassVar[bool] = False
     rounds_inputs: ClassVar[bool] = False
+    measures_rows: ClassVar[bool] = False
 
     @property
     def measure(self) -> Measure | None:

@@ -47,13 +47,13 @@ def plan_subject(
 def _planned(
     subject: Subject, settings: Settings, given: Plan | None, run: Run, *, compared: bool = True
 ) -> PlannedModel:
-    prepared = prepare(subject.loaded, settings, subject.samples)
+    prepared = prepare(subject.loaded, settings, subject.samples, threads=run.jobs)
     if prepared.has_new_inputs:
         subject = subject.without_inputs(subject.reference)
     if given is not None:
         return PlannedModel(subject, prepared, settle(given, prepared, name=subject.name), None)
     measured = measure(prepared, settings, subject.samples, calibrated=run.calibrates)
-    candidates = candidate_sets(prepared, measured)
+    candidates = candidate_sets(prepared, measured, threads=run.jobs)
     referee = referee_of(prepared, settings, subject, run) if compared else None
     plan = plan_from(
         candidates,

@@ -21,13 +21,16 @@ __all__ = ["prepare"]
 Feeds = Callable[[], Sequence[Feed] | None]
 
 
-def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prepared:
+def prepare(
+    loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds, *, threads: int = 1
+) -> Prepared:
     """Run the graph passes on a model, in place, and find its weights.
 
     Args:
         loaded: The model.
         settings: What is asked for.
         feeds: Gives the calibration inputs to passes that need them.
+        threads: How many weights are read at once.
     """
     model = loaded.model
     changes = run_passes(model, Context(settings, feeds), graph_passes())
@@ -37,9 +40,10 @@ def prepare(loaded: Loaded, settings: Settings, feeds: Feeds = no_feeds) -> Prep
         include=settings.include,
         exclude=settings.exclude,
         freeze_inputs=settings.freeze_inputs,
+        threads=threads,
     )
     warn_of_unmatched(model, found, settings)
-    sites = with_facts(model, found.sites)
+    sites = with_facts(model, found.sites, threads=threads)
     pruning = changes.get(Prune.name)
     return Prepared(
         model=model,

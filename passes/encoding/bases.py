@@ -17,15 +17,12 @@ from onnxcomp.passes.calibration.statistics import Calibration
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.bases import BasisSums
 from onnxcomp.passes.codecs.protocol import Codec
-from onnxcomp.passes.encoding.samples import Samples, calibration_of, curvature_for
+from onnxcomp.passes.encoding.samples import Codecs, Samples, curvature_for
 from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Stats, WeightSite
 
-__all__ = ["Codecs", "bound_codecs", "shares"]
-
-# Codecs of weights that share something with others, with that, by name of the weight.
-Codecs = Mapping[str, Codec]
+__all__ = ["bound_codecs", "shares"]
 
 
 def shares(choice: Choice) -> bool:
@@ -100,8 +97,8 @@ def _observed(
     if calibration.reasons:
         yield from ((site, None) for site in members)
         return
-    codecs = {site.name: calibration_of(site, choices[site.name]) for site in members}
-    curvature = curvature_for(model, codecs, members, samples, folder)
+    work = {site: choices[site.name] for site in members}
+    curvature = curvature_for(model, work, samples, folder)
     if len(curvature) < len(members):
         curvature = {}
     for group, stats in calibration:

@@ -17,7 +17,7 @@ from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, decoding_error
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.encoding.samples import Samples
-from onnxcomp.passes.ir.tensors import not_finite, release_pages
+from onnxcomp.passes.ir.tensors import not_finite
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, WeightSite
 
@@ -93,8 +93,6 @@ def _measured(
         return payload, error
     if payload is None:
         payload = codec.encode(site, weight, choice.params, threads=jobs)
-    # The weight and its decoded form are not held in full at the same time.
-    release_pages(weight)
     error = decoding_error(weight, codec, site, payload)
     if cache is not None:
         cache.put(key, payload, error)
@@ -160,7 +158,8 @@ def _encoded(
     usual = codec.predict(site, choice.params)
     if codec.measure is not None and choice.error is not None:
         usual = choice.error
-    if not measured <= _UNUSUAL * usual:
+    # Of a basis that others share too it is not known what is usual for one weight.
+    if codec.bases is None and not measured <= _UNUSUAL * usual:
         reason = f"{choice.codec} has relative error {measured:.3g}, {usual:.3g} is usual"
         return EncodedWeight(site, choice, None, reason=reason)
     return EncodedWeight(site, choice, payload, measured)

@@ -9,51 +9,29 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import os
-import queue
-import secrets
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import CompressionError
+from onnxcomp.passes.analysis.offsets import Offset
 from onnxcomp.passes.calibration.blas_threads import blas_threads
 from onnxcomp.passes.config.options import Progress
-from onnxcomp.passes.encoding.cluster_tasks import (
-    SMALL,
-    Answer,
-    Batch,
-    FilePart,
-    Item,
-    Place,
-    encode_batch,
-    versions,
-)
+from onnxcomp.passes.encoding.cluster_calls import Calls
+from onnxcomp.passes.encoding.cluster_observing import calibrating
+from onnxcomp.passes.encoding.cluster_tasks import Answer, Batch, Place, encode_batch, versions
+from onnxcomp.passes.encoding.cluster_weights import Weights
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.ir.tensors import MappedTensor
-from onnxcomp.passes.ir.traversal import initializers
+from onnxcomp.passes.encoding.workers import Calibrating
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.weight import Array, WeightSite
+from onnxcomp.passes.weight import WeightSite
 
 __all__ = ["Ahead", "Cluster"]
 
 # Weight bytes that make a task: less is over before the next one is there.
 _TASK_BYTES = 4 << 20
-
-# Seconds between looks at which workers there are, and without any until a run gives up.
-_LOOK, _ALONE = 1.0, 120.0
-
-# How often a task is tried again that fails on a worker for want of memory, say.
-_RETRIES = 2
-
-# How often a file that a worker wrote is looked for, and seconds between looks.
-_TRIES, _PAUSE = 20, 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,7 +80,7 @@ class Cluster:
         compare: bool = True,
         progress: Progress | None = None,
     ) -> Iterator[Callable[[WeightSite], EncodedWeight]]:
-        """What `passes.encoding.encoder.Workers` says."""
+        """What `passes.encoding.workers.Workers` says."""
         self.shared()
         place = None if cache is None else Place.marked(cache.folder)
         ahead = Ahead(self, model, work, plan, cache=place, compare=compare, progress=progress)
@@ -110,6 +88,34 @@ class Cluster:
             yield ahead.encoded
         finally:
             ahead.cancel()
+            if place is not None:
+                place.unmark()
+
+    @contextlib.contextmanager
+    def calibrating(
+        self,
+        model: ir.Model,
+        plan: Plan,
+        offsets: Mapping[str, Offset | None],
+        *,
+        cache: PayloadCache | None = None,
+        progress: Callable[[int, str], None] | None = None,
+    ) -> Iterator[Calibrating | None]:
+        """What `passes.encoding.workers.Workers` says."""
+        if not self.shared():
+            yield None
+            return
+        place = None if cache is None else Place.marked(cache.folder)
+        codecs = (plan[name].codec for name in offsets)
+        # On one thread for linear algebra, as calibration is everywhere.
+        known = versions(codecs, runtime=True)
+        frame = Batch((), known, self.exchange, place, compare=False, blas=1)
+        calls = Calls(self)
+        weights = Weights(model, plan, self.exchange, shared=True)
+        try:
+            yield calibrating(calls, weights, frame, offsets, progress)
+        finally:
+            calls.cancel()
             if place is not None:
                 place.unmark()
 
@@ -138,23 +144,17 @@ class Ahead:
         compare: bool = True,
         progress: Progress | None = None,
     ) -> None:
-        self._cluster, self._plan, self._progress = cluster, plan, progress
-        self._values = initializers(model)
+        self._calls, self._progress = Calls(cluster), progress
+        self._weights = Weights(model, plan, cluster.exchange, shared=cluster.shared())
         self._waiting = collections.deque(_batches(work))
         self._unsent = {site.name for site in work}
-        self._files: dict[str, os.stat_result] = {}
         self._frame = Batch(
             (), versions(plan[site.name].codec for site in work), cluster.exchange, cache, compare,
             blas_threads(),
         )  # fmt: skip
-        self._exchange = PayloadCache(cluster.exchange.folder, make=False)
-        self._ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._flying: dict[Any, tuple[WeightSite, ...]] = {}
         self._answers: dict[str, Answer] = {}
-        self._name = f"onnxcomp-{secrets.token_hex(4)}"
-        self._sent = self._done = 0
-        self._total = sum(site.nbytes for site in work)
-        self._workers, self._looked, self._seen = 0, -_LOOK, time.monotonic()
+        self._sizes = {site.name: site.nbytes for site in work}
+        self._done, self._total = 0, sum(self._sizes.values())
 
     def encoded(self, site: WeightSite) -> EncodedWeight:
         """One of the weights; each can be asked for once.
@@ -168,120 +168,42 @@ class Ahead:
         while site.name not in self._answers:
             self._receive()
             self._send(site.name)
-        answer = self._answers.pop(site.name)
-        for _ in range(_TRIES):
-            found = answer.encoded(site, self._plan[site.name], self._exchange)
-            if found is not None:
-                return found
-            time.sleep(_PAUSE)  # folders of networks may lag behind
-        raise CompressionError(
-            f"what a worker wrote of {site.name!r} is not in {self._cluster.exchange.folder}",
-            hint="put the output into a folder that workers do not see, or look at its file system",
-        )
+        return self._weights.encoded(site, self._answers.pop(site.name))
 
     def _send(self, wanted: str) -> None:
         """Let the cluster have as many tasks as it can work on, the wanted weight among them."""
-        if time.monotonic() - self._looked >= _LOOK:
-            self._workers, self._looked = self._cluster.workers(), time.monotonic()
-            if self._workers:
-                self._seen = self._looked
-        most = max(1, self._workers)  # none waits behind another one, which may take long
-        if len(self._flying) < most and wanted in self._unsent:
+        most = max(1, self._calls.workers)  # none waits behind another one, which may take long
+        if len(self._calls) < most and wanted in self._unsent:
             batch = next(b for b in self._waiting if any(site.name == wanted for site in b))
             self._waiting.remove(batch)
             self._waiting.appendleft(batch)
-        while self._waiting and len(self._flying) < most:
+        while self._waiting and len(self._calls) < most:
             self._submit(self._waiting.popleft())
         if self._progress is not None:
-            at = f"{len(self._flying)} tasks on {self._workers} workers"
-            self._progress(self._done, self._total, at)
+            self._progress(self._done, self._total, self._calls.at_work)
 
     def _submit(self, sites: tuple[WeightSite, ...]) -> None:
-        items = tuple(Item(site, self._plan[site.name], self._stored(site)) for site in sites)
-        self._unsent -= {site.name for site in sites}
-        self._sent += 1
-        future = self._cluster.client.submit(
-            encode_batch,
-            dataclasses.replace(self._frame, items=items),
-            key=(self._name, self._sent),
-            retries=_RETRIES,
-        )
-        self._flying[future] = sites
-        future.add_done_callback(self._ended.put)
-
-    def _stored(self, site: WeightSite) -> FilePart | Array:
-        """Where workers find a tensor: in the model's file, or in one that is written for them."""
-        tensor = self._values[site.name].const_value
-        assert tensor is not None
-        if isinstance(tensor, MappedTensor):
-            if tensor.path not in self._files:
-                self._files[tensor.path] = os.stat(tensor.path)
-            return FilePart.of(tensor, self._files[tensor.path])
-        array = np.ascontiguousarray(tensor.numpy())
-        if array.nbytes <= SMALL or not self._cluster.shared():
-            return array
-        path = self._sent_file(site)
-        path.write_bytes(array.reshape(-1).view(np.uint8).data)
-        mapped = MappedTensor(str(path), 0, array.nbytes, tensor.dtype, ir.Shape(array.shape))
-        return FilePart.of(mapped, path.stat())
-
-    def _sent_file(self, site: WeightSite) -> Path:
-        digest = hashlib.sha256(site.name.encode()).hexdigest()
-        return Path(self._cluster.exchange.folder, f"{digest}.weight")
+        names = [site.name for site in sites]
+        self._unsent -= {*names}
+        batch = dataclasses.replace(self._frame, items=tuple(map(self._weights.item, sites)))
+        self._calls.call(encode_batch, batch, names)
 
     def _receive(self) -> None:
         """Wait a moment for a task to end, and take what it gives."""
-        try:
-            future = self._ended.get(timeout=_LOOK)
-        except queue.Empty:
-            if time.monotonic() - self._seen > _ALONE:
-                raise CompressionError(
-                    f"the scheduler at {self._cluster.address} has had no workers for "
-                    f"{_ALONE:.0f} seconds",
-                    hint="start workers; with --cache what was encoded is kept",
-                ) from None
+        ended = self._calls.ended()
+        if ended is None:
             return
-        sites = self._flying.pop(future)
         self._send("")  # the worker need not wait until the result is here
-        for answer in self._results(future, sites):
-            self._answers[answer.name] = self._kept(answer)
-        for site in sites:
-            self._done += site.nbytes
-            self._sent_file(site).unlink(missing_ok=True)
-
-    def _results(self, future: Any, sites: tuple[WeightSite, ...]) -> list[Answer]:
-        """What a task gave; raises what came of it else."""
-        if future.status == "error":
-            error = future.exception()
-            lost = type(error).__name__ == "KilledWorker"
-            names = ", ".join(site.name for site in sites[:3])
-            raise CompressionError(
-                f"{names} cannot be encoded on the cluster: "
-                + ("several workers were lost with it" if lost else repr(error)),
-                hint="look at the memory of the workers" if lost else "look at their logs",
-            ) from error
-        if future.status != "finished":
-            raise self._cluster.lost()
-        found: list[Answer] | CompressionError = future.result()
-        if isinstance(found, CompressionError):
-            raise found
-        return found
-
-    def _kept(self, answer: Answer) -> Answer:
-        """An answer that takes little memory: a large payload goes to a file."""
-        size = sum(tensor.nbytes for tensor in (answer.tensors or {}).values())
-        if answer.tensors is None or size <= SMALL:
-            return answer
-        key = secrets.token_hex(16)
-        if not self._exchange.put_tensors(key, answer.tensors, answer.attributes):
-            return answer
-        return dataclasses.replace(answer, tensors=None, attributes={}, key=key)
+        answers: list[Answer] = self._calls.outcome(*ended)
+        for answer in answers:
+            self._answers[answer.name] = self._weights.kept(answer)
+        for name in ended[1]:
+            self._done += self._sizes[name]
+            self._weights.forget(name)
 
     def cancel(self) -> None:
         """Take back what is with the cluster."""
-        if self._flying:
-            with contextlib.suppress(OSError):
-                self._cluster.client.cancel([*self._flying], force=True)
+        self._calls.cancel()
 
 
 def _batches(work: Sequence[WeightSite]) -> Iterator[tuple[WeightSite, ...]]:

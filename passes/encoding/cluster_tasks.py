@@ -27,7 +27,8 @@ from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.payload_cache import PayloadCache, code_version, payload_of
 from onnxcomp.passes.ir.tensors import MappedTensor, shape_of
 from onnxcomp.passes.planning.candidates import Choice
-from onnxcomp.passes.weight import Array, Attribute, WeightSite
+from onnxcomp.passes.weight import Array, Attribute, Shift, WeightSite
+from onnxcomp.runtime.session import import_runtime
 from onnxcomp.version import __version__
 
 __all__ = [
@@ -37,12 +38,17 @@ __all__ = [
     "FilePart",
     "Item",
     "Place",
+    "answer_of",
+    "begun",
+    "cache_of",
     "dask_setup",
     "differences",
     "encode_batch",
     "look_around",
     "versions",
 ]
+
+_RUNTIME = "ONNX Runtime"
 
 # Characters of a hash that are shown, and compared.
 _SHOWN = 12
@@ -51,11 +57,12 @@ _SHOWN = 12
 SMALL = 1 << 16
 
 
-def versions(codecs: Iterable[str] = ()) -> dict[str, str]:
+def versions(codecs: Iterable[str] = (), *, runtime: bool = False) -> dict[str, str]:
     """What bytes follow from besides weights and settings, by name.
 
     Args:
         codecs: Names of codecs that may come from other packages.
+        runtime: Whether they follow from what ONNX Runtime computes, too.
     """
     names = [name for name in codecs if name not in CODECS or _foreign(name)]
     major, minor, _ = platform.python_version_tuple()
@@ -65,6 +72,7 @@ def versions(codecs: Iterable[str] = ()) -> dict[str, str]:
         "Python": f"{major}.{minor}",
         "numpy": np.__version__,
         **{f"codec {name}": _code_of(name) for name in sorted(names)},
+        **({_RUNTIME: str(import_runtime().__version__)} if runtime else {}),
     }
 
 
@@ -225,6 +233,8 @@ class Answer:
         tensors: Tensors of the payload; None where it is in the exchange, or there is none.
         attributes: Attributes of the payload.
         key: Of the payload in the exchange; empty where it is not there.
+        output_error: As in `EncodedWeight`.
+        shift: As there.
     """
 
     name: str
@@ -234,6 +244,8 @@ class Answer:
     tensors: Mapping[str, Array] | None = None
     attributes: Mapping[str, Attribute] = dataclasses.field(default_factory=dict)
     key: str = ""
+    output_error: float | None = None
+    shift: Shift | None = None
 
     def encoded(
         self, site: WeightSite, choice: Choice, exchange: PayloadCache
@@ -251,7 +263,9 @@ class Answer:
             exchange.path(self.key).unlink(missing_ok=True)
         elif self.tensors is not None:
             payload = payload_of(self.tensors, self.attributes, site, codec, choice.params)
-        return EncodedWeight(site, choice, payload, self.error, self.reason, note=self.note)
+        return EncodedWeight(
+            site, choice, payload, self.error, self.reason, self.output_error, self.note, self.shift
+        )
 
 
 def encode_batch(batch: Batch) -> list[Answer] | CompressionError:
@@ -261,7 +275,26 @@ def encode_batch(batch: Batch) -> list[Answer] | CompressionError:
         An answer for each weight, or what makes them impossible wherever they are encoded: errors
         that are raised are those that another worker may not have.
     """
-    own = versions(choice.codec for choice in (item.choice for item in batch.items))
+    wrong = begun(batch)
+    if wrong is not None:
+        return wrong
+    cache = cache_of(batch)
+    try:
+        return [
+            answer_of(
+                encode_matrix(item.read, item.site, item.choice, cache, 1, compare=batch.compare),
+                batch.exchange,
+            )
+            for item in batch.items
+        ]
+    except ModelError as error:
+        return error
+
+
+def begun(batch: Batch) -> UsageError | None:
+    """Make this process ready for a task; why it cannot be, where its versions are others."""
+    names = (item.choice.codec for item in batch.items)
+    own = versions(names, runtime=_RUNTIME in batch.client)
     wrong = differences(own, batch.client)
     if wrong:
         return UsageError(
@@ -271,24 +304,28 @@ def encode_batch(batch: Batch) -> list[Answer] | CompressionError:
     if batch.blas is not None:
         # Never set back: tasks on other threads of this worker ask for the same number.
         use_blas_threads(batch.blas)
-    cache = None
-    if batch.cache is not None and batch.cache.seen:
-        cache = PayloadCache(batch.cache.folder, make=False)
-    try:
-        return [_answer(item, batch, cache) for item in batch.items]
-    except ModelError as error:
-        return error
+    return None
 
 
-def _answer(item: Item, batch: Batch, cache: PayloadCache | None) -> Answer:
-    encoded = encode_matrix(item.read, item.site, item.choice, cache, 1, compare=batch.compare)
-    answer = Answer(item.site.name, encoded.error, encoded.reason, encoded.note)
-    if encoded.payload is None:
-        return answer
+def cache_of(batch: Batch) -> PayloadCache | None:
+    """Payloads of earlier runs, where this process sees them."""
+    if batch.cache is None or not batch.cache.seen:
+        return None
+    return PayloadCache(batch.cache.folder, make=False)
+
+
+def answer_of(encoded: EncodedWeight, exchange: Place) -> Answer:
+    """An answer; a large payload goes to the exchange, where this process sees it."""
+    answer = Answer(
+        encoded.site.name, encoded.error, encoded.reason, encoded.note,
+        output_error=encoded.output_error, shift=encoded.shift,
+    )  # fmt: skip
     payload = encoded.payload
-    if payload.nbytes > SMALL and batch.exchange.seen:
+    if payload is None:
+        return answer
+    if payload.nbytes > SMALL and exchange.seen:
         key = secrets.token_hex(16)
-        if PayloadCache(batch.exchange.folder, make=False).put(key, payload):
+        if PayloadCache(exchange.folder, make=False).put(key, payload):
             return dataclasses.replace(answer, key=key)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in payload.tensors.items()}
     return dataclasses.replace(answer, tensors=tensors, attributes=dict(payload.attributes))

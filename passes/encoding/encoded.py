@@ -16,9 +16,18 @@ from onnxcomp.passes.weight import Array, Shift, WeightSite
 
 __all__ = ["EncodedWeight", "decoding_error", "weight_error"]
 
-# Elements compared at a time when an error is measured, and bytes in float32 of weights that are
-# decoded as a whole for that.
-_BLOCK, _WHOLE = 1 << 18, 1 << 26
+# Lines and elements of a line that are compared at a time when an error is measured. Both matrices
+# are read in pieces that stay in the cache, whichever way they lie in memory.
+_LINES, _ELEMENTS = 128, 256
+
+# Elements between two rows of a matrix that is read by columns: a line of the cache.
+_GAP = 16
+
+# Bytes in float32 of weights that are decoded as a whole for that: what stays in the cache as well.
+_WHOLE = 1 << 22
+
+# Bytes of a weight that are compared before its pages are given back.
+_RELEASED = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,6 +94,8 @@ def decoding_error(weight: Array, codec: Codec, site: WeightSite, payload: Paylo
     """
     cut = codec.row_parts
     if cut is None or 4 * site.size <= _WHOLE or len(site.shape) != 2:
+        # The weight and its decoded form are not held in full at the same time.
+        release_pages(weight)
         return weight_error(weight, codec.decode(site, payload))
     unit = cut.unit(site, payload)
     step = max(1, _WHOLE // (4 * site.length * unit)) * unit
@@ -92,9 +103,18 @@ def decoding_error(weight: Array, codec: Codec, site: WeightSite, payload: Paylo
     for start, stop in row_bounds(site.rows, step):
         part, _ = cut.part(site, payload, start, stop)
         decoded = codec.decode(some_rows(site, stop - start), part)
-        found = _powers(weight[start:stop], decoded)
+        found = _powers(weight[start:stop], _spaced(decoded))
         noise, power = noise + found[0], power + found[1]
+    release_pages(weight)
     return _relative(noise, power)
+
+
+def _spaced(matrix: Array) -> Array:
+    """A copy whose rows are apart by no power of two: its columns stay in the cache."""
+    rows, length = matrix.shape
+    spaced = np.empty((rows, length + _GAP), matrix.dtype)[:, :length]
+    spaced[...] = matrix
+    return spaced
 
 
 def _powers(weight: Array, decoded: Array) -> tuple[float, float]:
@@ -102,13 +122,20 @@ def _powers(weight: Array, decoded: Array) -> tuple[float, float]:
     noise = power = 0.0
     if weight.strides[0] < weight.strides[1]:  # in the order of memory
         weight, decoded = weight.T, decoded.T
-    rows = max(1, _BLOCK // max(1, weight.shape[-1]))
-    for start in range(0, len(weight), rows):
-        exact = weight[start : start + rows].astype(np.float64)
-        power += float(np.square(exact).sum())
-        exact -= decoded[start : start + rows]
-        noise += float(np.square(exact).sum())
-        release_pages(weight)
+    lines, length = weight.shape
+    left = _RELEASED
+    for first in range(0, lines, _LINES):
+        rows = slice(first, first + _LINES)
+        for start in range(0, length, _ELEMENTS):
+            columns = slice(start, start + _ELEMENTS)
+            exact = weight[rows, columns].astype(np.float64)
+            power += float(np.square(exact).sum())
+            exact -= decoded[rows, columns]
+            noise += float(np.square(exact, out=exact).sum())
+        left -= _LINES * length * weight.itemsize
+        if left <= 0:
+            release_pages(weight)
+            left = _RELEASED
     return noise, power
 
 

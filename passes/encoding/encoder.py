@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +22,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.encoding.by_values import ValueEncoder
-from onnxcomp.passes.encoding.calibrated import Plain, Samples, encode_calibrated
+from onnxcomp.passes.encoding.calibrated import Plain, Samples, Workers, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import warn_of_losses
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.kept_means import encode_with_means
@@ -44,35 +44,6 @@ _ALIGNMENT = 64
 
 # First byte, shape and type of a tensor in the file.
 _Place = tuple[int, tuple[int, ...], "np.dtype[np.generic]"]
-
-
-class Workers(Protocol):
-    """Who encodes weights by their values in the place of this process."""
-
-    def encoding(
-        self,
-        model: ir.Model,
-        work: Sequence[WeightSite],
-        plan: Plan,
-        *,
-        cache: PayloadCache | None = None,
-        compare: bool = True,
-        progress: Progress | None = None,
-    ) -> contextlib.AbstractContextManager[Plain]:
-        """Encode while the block runs; what is not done then is cancelled.
-
-        Args:
-            model: The canonical model; only read.
-            work: Weights to encode, in the order in which to begin.
-            plan: Decisions for them.
-            cache: Payloads of earlier runs.
-            compare: Whether codecs are compared with their baselines.
-            progress: Told of what is done.
-
-        Yields:
-            Gives each of the weights once, when it is done.
-        """
-        ...
 
 
 class _Spill:
@@ -140,7 +111,7 @@ def encode(
         progress: Called before each weight and after the last one.
         folder: Where the temporary file lives; None for the system's place.
         samples: Calibration inputs; None to encode plainly.
-        workers: Encode weights by their values; None to do so here.
+        workers: Encode weights; None to do so here.
 
     Raises:
         ModelError: The model does not run on the calibration inputs, or gives NaN.
@@ -161,14 +132,17 @@ def encode(
             progress(done, total, site.name)
         return values(site)
 
+    def tell(waiting: int, at: str) -> None:
+        if progress is not None:
+            progress(done + waiting, total, at)
+
     with contextlib.ExitStack() as stack:
         encoder: Plain = plain
-        if workers is not None and values.alone:  # what weights share is here
-            if samples is None:  # so that no worker is left with a large one in the end
-                work = sorted(work, key=lambda site: -site.size)
-            ahead = workers.encoding(
-                model, work, plan, cache=cache, compare=samples is None, progress=progress
-            )
+        if not values.alone:
+            workers = None  # what weights share is found here
+        if workers is not None and samples is None:
+            work = sorted(work, key=lambda site: -site.size)  # no large one is left in the end
+            ahead = workers.encoding(model, work, plan, cache=cache, progress=progress)
             encoder = stack.enter_context(ahead)
         if samples is None:
             seed = plan.settings.seed
@@ -176,17 +150,10 @@ def encode(
         else:
             results = on_one_blas_thread(
                 encode_calibrated(
-                    model,
-                    work,
-                    plan,
-                    samples,
-                    encoder,
-                    cache=values.cache,
-                    codecs=values.codecs,
-                    jobs=jobs,
-                    folder=folder,
+                    model, work, plan, samples, encoder, cache=values.cache, codecs=values.codecs,
+                    jobs=jobs, folder=folder, workers=workers, progress=tell,
                 )
-            )
+            )  # fmt: skip
         for encoded in results:
             if spill is not None:  # in this name: the payload must not outlive the next weight's
                 encoded = spill.emptied(encoded)

@@ -33,6 +33,7 @@ from onnxcomp.passes.encoding.payload_cache import (
     stored_payload_of,
 )
 from onnxcomp.passes.encoding.stored_arrays import read_arrays, storable
+from onnxcomp.passes.encoding.workers import Fit
 from onnxcomp.passes.ir.content import content_hash
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.weight import Array, Feed, Shift, Stats, WeightSite
@@ -297,13 +298,13 @@ class Walk:
 
     def fitted(
         self,
-        encode: Callable[[WeightSite, Stats], EncodedWeight],
+        encode: Fit,
         before: Walk | None = None,
     ) -> Iterator[EncodedWeight]:
         """The weights of all groups.
 
         Args:
-            encode: Encodes one that is not known for its inputs.
+            encode: Encodes those of a group that are not known.
             before: The walk that follows, where that is what observes behind these weights.
 
         Raises:
@@ -312,15 +313,18 @@ class Walk:
         """
         behind = self if before is None else before
         for number, group in enumerate(self._groups):
-            stats = None
+            known = {site.name: self._journal.known(site) for site in group}
+            wanted = [site for site in group if known[site.name] is None]
+            fresh = encode(wanted, self._observe(number)) if wanted else None
             for site in group:
-                known = self._journal.known(site)
-                if known is None:
-                    stats = self._observe(number) if stats is None else stats
-                    yield behind._new(encode(site, stats))
-                else:
-                    yield behind._skipped(known, number if before is None else -1)
-            if stats is not None and number + 1 < len(self._groups):
+                found = known.pop(site.name)
+                if found is not None:
+                    yield behind._skipped(found, number if before is None else -1)
+                elif fresh is not None:
+                    yield behind._new(next(fresh))
+            if fresh is not None:
+                fresh.close()  # the moments go before those of the next group come
+            if fresh is not None and number + 1 < len(self._groups):
                 self._journal.keep(group[-1], self._calibration.activations)
 
     def _new(self, encoded: EncodedWeight) -> EncodedWeight:

@@ -19,6 +19,7 @@ from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Array, Feed, Stats, WeightSite
 
 __all__ = [
+    "Codecs",
     "Samples",
     "calibration_of",
     "curvature_for",
@@ -28,6 +29,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+# Codecs of weights that share something with others, with that, by name of the weight.
+Codecs = Mapping[str, Codec]
 
 # Inputs that the fidelity gate runs when there is calibration data.
 _VERIFICATION_FEEDS = 4
@@ -101,21 +105,20 @@ def calibration_of(
 
 def curvature_for(
     model: ir.Model,
-    codecs: Mapping[str, CalibratedEncoding | None],
-    sites: Sequence[WeightSite],
+    work: Mapping[WeightSite, Choice],
     samples: Samples,
     folder: Path | None = None,
 ) -> dict[str, Array]:
-    """How the loss of the outputs curves by the products of the weights that are encoded for it.
+    """How the loss of the outputs curves by the products of weights that are encoded for that.
 
     Args:
         model: The canonical model; only read.
-        codecs: How each weight is encoded, by name.
-        sites: Weights whose products are observed.
+        work: Weights, and what the plan says about them.
         samples: Calibration inputs.
         folder: Where temporary files lie.
     """
-    weighed = [site for site in sites if (own := codecs[site.name]) and own.outputs]
+    found = {site: calibration_of(site, choice) for site, choice in work.items()}
+    weighed = [site for site, own in found.items() if own is not None and own.outputs]
     return output_moments(model, weighed, samples.feeds, folder=folder)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.ir.threads import in_threads
 from onnxcomp.passes.planning.candidates import Estimator
 from onnxcomp.passes.planning.error_model import Estimates
 from onnxcomp.passes.planning.exact import exact_forms, exact_halves
@@ -13,19 +14,21 @@ from onnxcomp.passes.planning.families import with_families
 from onnxcomp.passes.planning.measurements import Measurements
 from onnxcomp.passes.planning.observed import observed
 from onnxcomp.passes.planning.rank_goals import with_rank
-from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set
-from onnxcomp.passes.weight import WeightSite
-from onnxcomp.runtime.activity import activity
+from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set, reads_all
+from onnxcomp.passes.weight import Stats, WeightSite
 
 __all__ = ["candidate_sets"]
 
 
-def candidate_sets(prepared: Prepared, known: Measurements) -> list[CandidateSet]:
+def candidate_sets(
+    prepared: Prepared, known: Measurements, *, threads: int = 1
+) -> list[CandidateSet]:
     """What there is to choose from for every weight, in the order of the model.
 
     Args:
         prepared: The model, its weights and what is asked of each.
         known: What was measured before.
+        threads: How many weights are looked at at once, where little of each is.
 
     Raises:
         UsageError: A rule names a parameter or a rank that no method of the weight has.
@@ -38,11 +41,21 @@ def candidate_sets(prepared: Prepared, known: Measurements) -> list[CandidateSet
         rounding=rounding,
         sites=prepared.sites,
     )
-    found: dict[str, CandidateSet] = {}
-    for site, stats in observed(prepared, known):
-        activity("planning", len(found), len(prepared.sites), site.name)
+
+    def candidates(item: tuple[WeightSite, Stats | None]) -> CandidateSet:
+        site, stats = item
         estimates.look_at(stats)
-        found[site.name] = _candidate_set(site, prepared, known, estimates)
+        return _candidate_set(site, prepared, known, estimates)
+
+    several = known.feeds is None and not reads_all(prepared.policies.values())
+    made = in_threads(
+        candidates,
+        observed(prepared, known),
+        threads if several else 1,
+        what="planning",
+        total=len(prepared.sites),
+    )
+    found = {own.site.name: own for own in made}
     sets = [dataclasses.replace(found[site.name], chance=known.chance) for site in prepared.sites]
     return with_families(sets)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.analysis.weight_sites import read_weight, stored_matrix
 from onnxcomp.passes.codecs.moments import damped, energy, output_root
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, RankGoals
@@ -178,14 +178,7 @@ class Estimates:
         """Relative errors of products, from those of the weight or from its values."""
         if codec.measure is None or not params:
             return [known.white * error for error in plain]
-        return list(codec.measure(stats.site, self._matrix(codec, stats.site), params, stats))
-
-    def _matrix(self, codec: Codec, site: WeightSite) -> Array:
-        """What a codec is asked about: a weight, or all those that share a basis with it."""
-        if codec.bases is None or site.family is None:
-            return read_weight(self._model, site)
-        members = [self._sites[name] for name in site.family.members if name in self._sites]
-        return np.concatenate([read_weight(self._model, own) for own in members or [site]])
+        return list(codec.measure(stats.site, self._looked_at(codec, stats.site), params, stats))
 
     def _with_rounding(self, site: WeightSite, estimate: Estimate) -> Estimate:
         """The estimate with noise in the activations, which is as bad as so much in the weight."""
@@ -208,7 +201,15 @@ class Estimates:
     ) -> list[Estimate]:
         if codec.measure is None or not params:
             return predicted(codec, site, params)
-        weight = self._matrix(codec, site)
-        if not_finite(weight):  # the encoder will say so
-            return predicted(codec, site, params)
+        weight = self._looked_at(codec, site)
         return [Estimate(error) for error in codec.measure(site, weight, params)]
+
+    def _looked_at(self, codec: Codec, site: WeightSite) -> Array:
+        """The weight for `Codec.measure`: in its own type where most of it is not looked at.
+
+        Of a basis that several weights share all these have to be seen.
+        """
+        if codec.bases is None or site.family is None:
+            return (stored_matrix if codec.measures_rows else read_weight)(self._model, site)
+        members = [self._sites[name] for name in site.family.members if name in self._sites]
+        return np.concatenate([read_weight(self._model, own) for own in members or [site]])

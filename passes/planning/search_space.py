@@ -29,6 +29,7 @@ __all__ = [
     "keep",
     "offered_bits",
     "predicted",
+    "reads_all",
     "uniform",
     "uniform_bits",
 ]
@@ -206,6 +207,12 @@ def _candidates(
         Candidate(site, codec.name, params, codec.size(site, params), found.error, found)
         for params, found in zip(offered, estimator(codec, site, offered), strict=True)
     ]
+
+
+def reads_all(policies: Iterable[Policy]) -> bool:
+    """Whether a method reads all of a weight to tell what it loses, and not some rows only."""
+    names = {name for policy in policies for name in policy.methods}
+    return any(CODECS[n].measure is not None and not CODECS[n].measures_rows for n in names)
 
 
 def candidate_set(

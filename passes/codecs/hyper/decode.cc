@@ -17,7 +17,9 @@ struct DecodeTask {
 
 class Decoder {
  public:
-  explicit Decoder(const DecodeTask& task) : task_(task) {}
+  explicit Decoder(const DecodeTask& task) : task_(task) {
+    for (int t = 0; t < task.format.group; ++t) signs_[t] = sign_is_negative(t) ? -1 : 1;
+  }
   bool ok() const { return true; }
 
   bool run(int64_t job) {
@@ -32,28 +34,32 @@ class Decoder {
       const float factor = from_half(task_.scales[job * kLanes + lane]) * 0x1p-12f;
       float* target = task_.weight + (row + lane) * format.length + column;
       for (int64_t t = 0; t < columns; ++t) {
-        const int value = values_[t * kLanes + lane];
-        target[t] = static_cast<float>(sign_is_negative(int(t)) ? -value : value) * factor;
+        target[t] = static_cast<float>(values_[t * kLanes + lane] * signs_[t]) * factor;
       }
     }
     return true;
   }
 
  private:
+  // The bits that begin there, the first one lowest; machines are little-endian.
+  static uint32_t window_at(const uint8_t* bytes) {
+    uint32_t window;
+    std::memcpy(&window, bytes, sizeof window);
+    return window;
+  }
+
   void look_up(int64_t job, int lane) {
     const Format& format = task_.format;
     const int size = int(format.block_bytes());
     const uint8_t* codes = task_.codes + job * size * kLanes + lane * 4;
-    uint8_t string[kMaxGroup * 6 / 8 + 6];  // the last four bytes, the block, two of zeros
-    for (int i = 0; i < size; ++i) string[4 + i] = codes[i / 4 * kLanes * 4 + i % 4];
+    uint8_t string[kMaxGroup * 6 / 8 + 8];  // the last four bytes, the block, four of zeros
+    for (int i = 0; i < size; i += 4) std::memcpy(string + 4 + i, codes + i * kLanes, 4);
     std::memcpy(string, string + size, 4);
-    string[size + 4] = string[size + 5] = 0;
+    std::memset(string + size + 4, 0, 4);
     const uint32_t mask = (1u << format.state_bits) - 1;
-    for (int t = 0; t < format.group; ++t) {
-      const int first = 32 + (t + 1) * format.bits - format.state_bits;
-      const int octet = first / 8;
-      const uint32_t window =
-          string[octet] | uint32_t(string[octet + 1]) << 8 | uint32_t(string[octet + 2]) << 16;
+    unsigned first = 32 + format.bits - format.state_bits;
+    for (int t = 0; t < format.group; ++t, first += format.bits) {
+      const uint32_t window = window_at(string + first / 8);
       values_[t * kLanes + lane] = task_.table[(window >> (first % 8)) & mask];
     }
   }
@@ -71,6 +77,7 @@ class Decoder {
 
   const DecodeTask& task_;
   int16_t values_[kMaxGroup * kLanes];
+  int16_t signs_[kMaxGroup];
 };
 
 }  // namespace

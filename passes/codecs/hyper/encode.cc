@@ -302,7 +302,7 @@ const uint16_t* BlockEncoder::scales() const { return block_->scales; }
 }  // namespace hyper
 
 // Version of this interface.
-ONNXCOMP_EXPORT int32_t onnxcomp_encoders_version() { return 2; }
+ONNXCOMP_EXPORT int32_t onnxcomp_encoders_version() { return 3; }
 
 // Encode weight[row * row_stride + column * column_stride], strides in elements. `spread` is the
 // root mean square of the targets in table units that the start scale aims at; `passes` is the

@@ -22,11 +22,12 @@ struct MomentsTask {
   int64_t count;
   int64_t rows;
   int64_t columns;
-  bool lower;   // only blocks on and below the diagonal
+  int64_t first, last;  // rows that are wanted; the first is a multiple of kBlock
+  bool lower;           // only blocks on and below the diagonal
   double* sum;  // (rows, columns)
 
   int64_t across() const { return (columns + kBlock - 1) / kBlock; }
-  int64_t jobs() const { return (rows + kBlock - 1) / kBlock * across(); }
+  int64_t jobs() const { return (last - first + kBlock - 1) / kBlock * across(); }
 };
 
 }  // namespace
@@ -56,14 +57,17 @@ ONNXCOMP_TARGET(ONNXCOMP_AVX512_SETS)
 ONNXCOMP_END_TARGET
 #endif
 
-// sum[i][j] += a[t][i] b[t][j] over all t < count; with `lower` only in blocks of kBlock that are on
-// the diagonal or below it. `isa` is one of `chosen_isa`.
+// sum[i][j] += a[t][i] b[t][j] over all t < count, for first <= i < last, where first is a multiple of
+// kBlock; with `lower` only in blocks of kBlock that are on the diagonal or below it. `isa` is one of
+// `chosen_isa`.
 ONNXCOMP_EXPORT int32_t onnxcomp_add_moments(const float* a, const float* b, int64_t count,
-                                             int64_t rows, int64_t columns, int32_t lower,
-                                             int32_t threads, int32_t isa, double* sum) {
+                                             int64_t rows, int64_t columns, int64_t first,
+                                             int64_t last, int32_t lower, int32_t threads,
+                                             int32_t isa, double* sum) {
   isa = chosen_isa(isa);
   if (count < 0 || rows <= 0 || columns <= 0 || isa < 0) return kInvalid;
-  const MomentsTask task = {a, b, count, rows, columns, lower != 0, sum};
+  if (first < 0 || first % kBlock || first >= last || last > rows) return kInvalid;
+  const MomentsTask task = {a, b, count, rows, columns, first, last, lower != 0, sum};
   try {
 #ifdef ONNXCOMP_X86
     if (isa == 2)

@@ -12,9 +12,10 @@ class Moments {
   bool ok() const { return left_.get() && right_.get() && part_.get(); }
 
   bool run(int64_t job) {
-    const int64_t row = job / task_.across() * kBlock, column = job % task_.across() * kBlock;
+    const int64_t row = task_.first + job / task_.across() * kBlock;
+    const int64_t column = job % task_.across() * kBlock;
     if (task_.lower && column > row) return true;
-    const int rows = int(std::min<int64_t>(kBlock, task_.rows - row));
+    const int rows = int(std::min<int64_t>(kBlock, task_.last - row));
     const int columns = int(std::min<int64_t>(kBlock, task_.columns - column));
     for (int64_t first = 0; first < task_.count; first += kDepth) {
       const int depth = int(std::min<int64_t>(kDepth, task_.count - first));

@@ -24,6 +24,7 @@ from onnxcomp.passes.weight import Array
 
 __all__ = [
     "ISAS",
+    "MOMENTS_BLOCK",
     "add_moments",
     "available",
     "check",
@@ -34,7 +35,10 @@ __all__ = [
     "library_path",
 ]
 
-_VERSION = 2
+# Rows of second moments that are summed together.
+MOMENTS_BLOCK = 192
+
+_VERSION = 3
 _ENVIRONMENT = "ONNXCOMP_ENCODERS_LIBRARY"
 _FILES = {"win32": "onnxcomp_encoders.dll", "darwin": "libonnxcomp_encoders.dylib"}
 _FILE = _FILES.get(sys.platform, "libonnxcomp_encoders.so")
@@ -114,7 +118,7 @@ def _load(path: Path) -> ctypes.CDLL:
         *(f64, i32, i32, i32, i32, pointer, pointer),
     )
     library.onnxcomp_add_moments.argtypes = (
-        *(pointer, pointer, i64, i64, i64),
+        *(pointer, pointer, i64, i64, i64, i64, i64),
         *(i32, i32, i32, pointer),
     )
     return library
@@ -307,7 +311,14 @@ def hyper_feedback(
 
 
 def add_moments(
-    total: Array, a: Array, b: Array, *, lower: bool, threads: int = 1, isa: str = "auto"
+    total: Array,
+    a: Array,
+    b: Array,
+    *,
+    lower: bool,
+    rows: slice | None = None,
+    threads: int = 1,
+    isa: str = "auto",
 ) -> None:
     """Add ``a.T @ b`` to `total`: products are float32, their sums from 256 vectors on float64.
 
@@ -316,6 +327,7 @@ def add_moments(
         a: float32 ``(n, p)``.
         b: float32 ``(n, q)``.
         lower: Whether values above the diagonal may be left out.
+        rows: Rows of `total` that are wanted, from a multiple of `MOMENTS_BLOCK` on; None for all.
         threads: Worker threads; the result does not depend on it.
         isa: A key of `ISAS`; the result does not depend on it.
 
@@ -325,6 +337,7 @@ def add_moments(
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
     status = _library().onnxcomp_add_moments(
         *(a.ctypes.data, b.ctypes.data, len(a), a.shape[1], b.shape[1]),
+        *((0, a.shape[1]) if rows is None else (rows.start, rows.stop)),
         *(lower, threads, _isa(isa), total.ctypes.data),
     )
     _check(status, "moments")

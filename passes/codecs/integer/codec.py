@@ -130,12 +130,16 @@ def _smallest(
     return min(forms, key=lambda form: form.nbytes)
 
 
-def _measured(form: BlockLayout, weight: Array, stats: Stats | None) -> float:
-    """Relative error of some rows of a weight, or of their products."""
-    matrix = np.asarray(weight, np.float32).reshape(form.rows, form.length)
-    sample = matrix[:: max(1, matrix.size // _MEASURED)]
+def _sampled(weight: Array, rows: int, length: int) -> Array:
+    """Some rows of a weight that is read as this many of this length."""
+    matrix = weight.reshape(rows, length)
+    return np.ascontiguousarray(matrix[:: max(1, matrix.size // _MEASURED)], np.float32)
+
+
+def _measured(form: BlockLayout, sample: Array, stats: Stats | None) -> float:
+    """Relative error of some rows of a weight, or of their products where inputs are given."""
     decoded = integer_grid.rounded(sample, form.grid).decode(form.length)
-    if stats is not None and matrix.shape == weight.shape:
+    if stats is not None:
         return output_error(sample, decoded, stats.gram)
     power = float(np.square(sample, dtype=np.float64).sum())
     noise = float(np.square(decoded - sample, dtype=np.float64).sum())
@@ -152,6 +156,7 @@ class IntegerCodec(Codec):
     params_type: ClassVar[type[Params]] = IntegerParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
+    measures_rows: ClassVar[bool] = True
 
     @property
     def calibration(self) -> CalibratedEncoding:
@@ -227,7 +232,17 @@ class IntegerCodec(Codec):
         stats: Stats | None = None,
     ) -> Sequence[float]:
         """Errors of rounding to nearest on a sample of rows: outliers decide about them."""
-        return [_measured(_form(site, item), weight, stats) for item in params]
+        forms = [_form(site, item) for item in params]
+        extents = {(form.rows, form.length) for form in forms}
+        samples = {extent: _sampled(weight, *extent) for extent in extents}
+        return [
+            _measured(
+                form,
+                samples[form.rows, form.length],
+                stats if (form.rows, form.length) == weight.shape else None,
+            )
+            for form in forms
+        ]
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1

@@ -85,6 +85,7 @@ class DynamicCodec(Codec):
     params_type: ClassVar[type[Params]] = DynamicParams
     width: ClassVar[str | None] = "bits"
     rounds_inputs: ClassVar[bool] = True
+    measures_rows: ClassVar[bool] = True
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only float32 weights that are multiplied by: nothing else gains from this form."""
@@ -119,7 +120,7 @@ class DynamicCodec(Codec):
         stats: Stats | None = None,
     ) -> Sequence[float]:
         """The error of some rows, or of their products; that of activations is not part of it."""
-        sample = np.asarray(weight, np.float32)[:: max(1, weight.size // _MEASURED)]
+        sample = np.asarray(weight[:: max(1, weight.size // _MEASURED)], np.float32)
         decoded = _decoded(*_rounded(sample))
         if stats is not None:
             error = output_error(sample, decoded, stats.gram)

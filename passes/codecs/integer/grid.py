@@ -15,8 +15,8 @@ from onnxcomp.passes.weight import Array
 
 __all__ = ["Grid", "Integers", "gptq", "nibbles", "rounded", "unpacked"]
 
-# Elements that are worked on at a time, in float64.
-_CHUNK = 1 << 20
+# Elements that are worked on at a time, in float64: some arrays of them fit the cache.
+_CHUNK = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

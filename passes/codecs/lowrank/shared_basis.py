@@ -24,9 +24,10 @@ from onnxcomp.passes.codecs.lowrank.codec import (
     break_even,
     offered_ranks,
 )
+from onnxcomp.passes.codecs.lowrank.ranks import GOALS
 from onnxcomp.passes.codecs.moments import anchored, damped, output_root
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import Builder, Payload, RankGoals, TensorLayout
 from onnxcomp.passes.weight import DTYPES, Array, Kind, Stats, WeightSite
 
 __all__ = ["SharedBasisCodec", "SharedBasisParams"]
@@ -107,6 +108,16 @@ class SharedBasisCodec(LowRankCodec):
     def bases(self) -> SharedBases[SharedBasisCodec]:
         """Weights share the basis of their name, rank and length."""
         return SharedBases(_key, _Sums, lambda p: LowRankParams.of(p).rank, SharedBasisCodec)
+
+    @property
+    def ranks(self) -> RankGoals:
+        """By the share of weights alone: others would give weights of a basis several ranks."""
+        return RankGoals({"kept": GOALS["kept"]}, self.energies, self.rank_for)
+
+    def rank_for(self, site: WeightSite, goal: str, value: object, energies: Array) -> int:
+        """The multiple of 8 that reaches a goal for all weights of a family together."""
+        whole = dataclasses.replace(site, rows=_family_rows(site))
+        return super().rank_for(whole, goal, value, energies)
 
     def refuse(self, site: WeightSite) -> str | None:
         """Why the site cannot share a basis; None when it can."""

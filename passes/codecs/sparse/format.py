@@ -30,7 +30,7 @@ NODE_INPUTS = ("mask", "values", "ranks", "extent")
 MOST_KEPT = 2**31 - 2
 
 # Elements of a weight that are looked at together: bounds the memory beside it.
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +67,8 @@ class MaskLayout:
 
 def is_kept(part: Array) -> Array:
     """Which elements are kept: a negative zero is none, as masks of trainers leave many."""
+    if part.itemsize == 2:  # numpy has no vector instructions for such floats
+        return np.asarray(part.view(np.uint16) << 1 != 0)
     return np.asarray(part != 0)
 
 

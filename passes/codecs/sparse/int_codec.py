@@ -116,6 +116,7 @@ class SparseIntCodec(Codec):
     summary: ClassVar[str] = "weights with zeros: what is not zero in integers of 4 or 8 bits"
     params_type: ClassVar[type[Params]] = SparseIntParams
     width: ClassVar[str | None] = "bits"
+    measures_rows: ClassVar[bool] = True
 
     def refuse(self, site: WeightSite) -> str | None:
         """Only weights with zeros, which analysis counts, that become smaller."""

@@ -1,5 +1,6 @@
 """Sums of outer products do not depend on threads, and linear algebra runs on one."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.calibration import blas_threads
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread, one_blas_thread
-from onnxcomp.passes.calibration.second_moments import add_products, mirror
+from onnxcomp.passes.calibration.second_moments import add_products, mirror, stripes
 from onnxcomp.passes.codecs.hyper import native
 
 Array = npt.NDArray[Any]
@@ -50,6 +51,23 @@ def test_sums_depend_on_neither_threads_nor_instruction_set(isa: str) -> None:
     except CompressionError:
         pytest.skip(f"this machine has no {isa}")
     np.testing.assert_array_equal(found, wanted)
+
+
+@needs_library
+@pytest.mark.parametrize("lower", [False, True])
+def test_rows_that_are_summed_up_apart(lower: bool) -> None:
+    a, b = vectors(300, 500), vectors(300, 500, 1)
+    whole, found = np.zeros((500, 500)), np.zeros((500, 500))
+    add_products(whole, a, b, lower=lower)
+    cuts = stripes(500, 3)
+    assert len(cuts) == 3 and cuts[0].start == 0 and cuts[-1].stop == 500
+    assert all(one.stop == other.start for one, other in pairwise(cuts))
+    for rows in cuts:
+        part = np.zeros((500, 500))
+        add_products(part, a, b, lower=lower, rows=rows)
+        assert not part[: rows.start].any() and not part[rows.stop :].any()
+        found[rows] = part[rows]
+    assert np.array_equal(found, whole)
 
 
 def test_the_lower_half_is_mirrored() -> None:

@@ -23,11 +23,14 @@ from onnx import helper, numpy_helper
 
 import onnxcomp
 from onnxcomp.errors import CompressionError, ModelError, RuntimeMissingError, UsageError
+from onnxcomp.passes.calibration import segmented_run
 from onnxcomp.passes.calibration.blas_threads import one_blas_thread
+from onnxcomp.passes.calibration.sums import Sums
+from onnxcomp.passes.codecs.hyper.codec import HyperCodec
 from onnxcomp.passes.encoding import cluster as cluster_module
 from onnxcomp.passes.encoding import cluster_connection, cluster_tasks
-from onnxcomp.passes.ir.model import load
-from onnxcomp.passes.weight import WeightSite
+from onnxcomp.passes.encoding.cluster_calls import Calls
+from onnxcomp.passes.encoding.cluster_fitting import fit_weight
 
 distributed = pytest.importorskip("distributed", reason="dask[distributed] is not installed")
 
@@ -147,14 +150,137 @@ def test_bytes_are_those_of_one_process(
     assert many == alone
 
 
+@pytest.fixture(scope="module")
+def calibrated(decoder_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a calibrated run: products of one value, streams, a table with products."""
+    model, data = decoder_folder / "model.onnx", tmp_path_factory.mktemp("data") / "data.npz"
+    cache = np.zeros((20, 2, 0, 16), np.float32)
+    names = [value.name for value in onnx.load(model, load_external_data=False).graph.input]
+    feeds = {name: cache for name in names if name.startswith("past_key_values.")}
+    feeds |= {"input_ids": SEED.integers(0, 320, (20, 12))}
+    feeds |= {"attention_mask": np.ones((20, 12), np.int64)}
+    feeds |= {"position_ids": np.tile(np.arange(12), (20, 1))} if "position_ids" in names else {}
+    np.savez(data, **feeds)
+    return {"model": model, "data": data, "bits": 3, "tune": 0, "min_size": 1 << 10}
+
+
+@pytest.fixture(scope="module")
+def alone(calibrated: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the same run writes in one process."""
+    return compress(folder=tmp_path_factory.mktemp("alone") / "alone", **calibrated)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The weights that workers encode for their inputs; nobody else does, nor runs the model."""
+    names: list[str] = []
+    original = Calls.call
+
+    def call(self: Calls, function: Any, argument: Any, about: Any) -> Any:
+        names.extend(about if function is fit_weight else ())
+        return original(self, function, argument, about)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("the client does it")
+
+    monkeypatch.setattr(Calls, "call", call)
+    monkeypatch.setattr(HyperCodec, "encode_calibrated", refused)
+    monkeypatch.setattr(Sums, "add", refused)
+    monkeypatch.setattr(segmented_run, "segment_runner", refused)
+    return names
+
+
 def test_calibrated_bytes_are_those_of_one_process(
-    model: Path, workers: Any, tmp_path: Path
+    calibrated: dict[str, Any],
+    alone: dict[str, str],
+    workers: Any,
+    tmp_path: Path,
+    called: list[str],
+) -> None:
+    seen: list[tuple[int, int, str]] = []
+    many = compress(
+        folder=tmp_path / "many",
+        scheduler=workers.scheduler_address,
+        progress=lambda *at: seen.append(at),
+        **calibrated,
+    )
+    assert many == alone
+    assert len(called) == len(set(called)) == 15
+    done = [at[0] for at in seen]
+    assert done == sorted(done) and done[-1] == seen[-1][1]
+    assert any("tasks on 2 workers" in at[2] for at in seen)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lowrank", "set_": [".*:rank=24"]},
+        {"calibration": "parallel", "bits": 3},
+        {"bits": 4, "include": ["w[589]"]},
+    ],
+    ids=["lowrank", "parallel", "wide"],
+)
+def test_other_ways_of_calibrating(
+    model: Path, workers: Any, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     np.savez(tmp_path / "data.npz", x0=SEED.standard_normal((64, 128)).astype(np.float32))
-    options = {"bits": 3, "data": tmp_path / "data.npz", "tune": 0, **FEW}
+    options = {"data": tmp_path / "data.npz", "tune": 0, **FEW, **options}
     alone = compress(model, tmp_path / "alone", **options)
     many = compress(model, tmp_path / "many", scheduler=workers.scheduler_address, **options)
     assert many == alone
+
+
+def test_workers_that_do_not_see_the_folder_calibrate_nothing(
+    calibrated: dict[str, Any],
+    alone: dict[str, str],
+    workers: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = cluster_tasks.Place
+    monkeypatch.setattr(place, "marked", lambda folder: place(str(folder), "nowhere"))
+    many = compress(folder=tmp_path / "m", scheduler=workers.scheduler_address, **calibrated)
+    assert many == alone
+
+
+def test_a_worker_that_is_killed_while_it_calibrates(
+    calibrated: dict[str, Any],
+    alone: dict[str, str],
+    workers: Any,
+    tmp_path: Path,
+    called: list[str],
+) -> None:
+    with on_a_busy_worker(workers, lambda pid: os.kill(pid, signal.SIGKILL)) as killed:
+        many = compress(folder=tmp_path / "m", scheduler=workers.scheduler_address, **calibrated)
+    assert killed and called and many == alone
+
+
+def test_known_weights_are_not_sent_again(
+    calibrated: dict[str, Any],
+    alone: dict[str, str],
+    workers: Any,
+    tmp_path: Path,
+    called: list[str],
+) -> None:
+    """A run that was interrupted continues on a cluster, and one of a cluster without it."""
+    cache = tmp_path / "cache"
+    options = {**calibrated, "cache": cache, "scheduler": workers.scheduler_address}
+
+    def stop(done: int, total: int, _: str) -> None:
+        if 2 * done > total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(folder=tmp_path / "stopped", progress=stop, **options)
+    assert not list((tmp_path / "stopped").iterdir())
+    known = len(list(cache.glob("*.calibrated")))
+    assert known and len(list(cache.glob("*.activations"))) == 1
+    called.clear()
+    assert compress(folder=tmp_path / "continued", **options) == alone
+    assert len(called) == 15 - known
+    called.clear()
+    assert compress(folder=tmp_path / "again", **{**options, "scheduler": None}) == alone
+    assert not called and not list(cache.glob("*.part"))
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -280,14 +406,11 @@ class Ended:
     ],
     ids=str,
 )
-def test_what_ends_a_run(future: Ended, message: str, model: Path, tmp_path: Path) -> None:
+def test_what_ends_a_run(future: Ended, message: str, tmp_path: Path) -> None:
     place = cluster_tasks.Place.marked(tmp_path)
     cluster = cluster_module.Cluster(None, "there:1", place, lambda: True)
-    plan = onnxcomp.plan(model, bits=4)
-    ahead = cluster_module.Ahead(cluster, load(model), [], plan)
-    site = WeightSite("w0", (8, 8), "float32", (), "", 8, 8, False)
     with pytest.raises(CompressionError, match=message) as caught:
-        ahead._results(future, (site,))
+        Calls(cluster).outcome(future, ["w0"])
     assert caught.value.hint
 
 

@@ -1,46 +1,65 @@
-"""A weight as it is encoded for its inputs, or by its values, whichever does better on others."""
+"""Encode one weight for the inputs that it sees; the plain form where that does as well."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.offsets import Offset
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import HeldOut, mean_shift
 from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
-from onnxcomp.passes.encoding.samples import calibration_of
+from onnxcomp.passes.encoding.samples import calibration_of, usable
 from onnxcomp.passes.weight import Array, Shift, Stats
 
-__all__ = ["better_form"]
+__all__ = ["fitted"]
 
 log = logging.getLogger(__name__)
 
 
-def better_form(
+def fitted(
+    read: Callable[[], Array],
+    plain: EncodedWeight,
+    stats: Stats,
+    offset: Offset | None,
+    *,
+    codec: Codec | None = None,
+    threads: int = 1,
+) -> EncodedWeight:
+    """A weight encoded for its inputs, or plainly, whatever does best on held-out inputs.
+
+    Args:
+        read: Gives its canonical matrix ``(rows, length)``.
+        plain: The weight encoded by its values.
+        stats: Moments of its inputs, or those of a weight that reads the same ones.
+        offset: The constant that is added to its products; None where there is none.
+        codec: The codec of the choice with what it shares with others; None for the codec alone.
+        threads: Threads of the encoder.
+    """
+    site, choice = plain.site, plain.choice
+    codec = CODECS[choice.codec] if codec is None else codec
+    own = usable(dataclasses.replace(stats, site=site), calibration_of(site, choice))
+    encoded = _better(read(), own, plain, codec, offset, threads)
+    return with_fallback(encoded, read, own, threads=threads)
+
+
+def _better(
     weight: Array,
     stats: Stats,
     plain: EncodedWeight,
-    codec: Codec | None,
+    codec: Codec,
     offset: Offset | None,
     jobs: int,
 ) -> EncodedWeight:
     """The form of a weight, calibrated or plain, that does best on held-out inputs.
 
     Where its products have an offset of their own, their means are kept by that.
-
-    Args:
-        weight: ``(rows, length)``.
-        stats: Moments of its inputs.
-        plain: It, encoded by its values.
-        codec: Its codec with what it shares with others; None for the codec alone.
-        offset: The constant that is added to its products; None where there is none.
-        jobs: Threads of the encoder.
     """
     site, choice = plain.site, plain.choice
-    codec = CODECS[choice.codec] if codec is None else codec
     calibration = calibration_of(site, choice, codec)
     if plain.payload is None:
         return plain
