@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -79,7 +80,7 @@ def factored_plan(
 
 
 def shared_plan(model: Path, kept: float, widest: int, layers: int) -> Plan:
-    """The same share of all weights of a basis; `layers` families of equal shapes share one."""
+    """As many weights as `factored_plan` keeps; `layers` families of equal shapes share a basis."""
     even = factored_plan(model, kept, widest)
     names = factored_sites(even)
     found = onnxcomp.plan(model, method="shared_basis", set_=f".*:kept={kept}", include=only(names))
@@ -91,15 +92,24 @@ def shared_plan(model: Path, kept: float, widest: int, layers: int) -> Plan:
     alike: dict[tuple[Any, ...], list[list[Choice]]] = {}
     for members in families.values():
         alike.setdefault(tuple(choice.shape for choice in members), []).append(members)
-    for turns in alike.values():
-        for start in range(0, len(turns), layers):
-            members = [choice for turn in turns[start : start + layers] for choice in turn]
-            length = members[0].shape[0]  # stored transposed, as exporters do
-            rows = sum(choice.shape[1] for choice in members)
-            rank = round(kept * rows * length / (rows + length) / STEP - 0.2) * STEP
-            for choice in members:
-                basis = f"b{members[0].site}"
-                even[choice.site] = choice.with_(rank=rank, basis=basis)
+    joined = [
+        [choice for turn in turns[start : start + layers] for choice in turn]
+        for turns in alike.values()
+        for start in range(0, len(turns), layers)
+    ]
+    room = sum(even[c.site].params.rank * sum(c.shape) for own in joined for c in own)  # type: ignore[attr-defined]
+    # Weights are stored transposed, as exporters do.
+    sizes = [own[0].shape[0] + sum(choice.shape[1] for choice in own) for own in joined]
+    full = [sum(math.prod(choice.shape) for choice in own) for own in joined]
+    exact = [kept * whole / size / STEP for whole, size in zip(full, sizes, strict=True)]
+    ranks = [STEP * int(steps) for steps in exact]
+    for number in sorted(range(len(ranks)), key=lambda n: int(exact[n]) - exact[n]):
+        used = sum(rank * size for rank, size in zip(ranks, sizes, strict=True))
+        if used + STEP * sizes[number] <= room:
+            ranks[number] += STEP
+    for own, rank in zip(joined, ranks, strict=True):
+        for choice in own:
+            even[choice.site] = choice.with_(rank=rank, basis=f"of {own[0].site}")
     return even
 
 
@@ -261,7 +271,9 @@ def main() -> None:
     parser.add_argument("--kept", nargs="+", type=float, default=[0.75, 0.5, 0.25])
     parser.add_argument("--method", nargs="+", default=METHODS, choices=[*METHODS, *SHARED, *CODED])
     parser.add_argument("--windows", type=int, default=10)
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows or batches")
+    parser.add_argument(
+        "--samples", type=int, default=32, help="calibration windows, and half of the batches"
+    )
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--again", action="store_true", help="measure recorded rows again")
@@ -281,7 +293,7 @@ def main() -> None:
         dense = quality(sentences.dense, sentences.dense, sentences.scores)["spearman"]
         write_results(NAME, {**recorded(), "minilm_dense": round(dense, 5)})
         feeds = sentences.calibration(arguments.data)
-        feeds = feeds[:: -(-len(feeds) // arguments.samples)]  # they are sorted by length
+        feeds = feeds[:: -(-len(feeds) // (2 * arguments.samples))]  # they are sorted by length
         sweep("minilm", sentences, arguments.minilm, 1536, feeds, arguments)
     show(recorded())
 

@@ -197,9 +197,9 @@ class LowRankCodec(Codec):
         """The product that changes the outputs of the model least, as far as `stats` tell.
 
         Errors of products count by what the loss of the outputs feels of them, or all alike where
-        that is not known. With enough inputs, and where the dense model was observed as well, it
-        aims at the outputs of the dense model: errors of earlier weights are made up for as far as
-        possible. Rows that are looked up as well count a little for themselves, too.
+        that is not known. Where the dense model was observed as well, it aims at its outputs:
+        errors of earlier weights are made up for as far as held-out inputs say that it helps.
+        Rows that are looked up as well count a little for themselves, too.
 
         Raises:
             UsageError: The factors would have as many elements as the weight, or more.
@@ -207,8 +207,7 @@ class LowRankCodec(Codec):
         rank, moments = _checked(site, params), damped(stats)
         if stats.frequencies is not None:
             moments = with_weight_error(moments, weight)
-        enough = stats.tokens >= ANCHORING * site.length
-        target = anchored(weight, stats) if enough else weight
+        target = anchored(weight, stats)
         scales = None if stats.outputs is None else output_root(stats.outputs)
         return _stored(site, lowrank_factors.factorize(target, rank, moments, scales))
 

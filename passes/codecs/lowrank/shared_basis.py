@@ -17,7 +17,6 @@ import numpy as np
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.bases import SharedBases
 from onnxcomp.passes.codecs.lowrank.codec import (
-    ANCHORING,
     STEP,
     LowRankCodec,
     LowRankParams,
@@ -229,9 +228,7 @@ def _fitted(weight: Array, basis: Array, stats: Stats | None) -> Array:
     """``U (rows, rank)`` with the least error of ``U basis``, or of its products with inputs."""
     moments, target = np.eye(weight.shape[1]), weight
     if stats is not None:
-        moments = damped(stats)
-        enough = stats.tokens >= ANCHORING * weight.shape[1]
-        target = anchored(weight, stats) if enough else weight
+        moments, target = damped(stats), anchored(weight, stats)
     seen = moments @ basis.T
     inner = basis @ seen
     inner += np.eye(len(inner)) * (_RIDGE * np.trace(inner) / len(inner) + np.finfo(float).tiny)

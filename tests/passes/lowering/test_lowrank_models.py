@@ -9,7 +9,6 @@ from onnxcomp.passes.codecs.lowrank.codec import LowRankCodec, LowRankParams, br
 from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec, HyperLowRankParams
 from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec, LowRankHyperParams
 from onnxcomp.passes.codecs.lowrank.lowrank_int import LowRankIntCodec, LowRankIntParams
-from onnxcomp.passes.codecs.lowrank.shared_basis import SharedBasisCodec, SharedBasisParams
 from onnxcomp.passes.ir.manifest import read_manifest
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.lowering.expand import expand
@@ -22,7 +21,6 @@ COMPOSED = {
     "lowrank+int": (LowRankIntCodec(), LowRankIntParams(32, 8)),
     "lowrank+hyper": (CODED, LowRankHyperParams(32, 4)),
     "hyper+lowrank": (HyperLowRankCodec(), HyperLowRankParams(2, 32)),
-    "shared_basis": (SharedBasisCodec(), SharedBasisParams(32)),
 }
 X2D = "float[N, 24, 12, 12] x"
 
