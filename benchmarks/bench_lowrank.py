@@ -11,8 +11,8 @@ dense model gives them, `anchored` at those behind the factors before and at the
 outputs, `both` also at what the loss feels of products, `tuned` moves the factors in the end.
 `shared` and `neighbours` are as `tuned`, in the same share of all weights of a basis: `shared` has
 one for weights that read the same value, `neighbours` one for those of two layers in turn.
-`global` is `tuned` with ranks by the curvature of the loss, and `noise` with ranks by the loss of
-noise in each weight.
+`global` is `tuned` with ranks by the curvature of the loss, `noise` with ranks by the loss of noise
+in each weight, and `shared, planned` what a plan makes of shared bases.
 
 In few bits:
 `lowrank+hyper` has factors of half of the weights in 4 bits, `hyper` all ranks in 2 bits,
@@ -56,9 +56,11 @@ SHARES = (4, 8, 16)
 
 METHODS = ("svd", "whitened", "anchored", "both", "tuned", "noise", "global")
 SHARED = ("shared", "neighbours")
+PLANNED = ("noise", "global", "shared, planned")
 # In few bits, at half of the weights: factors, all ranks, and what a plan chooses of the two.
 CODED = ("lowrank+hyper", "hyper", "hyper+lowrank", "chosen")
 FACTOR_BITS, WHOLE_BITS = 4, 2
+NAMES = tuple(dict.fromkeys((*METHODS, *SHARED, *PLANNED, *CODED)))
 # Passes over the samples that tune factors, as by default.
 TUNED = 2
 # MiniLM is judged by one pair of sentences in so many.
@@ -161,12 +163,13 @@ def compile_row(
     if method == "hyper+lowrank":
         rule = f".*:bits={WHOLE_BITS},rank=32"
         return onnxcomp.optimize(model, output, method=method, set_=rule, **options)
-    if method in ("noise", "global"):
+    if method in PLANNED:
+        codec = "shared_basis" if method == "shared, planned" else "lowrank"
         size = onnxcomp.optimize(model, plan=even, dry_run=True).report.output.bytes
         with contextlib.ExitStack() as stack:
             if method == "noise":
                 stack.enter_context(unknown_curvature(observed))
-            return onnxcomp.optimize(model, output, method="lowrank", target_size=size, **options)
+            return onnxcomp.optimize(model, output, method=codec, target_size=size, **options)
     coded = factored_plan(model, kept, widest, "lowrank+hyper", 32, bits=FACTOR_BITS)
     if method == "lowrank+hyper":
         del options["include"]
@@ -269,7 +272,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--kept", nargs="+", type=float, default=[0.75, 0.5, 0.25])
-    parser.add_argument("--method", nargs="+", default=METHODS, choices=[*METHODS, *SHARED, *CODED])
+    parser.add_argument("--method", nargs="+", default=METHODS, choices=NAMES)
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument(
         "--samples", type=int, default=32, help="calibration windows, and half of the batches"
