@@ -9,6 +9,8 @@ from page_parts import markdown, read
 
 __all__ = ["pruning"]
 
+_HOW = {"fit": "fitted", "local": "fitted, by layers"}
+
 
 def pruning() -> Iterator[str]:
     """Structured pruning by score, on the language model and on ResNet20."""
@@ -95,13 +97,30 @@ def _divided(rows: Any) -> Iterator[str]:
 def _pruned_images(rows: Any) -> Iterator[str]:
     names = {"resnet": "ResNet20, CIFAR-10", "mobilenet": "MobileNetV2, ImageNet crops"}
     shares = ("0.8", "0.7", "0.5")
-    kinds = dict.fromkeys((key.split()[0], *key.split()[2:]) for key in rows if key[0] in "rm")
+    kinds = dict.fromkeys(
+        (key.split()[0], *key.split()[2:])
+        for key in rows
+        if key.split()[0] in names and not key.endswith("dense")
+    )
     cells = []
     for model, score, how in kinds:
         found = [rows.get(f"{model} {part} {score} {how}") for part in shares]
         values = ["" if row is None else f"{100 * row['accuracy']:.1f} %" for row in found]
-        cells.append((names[model], score, {"fit": "fitted"}.get(how, how), *values))
+        seconds = [f"{row['cpu_seconds']:.0f}" for row in found if row is not None]
+        cells.append((names[model], score, _HOW.get(how, how), *values, " / ".join(seconds)))
     if cells:
-        yield "The same for image models: accuracy with a share of the FLOPs left.\n"
-        columns = ("model", "score", "rest", *(f"{100 * float(p):.0f} % of FLOPs" for p in shares))
+        told = (
+            f"{name}: {100 * rows[f'{key} dense']['accuracy']:.1f} %"
+            for key, name in names.items()
+            if f"{key} dense" in rows
+        )
+        yield (
+            "The same for image models: accuracy with a share of the FLOPs left. 500 training\n"
+            "images calibrate ResNet20, and 2,000 test images judge it. There are 500 images for\n"
+            "MobileNetV2: each half calibrates once, and the other one judges.\n"
+            '"fitted, by layers" has neither measured losses of outputs nor tuning.\n'
+            f"Dense: {', '.join(told)}.\n"
+        )
+        shown = (f"{100 * float(part):.0f} % of FLOPs" for part in shares)
+        columns = ("model", "score", "rest", *shown, "CPU s")
         yield markdown(columns, cells)

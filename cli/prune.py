@@ -44,6 +44,12 @@ def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
             moved = [norm for norm in pruned["norms"] if norm["used"] != "stored"]
             text += f", statistics of {len(moved)} of {len(pruned['norms'])} normalisations too"
         terminal.say(text)
+        tuned = pruned.get("tuned")
+        if tuned is not None and tuned["passes"]:
+            terminal.say(
+                f"all weights were tuned together: loss on samples set aside "
+                f"{tuned['before']:.3g} -> {tuned['after']:.3g}"
+            )
     else:
         terminal.say("no --data: norms of weights decided what to prune, and nothing was fitted")
 

@@ -46,7 +46,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "latency": _CALIBRATION,
     "planning": _PLANNING,
     "encoding": _PLANNING,
-    "transforms": _CALIBRATION,
+    "transforms": _CALIBRATION | {"gradients"},
     "verification": _CALIBRATION,
     "report": _CALIBRATION | {"transforms"},
     "driver": _PLANNING | {"encoding"} | _BESIDE,

@@ -8,7 +8,7 @@ from typing import Any
 
 from onnxcomp.errors import UsageError
 
-__all__ = ["Cost", "FitReport", "GroupReport", "PruneReport"]
+__all__ = ["Cost", "FitReport", "GroupReport", "PruneReport", "TuningReport"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +69,21 @@ class FitReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TuningReport:
+    """What tuning all weights together found.
+
+    Attributes:
+        before: Loss on inputs that were set aside, without it.
+        after: The least one after a pass over the data; the same where none was better.
+        passes: After how many passes that was; 0 where the weights are as fits left them.
+    """
+
+    before: float
+    after: float
+    passes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PruneReport:
     """What pruning did.
 
@@ -85,6 +100,7 @@ class PruneReport:
         norms: Normalisations behind them, whose statistics were estimated anew.
         inputs: Inputs and outputs whose shape changed: name, shape before, shape after.
         kept: Weights that keep their channels, with the first reason.
+        tuned: What tuning found; None where nothing was tuned.
     """
 
     asked: float
@@ -99,6 +115,7 @@ class PruneReport:
     norms: tuple[FitReport, ...]
     inputs: tuple[tuple[str, str, str], ...]
     kept: tuple[tuple[str, str], ...]
+    tuned: TuningReport | None = None
 
     @property
     def met(self) -> bool:
@@ -118,6 +135,7 @@ class PruneReport:
             {"name": name, "before": old, "after": new} for name, old, new in self.inputs
         ]
         found["kept"] = [{"name": name, "reason": reason} for name, reason in self.kept]
+        found["tuned"] = None if self.tuned is None else dataclasses.asdict(self.tuned)
         found["met"] = self.met
         return found
 
@@ -140,6 +158,8 @@ class PruneReport:
                 plain[name] = tuple(FitReport(**fit) for fit in plain[name])
             plain["inputs"] = tuple((x["name"], x["before"], x["after"]) for x in plain["inputs"])
             plain["kept"] = tuple((x["name"], x["reason"]) for x in plain["kept"])
+            if plain.get("tuned") is not None:
+                plain["tuned"] = TuningReport(**plain["tuned"])
             return cls(**plain)
         except (KeyError, TypeError) as error:
             raise UsageError(

@@ -30,6 +30,7 @@ from onnxcomp.passes.ir.manifest import compressed_tensors
 from onnxcomp.passes.ir.tensors import (
     WEIGHT_TYPES,
     SparseTensor,
+    all_finite,
     dtype_name,
     is_float,
     is_matrix,
@@ -44,7 +45,6 @@ __all__ = [
     "MIN_SIZE",
     "Sites",
     "SkippedWeight",
-    "canonical_matrix",
     "find_sites",
     "read_weight",
     "stored_matrix",
@@ -65,12 +65,6 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 # Elements tested for NaN and infinity at a time.
 _SCAN = 1 << 18
-
-# Bits of the exponent in types of 16 bits: all of them are set in infinities and in NaN.
-_EXPONENTS = {
-    ir.DataType.FLOAT16: np.uint16(0x7C00),
-    ir.DataType.BFLOAT16: np.uint16(0x7F80),
-}
 
 # Operators that read quantised weights, with their scales and zero points.
 _QUANTISED = re.compile(r"Dequantize|^QLinear|Integer$|NBits|BlockQuantized|MatMulBnb4|QMoE|QGemm")
@@ -300,14 +294,9 @@ def _node_order(model: ir.Model) -> dict[ir.Node, int]:
 
 def _not_finite(tensor: ir.TensorProtocol) -> str | None:
     flat = np.asarray(tensor.numpy()).reshape(-1)
-    exponent = _EXPONENTS.get(tensor.dtype)
     for start in range(0, flat.size, _SCAN):
         part = flat[start : start + _SCAN]
-        if exponent is None:
-            finite = bool(np.isfinite(part).all())
-        else:  # numpy has no vector instructions for these types
-            finite = not ((part.view(np.uint16) & exponent) == exponent).any()
-        if not finite:
+        if not all_finite(part):
             return "contains NaN or infinite values"
         if part.dtype == np.float64 and np.abs(part).max(initial=0.0) > _LARGEST:
             return "contains values that only float64 holds"
@@ -422,8 +411,3 @@ def stored_matrix(model: ir.Model, site: WeightSite) -> Array:
     if value is None or value.const_value is None:
         raise ModelError(f"the model has no initializer {site.name!r}")
     return site.matrix(np.asarray(value.const_value.numpy()))
-
-
-def canonical_matrix(array: Array, site: WeightSite) -> Array:
-    """The stored tensor of a weight as canonical matrix ``(rows, length)`` in float32."""
-    return site.matrix(array).astype(np.float32, copy=False)

@@ -23,8 +23,9 @@ import numpy as np
 import onnx
 
 from onnxcomp.passes.codecs.bases import SharedBases, SharedValues
-from onnxcomp.passes.codecs.load_memory import LoadMemory
+from onnxcomp.passes.codecs.load_memory import LoadMemory, SpecialBodies
 from onnxcomp.passes.codecs.params import DenseFallback, Params, Qualities
+from onnxcomp.passes.codecs.payload import Payload
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
 
 __all__ = [
@@ -40,10 +41,10 @@ __all__ = [
     "RowParts",
     "Scaling",
     "SharedValues",
+    "SpecialBodies",
     "TensorLayout",
     "ValueSharing",
 ]
-
 
 V = TypeVar("V")
 
@@ -62,27 +63,6 @@ class TensorLayout:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Payload:
-    """What is stored instead of a weight. Every number needed for decoding is in it.
-
-    Attributes:
-        tensors: Tensors that belong to this weight alone.
-        shared: Tensors that many weights with equal parameters have in common, by a key that
-            determines their content; stored once per model.
-        attributes: Node attributes.
-    """
-
-    tensors: Mapping[str, Array]
-    shared: Mapping[str, Array] = dataclasses.field(default_factory=dict)
-    attributes: Mapping[str, Attribute] = dataclasses.field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight's own tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class Builder(Protocol[V]):
@@ -303,6 +283,7 @@ class Codec(Protocol):
         rounds_inputs: Whether all activations of a product are rounded to 8 bits with one range.
             Where the time of a run counts, the method "auto" stands for such a codec, too.
         measures_rows: Whether `measure` looks at some rows only, of a weight in any type.
+        encodes_stored: Whether `encode` takes a weight in any type; others get float32.
     """
 
     name: ClassVar[str]
@@ -314,6 +295,7 @@ class Codec(Protocol):
     trainable: ClassVar[bool] = False
     rounds_inputs: ClassVar[bool] = False
     measures_rows: ClassVar[bool] = False
+    encodes_stored: ClassVar[bool] = False
 
     @property
     def measure(self) -> Measure | None:
@@ -383,10 +365,12 @@ class Codec(Protocol):
 
     @property
     def pacing(self) -> str | None:
-        """Start of the key of a shared int64 tensor that bodies read before anything large.
+        """Start of the key of a shared int64 tensor that bodies read first and kernels never."""
+        return None
 
-        Kernels must not read it. None where expanding a weight cannot be put off that way.
-        """
+    @property
+    def special(self) -> SpecialBodies | None:
+        """Definitions for some weights that take less to expand."""
         return None
 
     @property

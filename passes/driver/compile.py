@@ -15,7 +15,7 @@ from onnxcomp.passes.driver.run import Run
 from onnxcomp.passes.driver.run_report import output_file, planned_sites, run_report
 from onnxcomp.passes.driver.state import PlannedModel, Subject
 from onnxcomp.passes.ir import files
-from onnxcomp.passes.ir.validate import check_runnable
+from onnxcomp.passes.ir.validate import check_kernels, check_runnable
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.report.report import OutputFile
 
@@ -72,6 +72,8 @@ def compile_model(
         files.refuse_overwriting(loaded.files, output)
         if run.verify or run.data is not None:
             check_runnable(loaded.model)
+        if run.verify or run.data is not None or run.evaluation is not None:
+            check_kernels()
     with files.workspace(output) as folder, run.with_workers(folder) as run:
         subject = Subject.of(model, loaded, run.data, output.name, folder)
         planned = plan_subject(subject, settings, given, run)

@@ -6,10 +6,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
-from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.analysis.weight_sites import stored_matrix
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
 from onnxcomp.passes.encoding.bases import bound_codecs, shares
@@ -110,7 +111,7 @@ def encode_by_values(
     codec: Codec | None = None,
 ) -> EncodedWeight:
     """A weight of a model with its payload and measured error, or dense with the reason."""
-    read = functools.partial(read_weight, model, site)
+    read = functools.partial(stored_matrix, model, site)
     return encode_matrix(read, site, choice, cache, jobs, compare=compare, codec=codec)
 
 
@@ -127,7 +128,7 @@ def encode_matrix(
     """The same for a weight from anywhere.
 
     Args:
-        read: Gives its canonical matrix ``(rows, length)``.
+        read: Gives its canonical matrix ``(rows, length)``, in any floating-point type.
         site: The weight.
         choice: What the plan says about it.
         cache: Payloads of earlier runs.
@@ -137,7 +138,13 @@ def encode_matrix(
     """
     own = CODECS[choice.codec] if codec is None else codec
     encoded = _encoded(read(), site, choice, cache, jobs, own)
-    return with_fallback(encoded, read, threads=jobs) if compare else encoded
+    if not compare:
+        return encoded
+    return with_fallback(encoded, lambda: _single(read()), threads=jobs)
+
+
+def _single(weight: Array) -> Array:
+    return weight.astype(np.float32, copy=False)
 
 
 def _encoded(
@@ -151,6 +158,8 @@ def _encoded(
     reason = not_finite(weight)
     if reason:
         return EncodedWeight(site, choice, None, reason=reason)
+    if not CODECS[choice.codec].encodes_stored:
+        weight = _single(weight)
     try:
         payload, measured = _measured(site, weight, choice, cache, jobs, codec)
     except ModelError as error:

@@ -53,7 +53,9 @@ def fit_weight(task: _Task) -> Answer | CompressionError:
         return wrong
     (item,) = batch.items
     try:
-        plain = encode_matrix(item.read, item.site, item.choice, cache_of(batch), 1, compare=False)
+        plain = encode_matrix(
+            item.matrix, item.site, item.choice, cache_of(batch), 1, compare=False
+        )
         (stats,) = task.stats.opened()
         encoded = fitted(item.read, plain, stats, task.offset)
         return answer_of(encoded, batch.exchange)

@@ -19,7 +19,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import CompressionError, ModelError, UsageError
-from onnxcomp.passes.analysis.weight_sites import canonical_matrix
 from onnxcomp.passes.calibration.blas_threads import use_blas_threads
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.encoding.by_values import encode_matrix
@@ -195,9 +194,13 @@ class Item:
     stored: FilePart | Array
 
     def read(self) -> Array:
-        """The canonical matrix ``(rows, length)``."""
+        """The canonical matrix ``(rows, length)`` in float32."""
+        return self.matrix().astype(np.float32, copy=False)
+
+    def matrix(self) -> Array:
+        """The same in the type it is stored in."""
         stored = self.stored.read() if isinstance(self.stored, FilePart) else self.stored
-        return canonical_matrix(stored, self.site)
+        return self.site.matrix(stored)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -282,7 +285,7 @@ def encode_batch(batch: Batch) -> list[Answer] | CompressionError:
     try:
         return [
             answer_of(
-                encode_matrix(item.read, item.site, item.choice, cache, 1, compare=batch.compare),
+                encode_matrix(item.matrix, item.site, item.choice, cache, 1, compare=batch.compare),
                 batch.exchange,
             )
             for item in batch.items

@@ -87,7 +87,7 @@ def decoding_error(weight: Array, codec: Codec, site: WeightSite, payload: Paylo
     """`weight_error` of what a payload decodes to; a large one is decoded in parts of its rows.
 
     Args:
-        weight: Float32 ``(rows, length)``.
+        weight: ``(rows, length)`` in any floating-point type.
         codec: What encoded it.
         site: Where it lives.
         payload: What is stored.
@@ -96,14 +96,15 @@ def decoding_error(weight: Array, codec: Codec, site: WeightSite, payload: Paylo
     if cut is None or 4 * site.size <= _WHOLE or len(site.shape) != 2:
         # The weight and its decoded form are not held in full at the same time.
         release_pages(weight)
-        return weight_error(weight, codec.decode(site, payload))
+        single = weight.astype(np.float32, copy=False)
+        return weight_error(single, codec.decode(site, payload))
     unit = cut.unit(site, payload)
     step = max(1, _WHOLE // (4 * site.length * unit)) * unit
     noise = power = 0.0
     for start, stop in row_bounds(site.rows, step):
         part, _ = cut.part(site, payload, start, stop)
         decoded = codec.decode(some_rows(site, stop - start), part)
-        found = _powers(weight[start:stop], _spaced(decoded))
+        found = _powers(weight[start:stop].astype(np.float32, copy=False), _spaced(decoded))
         noise, power = noise + found[0], power + found[1]
     release_pages(weight)
     return _relative(noise, power)

@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 # Changes whenever the files do; what is in them also follows from the code of the encoders.
 FORMAT = 4
 
+# Elements of a weight that are hashed at a time.
+_HASHED = 1 << 20
+
 
 @functools.cache
 def _own_code() -> str:
@@ -119,7 +122,7 @@ class PayloadCache:
 
         Args:
             site: Where the weight lives; its name does not matter, its element type does.
-            weight: Canonical matrix, float32 ``(rows, length)``.
+            weight: Canonical matrix ``(rows, length)``; float32 values count.
             codec: The codec.
             params: Its settings.
         """
@@ -132,7 +135,9 @@ class PayloadCache:
             site.dtype,
         ]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        digest.update(np.ascontiguousarray(weight).data)
+        step = max(1, _HASHED // max(1, weight.shape[1]))
+        for row in range(0, len(weight), step):
+            digest.update(np.ascontiguousarray(weight[row : row + step], np.float32).data)
         return digest.hexdigest()
 
     def path(self, key: str) -> Path:

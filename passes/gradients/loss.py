@@ -8,7 +8,7 @@ error, relative to the power of the reference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -32,11 +32,13 @@ class Loss:
 
     Attributes:
         value: The loss, a scalar.
+        outputs: The part of it that comes from the outputs.
         seeds: By output, the gradient of the loss with respect to it.
         references: By name of the output, the new input that takes the reference's.
     """
 
     value: ir.Value
+    outputs: ir.Value
     seeds: Mapping[ir.Value, ir.Value]
     references: Mapping[str, str]
 
@@ -47,29 +49,50 @@ def compared_outputs(graph: ir.Graph) -> Mapping[ir.Value, OutputKind]:
     return output_kinds(graph, outputs)
 
 
-def add_loss(tape: Tape, model: ir.Model) -> Loss:
+def add_loss(
+    tape: Tape, model: ir.Model, values: Sequence[ir.Value] = (), weight: float = 1.0
+) -> Loss:
     """Add a loss to a model: inputs for the reference's outputs, and nodes behind the own ones.
+
+    Args:
+        tape: Takes the nodes.
+        model: Gets the inputs.
+        values: Other values that are compared, by their relative squared error.
+        weight: What the mean of these errors counts beside the outputs.
 
     Raises:
         ModelError: No output is float32 and computed.
     """
-    names, graph = Names(model), model.graph
+    names, compared = Names(model), compared_outputs(model.graph)
+    if not compared:
+        raise ModelError("no output is float32 and computed: there is nothing to compare")
     terms: list[ir.Value] = []
     seeds: dict[ir.Value, ir.Value] = {}
     references: dict[str, str] = {}
-    for value, kind in compared_outputs(graph).items():
+
+    def compare(value: ir.Value, kind: OutputKind, share: float) -> None:
         name = names.value(f"{REFERENCE}{value.name}")
         wanted = ir.Value(name=name, type=value.type, shape=value.shape)
-        graph.inputs.append(wanted)
+        model.graph.inputs.append(wanted)
         references[value.name or ""] = name
-        term, seeds[value] = _TERMS[kind](tape, value, wanted)
+        found = _TERMS[kind](tape, value, wanted)
+        term, seed = (tape.multiply(v, tape.number(share)) if share != 1.0 else v for v in found)
+        seeds[value] = tape.add(seeds[value], seed) if value in seeds else seed
         terms.append(term)
-    if not terms:
-        raise ModelError("no output is float32 and computed: there is nothing to compare")
+
+    for value, kind in compared.items():
+        compare(value, kind, 1.0)
+    outputs = _sum(tape, terms)
+    for value in values:
+        compare(value, "values", weight / len(values))
+    return Loss(_sum(tape, terms), outputs, seeds, references)
+
+
+def _sum(tape: Tape, terms: Sequence[ir.Value]) -> ir.Value:
     total = terms[0]
     for term in terms[1:]:
         total = tape.add(total, term)
-    return Loss(total, seeds, references)
+    return total
 
 
 def _everything(tape: Tape, x: ir.Value) -> ir.Value:

@@ -55,7 +55,6 @@ def _gemm(step: Step, index: int) -> ir.Value:
 
 
 def _convolution(step: Step, index: int) -> ir.Value:
-    tape = step.tape
     automatic = step.node.attributes.get("auto_pad")
     if automatic is not None and automatic.as_string() != "NOTSET":
         raise ModelError("Conv: automatic padding has no gradient here")
@@ -70,19 +69,56 @@ def _convolution(step: Step, index: int) -> ir.Value:
     pads = step.integers("pads") or (0,) * (2 * axes)
     if index == 0:
         return _convolution_input(step, strides, dilations, pads)
-    if step.integer("group", 1) != 1:
-        raise ModelError("Conv: filters of groups have no gradient here")
-    # The filter slides over the input along the batch: strides and dilations change places.
+    return _convolution_filters(step, strides, dilations, pads)
+
+
+def _convolution_filters(
+    step: Step, strides: tuple[int, ...], dilations: tuple[int, ...], pads: tuple[int, ...]
+) -> ir.Value:
+    """The gradient slides over the input as a filter: strides and dilations change places.
+
+    Inputs of a group are the batch, and samples the channels that are summed over: inputs
+    ``(n, g * c, ...)`` become ``(c, g * n, ...)``, gradients ``(n, g * o, ...)`` filters
+    ``(g * o, n, ...)``, and their convolution in g groups is ``(c, g * o, window)``.
+    """
+    tape, groups = step.tape, step.integer("group", 1)
+    weight = step.x(1)
+    assert weight.shape is not None
+    axes = len(weight.shape) - 2
     across = {"perm": (1, 0, *range(2, axes + 2))}
     x = tape.node("Transpose", [step.x(0)], across)
+    if groups != 1:
+        x = _samples_as_channels(step, x, groups)
     gradient = tape.node("Transpose", [step.gradient], across)
-    settings: dict[str, Attribute] = {"strides": dilations, "dilations": strides, "pads": pads}
+    settings: dict[str, Attribute] = {
+        "strides": dilations,
+        "dilations": strides,
+        "pads": pads,
+        "group": groups,
+    }
     wide = tape.node("Transpose", [tape.node("Conv", [x, gradient], settings)], across)
     # Inputs that no window reached make it longer than the filter.
     kernel = [size for size in weight.shape[2:] if isinstance(size, int)]
     places = tuple(range(2, axes + 2))
     first, last = tape.integers(*[0] * axes), tape.integers(*kernel)
     return tape.node("Slice", [wide, first, last, tape.integers(*places)])
+
+
+def _samples_as_channels(step: Step, x: ir.Value, groups: int) -> ir.Value:
+    """``(g * c, n, ...)`` as ``(c, g * n, ...)``."""
+    tape, weight = step.tape, step.x(1)
+    assert weight.shape is not None
+    axes, own = len(weight.shape) - 2, weight.shape[1]
+    assert isinstance(own, int)
+    behind = tape.node(
+        "Slice", [tape.shape(x), tape.integers(1), tape.integers(axes + 2)]
+    )  # samples and sizes
+    apart = tape.node("Concat", [tape.integers(groups, own), behind], {"axis": 0})
+    turned = {"perm": (1, 0, *range(2, axes + 3))}
+    x = tape.node("Transpose", [tape.reshape(x, apart)], turned)
+    sizes = tape.node("Slice", [behind, tape.integers(1), tape.integers(axes + 1)])
+    together = tape.node("Concat", [tape.integers(own, -1), sizes], {"axis": 0})
+    return tape.node("Reshape", [x, together])
 
 
 def _bias(step: Step) -> ir.Value:

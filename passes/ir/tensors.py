@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,6 +18,7 @@ __all__ = [
     "WEIGHT_TYPES",
     "MappedTensor",
     "SparseTensor",
+    "all_finite",
     "dtype_name",
     "is_float",
     "is_matrix",
@@ -27,6 +29,9 @@ __all__ = [
 
 # Tensors are copied from file to file in pieces of this size.
 _COPY_BYTES = 1 << 20
+
+# Elements that are looked at together.
+_PIECE = 1 << 18
 
 # Element types of the weights that codecs store, by their name in `passes.weight`.
 ELEMENT_TYPES = {
@@ -66,9 +71,23 @@ def is_matrix(tensor: ir.TensorProtocol) -> bool:
 
 def not_finite(weight: Array) -> str:
     """Why a weight cannot be encoded for its values; empty when all are finite."""
-    if weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
-        return "holds infinities or NaN"
-    return ""
+    return "" if all(map(all_finite, _pieces(weight))) else "holds infinities or NaN"
+
+
+def all_finite(part: Array) -> bool:
+    """Whether there are no infinities and no NaN among some floating-point numbers."""
+    if part.itemsize != 2:
+        return bool(np.isfinite(part).all())
+    # numpy has no vector instructions for such types; with all bits of the exponent it is neither.
+    exponent = np.uint16(0x7C00 if part.dtype == np.float16 else 0x7F80)
+    return not ((part.view(np.uint16) & exponent) == exponent).any()
+
+
+def _pieces(matrix: Array) -> Iterator[Array]:
+    """A matrix ``(rows, length)`` in pieces of some lines, as it lies in memory."""
+    lines = matrix.T if matrix.strides[0] < matrix.strides[-1] else matrix
+    step = max(1, _PIECE // max(1, lines.shape[-1]))
+    return (lines[start : start + step] for start in range(0, len(lines), step))
 
 
 def release_pages(array: Array) -> None:

@@ -1,8 +1,9 @@
-"""What protobuf does not check: attributes, and operators that ONNX Runtime does not have."""
+"""What protobuf does not check: attributes, and what ONNX Runtime has no kernels for."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ import onnx
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError, RuntimeMissingError
+from onnxcomp.ops import library_path
 from onnxcomp.passes.weight import DOMAIN
+from onnxcomp.runtime.machine import ISA_VARIABLE, can_run
 
-__all__ = ["check_attributes", "check_runnable"]
+__all__ = ["check_attributes", "check_kernels", "check_runnable"]
 
 # Domains whose operators ONNX Runtime brings along, and ours.
 _RUNTIME_DOMAINS = frozenset(
@@ -137,6 +140,28 @@ def _broken(node: onnx.NodeProto, attribute: onnx.AttributeProto, wrong: str) ->
     return ModelError(
         f"attribute {attribute.name!r} of node {node.name or node.op_type!r} is {wrong}",
         hint="the file is damaged; export the model again",
+    )
+
+
+def check_kernels() -> None:
+    """Refuse kernels that are asked for and do not run on this processor.
+
+    Without the operator library nothing asks for any.
+
+    Raises:
+        RuntimeMissingError: There are none of that name here.
+    """
+    isa = os.environ.get(ISA_VARIABLE)
+    if not isa or can_run(isa):
+        return
+    try:
+        library_path()
+    except RuntimeMissingError:
+        return
+    raise RuntimeMissingError(
+        f"{ISA_VARIABLE} is {isa!r}, and this processor has no such kernels: "
+        "the compressed model would not run",
+        hint=f"unset {ISA_VARIABLE}; --target is for models that run elsewhere",
     )
 
 

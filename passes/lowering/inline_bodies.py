@@ -40,7 +40,7 @@ from onnxcomp.passes.lowering.rewrite import in_parts
 from onnxcomp.passes.lowering.routes import operand, route
 from onnxcomp.passes.lowering.runtime_value import FrontNodes, runtime_one
 from onnxcomp.passes.lowering.split_operators import SPLIT_KINDS
-from onnxcomp.passes.lowering.stages import end_waiting, kind_of
+from onnxcomp.passes.lowering.stages import end_waiting, kind_of, weight_body
 from onnxcomp.passes.weight import DOMAIN
 
 __all__ = ["inline_bodies", "inline_expansions"]
@@ -171,7 +171,11 @@ class _Inliner:
     def replace(self, call: ir.Node) -> None:
         """Put the body in the place of one call."""
         mark = self._use(call)
-        result = self._body(call, self._inputs(call), call.attributes, call)
+        site = next((self._owners[v.name] for v in call.inputs if v and v.name in self._owners), "")
+        whole = bool(site) and kind_of(call.op_type) == "weight"
+        body = weight_body(self._manifest[site], default_opset(self._model)) if whole else None
+        body = body or self._model.functions[call.op_identifier()]
+        result = self._body(body, self._inputs(call), call.attributes, call)
         producer = result.producer()
         assert producer is not None and call.graph is not None
         if WEIGHT_KEY in call.metadata_props:
@@ -224,13 +228,12 @@ class _Inliner:
 
     def _body(
         self,
-        caller: ir.Node,
+        function: ir.Function,
         inputs: Sequence[ir.Value | None],
         attributes: Mapping[str, ir.Attr],
         place: ir.Node,
     ) -> ir.Value:
         """Make the nodes of a body in front of `place`; returns the result."""
-        function = self._model.functions[caller.op_identifier()]
         values: dict[ir.Value, ir.Value | None] = dict(zip(function.inputs, inputs, strict=True))
         for node in function:
             operands = [None if v is None else values[v] for v in node.inputs]
@@ -240,7 +243,8 @@ class _Inliner:
                 values.update(zip(node.outputs, made, strict=True))
                 continue
             if node.domain == DOMAIN:
-                result = self._body(node, operands, given, place)
+                body = self._model.functions[node.op_identifier()]
+                result = self._body(body, operands, given, place)
             elif node.op_type == "Constant":
                 result = self._constant(given["value"])
             elif all(v in self._shared for v in operands):

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.config.values import Functions
 from onnxcomp.passes.lowering.inline_bodies import inline_bodies, inline_expansions
+from onnxcomp.passes.lowering.part_products import divide_products
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
 from onnxcomp.passes.lowering.row_parts import largest_part
 from onnxcomp.passes.lowering.stages import stage_loading
@@ -41,6 +42,7 @@ def lower(
         largest = largest_part([placement.site for placement in placements]) if staged else None
         rewrite(model, placements, portable=portable, largest=largest)
     if staged:
+        divide_products(model, placements)
         stage_loading(model, placements)
         inline_expansions(model)
     elif portable:

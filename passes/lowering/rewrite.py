@@ -26,6 +26,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec, EmitFactors, Payload
 from onnxcomp.passes.ir import metadata
 from onnxcomp.passes.ir.manifest import (
+    STAGE_KEY,
     USE_KEY,
     ManifestEntry,
     Recipe,
@@ -308,7 +309,9 @@ def _add_functions(
             pending |= {node.op_type for node in bodies[name].node if node.domain == DOMAIN}
     # In the codec's order, callees first: onnx.reference needs a function before its callers.
     for body in (body for name, body in bodies.items() if name in wanted):
-        if (body.domain, body.name, "") not in model.functions:
+        present = model.functions.get((body.domain, body.name, ""))
+        # Those that serve some weights only, of an earlier compression, make way.
+        if present is None or STAGE_KEY in present.metadata_props:
             function = ir.serde.deserialize_function(body)
             model.functions[function.identifier()] = function
     if model.functions:

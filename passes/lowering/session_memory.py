@@ -15,7 +15,7 @@ from onnxcomp.passes.ir.manifest import own_name, read_manifest
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.tensors import is_float
 from onnxcomp.passes.ir.traversal import initializers
-from onnxcomp.passes.lowering.stages import is_staged, kind_of, loading_peak
+from onnxcomp.passes.lowering.stages import in_passes, is_staged, kind_of, loading_peak
 from onnxcomp.passes.weight import DOMAIN, Kind
 
 __all__ = ["expansions", "held_bytes", "load_bytes", "session_bytes", "tensor_bytes"]
@@ -100,7 +100,8 @@ def expansions(model: ir.Model, *, library: bool) -> list[tuple[ir.Node, LoadMem
                 if kind is not None and not (library and kind != "weight"):
                     need = codec.load_memory(record.site, params, kind)
                     parts = len(inlined) if node in inlined else 1
-                    found.append((node, need.share(parts)))
+                    divided = need.share(parts) if parts > 1 else in_passes(model, node, need)
+                    found.append((node, divided))
     except CompressionError:  # a damaged record, or one of a newer version
         return []
     return found

@@ -10,33 +10,45 @@ where ``go_2`` is the number 1, which folding finds out in its third pass and no
 ``go_1 = Shape(If(one) {Expand(one, go_0)})``. The shape of an If is only inferred between passes.
 When the last weight is expanded, all of this is folded away; with the library, too, whose kernels
 do not read `blocks`. ONNX Runtime repeats passes up to ten times: seven pieces leave a few.
+
+A product whose weight is most of the model is expanded in parts of its rows, see `part_products`:
+its definition has the same nodes inside, and the parts come in the first pieces.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.constant_arguments import constant
+from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, LoadMemory
-from onnxcomp.passes.ir.manifest import STAGE_KEY, own_name, shared_name
+from onnxcomp.passes.config.methods import typed_params
+from onnxcomp.passes.ir.manifest import STAGE_KEY, ManifestEntry, own_name, shared_name
 from onnxcomp.passes.ir.traversal import Names, default_opset, remove_dead, scopes, subgraphs
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.lowering.runtime_value import FrontNodes, runtime_one
 from onnxcomp.passes.weight import DOMAIN, Kind
 
 __all__ = [
+    "Call",
+    "calls_of",
     "end_waiting",
+    "generalize",
+    "in_passes",
     "is_staged",
     "kind_of",
     "loading_peak",
     "remove_stages",
     "stage_loading",
     "stages_of",
+    "weight_body",
 ]
 
+# Pieces of a model at most.
 _MOST = 7
 
 # Models that take less memory than this to expand are left as they are.
@@ -61,7 +73,7 @@ def _kind_of_call(call: ir.Node) -> Kind | None:
 
 
 def stages_of(needs: Sequence[LoadMemory]) -> list[int]:
-    """In which piece each of the weights is expanded, in order: the least memory at the peak."""
+    """In which piece each of the weights is expanded, the least memory at the peak."""
     if sum(need.kept for need in needs) < _LEAST:
         return [0] * len(needs)
     low, high = 0, sum(need.kept for need in needs)
@@ -74,19 +86,46 @@ def stages_of(needs: Sequence[LoadMemory]) -> list[int]:
     return _pieces(needs, high)
 
 
-def _pieces(needs: Iterable[LoadMemory], limit: int) -> list[int]:
-    """As few pieces as keep the limit, as far as single weights do."""
-    stages: list[int] = []
-    before = held = results = 0
-    for need in needs:
+def _pieces(needs: Sequence[LoadMemory], limit: int) -> list[int]:
+    """As few pieces as keep the limit, as far as single weights do.
+
+    The largest come first, when few others are in memory. Weights that are expanded in several
+    passes begin with the first piece; they are not counted, as sessions with the library expand
+    the others only.
+    """
+    stages = [0] * len(needs)
+    stage = before = held = results = 0
+    for number in sorted(range(len(needs)), key=lambda number: 2 * needs[number].kept <= limit):
+        need = needs[number]
+        if need.passes > 1:
+            continue
         if held and before + held + need.kept > limit:
-            stages.append(stages[-1] + 1)
-            before, held, results = before + results, 0, 0
-        else:
-            stages.append(stages[-1] if stages else 0)
+            stage, before, held, results = stage + 1, before + results, 0, 0
+        stages[number] = stage
         held += need.kept
         results += need.result
     return stages
+
+
+_NOTHING = LoadMemory(0, 0)
+
+
+def _divided(needs: Iterable[LoadMemory]) -> list[LoadMemory]:
+    """What uses that are expanded in several passes take in each piece."""
+    pieces = [_NOTHING] * _MOST
+    for need in (need for need in needs if need.passes > 1):
+        part = need.share(need.passes)
+        for stage in range(need.passes):
+            pieces[stage] = _together([pieces[stage], part])
+    return pieces
+
+
+def _together(needs: Sequence[LoadMemory]) -> LoadMemory:
+    return LoadMemory(
+        sum(need.kept for need in needs),
+        max((need.working for need in needs), default=0),
+        sum(need.result for need in needs),
+    )
 
 
 def loading_peak(needs: Sequence[LoadMemory], *, staged: bool = True) -> int:
@@ -98,11 +137,15 @@ def loading_peak(needs: Sequence[LoadMemory], *, staged: bool = True) -> int:
     """
     stages = stages_of(needs) if staged else [0] * len(needs)
     peak = before = 0
-    for stage in sorted(set(stages)):
-        piece = [need for need, number in zip(needs, stages, strict=True) if number == stage]
-        working = max(need.working for need in piece)
-        peak = max(peak, before + sum(need.kept for need in piece) + working)
-        before += sum(need.result for need in piece)
+    for stage, divided in enumerate(_divided(needs)):
+        whole = [
+            need
+            for need, number in zip(needs, stages, strict=True)
+            if number == stage and need.passes == 1
+        ]
+        piece = _together([divided, *whole])
+        peak = max(peak, before + piece.kept + piece.working)
+        before += piece.result
     return peak
 
 
@@ -116,8 +159,8 @@ def stage_loading(model: ir.Model, placements: Sequence[Placement]) -> int:
     Returns:
         The number of pieces; 1 where nothing was changed.
     """
-    calls = list(_calls(model, placements))
-    stages = stages_of([need for _, _, need in calls])
+    calls = calls_of(model, placements)
+    stages = stages_of([in_passes(model, call.node, call.need) for call in calls])
     count = max(stages, default=0) + 1
     if count == 1 or (default_opset(model) or 0) < 8:
         return 1
@@ -127,21 +170,40 @@ def stage_loading(model: ir.Model, placements: Sequence[Placement]) -> int:
         return 1
     tokens = _tokens(front, one, count)
     made: dict[tuple[ir.Value, int], ir.Value] = {}
-    for (call, index, _), stage in zip(calls, stages, strict=True):
-        value = call.inputs[index]
+    for call, stage in zip(calls, stages, strict=True):
+        value = call.node.inputs[call.waiting]
         if stage == 0 or value is None:
             continue
         if (value, stage) not in made:
             made[value, stage] = front.node("Mul", [value, tokens[stage]])
-        call.replace_input_with(index, made[value, stage])
+        call.node.replace_input_with(call.waiting, made[value, stage])
     front.place()
     return count
 
 
-def _calls(
-    model: ir.Model, placements: Sequence[Placement]
-) -> Iterator[tuple[ir.Node, int, LoadMemory]]:
-    """Calls that can wait: the input that does, and the memory to expand them."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """An operator of ours that can wait.
+
+    Attributes:
+        node: The call.
+        waiting: Index of the input that waits.
+        need: Memory to expand it.
+        placement: Its weight.
+    """
+
+    node: ir.Node
+    waiting: int
+    need: LoadMemory
+    placement: Placement
+
+
+def calls_of(model: ir.Model, placements: Sequence[Placement]) -> list[Call]:
+    """Calls that can wait, in their order in the model."""
+    return list(_calls(model, placements))
+
+
+def _calls(model: ir.Model, placements: Sequence[Placement]) -> Iterator[Call]:
     owners = {
         own_name(placement.site.name, key): placement
         for placement in placements
@@ -160,7 +222,15 @@ def _calls(
             placement, kind = owners.get(name), _kind_of_call(call)
             index = None if placement is None else _waiting_input(call, placement.codec)
             if placement is not None and index is not None and kind is not None:
-                yield call, index, _need(placement, kind, parts[name] if kind == "weight" else 1)
+                need = _need(placement, kind, parts[name] if kind == "weight" else 1)
+                yield Call(call, index, need, placement)
+
+
+def in_passes(model: ir.Model, call: ir.Node, need: LoadMemory) -> LoadMemory:
+    """Memory of a call whose definition may expand its weight in parts."""
+    function = model.functions.get(call.op_identifier())
+    count = "1" if function is None else function.metadata_props.get(STAGE_KEY, "1")
+    return dataclasses.replace(need, passes=int(count))
 
 
 def _stored_name(value: ir.Value | None) -> str:
@@ -211,7 +281,8 @@ def _expanding(front: FrontNodes, one: ir.Value, shape: ir.Value) -> ir.Graph:
 
 def is_staged(model: ir.Model) -> bool:
     """Whether weights of a model wait for each other."""
-    return any(STAGE_KEY in node.metadata_props for node in model.graph)
+    noted = [*model.graph, *model.functions.values()]
+    return any(STAGE_KEY in item.metadata_props for item in noted)
 
 
 def end_waiting(model: ir.Model) -> None:
@@ -221,6 +292,32 @@ def end_waiting(model: ir.Model) -> None:
         assert value is not None
         node.outputs[0].replace_all_uses_with(value)
     remove_stages(model)
+    generalize(model)
+
+
+def generalize(model: ir.Model) -> None:
+    """Put general definitions in the place of those that expand weights in parts; in place."""
+    opset = default_opset(model)
+    special = [key for key, body in model.functions.items() if STAGE_KEY in body.metadata_props]
+    if opset is None or not special:
+        return
+    bodies = {body.name: body for codec in CODECS.values() for body in codec.functions(opset)}
+    for domain, name, overload in special:
+        if name in bodies:
+            function = ir.serde.deserialize_function(bodies[name])
+            model.functions[domain, name, overload] = function
+
+
+def weight_body(record: ManifestEntry, opset: int | None) -> ir.Function | None:
+    """The definition that expands a whole weight best, where that is not the general one."""
+    recipe = record.recipe
+    special = CODECS[recipe.codec].special if recipe.codec in CODECS else None
+    if special is None or opset is None or not recipe.params:
+        return None
+    codec = CODECS[recipe.codec]
+    params = typed_params(codec.params_type, recipe.params, codec.name)
+    body = special.weight(opset, record.site, params)
+    return None if body is None else ir.serde.deserialize_function(body)
 
 
 def remove_stages(model: ir.Model) -> None:

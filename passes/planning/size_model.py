@@ -6,6 +6,7 @@ and its serialised size is taken: names, nodes, functions, alignment and all.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import output_size
 from onnxcomp.passes.lowering.last_logits import keep_last_logits
 from onnxcomp.passes.lowering.lower import lower
+from onnxcomp.passes.lowering.part_products import passes_of
 from onnxcomp.passes.lowering.rewrite import Placement, precision_attributes
 from onnxcomp.passes.lowering.row_parts import divided, largest_part
 from onnxcomp.passes.lowering.stages import loading_peak
@@ -74,13 +76,17 @@ def portable_load_bytes(sites: Iterable[WeightSite], choices: Sequence[Choice]) 
     """
     stored = [pair for pair in zip(sites, choices, strict=True) if not pair[1].kept]
     largest = largest_part([site for site, _ in stored])
+    products: list[LoadMemory] = []
     needs: list[LoadMemory] = []
     for site, choice in stored:
         codec = CODECS[choice.codec]
         for kind in _expanded(site, choice):
             need = codec.load_memory(site, choice.params, kind)
-            needs += divided(need, site, codec, kind, largest)
-    return loading_peak(needs)
+            special = kind == "matmul" and codec.special is not None
+            found = products if special else needs
+            found += divided(need, site, codec, kind, largest)
+    passes = passes_of(products, sum(need.kept for need in needs))
+    return loading_peak([*(dataclasses.replace(n, passes=passes) for n in products), *needs])
 
 
 def _expanded(site: WeightSite, choice: Choice) -> list[Kind]:

@@ -24,7 +24,18 @@ from onnxcomp.passes.codecs.hyper.format import LANES, NODE_INPUTS, GroupLayout
 from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload
 from onnxcomp.passes.weight import DOMAIN, Attribute, Kind, WeightSite
 
-__all__ = ["MINIMUM_OPSET", "emit", "functions", "load_bytes", "load_memory", "peak_load_bytes"]
+__all__ = [
+    "MINIMUM_OPSET",
+    "emit",
+    "emit_experts",
+    "functions",
+    "load_bytes",
+    "load_memory",
+    "look_up",
+    "peak_load_bytes",
+    "rotation_matrix",
+    "window_matrix",
+]
 
 V = TypeVar("V")
 
@@ -54,18 +65,18 @@ _OPERATORS: dict[Kind, str] = {
 }
 
 
-def _windows(body: Body) -> str:
+def window_matrix(body: Body) -> str:
     """Matrix (B, g) whose product with the bytes of a group gives its states."""
     rows = body.cast("taps", int(TensorProto.INT32))
     return body.node("Flatten", body.node("Gather", "window", rows, axis=0), axis=1)
 
 
-def _rotation(body: Body) -> str:
+def rotation_matrix(body: Body) -> str:
     """Matrix (g, g) that undoes the rotation of a row vector: H diag(sign) 2^-12."""
     return body.node("Flatten", body.node("Mul", "left", "right"), axis=2)
 
 
-def _look_up(body: Body, states: str) -> str:
+def look_up(body: Body, states: str) -> str:
     """Float values of float states; what is below or above the window falls away."""
     values = body.node("Tile", body.cast("table", _FLOAT), body.ints(_TABLE_REPEATS))
     return body.node("Gather", values, body.cast(states, int(TensorProto.INT32)), axis=0)
@@ -74,8 +85,8 @@ def _look_up(body: Body, states: str) -> str:
 def _rows(opset: int) -> onnx.FunctionProto:
     """HyperRows: bytes (..., G, B) and scales (..., G, 1) -> float32 (..., G, g)."""
     body = Body(opset)
-    states = body.node("MatMul", body.cast("octets", _FLOAT), _windows(body))
-    values = body.node("MatMul", _look_up(body, states), _rotation(body))
+    states = body.node("MatMul", body.cast("octets", _FLOAT), window_matrix(body))
+    values = body.node("MatMul", look_up(body, states), rotation_matrix(body))
     body.node("Mul", values, body.cast("factors", _FLOAT))
     return body.finish("HyperRows", ["octets", "factors", "table", *NODE_INPUTS[5:]], [])
 
@@ -124,9 +135,9 @@ def _matmul(opset: int) -> onnx.FunctionProto:
     columns = body.node("Transpose", "codes", perm=[1, 2, 4, 0, 3])
     shape = body.node("Gather", "blocks", body.ints(1, 2, 0), axis=0)
     octets = body.cast(body.node("Reshape", columns, shape), _FLOAT)
-    windows = body.node("Transpose", _windows(body), perm=[1, 0])
-    values = _look_up(body, body.node("MatMul", windows, octets))
-    rotation = body.node("Transpose", _rotation(body), perm=[1, 0])
+    windows = body.node("Transpose", window_matrix(body), perm=[1, 0])
+    values = look_up(body, body.node("MatMul", windows, octets))
+    rotation = body.node("Transpose", rotation_matrix(body), perm=[1, 0])
     factors = body.node("Transpose", "scales", perm=[1, 3, 0, 2])
     factors = body.cast(body.node("Reshape", factors, body.ints(0, 0, -1)), _FLOAT)
     scaled = body.node("Mul", body.node("MatMul", rotation, values), factors)
@@ -163,9 +174,9 @@ def _experts(opset: int) -> onnx.FunctionProto:
     width = body.node("Gather", "blocks", body.ints(2), axis=0)
     octets = picked(body.node("Transpose", "codes", perm=[1, 2, 4, 0, 3]), width)
     factors = picked(body.node("Transpose", "scales", perm=[1, 3, 0, 2]), body.ints(1))
-    windows = body.node("Transpose", _windows(body), perm=[1, 0])
-    values = _look_up(body, body.node("MatMul", windows, octets))
-    rotation = body.node("Transpose", _rotation(body), perm=[1, 0])
+    windows = body.node("Transpose", window_matrix(body), perm=[1, 0])
+    values = look_up(body, body.node("MatMul", windows, octets))
+    rotation = body.node("Transpose", rotation_matrix(body), perm=[1, 0])
     scaled = body.node("Mul", body.node("MatMul", rotation, values), factors)
     padded = body.node("Gather", "blocks", body.ints(3), axis=0)
     whole = body.node("Concat", body.ints(-1), padded, size, axis=0)

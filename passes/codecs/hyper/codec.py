@@ -47,6 +47,7 @@ from onnxcomp.passes.codecs.protocol import (
     Qualities,
     RowParts,
     Scaling,
+    SpecialBodies,
     TensorLayout,
 )
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
@@ -222,6 +223,7 @@ class HyperCodec(Codec):
     params_type: ClassVar[type[Params]] = HyperParams
     automatic: ClassVar[bool] = True
     width: ClassVar[str | None] = "bits"
+    encodes_stored: ClassVar[bool] = True
 
     @property
     def calibration(self) -> CalibratedEncoding:
@@ -356,14 +358,14 @@ class HyperCodec(Codec):
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
     ) -> Payload:
-        """Encode ``(rows, length)`` float32; equal bytes with and without native code.
+        """Encode ``(rows, length)``; equal bytes with and without native code.
 
         Raises:
             ModelError: Values too large for float16 scales, or not finite.
         """
         geometry = _geometry(site, HyperParams.of(params))
-        weight = np.asarray(weight, np.float32).reshape(geometry.rows, geometry.length)
-        codes, scales = _coder(geometry, params, threads).encode(weight)
+        weight = weight.reshape(geometry.rows, geometry.length)
+        codes, scales = _coder(geometry, params, threads).encode_stored(weight)
         return self._payload(site, params, codes, scales)
 
     def _in_rows(self, site: WeightSite, params: Params) -> bool:
@@ -457,6 +459,11 @@ class HyperCodec(Codec):
         """The target of the Reshape that codes go through."""
         return "hyper.blocks."
 
+    @property
+    def special(self) -> SpecialBodies:
+        """For weights of four bits, and for products that are most of a model."""
+        return SpecialBodies(_weight_body, _product_body)
+
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """What folding the portable body takes."""
         from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
@@ -468,3 +475,26 @@ class HyperCodec(Codec):
         from onnxcomp.passes.codecs.hyper import bodies as hyper_bodies
 
         return hyper_bodies.functions(opset)
+
+
+def _weight_body(opset: int, site: WeightSite, params: Params) -> onnx.FunctionProto | None:
+    from onnxcomp.passes.codecs.hyper import byte_bodies
+
+    by_byte = _geometry(site, HyperParams.of(params)).bits == byte_bodies.BITS
+    return byte_bodies.weight(opset) if by_byte else None
+
+
+def _product_body(
+    opset: int, payloads: Sequence[Payload], passes: int
+) -> onnx.FunctionProto | None:
+    from onnxcomp.passes.codecs.hyper import byte_bodies, part_bodies
+
+    layouts = [_stored_geometry(payload, _table_of(payload)) for payload in payloads]
+    if opset < part_bodies.MINIMUM_OPSET or any(layout.panels < passes for layout in layouts):
+        return None
+    return part_bodies.matmul(
+        opset,
+        passes,
+        by_byte=all(layout.bits == byte_bodies.BITS for layout in layouts),
+        padded=any(layout.length % layout.group for layout in layouts),
+    )

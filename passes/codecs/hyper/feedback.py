@@ -38,6 +38,9 @@ SWEEPS = 1
 # Weights that are worked on at a time.
 _CHUNK = 1 << 20
 
+# Elements of another type than float32 that are converted at a time.
+_CONVERTED = 1 << 22
+
 # Largest finite float16.
 _LARGEST = 65504.0
 
@@ -83,6 +86,18 @@ class Coder:
                 weight, geometry, table, reach, passes=passes, threads=self.threads
             )
         return hyper_viterbi.encode(weight, geometry, table, reach, passes=passes)
+
+    def encode_stored(self, weight: Array) -> tuple[Array, Array]:
+        """The same for any floating-point type; float32 values count, and are never all held."""
+        if weight.dtype == np.float32:
+            return self.encode(weight)
+        step = max(1, _CONVERTED // (weight.shape[1] * LANES)) * LANES  # panels are independent
+        parts = [
+            self.encode(np.asarray(weight[start : start + step], np.float32))
+            for start in range(0, len(weight), step)
+        ]
+        codes, scales = zip(*parts, strict=True)
+        return np.concatenate(codes), np.concatenate(scales)
 
     def decode(self, codes: Array, scales: Array, extent: tuple[int, int]) -> Array:
         """Float32 ``(rows, length)``; equal with and without native code."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from onnxcomp.passes.transforms.prune.compensate import Sums, measured_loss
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.cost import Ledger
 from onnxcomp.passes.transforms.prune.groups import Group
+from onnxcomp.passes.transforms.prune.measured import Measured, rescaled
 from onnxcomp.passes.transforms.prune.obs import Surgeon, Unseen, damping
 from onnxcomp.passes.transforms.prune.select import (
     Step,
@@ -42,6 +43,7 @@ def by_obs(
     ledger: Ledger,
     share: float,
     more: Sequence[Sequence[Step]] = (),
+    measured: Measured | None = None,
     *,
     least: float,
     round_to: int,
@@ -52,7 +54,8 @@ def by_obs(
     of the product alone. On the reference language model, a fifth of whose parameters go, the
     divergence is 0.012 instead of 0.032 for it, without any fit behind pruned layers.
 
-    Sequences of steps whose losses are known already take part (`more`).
+    Sequences of steps whose losses are known already take part (`more`). With `measured` all losses
+    become those of the outputs.
 
     Clusters are worked on as soon as their moments are there, so that those of few products are
     in memory at a time.
@@ -68,12 +71,42 @@ def by_obs(
         for number, (own, products) in enumerate(waiting):
             names = [product.name for product in products]
             if consumer.name in names and all(name in found for name in names):
-                steps = greedy(own, products, found, ledger, least=least, round_to=round_to)
-                sequences[number] = _checked(steps, products, known, found, ledger)
+                marks: dict[int, float] = {}
+                watch = _watch(measured, own, products, found, marks)
+                steps = greedy(
+                    own, products, found, ledger, least=least, round_to=round_to, watch=watch
+                )
+                steps = _checked(steps, products, known, found, ledger)
+                if measured is not None and steps:
+                    if not marks:
+                        marks[len(steps)] = measured.with_fits(steps, products, found)
+                    steps = rescaled(steps, marks)
+                sequences[number] = steps
                 for name in names:
                     del found[name]
                     known.pop(name, None)
-    return merge([*sequences, *more], ledger, share)
+    if measured is not None:
+        more = [measured.without_positions(steps) for steps in more]
+    return merge([*sequences, *more], ledger, share, trim=measured is not None)
+
+
+def _watch(
+    measured: Measured | None,
+    groups: Sequence[Group],
+    products: Sequence[Consumer],
+    surgeons: Mapping[str, Surgeon | Unseen],
+    marks: dict[int, float],
+) -> Callable[[Sequence[Step]], None] | None:
+    """What notes the measured loss of a cluster at some places on its way."""
+    if measured is None:
+        return None
+    places = measured.places(groups)
+
+    def watch(steps: Sequence[Step]) -> None:
+        if len(steps) in places:
+            marks[len(steps)] = measured.with_fits(steps, products, surgeons)
+
+    return watch
 
 
 def _surgeon(consumer: Consumer, sums: Sums | None) -> Surgeon | Unseen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +13,7 @@ from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.walk import CONSUMED, Member
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Consumer", "find_consumers"]
+__all__ = ["Consumer", "find_consumers", "handed_on"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +58,16 @@ class Consumer:
         value = self.node.inputs[0]
         assert value is not None
         return value.name or ""
+
+    @property
+    def makes(self) -> ir.Value:
+        """Its output, with the bias and what is added to it next."""
+        out = self.node.outputs[0]
+        behind = [self.bias is not None and self.bias not in self.node.inputs]
+        behind.append(self.addend is not None and self.node.op_type != "FusedConv")
+        for _ in range(sum(behind)):
+            out = next(use.node for use in out.uses()).outputs[0]
+        return out
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -130,6 +141,24 @@ def find_consumers(analysis: Analysis) -> list[Consumer]:
     counts = {m.value: sum(other.value is m.value for other in own) for m in own}
     found = [c for m in own if counts[m.value] == 1 for c in _consumers(analysis, m, order)]
     return sorted(found, key=lambda consumer: order[consumer.node])
+
+
+def handed_on(
+    analysis: Analysis, consumers: Sequence[Consumer], gone: Array
+) -> dict[str, list[tuple[int, Array]]]:
+    """What products that lose columns make, by name: which positions of it stay, by axis."""
+    found: dict[str, list[tuple[int, Array]]] = {}
+    for consumer in consumers:
+        value = consumer.makes
+        kept = [
+            (block.axes, ~gone[analysis.classes(block.atoms)])
+            for block in analysis.labels.get(value, ())
+        ]
+        lost = [(axes, stays) for axes, stays in kept if not stays.all()]
+        simple = all(len(axes) == 1 for axes, _ in lost)
+        if len(consumer.columns(gone)) and simple and not value.is_graph_output():
+            found[value.name or ""] = [(axes[0], np.flatnonzero(stays)) for axes, stays in lost]
+    return found
 
 
 def _consumers(analysis: Analysis, member: Member, order: dict[ir.Node, int]) -> list[Consumer]:

@@ -143,8 +143,15 @@ class Ledger:
 
     def remove(self, classes: Iterable[int]) -> None:
         """Take classes out."""
+        self._set(classes, gone=True)
+
+    def restore(self, classes: Iterable[int]) -> None:
+        """Put classes back."""
+        self._set(classes, gone=False)
+
+    def _set(self, classes: Iterable[int], *, gone: bool) -> None:
         own = set(classes)
-        self.gone[list(own)] = True
+        self.gone[list(own)] = gone
         for weight in {w.name: w for c in own for w in self._touched.get(c, ())}.values():
             self._amounts[weight.name] = self._full(weight) * weight.left(self.gone)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from onnxcomp.passes.analysis.prune_report import GroupReport
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.choose import by_obs, by_rank
-from onnxcomp.passes.transforms.prune.compensate import Sums
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.cost import Ledger
 from onnxcomp.passes.transforms.prune.groups import Groups
+from onnxcomp.passes.transforms.prune.measured import measuring
 from onnxcomp.passes.transforms.prune.observe import moments
 from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.qk_products import qk_steps
@@ -87,10 +87,11 @@ def _steps(
             more = qk_steps(
                 analysis, groups.groups, consumers, ledger, feeds, folder, **common  # type: ignore[arg-type]
             )  # fmt: skip
-        return by_obs(groups.groups, needed, seen, ledger, share, more, **common)  # type: ignore[arg-type]
-    found: dict[str, Sums] = {}
-    if feeds and options.score != "magnitude":
-        found = {consumer.name: sums for consumer, sums in moments(analysis, needed, feeds, folder)}
+        limits = (options.least, options.round_to)
+        with measuring(analysis, groups, feeds, folder, limits, wanted=options.measure) as measured:
+            return by_obs(groups.groups, needed, seen, ledger, share, more, measured, **common)  # type: ignore[arg-type]
+    observed = needed if feeds and options.score != "magnitude" else []
+    found = {consumer.name: sums for consumer, sums in moments(analysis, observed, feeds, folder)}
     uniform = options.allocation == "uniform" or (
         options.allocation == "auto" and options.score in ("wanda", "magnitude")
     )

@@ -12,13 +12,18 @@ from onnxcomp.passes.analysis.prune_report import FitReport
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.compensate import best_fit
 from onnxcomp.passes.transforms.prune.consumers import Consumer
-from onnxcomp.passes.transforms.prune.norms import Norm, best_statistics, find_norms
+from onnxcomp.passes.transforms.prune.depthwise import Depthwise, best_filters, find_depthwise
+from onnxcomp.passes.transforms.prune.norms import Norm, behind, best_statistics, find_norms
 from onnxcomp.passes.transforms.prune.observe import Collector
 from onnxcomp.passes.weight import Array, Feed
 
 __all__ = ["make_up"]
 
 Reports = tuple[FitReport, ...]
+
+# Elements of a product up to which it is fitted again though it keeps all its columns: heads of
+# language models, as large as all the rest, are left.
+_LARGEST = 1 << 24
 
 
 def make_up(
@@ -30,7 +35,9 @@ def make_up(
     *,
     biases_only: bool = False,
 ) -> tuple[Reports, Reports]:
-    """Fit all products that lose columns, each behind the ones before, and write statistics anew.
+    """Fit what reads something else now, each behind the ones before, and write statistics anew.
+
+    These are products that lose columns, and all products and depthwise filters behind them.
 
     Args:
         analysis: Of the model, whose initializers are replaced.
@@ -43,17 +50,38 @@ def make_up(
     Returns:
         What became of products, and of normalisations.
     """
-    losing = [consumer for consumer in consumers if len(consumer.columns(gone))]
-    walk = Collector(analysis, [*losing, *find_norms(analysis, gone)], gone, feeds, folder)
+    items: list[Consumer | Depthwise | Norm] = [*find_norms(analysis, gone)]
+    if biases_only:
+        items += [consumer for consumer in consumers if len(consumer.columns(gone))]
+    else:
+        items += [*_products(analysis, consumers, gone), *find_depthwise(analysis, gone)]
+    walk = Collector(analysis, items, gone, feeds, folder)
     new = _Initializers(walk)
     fits, norms = [], []
     for item in walk.items:
-        if isinstance(item, Norm):
+        if isinstance(item, Depthwise):
+            fits.append(_refit(item, walk, new))
+        elif isinstance(item, Norm):
             norms.append(_follow(item, walk, new, gone, biases_only=biases_only))
         else:
             fits.append(_fit(item, walk, new, gone, biases_only=biases_only))
     new.store()
     return tuple(fits), tuple(norms)
+
+
+def _products(analysis: Analysis, consumers: Sequence[Consumer], gone: Array) -> list[Consumer]:
+    """Products that lose columns, and those whose inputs have changed."""
+    changed = set(behind(analysis, gone))
+    return [
+        consumer
+        for consumer in consumers
+        if len(consumer.columns(gone)) or (consumer.node in changed and _is_small(consumer))
+    ]
+
+
+def _is_small(consumer: Consumer) -> bool:
+    assert consumer.weight.const_value is not None
+    return int(consumer.weight.const_value.size) <= _LARGEST
 
 
 class _Initializers:
@@ -96,6 +124,18 @@ def _fit(
     if fit.bias is not None and consumer.bias is not None:
         new[consumer.bias] = consumer.stored_offsets(new[consumer.bias], fit.bias)
     return FitReport(consumer.name, fit.before, fit.after, fit.used)
+
+
+def _refit(item: Depthwise, walk: Collector, new: _Initializers) -> FitReport:
+    seen, held = walk.filters(item)
+    biased = item.bias is not None
+    found, before, after = best_filters(item.stored(), seen, held, biased=biased)
+    if not after < before:
+        return FitReport(item.name, before, before, "mask")
+    new[item.weight] = found[..., :-1].reshape(new[item.weight].shape)
+    if item.bias is not None:
+        new[item.bias] = found[..., -1].ravel()
+    return FitReport(item.name, before, after, "fit")
 
 
 def _follow(

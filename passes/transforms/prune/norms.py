@@ -17,7 +17,7 @@ from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.walk import CARRIED, CONSUMED, Member
 from onnxcomp.passes.weight import Array
 
-__all__ = ["ChannelSums", "Norm", "Statistics", "best_statistics", "find_norms"]
+__all__ = ["ChannelSums", "Norm", "Statistics", "behind", "best_statistics", "find_norms"]
 
 # How much a variance may change at most; beyond that the data are not enough to know it.
 _MOST = 16.0
@@ -109,7 +109,7 @@ def find_norms(analysis: Analysis, gone: Array) -> list[Norm]:
     bound = {m.value: m for m in analysis.members if m.role == CARRIED and m.input_index in (3, 4)}
     return [
         Norm(node, *_stored(node), _classes(analysis, node, bound))
-        for node in _behind(analysis, gone)
+        for node in behind(analysis, gone)
         if node.op_type == "BatchNormalization"
         and not node.attributes.get_int("training_mode", 0)
         and all(_is_own(value, bound) for value in node.inputs[3:5])
@@ -133,7 +133,7 @@ def _classes(analysis: Analysis, node: ir.Node, bound: Mapping[ir.Value, Member]
     return None if member is None else analysis.classes(member.atoms)
 
 
-def _behind(analysis: Analysis, gone: Array) -> list[ir.Node]:
+def behind(analysis: Analysis, gone: Array) -> list[ir.Node]:
     """Nodes whose inputs change when classes go, in graph order."""
     losing = {
         member.node

@@ -16,16 +16,17 @@ from onnxcomp.passes.calibration.statistics import HELD_OUT
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.compensate import ANCHORED, Sums, temper, tempered
 from onnxcomp.passes.transforms.prune.consumers import Consumer
+from onnxcomp.passes.transforms.prune.depthwise import Depthwise, FilterSums
 from onnxcomp.passes.transforms.prune.norms import ChannelSums, Norm
 from onnxcomp.passes.transforms.prune.qk_products import silenced
 from onnxcomp.passes.weight import Array, Feed
 
-__all__ = ["Collector", "moments"]
+__all__ = ["Collector", "masked_members", "moments"]
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item", bound=Consumer | Norm)
-Kept = TypeVar("Kept", Sums, ChannelSums)
+Item = TypeVar("Item", bound=Consumer | Depthwise | Norm)
+Kept = TypeVar("Kept", Sums, FilterSums, ChannelSums)
 
 
 def _ordered(chain: Chain, items: Sequence[Item]) -> list[Item]:
@@ -110,7 +111,7 @@ class Collector:
 
     Args:
         analysis: Of the model.
-        items: Products that lose columns, and normalisations behind them.
+        items: Products and normalisations that read something else than in the dense model.
         gone: Which classes go.
         feeds: Calibration data.
         folder: Where segments are written.
@@ -122,7 +123,7 @@ class Collector:
     def __init__(
         self,
         analysis: Analysis,
-        items: Sequence[Consumer | Norm],
+        items: Sequence[Consumer | Depthwise | Norm],
         gone: Array,
         feeds: Sequence[Feed],
         folder: Path | None = None,
@@ -133,7 +134,7 @@ class Collector:
         self._dense = Chain(analysis.model, self._feeds, wanted, folder)
         self.items = _ordered(self._chain, items)
         own = {item.weight.name or "" for item in items if isinstance(item, Consumer)}
-        masked = _masked_members(analysis, gone, own)
+        masked = masked_members(analysis, gone, own)
         for name, array in silenced(analysis, gone, masked).items():
             self._chain.replace(name, array)
 
@@ -170,7 +171,20 @@ class Collector:
                 sums.add(x[:, part], t[:, part])
         return seen, held
 
-    def _values(self, item: Consumer | Norm) -> Iterator[tuple[Mapping[str, Array], ...]]:
+    def filters(self, item: Depthwise) -> tuple[FilterSums, FilterSums]:
+        """What filters read and should make, over calibration and over held-out data."""
+        exact_filters = item.stored().astype(np.float32)
+        seen, held = FilterSums(exact_filters.shape), FilterSums(exact_filters.shape)
+        for number, (values, exact) in enumerate(self._values(item)):
+            x, t = (item.vectors(of[item.wanted[0]]) for of in (values, exact))
+            target = t @ exact_filters.transpose(0, 2, 1)
+            for sums, part in _shares(len(self._feeds), number, x.shape[1], (seen, held)):
+                sums.add(x[:, part], target[:, part])
+        return seen, held
+
+    def _values(
+        self, item: Consumer | Depthwise | Norm
+    ) -> Iterator[tuple[Mapping[str, Array], ...]]:
         """What an item reads, of the model as it is and of the dense one."""
         return zip(self._chain.advance(item.wanted), self._dense.advance(item.wanted), strict=True)
 
@@ -197,7 +211,7 @@ def _shift(
     return consumer.outputs(exact[name].astype(np.float32) - values[name], count)
 
 
-def _masked_members(analysis: Analysis, gone: Array, but: set[str]) -> dict[str, Array]:
+def masked_members(analysis: Analysis, gone: Array, but: set[str]) -> dict[str, Array]:
     """Weights that sum over channels that go, with zeros there, except some."""
     found: dict[str, Array] = {}
     for member in analysis.members:

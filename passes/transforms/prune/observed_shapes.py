@@ -8,6 +8,7 @@ different sizes of the free dimensions tell which sizes are fixed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,11 @@ class ObservedShapes:
     fixed: Mapping[str, tuple[bool, ...]]
     integers: Mapping[str, Array]
     steady: frozenset[str]
+
+    @property
+    def elements(self) -> int:
+        """Elements of all values together in the first run."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def observe_shapes(model: ir.Model, feeds: Sequence[Feed]) -> ObservedShapes:

@@ -24,6 +24,8 @@ class PruneOptions:
         allocation: "knapsack" for one budget over all layers, "uniform" for the same share of
             each; "auto" is what goes with the score.
         compensate: "fit" to fit what stays, "bias" for biases only, "none".
+        measure: Whether losses of layers are scaled to those of the outputs, which are measured.
+        tune: Whether all that is left is tuned together, where that is within reach.
         numerical: How the score of this name is read.
         least: Share of each group that always stays.
         round_to: Groups of 64 channels or more lose this many at a time.
@@ -38,6 +40,8 @@ class PruneOptions:
     score: PruneScore = "obs"
     allocation: Literal["auto", "knapsack", "uniform"] = "auto"
     compensate: Literal["fit", "bias", "none"] = "fit"
+    measure: bool = True
+    tune: bool = True
     numerical: Numerical = Numerical()  # noqa: RUF009
     least: float = 0.1
     round_to: int = 8
@@ -63,6 +67,11 @@ class PruneOptions:
     def used_score(self, *, calibrated: bool) -> PruneScore:
         """The score, or its replacement where there is no calibration data."""
         return self.score if calibrated else "magnitude"
+
+    @property
+    def tunes(self) -> bool:
+        """Whether what is left is tuned together; only the default score's results are."""
+        return self.tune and self.score == "obs" and self.compensate == "fit"
 
     @property
     def share(self) -> float:

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.analysis.prune_report import FitReport, PruneReport
+from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.consumers import find_consumers
 from onnxcomp.passes.transforms.prune.cost import Ledger, measure
 from onnxcomp.passes.transforms.prune.decide import decide
 from onnxcomp.passes.transforms.prune.examine import examine
-from onnxcomp.passes.transforms.prune.fits import make_up
 from onnxcomp.passes.transforms.prune.observed_shapes import observe_shapes
 from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.prepare import tidy
+from onnxcomp.passes.transforms.prune.reconstruct import fit
 from onnxcomp.passes.transforms.prune.shrink import remove, take
 from onnxcomp.passes.weight import Feed
 
@@ -66,13 +66,7 @@ def prune(
     consumers = find_consumers(analysis)
     decision = decide(analysis, groups, consumers, ledger, options, feeds, folder)
     classes = decision.classes
-    fits: tuple[FitReport, ...] = ()
-    norms: tuple[FitReport, ...] = ()
-    if feeds and options.compensate != "none" and classes:
-        biases_only = options.compensate == "bias"
-        fits, norms = make_up(
-            analysis, consumers, ledger.gone, feeds, folder, biases_only=biases_only
-        )
+    made_up = fit(analysis, consumers, ledger.gone, options, feeds, folder)
     shapes = _declared(model)
     remove(analysis, classes)
     tidy(model)
@@ -81,6 +75,7 @@ def prune(
         for name, text in _declared(model).items()
         if shapes[name] != text
     )
+    tuned = None if changed else made_up.tune(model, options, feeds, folder)
     after = measure(model, observe_shapes(model, [_shrunk(analysis, examined.feed, classes)]))
     return PruneReport(
         asked=options.share,
@@ -91,10 +86,11 @@ def prune(
         before=before,
         after=after,
         groups=decision.groups,
-        fits=fits,
-        norms=norms,
+        fits=made_up.fits,
+        norms=made_up.norms,
         inputs=changed,
         kept=groups.kept,
+        tuned=tuned,
     )
 
 

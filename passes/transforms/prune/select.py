@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from onnxcomp.passes.weight import Array
 __all__ = [
     "Step",
     "clusters",
+    "expected_steps",
     "floor_of",
     "greedy",
     "group_reports",
@@ -61,6 +62,12 @@ def floor_of(group: Group, least: float) -> int:
 def step_size(group: Group, round_to: int) -> int:
     """Candidates of each slot that go at a time, so that sizes stay multiples of `round_to`."""
     return round_to if group.size >= max(_ROUNDED, 4 * round_to) else 1
+
+
+def expected_steps(groups: Sequence[Group], least: float, round_to: int) -> int:
+    """Steps that `greedy` takes until the floors of some groups are reached."""
+    free = [(g.size - floor_of(g, least), step_size(g, round_to)) for g in groups]
+    return sum(max(0, count // width) for count, width in free)
 
 
 def clusters(
@@ -184,8 +191,12 @@ def greedy(
     *,
     least: float,
     round_to: int,
+    watch: Callable[[Sequence[Step]], None] | None = None,
 ) -> list[Step]:
-    """The order in which a cluster's candidates go, until its floors are reached."""
+    """The order in which a cluster's candidates go, until its floors are reached.
+
+    `watch` is told of the steps so far after each one; the surgeons then hold the fitted weights.
+    """
     race = _Race(products, surgeons, ledger)
     steps: list[Step] = []
     while True:
@@ -198,9 +209,13 @@ def greedy(
             return steps
         best = min(real, key=lambda step: step.loss / max(step.cost, 1e-30))
         steps.append(race.commit(best))
+        if watch is not None:
+            watch(steps)
 
 
-def merge(sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float) -> list[Step]:
+def merge(
+    sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float, *, trim: bool = False
+) -> list[Step]:
     """Steps in the order of loss for what they save, until a share is gone.
 
     Inside a sequence the order stays: a step behind a costlier one counts as costly as that.
@@ -209,6 +224,8 @@ def merge(sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float) -> 
         sequences: Of each cluster.
         ledger: Told what goes.
         share: Share of the whole to remove.
+        trim: Whether steps that the share is reached without are put back: the last one may have
+            taken much more than was left to take.
     """
     heap: list[tuple[float, int, int]] = []
     for number, steps in enumerate(sequences):
@@ -225,7 +242,28 @@ def merge(sequences: Sequence[Sequence[Step]], ledger: Ledger, share: float) -> 
             following = sequences[number][place + 1]
             own = following.loss / max(following.cost, 1e-30)
             heapq.heappush(heap, (max(slope, own), number, place + 1))
-    return taken
+    return _trimmed(taken, ledger, share) if trim else taken
+
+
+def _trimmed(steps: Sequence[Step], ledger: Ledger, share: float) -> list[Step]:
+    """Without those steps, each the last one of its group, that the share is reached without.
+
+    Those with the largest losses go first.
+    """
+    kept = list(steps)
+    tried: set[int] = set()
+    while True:
+        last = {id(step.group): step for step in kept}
+        open_ = [step for step in last.values() if id(step) not in tried]
+        if not open_:
+            return kept
+        step = max(open_, key=lambda step: step.loss)
+        ledger.restore(step.classes)
+        if ledger.removed < share:
+            ledger.remove(step.classes)
+            tried.add(id(step))
+        else:
+            kept = [other for other in kept if other is not step]
 
 
 def removed(steps: Sequence[Step]) -> frozenset[int]:

@@ -16,7 +16,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 import onnxcomp as oc
-from onnxcomp.errors import BudgetError, ModelError, UsageError, VerifyError
+from onnxcomp.errors import BudgetError, ModelError, RuntimeMissingError, UsageError, VerifyError
+from onnxcomp.passes.ir import validate
 from onnxcomp.passes.ir.files import rejected_path
 from onnxcomp.passes.weight import Array
 
@@ -358,3 +359,22 @@ def test_a_model_too_small_to_gain_is_left_alone(tmp_path: Path) -> None:
     assert site.method == "dense"
     assert "outweigh" in site.reason
     assert result.report.output.bytes <= result.report.input.bytes + 64
+
+
+def test_kernels_that_do_not_run_here_are_refused_at_the_start(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONNXCOMP_ISA", "mmx")
+    monkeypatch.setattr(validate, "library_path", lambda: tmp_path)  # it is not read
+    monkeypatch.setattr(validate, "can_run", lambda isa: isa != "mmx")
+    before = sorted(tmp_path.iterdir())
+
+    def progress(*_: object) -> None:
+        raise AssertionError("weights are encoded")
+
+    with pytest.raises(RuntimeMissingError, match="ONNXCOMP_ISA is 'mmx'") as caught:
+        oc.optimize(model, tmp_path / "out.onnx", bits=4, progress=progress)
+    assert "unset ONNXCOMP_ISA" in caught.value.hint
+    assert sorted(tmp_path.iterdir()) == before
+    # Nothing runs, so it does not matter.
+    assert oc.optimize(model, tmp_path / "out.onnx", bits=4, verify=False).path.exists()

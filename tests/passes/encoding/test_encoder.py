@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,7 +14,9 @@ from onnx import helper, numpy_helper
 
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.codecs.hyper import feedback
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
+from onnxcomp.passes.codecs.hyper.feedback import Coder
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.encoding import encoded
 from onnxcomp.passes.encoding import encoder as module
@@ -268,3 +271,38 @@ def test_errors_of_large_weights_are_measured_in_parts(
     assert encoded.decoding_error(weight, codec, site, payload) == pytest.approx(whole, rel=1e-12)
     assert sum(sizes) == site.rows
     assert (len(sizes) > 1) == (codec.row_parts is not None)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("stored", [(130, 300), (300, 130)])
+def test_half_precision_is_converted_in_parts(
+    dtype: type, stored: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes are those of the whole matrix in float32, whichever way it lies in memory."""
+    (site,) = find_sites(model_of({"w": normal(*stored)}), min_size=0).sites
+    codec, params = CODECS["hyper"], HyperParams(bits=3)
+    weight = site.matrix(normal(*stored).astype(dtype))
+    single = weight.astype(np.float32)
+    whole = codec.encode(site, single, params)
+    sizes: list[int] = []
+    encode_part = Coder.encode
+    monkeypatch.setattr(
+        Coder, "encode", lambda own, part: (sizes.append(len(part)), encode_part(own, part))[1]
+    )
+    monkeypatch.setattr(feedback, "_CONVERTED", 40 * site.length)
+    parts = codec.encode(site, weight, params)
+    assert len(sizes) > 1 and sum(sizes) == site.rows
+    for name, tensor in whole.tensors.items():
+        assert np.array_equal(parts.tensors[name], tensor)
+    error = weight_error(single, codec.decode(site, whole))
+    assert encoded.decoding_error(weight, codec, site, parts) == pytest.approx(error, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_what_is_not_finite_in_half_precision_is_found(dtype: type) -> None:
+    largest = np.array([[ml_dtypes.finfo(dtype).max, -0.0], [1e-7, -1.0]]).astype(dtype)
+    assert not not_finite(largest)
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        weight = largest.copy()
+        weight[1, 0] = bad
+        assert not_finite(weight) and not_finite(weight.T)

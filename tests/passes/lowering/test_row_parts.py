@@ -79,7 +79,7 @@ def test_small_weights_stay_whole(tools):
     proto = tools.build(CONV, {"w": tools.weight(90, 864).reshape(90, 96, 3, 3)})
     model, found = placed(proto)
     lower(model, found)
-    assert operators(model)["Concat"] == 0
+    assert operators(model)["Slice"] == 1 and operators(model)["Conv"] == 1  # of one weight
     assert largest_part([found[0].site]) > 4 * found[0].site.size
 
 
@@ -101,8 +101,8 @@ def test_what_expands_a_weight_is_inlined_without_copies(tools):
     assert found[0].payload.attributes["extent"] != (64, 864)  # stored flat
     lower(model, found)
     counts = operators(model)
-    # Codes, scales, and the shape of the weight: nothing else moves data.
-    assert (counts["Slice"], counts["Reshape"]) == (0, 3) and counts["Flatten"] <= 3
+    # Codes, scales, the weights of each byte, a table, and the shape of the weight.
+    assert (counts["Slice"], counts["Reshape"]) == (0, 5) and counts["Flatten"] <= 5
 
 
 def test_products_stay_calls(tools):
