@@ -5,9 +5,14 @@
 
 The language model is judged by the divergence of its predictions from the dense model's, MiniLM by
 a third of STS-B; see bench_hyper_models.py. Only products within the layers are factored, all with
-the same share of their weights (ranks are multiples of 8), but for `global`, which chooses ranks in
-the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the dense model
-gives them, `anchored` at those behind the factors before and at the dense model's outputs.
+the same share of their weights (ranks are multiples of 8), but for `noise` and `global`, which
+choose ranks in the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the
+dense model gives them, `anchored` at those behind the factors before and at the dense model's
+outputs, `both` also at what the loss feels of products, `tuned` moves the factors in the end.
+`shared` and `neighbours` are as `tuned`, in the same share of all weights of a basis: `shared` has
+one for weights that read the same value, `neighbours` one for those of two layers in turn.
+`global` is `tuned` with ranks by the curvature of the loss, `noise` with ranks by the loss of noise
+in each weight, and `shared, planned` what a plan makes of shared bases.
 
 In few bits:
 `lowrank+hyper` has factors of half of the weights in 4 bits, `hyper` all ranks in 2 bits,
@@ -19,11 +24,14 @@ one, 4096 x 4096, interleaved.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,6 +44,9 @@ from results import RESULTS, print_table, write_results
 
 import onnxcomp
 from onnxcomp.passes.codecs.lowrank.codec import STEP
+from onnxcomp.passes.encoding import samples
+from onnxcomp.passes.planning import observed
+from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
 
 Array = npt.NDArray[Any]
@@ -43,10 +54,15 @@ NAME = "lowrank"
 SIDE = 4096
 SHARES = (4, 8, 16)
 
-METHODS = ("svd", "whitened", "anchored", "global")
+METHODS = ("svd", "whitened", "anchored", "both", "tuned", "noise", "global")
+SHARED = ("shared", "neighbours")
+PLANNED = ("noise", "global", "shared, planned")
 # In few bits, at half of the weights: factors, all ranks, and what a plan chooses of the two.
 CODED = ("lowrank+hyper", "hyper", "hyper+lowrank", "chosen")
 FACTOR_BITS, WHOLE_BITS = 4, 2
+NAMES = tuple(dict.fromkeys((*METHODS, *SHARED, *PLANNED, *CODED)))
+# Passes over the samples that tune factors, as by default.
+TUNED = 2
 # MiniLM is judged by one pair of sentences in so many.
 PAIRS = 3
 
@@ -65,6 +81,40 @@ def factored_plan(
     return plan
 
 
+def shared_plan(model: Path, kept: float, widest: int, layers: int) -> Plan:
+    """As many weights as `factored_plan` keeps; `layers` families of equal shapes share a basis."""
+    even = factored_plan(model, kept, widest)
+    names = factored_sites(even)
+    found = onnxcomp.plan(model, method="shared_basis", set_=f".*:kept={kept}", include=only(names))
+    families: dict[str, list[Choice]] = {}
+    for choice in found:
+        basis = getattr(choice.params, "basis", "")
+        if choice.site in names and basis:
+            families.setdefault(basis, []).append(choice)
+    alike: dict[tuple[Any, ...], list[list[Choice]]] = {}
+    for members in families.values():
+        alike.setdefault(tuple(choice.shape for choice in members), []).append(members)
+    joined = [
+        [choice for turn in turns[start : start + layers] for choice in turn]
+        for turns in alike.values()
+        for start in range(0, len(turns), layers)
+    ]
+    room = sum(even[c.site].params.rank * sum(c.shape) for own in joined for c in own)  # type: ignore[attr-defined]
+    # Weights are stored transposed, as exporters do.
+    sizes = [own[0].shape[0] + sum(choice.shape[1] for choice in own) for own in joined]
+    full = [sum(math.prod(choice.shape) for choice in own) for own in joined]
+    exact = [kept * whole / size / STEP for whole, size in zip(full, sizes, strict=True)]
+    ranks = [STEP * int(steps) for steps in exact]
+    for number in sorted(range(len(ranks)), key=lambda n: int(exact[n]) - exact[n]):
+        used = sum(rank * size for rank, size in zip(ranks, sizes, strict=True))
+        if used + STEP * sizes[number] <= room:
+            ranks[number] += STEP
+    for own, rank in zip(joined, ranks, strict=True):
+        for choice in own:
+            even[choice.site] = choice.with_(rank=rank, basis=f"of {own[0].site}")
+    return even
+
+
 def factored_sites(plan: Plan) -> list[str]:
     """Names of the weights with factors."""
     return [choice.site for choice in plan if choice.codec == "lowrank"]
@@ -77,6 +127,17 @@ def only(names: list[str]) -> str:
     return f"^({'|'.join(re.escape(name) for name in names)})$"
 
 
+@contextlib.contextmanager
+def unknown_curvature(place: ModuleType) -> Iterator[None]:
+    """What the loss feels of products is not known to a module while the block runs."""
+    known = place.output_moments
+    place.output_moments = lambda *_, **__: {}  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        place.output_moments = known  # type: ignore[attr-defined]
+
+
 def compile_row(
     model: Path, output: Path, method: str, kept: float, widest: int, data: Any
 ) -> onnxcomp.Result:
@@ -85,9 +146,16 @@ def compile_row(
     options: dict[str, Any] = {"verify": False, "jobs": 1}
     if method == "svd":
         return onnxcomp.optimize(model, output, plan=even, **options)
-    if method in ("whitened", "anchored"):
-        order = "parallel" if method == "whitened" else "sequential"
-        return onnxcomp.optimize(model, output, plan=even, data=data, calibration=order, **options)
+    if method in SHARED:
+        even = shared_plan(model, kept, widest, 1 if method == "shared" else 2)
+        return onnxcomp.optimize(model, output, plan=even, data=data, tune=TUNED, **options)
+    if method in ("whitened", "anchored", "both", "tuned"):
+        options["calibration"] = "parallel" if method == "whitened" else "sequential"
+        options["tune"] = TUNED if method == "tuned" else 0
+        with contextlib.ExitStack() as stack:
+            if method in ("whitened", "anchored"):
+                stack.enter_context(unknown_curvature(samples))
+            return onnxcomp.optimize(model, output, plan=even, data=data, **options)
     options["include"] = only(factored_sites(even))
     options["data"] = data
     if method == "hyper":
@@ -95,9 +163,13 @@ def compile_row(
     if method == "hyper+lowrank":
         rule = f".*:bits={WHOLE_BITS},rank=32"
         return onnxcomp.optimize(model, output, method=method, set_=rule, **options)
-    if method == "global":
+    if method in PLANNED:
+        codec = "shared_basis" if method == "shared, planned" else "lowrank"
         size = onnxcomp.optimize(model, plan=even, dry_run=True).report.output.bytes
-        return onnxcomp.optimize(model, output, method="lowrank", target_size=size, **options)
+        with contextlib.ExitStack() as stack:
+            if method == "noise":
+                stack.enter_context(unknown_curvature(observed))
+            return onnxcomp.optimize(model, output, method=codec, target_size=size, **options)
     coded = factored_plan(model, kept, widest, "lowrank+hyper", 32, bits=FACTOR_BITS)
     if method == "lowrank+hyper":
         del options["include"]
@@ -200,9 +272,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--kept", nargs="+", type=float, default=[0.75, 0.5, 0.25])
-    parser.add_argument("--method", nargs="+", default=METHODS, choices=[*METHODS, *CODED])
+    parser.add_argument("--method", nargs="+", default=METHODS, choices=NAMES)
     parser.add_argument("--windows", type=int, default=10)
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows or batches")
+    parser.add_argument(
+        "--samples", type=int, default=32, help="calibration windows, and half of the batches"
+    )
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--again", action="store_true", help="measure recorded rows again")
@@ -222,7 +296,7 @@ def main() -> None:
         dense = quality(sentences.dense, sentences.dense, sentences.scores)["spearman"]
         write_results(NAME, {**recorded(), "minilm_dense": round(dense, 5)})
         feeds = sentences.calibration(arguments.data)
-        feeds = feeds[:: -(-len(feeds) // arguments.samples)]  # they are sorted by length
+        feeds = feeds[:: -(-len(feeds) // (2 * arguments.samples))]  # they are sorted by length
         sweep("minilm", sentences, arguments.minilm, 1536, feeds, arguments)
     show(recorded())
 

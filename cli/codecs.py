@@ -84,12 +84,20 @@ def describe(codec: Codec) -> dict[str, Any]:
         "settings": [
             {
                 "params": params.to_json(),
-                "bits_per_weight": 8 * codec.size(site, params) / site.size,
+                "bits_per_weight": 8 * _size(codec, site, params) / site.size,
                 "expected_error": codec.predict(site, params),
             }
             for params in codec.candidates(site)
         ],
     }
+
+
+def _size(codec: Codec, site: WeightSite, params: Params) -> int:
+    """Bytes of a weight, and of the basis that it has alone here."""
+    size = codec.size(site, params)
+    if codec.bases is not None:
+        size += sum(tensor.nbytes for tensor in codec.shared(site, params).values())
+    return size
 
 
 def sample_site() -> WeightSite:

@@ -22,6 +22,7 @@ __all__ = [
     "Attribute",
     "Constant",
     "ConstantForm",
+    "Family",
     "Feed",
     "Kind",
     "Means",
@@ -110,6 +111,21 @@ class Use:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Family:
+    """Weights whose products read the same value.
+
+    Attributes:
+        name: Name of the first of them.
+        members: Names of all.
+        rows: Rows of all together.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class WeightSite:
     """One weight tensor with all its uses.
 
@@ -134,6 +150,7 @@ class WeightSite:
         paired: Whether at most two of every four elements of its rows are kept.
         experts: Matrices of a stack that is stored as one tensor of three dimensions; their rows
             follow one another in the canonical matrix. 1 for all others.
+        family: Other weights whose products read the same value; None where there are none.
     """
 
     name: str
@@ -151,6 +168,7 @@ class WeightSite:
     kept: int | None = None
     paired: bool = False
     experts: int = 1
+    family: Family | None = None
 
     def matrix(self, stored: Array) -> Array:
         """The canonical matrix ``(rows, length)`` of a stored tensor; a view where that is one."""
@@ -278,6 +296,8 @@ class Stats:
         held_missing: The same over the held-out inputs.
         means: Means of the same vectors, where the products are of one convolution; else None.
         held_means: The same over the held-out inputs.
+        outputs: How the loss of the model's outputs curves by the products, float64
+            ``(rows, rows)``; None where that is not known.
     """
 
     site: WeightSite
@@ -293,3 +313,4 @@ class Stats:
     held_missing: Missing | None = None
     means: Means | None = None
     held_means: Means | None = None
+    outputs: Array | None = None

@@ -18,6 +18,7 @@ __all__ = [
     "held_out_error",
     "mean_shift",
     "output_error",
+    "output_root",
     "with_weight_error",
 ]
 
@@ -187,6 +188,22 @@ def energy(matrix: Array, moments: Array) -> float:
         part = np.asarray(matrix[start : start + rows], np.float32)
         total += _inner(part @ moments, part)
     return total
+
+
+def output_root(outputs: Array) -> Array:
+    """``(H + d I)^1/2``: products times this count as much as the loss of the outputs feels.
+
+    Args:
+        outputs: The curvature H of the loss by the products, ``(rows, rows)``.
+
+    Returns:
+        Symmetric and positive definite, float64; d is `DAMPING` of the mean diagonal.
+    """
+    mean = float(np.trace(outputs)) / len(outputs)
+    if mean <= 0.0:
+        return np.eye(len(outputs))
+    values, vectors = np.linalg.eigh(outputs)
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0.0) + DAMPING * mean)) @ vectors.T)
 
 
 def with_weight_error(moments: Array, weight: Array) -> Array:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import onnx
 
+from onnxcomp.passes.codecs.bases import SharedBases, SharedValues
 from onnxcomp.passes.codecs.load_memory import LoadMemory, SpecialBodies
 from onnxcomp.passes.codecs.params import DenseFallback, Params, Qualities
 from onnxcomp.passes.codecs.payload import Payload
@@ -200,6 +201,7 @@ class CalibratedEncoding:
     suits: Callable[[WeightSite, Params], bool] = _every
     anchored: bool = False
     streams: bool = False
+    outputs: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -233,25 +235,6 @@ class RankGoals:
     names: Mapping[str, str]
     energies: SquaredSpectrum
     rank_for: Callable[[WeightSite, str, object, Array], int]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SharedValues:
-    """A weight as signed copies of fewer numbers, which can be trained.
-
-    Attributes:
-        name: Name of the initializer.
-        shape: Shape of the stored tensor.
-        values: float32, a vector.
-        index: int64, which of them each element of the stored tensor is a copy of, flat.
-        factors: float32, what each is multiplied by, flat.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    values: Array
-    index: Array
-    factors: Array
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -296,6 +279,7 @@ class Codec(Protocol):
         width: Name of the parameter that counts bits per weight and that ``--bits`` sets; None
             where there is none: then ``--bits`` picks settings by the bytes they take.
         composite: Whether `emit` makes several of our operators for one use.
+        trainable: Whether products read the stored tensors as they are, which can be trained then.
         rounds_inputs: Whether all activations of a product are rounded to 8 bits with one range.
             Where the time of a run counts, the method "auto" stands for such a codec, too.
         measures_rows: Whether `measure` looks at some rows only, of a weight in any type.
@@ -308,6 +292,7 @@ class Codec(Protocol):
     automatic: ClassVar[bool] = False
     width: ClassVar[str | None] = None
     composite: ClassVar[bool] = False
+    trainable: ClassVar[bool] = False
     rounds_inputs: ClassVar[bool] = False
     measures_rows: ClassVar[bool] = False
     encodes_stored: ClassVar[bool] = False
@@ -366,6 +351,11 @@ class Codec(Protocol):
     @property
     def sharing(self) -> ValueSharing | None:
         """The numbers that weights are copies of."""
+        return None
+
+    @property
+    def bases(self) -> SharedBases[Codec] | None:
+        """How weights share what is found for several of them together."""
         return None
 
     @property

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from onnxcomp.passes.analysis.constants import mark_constants
 from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.analysis.site_facts import with_facts
 from onnxcomp.passes.analysis.unmatched import warn_of_unmatched
 from onnxcomp.passes.analysis.weight_sites import find_sites
-from onnxcomp.passes.analysis.zeros import mark_zeros
 from onnxcomp.passes.config.policy import resolve_policy
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.files import Loaded
@@ -44,8 +43,7 @@ def prepare(
         threads=threads,
     )
     warn_of_unmatched(model, found, settings)
-    sites = mark_constants(model, found.sites, threads=threads)
-    sites = mark_zeros(model, sites, threads=threads)
+    sites = with_facts(model, found.sites, threads=threads)
     pruning = changes.get(Prune.name)
     return Prepared(
         model=model,

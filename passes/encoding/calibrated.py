@@ -22,7 +22,7 @@ from onnxcomp.passes.encoding.fitting import fitted
 from onnxcomp.passes.encoding.journal import Journal, Walk
 from onnxcomp.passes.encoding.order import Order
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
-from onnxcomp.passes.encoding.samples import Samples
+from onnxcomp.passes.encoding.samples import Codecs, Samples, curvature_for
 from onnxcomp.passes.encoding.workers import Plain, Workers
 from onnxcomp.passes.planning.plan import Plan
 from onnxcomp.passes.weight import Stats, WeightSite
@@ -38,6 +38,7 @@ def encode_calibrated(
     plain: Plain,
     *,
     cache: PayloadCache | None = None,
+    codecs: Codecs | None = None,
     jobs: int = 1,
     folder: Path | None = None,
     workers: Workers | None = None,
@@ -52,15 +53,20 @@ def encode_calibrated(
         samples: Calibration inputs.
         plain: Encodes a weight without calibration.
         cache: Keeps what is finished, for a run that continues this one; None to keep nothing.
+        codecs: Codecs of weights that share something, with that, by name.
         jobs: Threads of the encoders.
         folder: Where temporary files lie.
-        workers: Encode weights; None to do so here.
+        workers: Encode weights; None to do so here. What the loss feels of products is known here
+            only: weights that are encoded for that do not go to them.
         progress: Told how many bytes of weights workers have done that were not given yet.
 
     Raises:
         ModelError: The model does not run, or inputs of a weight hold NaN or infinite values.
     """
     offsets = {site.name: offset_of(model, site) for site in work}
+    curvature = curvature_for(model, {site: plan[site.name] for site in work}, samples, folder)
+    if curvature:
+        workers = None
     with contextlib.ExitStack() as stack:
         there = None
         if workers is not None:
@@ -86,7 +92,9 @@ def encode_calibrated(
         def here(sites: Sequence[WeightSite], stats: Stats) -> Generator[EncodedWeight, None, None]:
             for site in sites:
                 read = functools.partial(read_weight, model, site)
-                yield fitted(read, plain(site), stats, offsets[site.name], threads=jobs)
+                codec = None if codecs is None else codecs.get(site.name)
+                own = dataclasses.replace(stats, outputs=curvature.get(site.name))
+                yield fitted(read, plain(site), own, offsets[site.name], codec=codec, threads=jobs)
 
         fit = here if there is None else there.fit
         walk = Walk(order.products, journal, sequential=samples.sequential)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread
 from onnxcomp.passes.config.options import Progress
-from onnxcomp.passes.encoding.by_values import encode_by_values
+from onnxcomp.passes.encoding.by_values import ValueEncoder
 from onnxcomp.passes.encoding.calibrated import Plain, Samples, Workers, encode_calibrated
 from onnxcomp.passes.encoding.dense_fallback import warn_of_losses
 from onnxcomp.passes.encoding.encoded import EncodedWeight
@@ -117,6 +117,10 @@ def encode(
         ModelError: The model does not run on the calibration inputs, or gives NaN.
     """
     work = [site for site in sites if not plan[site.name].kept]
+    choices = {site.name: plan[site.name] for site in work}
+    values = ValueEncoder(
+        model, work, choices, cache=cache, jobs=jobs, samples=samples, folder=folder
+    )
     total = sum(site.nbytes for site in work)
     large = sum(plan[site.name].bytes or 0 for site in work) > SPILL_BYTES
     spill = _Spill(folder) if large else None
@@ -126,8 +130,7 @@ def encode(
     def plain(site: WeightSite) -> EncodedWeight:
         if progress is not None:
             progress(done, total, site.name)
-        choice = plan[site.name]
-        return encode_by_values(model, site, choice, cache, jobs, compare=samples is None)
+        return values(site)
 
     def tell(waiting: int, at: str) -> None:
         if progress is not None:
@@ -135,6 +138,8 @@ def encode(
 
     with contextlib.ExitStack() as stack:
         encoder: Plain = plain
+        if not values.alone:
+            workers = None  # what weights share is found here
         if workers is not None and samples is None:
             work = sorted(work, key=lambda site: -site.size)  # no large one is left in the end
             ahead = workers.encoding(model, work, plan, cache=cache, progress=progress)
@@ -145,8 +150,8 @@ def encode(
         else:
             results = on_one_blas_thread(
                 encode_calibrated(
-                    model, work, plan, samples, encoder, cache=cache, jobs=jobs, folder=folder,
-                    workers=workers, progress=tell,
+                    model, work, plan, samples, encoder, cache=values.cache, codecs=values.codecs,
+                    jobs=jobs, folder=folder, workers=workers, progress=tell,
                 )
             )  # fmt: skip
         for encoded in results:

@@ -10,6 +10,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.offsets import Offset
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.moments import HeldOut, mean_shift
+from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.encoding.samples import calibration_of, usable
@@ -26,6 +27,7 @@ def fitted(
     stats: Stats,
     offset: Offset | None,
     *,
+    codec: Codec | None = None,
     threads: int = 1,
 ) -> EncodedWeight:
     """A weight encoded for its inputs, or plainly, whatever does best on held-out inputs.
@@ -35,23 +37,30 @@ def fitted(
         plain: The weight encoded by its values.
         stats: Moments of its inputs, or those of a weight that reads the same ones.
         offset: The constant that is added to its products; None where there is none.
+        codec: The codec of the choice with what it shares with others; None for the codec alone.
         threads: Threads of the encoder.
     """
     site, choice = plain.site, plain.choice
+    codec = CODECS[choice.codec] if codec is None else codec
     own = usable(dataclasses.replace(stats, site=site), calibration_of(site, choice))
-    encoded = _better(read(), own, plain, offset, threads)
+    encoded = _better(read(), own, plain, codec, offset, threads)
     return with_fallback(encoded, read, own, threads=threads)
 
 
 def _better(
-    weight: Array, stats: Stats, plain: EncodedWeight, offset: Offset | None, jobs: int
+    weight: Array,
+    stats: Stats,
+    plain: EncodedWeight,
+    codec: Codec,
+    offset: Offset | None,
+    jobs: int,
 ) -> EncodedWeight:
     """The form of a weight, calibrated or plain, that does best on held-out inputs.
 
     Where its products have an offset of their own, their means are kept by that.
     """
     site, choice = plain.site, plain.choice
-    codec, calibration = CODECS[choice.codec], calibration_of(site, choice)
+    calibration = calibration_of(site, choice, codec)
     if plain.payload is None:
         return plain
     fit = _Fit(weight, stats, offset)

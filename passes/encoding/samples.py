@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
 
 from onnxcomp.passes.calibration.statistics import HELD_OUT
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.protocol import CalibratedEncoding
+from onnxcomp.passes.codecs.protocol import CalibratedEncoding, Codec
 from onnxcomp.passes.config.values import CalibrationMode
+from onnxcomp.passes.gradients.output_moments import output_moments
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.weight import Feed, Stats, WeightSite
+from onnxcomp.passes.weight import Array, Feed, Stats, WeightSite
 
-__all__ = ["Samples", "calibration_of", "load_samples", "usable", "warn_of_uncalibrated_factors"]
+__all__ = [
+    "Codecs",
+    "Samples",
+    "calibration_of",
+    "curvature_for",
+    "load_samples",
+    "usable",
+    "warn_of_uncalibrated_factors",
+]
 
 log = logging.getLogger(__name__)
+
+# Codecs of weights that share something with others, with that, by name of the weight.
+Codecs = Mapping[str, Codec]
 
 # Inputs that the fidelity gate runs when there is calibration data.
 _VERIFICATION_FEEDS = 4
@@ -80,10 +95,31 @@ def warn_of_uncalibrated_factors(plan: Plan) -> None:
         )
 
 
-def calibration_of(site: WeightSite, choice: Choice) -> CalibratedEncoding | None:
-    """How a weight is encoded for its inputs; None where it cannot be."""
-    found = CODECS[choice.codec].calibration
+def calibration_of(
+    site: WeightSite, choice: Choice, codec: Codec | None = None
+) -> CalibratedEncoding | None:
+    """How a weight is encoded for its inputs, by its codec or a given one; None where it cannot."""
+    found = (CODECS[choice.codec] if codec is None else codec).calibration
     return found if found is not None and found.suits(site, choice.params) else None
+
+
+def curvature_for(
+    model: ir.Model,
+    work: Mapping[WeightSite, Choice],
+    samples: Samples,
+    folder: Path | None = None,
+) -> dict[str, Array]:
+    """How the loss of the outputs curves by the products of weights that are encoded for that.
+
+    Args:
+        model: The canonical model; only read.
+        work: Weights, and what the plan says about them.
+        samples: Calibration inputs.
+        folder: Where temporary files lie.
+    """
+    found = {site: calibration_of(site, choice) for site, choice in work.items()}
+    weighed = [site for site, own in found.items() if own is not None and own.outputs]
+    return output_moments(model, weighed, samples.feeds, folder=folder)
 
 
 def _uses_samples(sites: Sequence[WeightSite], plan: Plan) -> bool:
@@ -97,4 +133,6 @@ def usable(stats: Stats, calibration: CalibratedEncoding | None) -> Stats:
         stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
     if calibration is None or not calibration.streams:
         stats = dataclasses.replace(stats, missing=None, held_missing=None)
+    if calibration is None or not calibration.outputs:
+        stats = dataclasses.replace(stats, outputs=None)
     return stats

@@ -1,4 +1,4 @@
-"""The compressed model beside the dense one: loss, and its gradients by scales of weights."""
+"""The compressed model beside the dense one: loss, and its gradients by scales and by factors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.offsets import apply_shift
-from onnxcomp.passes.calibration.perturbation import stored_form
 from onnxcomp.passes.gradients.backward import backward, with_shapes
+from onnxcomp.passes.gradients.lean_session import lean_session
 from onnxcomp.passes.gradients.loss import Loss, add_loss
 from onnxcomp.passes.gradients.tape import Tape
+from onnxcomp.passes.ir.manifest import own_name, shared_name
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.ir.traversal import find_initializer
+from onnxcomp.passes.lowering.lower import lower
+from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.weight import Array, Feed, Shift, WeightSite
 
-__all__ = ["Groups", "ScaleGradients"]
+__all__ = ["Groups", "ScaleGradients", "stored_tensors"]
 
 _GRADIENT, _LOSS = "tuning/", "tuning"
 
@@ -45,6 +48,13 @@ class Groups:
         return np.equal(owner, np.arange(self.count)[:, None]).astype(np.float32)
 
 
+def stored_tensors(placement: Placement) -> dict[str, Array]:
+    """The initializers that a weight is stored in, by name; some belong to other weights, too."""
+    payload, name = placement.payload, placement.site.name
+    own = {own_name(name, key): array for key, array in payload.tensors.items()}
+    return own | {shared_name(key): array for key, array in payload.shared.items()}
+
+
 class ScaleGradients:
     """Runs both models on one input after the other.
 
@@ -54,6 +64,7 @@ class ScaleGradients:
         groups: How the weights whose scales change share them; their values are given at each run.
         folder: Where the two models are written.
         shifts: What is added to other initializers.
+        factored: Weights whose stored tensors change; their values are given at each run.
 
     Attributes:
         dims: Declared sizes of the model's inputs.
@@ -69,16 +80,21 @@ class ScaleGradients:
         groups: Sequence[Groups],
         folder: Path,
         shifts: Sequence[Shift] = (),
+        factored: Sequence[Placement] = (),
     ) -> None:
         compressed = copy_model(model)
         for site, decoded in fixed:
             _store(compressed, site, decoded)
         for shift in shifts:
             apply_shift(compressed, shift)
-        loss = _differentiate(compressed, groups)
+        names: dict[str, None] = {}
+        if factored:
+            lower(compressed, factored, portable=False)
+            names = dict.fromkeys(name for own in factored for name in stored_tensors(own))
+        loss = _differentiate(compressed, groups, list(names))
         self._references = loss.references
-        self._dense = _lean_session(save(copy_model(model), folder / "dense.onnx").files[0])
-        self._session = _lean_session(save(compressed, folder / "tuned.onnx").files[0])
+        self._dense = lean_session(save(copy_model(model), folder / "dense.onnx").files[0])
+        self._session = lean_session(save(compressed, folder / "tuned.onnx").files[0])
         self.dims: Mapping[str, Sequence[Any]] = {
             value.name: value.shape for value in self._dense.get_inputs()
         }
@@ -88,10 +104,11 @@ class ScaleGradients:
 
         Args:
             feed: The input.
-            weights: By name, decoded weights as they are stored, float32.
+            weights: By name, decoded weights as they are stored, and tensors of factors, float32.
 
         Returns:
-            The loss, and by name gradients by the logarithms of scales, ``(rows, groups)``.
+            The loss, and by name gradients by the logarithms of scales, ``(rows, groups)``, and
+            those by tensors of factors.
         """
         from onnxcomp.runtime.evaluate import run_session
 
@@ -102,47 +119,34 @@ class ScaleGradients:
         return loss, {name.removeprefix(_GRADIENT): array for name, array in found.items()}
 
 
-def _lean_session(path: Path) -> Any:
-    """A session that keeps no second copy of weights, and gives memory back after each run."""
-    import onnxruntime
-
-    from onnxcomp.runtime.session import open_session
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return open_session(path, session_options=options)
-
-
 def _store(model: ir.Model, site: WeightSite, decoded: Array) -> None:
     """Put other values in the place of a weight."""
     value = find_initializer(model, site.name)
     if value is None or value.const_value is None:
         raise ModelError(f"weight {site.name!r} is not in the model")
     kind = value.const_value.dtype
-    stored = stored_form(site, decoded).astype(kind.numpy())
+    stored = site.stored_form(decoded).astype(kind.numpy())
     value.const_value = ir.Tensor(stored, dtype=kind, name=value.name)
 
 
-def _differentiate(model: ir.Model, groups: Sequence[Groups]) -> Loss:
-    """Make weights inputs, and loss and gradients by their scales the only outputs."""
+def _differentiate(model: ir.Model, groups: Sequence[Groups], tensors: Sequence[str]) -> Loss:
+    """Make weights and tensors inputs, and loss and gradients the only outputs."""
     graph = model.graph
     with_shapes(model)
     values = {graph.initializers[group.site.name]: group for group in groups}
-    for value in values:
+    wanted = [*values, *(graph.initializers[name] for name in tensors)]
+    for value in wanted:
         if not value.is_graph_input():
             graph.inputs.append(value)
         del graph.initializers[value.name or ""]
         value.const_value = None
     tape = Tape(model)
     loss = add_loss(tape, model)
-    gradients = backward(tape, graph, loss.seeds, list(values))
+    gradients = backward(tape, graph, loss.seeds, wanted)
     graph.outputs.clear()
     for value, gradient in gradients.items():
-        moved = _by_scales(tape, values[value], value, gradient)
+        own = values.get(value)
+        moved = gradient if own is None else _by_scales(tape, own, value, gradient)
         moved.name = f"{_GRADIENT}{value.name}"
         graph.outputs.append(moved)
     loss.value.name = _LOSS

@@ -18,6 +18,7 @@ from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import typed
 from onnxcomp.passes.codecs import CODECS
+from onnxcomp.passes.encoding.bases import bound_codecs
 from onnxcomp.passes.encoding.by_values import encode_by_values
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.kept_means import encode_with_means
@@ -57,6 +58,8 @@ class TrialCodes:
         self._prepared, self._jobs = prepared, jobs
         self._picks = {pick.site.name: pick for pick in picks if pick.codec != "dense"}
         self._smaller = calibrated and encoded is None
+        choices = {name: self._choice(name) for name in self._picks}
+        self._codecs = {} if encoded else bound_codecs(prepared.model, self.sites, choices)
         if encoded is None:
             able = [site for site in self.sites if offset_of(prepared.model, site) is not None]
             some = None if feeds is None else feeds[:: -(-len(feeds) // _MEANS)]
@@ -76,8 +79,11 @@ class TrialCodes:
             yield self._changed(self._found.get(site.name) or self._encoded(site))
 
     def _encoded(self, site: WeightSite) -> EncodedWeight:
-        choice = Choice.of(self._picks[site.name], self._prepared.policies[site.name].mode)
-        return encode_by_values(self._prepared.model, site, choice, None, self._jobs)
+        choice, codec = self._choice(site.name), self._codecs.get(site.name)
+        return encode_by_values(self._prepared.model, site, choice, None, self._jobs, codec=codec)
+
+    def _choice(self, name: str) -> Choice:
+        return Choice.of(self._picks[name], self._prepared.policies[name].mode)
 
     def _changed(self, encoded: EncodedWeight) -> dict[str, Array]:
         if encoded.payload is None:

@@ -18,7 +18,7 @@ from onnxcomp.passes.analysis.output_kinds import OutputKind, output_kinds
 from onnxcomp.passes.gradients.tape import Tape
 from onnxcomp.passes.ir.traversal import Names
 
-__all__ = ["Loss", "add_loss"]
+__all__ = ["Loss", "add_loss", "compared_outputs", "distribution_count"]
 
 REFERENCE = "reference/"
 
@@ -43,7 +43,7 @@ class Loss:
     references: Mapping[str, str]
 
 
-def _compared(graph: ir.Graph) -> Mapping[ir.Value, OutputKind]:
+def compared_outputs(graph: ir.Graph) -> Mapping[ir.Value, OutputKind]:
     """The outputs that are compared, and how."""
     outputs = (v for v in graph.outputs if v.dtype == ir.DataType.FLOAT and v.producer())
     return output_kinds(graph, outputs)
@@ -63,7 +63,7 @@ def add_loss(
     Raises:
         ModelError: No output is float32 and computed.
     """
-    names, compared = Names(model), _compared(model.graph)
+    names, compared = Names(model), compared_outputs(model.graph)
     if not compared:
         raise ModelError("no output is float32 and computed: there is nothing to compare")
     terms: list[ir.Value] = []
@@ -99,7 +99,7 @@ def _everything(tape: Tape, x: ir.Value) -> ir.Value:
     return tape.node("ReduceSum", [x], {"keepdims": 0})
 
 
-def _count(tape: Tape, x: ir.Value) -> ir.Value:
+def distribution_count(tape: Tape, x: ir.Value) -> ir.Value:
     """How many distributions lie along the last axis, float32."""
     shape = tape.shape(x)
     last = tape.node("Gather", [shape, tape.constant(np.array(-1, np.int64))], {"axis": 0})
@@ -109,7 +109,7 @@ def _count(tape: Tape, x: ir.Value) -> ir.Value:
 
 def _of_logits(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir.Value, ir.Value]:
     """``sum p (log p - log q)``, whose gradient by logits is ``q - p``."""
-    count = _count(tape, wanted)
+    count = distribution_count(tape, wanted)
     p, log_p = tape.node("Softmax", [wanted]), tape.node("LogSoftmax", [wanted])
     q, log_q = tape.node("Softmax", [found]), tape.node("LogSoftmax", [found])
     loss = _everything(tape, tape.multiply(p, tape.subtract(log_p, log_q)))
@@ -118,7 +118,7 @@ def _of_logits(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir.Value,
 
 def _of_probabilities(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir.Value, ir.Value]:
     """``sum p log(p / q)``, whose gradient is ``-p / q``."""
-    count, least = _count(tape, wanted), tape.number(_LEAST)
+    count, least = distribution_count(tape, wanted), tape.number(_LEAST)
     ratio = tape.divide(tape.add(wanted, least), tape.add(found, least))
     loss = _everything(tape, tape.multiply(wanted, tape.node("Log", [ratio])))
     share = tape.divide(wanted, tape.add(found, least))
@@ -127,7 +127,7 @@ def _of_probabilities(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir
 
 def _of_logarithms(tape: Tape, found: ir.Value, wanted: ir.Value) -> tuple[ir.Value, ir.Value]:
     """``sum p (log p - log q)``, whose gradient by ``log q`` is ``-p``."""
-    count, p = _count(tape, wanted), tape.node("Exp", [wanted])
+    count, p = distribution_count(tape, wanted), tape.node("Exp", [wanted])
     loss = _everything(tape, tape.multiply(p, tape.subtract(wanted, found)))
     return tape.divide(loss, count), tape.divide(tape.node("Neg", [p]), count)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
 
 from onnxcomp.passes.analysis.prepared import Prepared
-from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Codec
-from onnxcomp.passes.config.policy import HALF
 from onnxcomp.passes.ir.threads import in_threads
-from onnxcomp.passes.planning.candidates import Estimate, Estimator
+from onnxcomp.passes.planning.candidates import Estimator
 from onnxcomp.passes.planning.error_model import Estimates
-from onnxcomp.passes.planning.exact import exact_forms
-from onnxcomp.passes.planning.measurements import Measurements, observed
+from onnxcomp.passes.planning.exact import exact_forms, exact_halves
+from onnxcomp.passes.planning.families import with_families
+from onnxcomp.passes.planning.measurements import Measurements
+from onnxcomp.passes.planning.observed import observed
 from onnxcomp.passes.planning.rank_goals import with_rank
 from onnxcomp.passes.planning.search_space import CandidateSet, candidate_set, reads_all
 from onnxcomp.passes.weight import Stats, WeightSite
@@ -38,7 +35,11 @@ def candidate_sets(
     """
     rounding = {} if known.timing is None else known.timing.rounding
     estimates = Estimates(
-        prepared.model, calibrated=known.calibrated, timer=known.timing, rounding=rounding
+        prepared.model,
+        calibrated=known.calibrated,
+        timer=known.timing,
+        rounding=rounding,
+        sites=prepared.sites,
     )
 
     def candidates(item: tuple[WeightSite, Stats | None]) -> CandidateSet:
@@ -47,15 +48,16 @@ def candidate_sets(
         return _candidate_set(site, prepared, known, estimates)
 
     several = known.feeds is None and not reads_all(prepared.policies.values())
-    sets = in_threads(
+    made = in_threads(
         candidates,
-        observed(prepared.model, prepared.sites, known.feeds),
+        observed(prepared, known),
         threads if several else 1,
         what="planning",
         total=len(prepared.sites),
     )
-    found = {own.site.name: own for own in sets}
-    return [dataclasses.replace(found[site.name], chance=known.chance) for site in prepared.sites]
+    found = {own.site.name: own for own in made}
+    sets = [dataclasses.replace(found[site.name], chance=known.chance) for site in prepared.sites]
+    return with_families(sets)
 
 
 def _candidate_set(
@@ -67,24 +69,17 @@ def _candidate_set(
     policy = with_rank(prepared.policies[site.name], site, estimates.energies)
     estimator: Estimator = estimates
     if policy.exact_half:
-        estimator = functools.partial(_exact, estimates)
+        estimator = functools.partial(exact_halves, estimates)
+    # The curvature of the loss knows in which directions errors count, noise only how much.
+    curved = estimates.loss if known.by_loss else None
+    sensitivity = known.sensitivities.get(site.name) if curved is None else curved
     return candidate_set(
         site,
         policy,
         estimator=estimator,
-        sensitivity=known.sensitivities.get(site.name),
+        sensitivity=sensitivity,
         scale=known.scale.get(site.name),
         measured=known.measured.get(site.name),
         noise_scale=known.noise_scale.get(site.name),
         prior=known.prior[site.name],
     )
-
-
-def _exact(
-    estimator: Estimator, codec: Codec, site: WeightSite, params: Sequence[Params]
-) -> Sequence[Estimate]:
-    """An estimator that allows half precision only where no value changes."""
-    found = estimator(codec, site, params)
-    if codec.name != HALF:
-        return found
-    return [e if e.error == 0.0 else dataclasses.replace(e, error=math.inf) for e in found]

@@ -52,7 +52,7 @@ class Candidate:
         site: The weight.
         codec: Name of the codec.
         params: Its settings.
-        bytes: Bytes of the weight's own tensors, exactly.
+        bytes: Bytes of the weight's own tensors, exactly, and its part of what a family shares.
         error: Expected relative Frobenius error of the weight.
         estimate: All that is expected; None where that is the error alone.
         reason: Why the weight stays as it is; empty when it is stored by the codec.

@@ -1,14 +1,20 @@
-"""What there is to choose from for a constant: its exact form, or the tensor as it is."""
+"""What there is to choose from where nothing may be lost: of a constant, and in half precision."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
+
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.config.policy import Policy
-from onnxcomp.passes.planning.candidates import Candidate, Estimate
+from onnxcomp.passes.codecs.params import Params
+from onnxcomp.passes.codecs.protocol import Codec
+from onnxcomp.passes.config.policy import HALF, Policy
+from onnxcomp.passes.planning.candidates import Candidate, Estimate, Estimator
 from onnxcomp.passes.planning.search_space import FRAMING, CandidateSet, keep
 from onnxcomp.passes.weight import WeightSite
 
-__all__ = ["exact_forms"]
+__all__ = ["exact_forms", "exact_halves"]
 
 _CODEC = "constant"
 
@@ -35,3 +41,13 @@ def exact_forms(site: WeightSite, policy: Policy) -> CandidateSet | None:
     ]
     # It loses nothing, however much the outputs depend on it.
     return CandidateSet(site, tuple(paying) or (keep(site, reason),), sensitivity=0.0, prior=0.0)
+
+
+def exact_halves(
+    estimator: Estimator, codec: Codec, site: WeightSite, params: Sequence[Params]
+) -> Sequence[Estimate]:
+    """An estimator that allows half precision only where no value changes."""
+    found = estimator(codec, site, params)
+    if codec.name != HALF:
+        return found
+    return [e if e.error == 0.0 else dataclasses.replace(e, error=math.inf) for e in found]

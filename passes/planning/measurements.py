@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-
-import onnx_ir as ir
+from collections.abc import Mapping, Sequence
 
 from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.calibration.dataset import SampleSource
 from onnxcomp.passes.calibration.perturbation import made_up_inputs
 from onnxcomp.passes.calibration.sensitivity import measure_sensitivities, spread
-from onnxcomp.passes.calibration.sources import unobservable
-from onnxcomp.passes.calibration.statistics import collect
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.latency.model import Timing, measure_timing
 from onnxcomp.passes.planning.rank_goals import has_goal
 from onnxcomp.passes.planning.sensitivity_prior import sensitivity_prior
-from onnxcomp.passes.weight import Feed, Stats, WeightSite
+from onnxcomp.passes.weight import Feed
 
-__all__ = ["Measurements", "blended", "measure", "observed"]
+__all__ = ["Measurements", "blended", "measure"]
 
 # How far a measured sensitivity is drawn to the prior, in logarithms. With four models of
 # speech, images and text, planned on one half of real inputs and judged on the other at a fifth and
@@ -49,6 +45,7 @@ class Measurements:
         noise_scale: The same over the square of a relative change of each weight's scale.
         chance: How much of the differences between sensitivities is chance, 0 to 1.
         timing: What settings cost in time; None where that does not matter.
+        by_loss: Whether sensitivities are those of the loss.
     """
 
     prior: Mapping[str, float]
@@ -60,6 +57,7 @@ class Measurements:
     noise_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     chance: float = 0.0
     timing: Timing | None = None
+    by_loss: bool = False
 
 
 def blended(
@@ -145,6 +143,7 @@ def _errors(
             told.noise,
             told.scale,
             chance,
+            by_loss=aim is told.loss,
         )
     if settings.max_error is None:
         return Measurements(prior)
@@ -158,18 +157,3 @@ def _scaled(prepared: Prepared, settings: Settings, prior: Mapping[str, float]) 
     total = sum(prior.values())
     fallback = {name: own / total for name, own in prior.items()}
     return blended(prior, measured, doubt=1.0) or fallback
-
-
-def observed(
-    model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed] | None
-) -> Iterator[tuple[WeightSite, Stats | None]]:
-    """All weights, each with the second moments of its inputs where they can be had.
-
-    Raises:
-        ModelError: The model does not run on the inputs, or gives NaN.
-    """
-    able = [] if feeds is None else [site for site in sites if not unobservable(model, site)]
-    names = {site.name for site in able}
-    yield from ((site, None) for site in sites if site.name not in names)
-    if able and feeds is not None:
-        yield from ((stats.site, stats) for stats in collect(model, feeds, able))

@@ -110,7 +110,7 @@ def settle(plan: Plan, prepared: Prepared, *, name: str = "out.onnx") -> Plan:
     Raises:
         UsageError: The plan does not fit the model.
     """
-    settled = plan.settle(prepared.sites, Estimates(prepared.model))
+    settled = plan.settle(prepared.sites, Estimates(prepared.model, sites=prepared.sites))
     choices = list(settled)
     return dataclasses.replace(
         settled,

@@ -17,7 +17,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.lowrank import factors as lowrank_factors
 from onnxcomp.passes.codecs.lowrank.factors import Factors
 from onnxcomp.passes.codecs.lowrank.ranks import GOALS, rank_for
-from onnxcomp.passes.codecs.moments import damped, with_weight_error
+from onnxcomp.passes.codecs.moments import anchored, damped, output_root, with_weight_error
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import (
     Builder,
@@ -93,11 +93,12 @@ class LowRankCodec(Codec):
     params_type: ClassVar[type[Params]] = LowRankParams
     # Plans look at every weight's singular values: that is done where it is asked for.
     automatic: ClassVar[bool] = False
+    trainable: ClassVar[bool] = True
 
     @property
     def calibration(self) -> CalibratedEncoding:
         """For inputs with known moments, towards the outputs of the dense model."""
-        return CalibratedEncoding(self.encode_calibrated, anchored=True)
+        return CalibratedEncoding(self.encode_calibrated, anchored=True, streams=True, outputs=True)
 
     @property
     def ranks(self) -> RankGoals:
@@ -156,9 +157,10 @@ class LowRankCodec(Codec):
             site: The weight.
             weight: Its values ``(rows, length)``.
             params: Settings to judge.
-            stats: Inputs to judge products by; None to judge the weight itself.
+            stats: Inputs to judge products by, and what the outputs of the model feel of them; None
+                to judge the weight itself.
         """
-        energies = lowrank_factors.spectrum(weight, None if stats is None else stats.gram)
+        energies = self.energies(weight, stats)
         cut = [lowrank_factors.truncation_error(energies, LowRankParams.of(p).rank) for p in params]
         return [math.hypot(error, _ROUNDING[site.dtype]) for error in cut]
 
@@ -168,7 +170,11 @@ class LowRankCodec(Codec):
 
     def energies(self, weight: Array, stats: Stats | None = None) -> Array:
         """Squared singular values of ``(rows, length)``, or of its products, largest first."""
-        return lowrank_factors.spectrum(weight, None if stats is None else stats.gram)
+        if stats is None:
+            return lowrank_factors.spectrum(weight)
+        if stats.outputs is not None:
+            weight = output_root(stats.outputs) @ weight
+        return lowrank_factors.spectrum(weight, stats.gram)
 
     def rank_for(self, site: WeightSite, goal: str, value: object, energies: Array) -> int:
         """The multiple of 8 that reaches a goal; see `GOALS`."""
@@ -188,11 +194,12 @@ class LowRankCodec(Codec):
     def encode_calibrated(
         self, site: WeightSite, weight: Array, params: Params, stats: Stats, *, threads: int = 1
     ) -> Payload:
-        """The product that changes the outputs least for inputs with the moments of `stats`.
+        """The product that changes the outputs of the model least, as far as `stats` tell.
 
-        With enough inputs, and where the dense model was observed as well, it aims at the outputs
-        of the dense model: errors of earlier weights are made up for as far as possible. Rows that
-        are looked up as well count a little for themselves, too.
+        Errors of products count by what the loss of the outputs feels of them, or all alike where
+        that is not known. Where the dense model was observed as well, it aims at its outputs:
+        errors of earlier weights are made up for as far as held-out inputs say that it helps.
+        Rows that are looked up as well count a little for themselves, too.
 
         Raises:
             UsageError: The factors would have as many elements as the weight, or more.
@@ -200,8 +207,9 @@ class LowRankCodec(Codec):
         rank, moments = _checked(site, params), damped(stats)
         if stats.frequencies is not None:
             moments = with_weight_error(moments, weight)
-        target = fitting_target(weight, stats, moments)
-        return _stored(site, lowrank_factors.factorize(target, rank, moments))
+        target = anchored(weight, stats)
+        scales = None if stats.outputs is None else output_root(stats.outputs)
+        return _stored(site, lowrank_factors.factorize(target, rank, moments, scales))
 
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """The product of the factors in float32."""

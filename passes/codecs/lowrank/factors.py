@@ -5,7 +5,8 @@ product that changes the outputs least, ``min tr((W - W') G (W - W')^T)`` over r
 ``W' = U U^T W`` with the first eigenvectors ``U`` of ``W G W^T``; what is lost is the sum of the
 other eigenvalues. For ``G = 1`` that is the truncated singular value decomposition. It equals the
 decomposition of ``W L`` with ``G = L L^T`` (SVD-LLM, Wang et al., arXiv 2403.07378) and needs
-neither a Cholesky factor nor an inverse, so that singular moments are no special case.
+neither a Cholesky factor nor an inverse, so that singular moments are no special case. Where errors
+of outputs count unequally, by a symmetric ``H``, it is the same problem for ``H^1/2 W``.
 
 Everything is computed in float64. ``W`` is read in pieces and never copied as a whole.
 """
@@ -197,7 +198,9 @@ def _output_directions(weight: Array, moments: Array | None, rank: int) -> Array
     return _signed(directions)
 
 
-def factorize(weight: Array, rank: int, moments: Array | None = None) -> Factors:
+def factorize(
+    weight: Array, rank: int, moments: Array | None = None, scales: Array | None = None
+) -> Factors:
     """The best product of a rank for inputs with these second moments.
 
     Rows and columns of zeros stay zeros exactly. Both factors take half of the singular values of
@@ -207,9 +210,18 @@ def factorize(weight: Array, rank: int, moments: Array | None = None) -> Factors
         weight: ``(rows, length)``.
         rank: From 1 to the shorter side.
         moments: Second moments ``G`` of the inputs, float64 ``(length, length)``; None for ``1``.
+        scales: ``S``, symmetric and invertible, for the product that keeps ``S (W - W')`` small:
+            that of ``S W``, times the inverse; None for ``1``.
     """
-    left = _output_directions(weight, moments, rank)
-    right = _times(np.asarray(weight).T, left).T
+    if scales is None:
+        left = _output_directions(weight, moments, rank)
+        right = _times(np.asarray(weight).T, left).T
+    else:
+        scaled = scales @ weight
+        left = _output_directions(scaled, moments, rank)
+        right = _times(scaled.T, left).T
+        left, turned = np.linalg.qr(np.linalg.solve(scales, left))
+        right = turned @ right
     # The same product in its own singular vectors: right = Q S P^T.
     values, turned = np.linalg.eigh(_symmetric(right @ right.T))
     root = np.sqrt(np.sqrt(np.maximum(values[::-1], 0.0)))

@@ -6,6 +6,7 @@ from onnxcomp.passes.codecs.lowrank.codec import LowRankCodec
 from onnxcomp.passes.codecs.lowrank.hyper_lowrank import HyperLowRankCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_hyper import LowRankHyperCodec
 from onnxcomp.passes.codecs.lowrank.lowrank_int import LowRankIntCodec
+from onnxcomp.passes.codecs.lowrank.shared_basis import SharedBasisCodec
 
 __all__ = ["LOWRANK_CODECS"]
 
@@ -14,4 +15,5 @@ LOWRANK_CODECS = (
     LowRankHyperCodec(),
     LowRankIntCodec(),
     HyperLowRankCodec(),
+    SharedBasisCodec(),
 )

