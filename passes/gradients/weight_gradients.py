@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcomp.passes.gradients.backward import backward, with_shapes
+from onnxcomp.passes.gradients.lean_session import lean_session
 from onnxcomp.passes.gradients.loss import add_loss
 from onnxcomp.passes.gradients.tape import Tape
 from onnxcomp.passes.ir.model import copy_model, save
@@ -54,9 +55,9 @@ class WeightGradients:
         references = _differentiate(own, weights, list(values), share)
         exact = copy_model(reference)
         self._references = _returned(exact, references, values)
-        self._exact = _lean_session(save(exact, folder / "reference.onnx").files[0])
-        self._session = _lean_session(save(own, folder / "gradients.onnx").files[0])
-        self._loss = _lean_session(save(_without_gradients(own), folder / "loss.onnx").files[0])
+        self._exact = lean_session(save(exact, folder / "reference.onnx").files[0])
+        self._session = lean_session(save(own, folder / "gradients.onnx").files[0])
+        self._loss = lean_session(save(_without_gradients(own), folder / "loss.onnx").files[0])
         self.dims: Mapping[str, Sequence[Any]] = {
             value.name: value.shape for value in self._exact.get_inputs()
         }
@@ -86,21 +87,6 @@ class WeightGradients:
         exact = run_session(self._exact, feed)
         targets = {new: exact[name] for name, new in self._references.items()}
         return dict(run_session(session, {**feed, **targets, **weights}))
-
-
-def _lean_session(path: Path) -> Any:
-    """A session that gives memory back after each run."""
-    import onnxruntime
-
-    from onnxcomp.runtime.session import open_session
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return open_session(path, session_options=options)
 
 
 def _differentiate(
