@@ -96,7 +96,8 @@ class SharedBasisCodec(LowRankCodec):
 
     name: ClassVar[str] = "shared_basis"
     summary: ClassVar[str] = (
-        "thin matrices, of which weights with equal inputs (or of one name) share the first"
+        "thin matrices, of which weights with equal inputs (or of one name) share the first; "
+        "in plans for a size lowrank loses less"
     )
     params_type: ClassVar[type[Params]] = SharedBasisParams
 
