@@ -36,6 +36,9 @@ from onnxcomp.passes.encoding.cluster_fitting import fit_weight
 distributed = pytest.importorskip("distributed", reason="dask[distributed] is not installed")
 
 SEED = np.random.default_rng(11)
+
+# Seconds that a run on a busy machine may take to get somewhere.
+_PATIENCE = 180
 # Weights of several sizes; each of the larger ones is a task of its own.
 SHAPES = [(128, 128)] * 6 + [(128, 1024), (1024, 1100), (1100, 256), (256, 512)]
 # Weights for methods that take long.
@@ -518,19 +521,23 @@ def test_signals_leave_nothing(
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "onnxcomp", *map(str, words), "--scheduler", "local:2"],
+    words += ["--scheduler", "local:2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "onnxcomp", *map(str, words)],
         env=environment, text=True, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    known: list[Any] = []
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        known = psutil.Process(process.pid).children(recursive=True)
-        if list(tmp_path.glob(".*/exchange/*.payload")) or (not busy and len(known) >= 2):
-            break
-        time.sleep(0.01)
-    (os.killpg if everybody else os.kill)(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    ) as process:  # fmt: skip
+        known: list[Any] = []
+        deadline = time.monotonic() + _PATIENCE
+        while process.poll() is None and time.monotonic() < deadline:
+            known = psutil.Process(process.pid).children(recursive=True)
+            if list(tmp_path.glob(".*/exchange/*.payload")) or (not busy and len(known) >= 2):
+                break
+            time.sleep(0.01)
+        (os.killpg if everybody else os.kill)(process.pid, number)
+        try:
+            _, err = process.communicate(timeout=_PATIENCE)
+        finally:
+            process.kill()  # which a process that has ended does not mind
     assert process.returncode == 128 + number, err
     lines = [line for line in err.splitlines() if not line.startswith(("encoding: ", "now: "))]
     # Python itself complains in processes that have not come to their first line yet.
