@@ -59,7 +59,15 @@ def damped(stats: Stats) -> Array:
     if mean <= 0.0:
         return np.eye(length)
     scarcity = max(1.0, ENOUGH * length / max(1, stats.tokens))
-    return np.asarray(stats.gram + np.eye(length) * (mean * min(1.0, DAMPING * scarcity)))
+    return _raised(stats.gram, mean * min(1.0, DAMPING * scarcity))
+
+
+def _raised(square: Array, amount: float) -> Array:
+    """A copy of a square matrix with so much added to its diagonal."""
+    raised = np.array(square)
+    diagonal = np.arange(len(raised))
+    raised[diagonal, diagonal] += amount
+    return raised
 
 
 def anchored(weight: Array, stats: Stats) -> Array:
@@ -127,14 +135,15 @@ def _drift(weight: Array, stats: Stats, damping: float) -> Array:
     assert stats.cross is not None
     length = len(stats.gram)
     mean = float(np.trace(stats.gram)) / length
-    raised = stats.gram + np.eye(length) * (mean * damping)
-    change = stats.cross - stats.gram
     missing = None if stats.missing is None else stats.missing.cross
+    # Squares of wide weights take a gigabyte each: none is held longer than it is needed.
     if len(weight) < length:
-        asked = _product(weight, change)
+        asked = _product(weight, stats.cross - stats.gram)
         asked = asked if missing is None else asked + missing
+        raised = _raised(stats.gram, mean * damping)
         return np.asarray(np.linalg.solve(raised, asked.T).T, np.float32)
-    drift = _product(weight, np.linalg.solve(raised, change.T).T)
+    raised = _raised(stats.gram, mean * damping)
+    drift = _product(weight, np.linalg.solve(raised, (stats.cross - stats.gram).T).T)
     if missing is not None:
         drift += np.linalg.solve(raised, missing.T).T
     return drift
@@ -216,7 +225,7 @@ def with_weight_error(moments: Array, weight: Array) -> Array:
     output, own = energy(weight, moments), energy(weight, np.eye(weight.shape[1]))
     if output <= 0.0 or own <= 0.0:
         return moments
-    return np.asarray(moments + np.eye(len(moments)) * (LOOK_UPS * output / own))
+    return _raised(moments, LOOK_UPS * output / own)
 
 
 def output_error(weight: Array, decoded: Array, moments: Array) -> float:
@@ -266,8 +275,11 @@ class HeldOut:
             return
         cross, missing = stats.held_cross, stats.held_missing
         self._power = energy(weight, stats.held_reference)
-        moved = stats.held_reference + stats.held_out - cross - cross.T
+        moved = stats.held_reference + stats.held_out
+        moved -= cross
+        moved -= cross.T
         self._least = energy(weight, moved)
+        del moved
         self._slope = _product(weight, stats.held_out - cross)
         if missing is not None and missing.reference is not None:
             self._power += 2.0 * _inner(weight, missing.reference) + missing.power
