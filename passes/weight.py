@@ -8,6 +8,7 @@ is ``(rows, length)``: `length` is the axis a fused product sums over, a row is 
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ __all__ = [
     "Stats",
     "Use",
     "WeightSite",
+    "release_pages",
+    "some_rows",
 ]
 
 DOMAIN = "com.onnxcomp"
@@ -45,6 +48,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 
 Array = npt.NDArray[Any]
+
+# Elements that `some_rows` looks at together.
+_PIECE = 1 << 18
 
 # Value of a node's attribute.
 Attribute = int | float | str | Sequence[int]
@@ -314,3 +320,33 @@ class Stats:
     means: Means | None = None
     held_means: Means | None = None
     outputs: Array | None = None
+
+
+def release_pages(array: Array) -> None:
+    """Release the pages of an array that is mapped from a file; reading it maps them again."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def some_rows(matrix: Array, chosen: slice | Array) -> Array:
+    """Some rows of a matrix in float32; no more of its file than a piece is in memory at a time.
+
+    Args:
+        matrix: ``(rows, length)``, by rows or by columns.
+        chosen: Which rows.
+    """
+    if matrix.strides[0] >= matrix.strides[1]:
+        picked = np.array(matrix[chosen], np.float32)
+        release_pages(matrix)
+        return picked
+    index = np.arange(len(matrix))[chosen]
+    picked = np.empty((len(index), matrix.shape[1]), np.float32)
+    step = max(1, _PIECE // max(1, len(matrix)))
+    for start in range(0, matrix.shape[1], step):
+        columns = slice(start, start + step)
+        picked[:, columns] = matrix.T[columns, index].T
+        release_pages(matrix)
+    return picked

@@ -122,7 +122,7 @@ SETTING = Recipe(
         ),
         Line(
             "passes/driver/prepare.py",
-            "        freeze_inputs=settings.freeze_inputs,\n    )",
+            "        threads=threads,\n    )",
             "    tall = tuple(site for site in found.sites if site.rows >= settings.least_rows)\n"
             "    found = dataclasses.replace(found, sites=tall)\n",
         ),

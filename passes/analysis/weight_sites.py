@@ -38,7 +38,7 @@ from onnxcomp.passes.ir.tensors import (
 )
 from onnxcomp.passes.ir.threads import in_threads
 from onnxcomp.passes.ir.traversal import LISTING_IR, Scope, default_opset, find_initializer, scopes
-from onnxcomp.passes.weight import DOMAIN, Array, Use, WeightSite
+from onnxcomp.passes.weight import DOMAIN, Array, Use, WeightSite, release_pages
 
 __all__ = [
     "COMPRESSED_PART",
@@ -296,7 +296,9 @@ def _not_finite(tensor: ir.TensorProtocol) -> str | None:
     flat = np.asarray(tensor.numpy()).reshape(-1)
     for start in range(0, flat.size, _SCAN):
         part = flat[start : start + _SCAN]
-        if not all_finite(part):
+        finite = all_finite(part)
+        release_pages(flat)
+        if not finite:
             return "contains NaN or infinite values"
         if part.dtype == np.float64 and np.abs(part).max(initial=0.0) > _LARGEST:
             return "contains values that only float64 holds"

@@ -8,11 +8,10 @@ import numpy as np
 
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.protocol import Codec, Payload
-from onnxcomp.passes.ir.tensors import release_pages
 from onnxcomp.passes.lowering.rewrite import Placement
 from onnxcomp.passes.lowering.row_parts import row_bounds, some_rows
 from onnxcomp.passes.planning.candidates import Choice
-from onnxcomp.passes.weight import Array, Shift, WeightSite
+from onnxcomp.passes.weight import Array, Shift, WeightSite, release_pages
 
 __all__ = ["EncodedWeight", "decoding_error", "weight_error"]
 

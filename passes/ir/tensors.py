@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -23,7 +22,6 @@ __all__ = [
     "is_float",
     "is_matrix",
     "not_finite",
-    "release_pages",
     "shape_of",
 ]
 
@@ -88,15 +86,6 @@ def _pieces(matrix: Array) -> Iterator[Array]:
     lines = matrix.T if matrix.strides[0] < matrix.strides[-1] else matrix
     step = max(1, _PIECE // max(1, lines.shape[-1]))
     return (lines[start : start + step] for start in range(0, len(lines), step))
-
-
-def release_pages(array: Array) -> None:
-    """Release the pages of an array that is mapped from a file; reading it maps them again."""
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
 
 
 class MappedTensor(ir.LazyTensor):

@@ -37,8 +37,9 @@ def in_threads(
     """
     many = min(threads, _MOST)
     pool = concurrent.futures.ThreadPoolExecutor(many) if many > 1 else None
-    results = map(function, items) if pool is None else pool.map(function, items)
+    # A signal may come while a thread starts, which then ends only because the pool is shut down.
     try:
+        results = map(function, items) if pool is None else pool.map(function, items)
         if what:
             activity(what, 0, total)
         for number, result in enumerate(results, start=1):

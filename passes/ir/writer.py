@@ -30,7 +30,8 @@ from onnxcomp.passes.ir.serializer import (
     tensor_header,
     tensor_proto,
 )
-from onnxcomp.passes.ir.tensors import SparseTensor, release_pages
+from onnxcomp.passes.ir.tensors import SparseTensor
+from onnxcomp.passes.weight import release_pages
 from onnxcomp.runtime.activity import activity
 
 __all__ = ["EXTERNAL_BYTES", "PAGE", "THRESHOLD", "ExternalData", "Saved", "output_size", "save"]

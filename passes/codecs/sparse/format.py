@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxcomp.passes.weight import Array
+from onnxcomp.passes.weight import Array, release_pages
 
 __all__ = [
     "MOST_KEPT",
@@ -79,8 +79,11 @@ def _row_pieces(weight: Array) -> range:
 
 def count_kept(weight: Array) -> int:
     """Elements of a matrix in float32, float16 or bfloat16 that are not zero."""
-    pieces = _row_pieces(weight)
-    return sum(int(np.count_nonzero(is_kept(weight[row : row + pieces.step]))) for row in pieces)
+    pieces, count = _row_pieces(weight), 0
+    for row in pieces:
+        count += int(np.count_nonzero(is_kept(weight[row : row + pieces.step])))
+        release_pages(weight)
+    return count
 
 
 def is_paired(weight: Array) -> bool:

@@ -51,3 +51,20 @@ def test_progress_is_told() -> None:
     with shown_by(lambda *what: told.append(what)):
         list(in_threads(str, range(3), 2, what="reading", total=3))
     assert told == [("reading", done, 3, "") for done in range(4)]
+
+
+def test_a_signal_while_a_thread_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt) as held:  # as whoever reports it does
+        list(in_threads(str, range(3), 2))
+    assert held.tb is not None
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
