@@ -263,7 +263,8 @@ def _examined(finder: _SiteFinder, threads: int) -> list[_Examined]:
             if tensor is not None:
                 found = sorted(leaves(value, view_of(tensor)), key=lambda leaf: order[leaf.node])
                 known.append((scope, value, tensor, found, finder.reason(scope, value, found)))
-    read = in_threads(_not_finite, [one[2] for one in known if one[4] is None], threads)
+    tensors = [one[2] for one in known if one[4] is None]
+    read = in_threads(_not_finite, tensors, threads, total=len(tensors))
     return [one if one[4] is not None else (*one[:4], next(read)) for one in known]
 
 

@@ -34,7 +34,7 @@ def mark_zeros(
     """
     if (default_opset(model) or 0) < LEAST_OPSET:
         return sites
-    return tuple(in_threads(functools.partial(_marked, model), sites, threads))
+    return tuple(in_threads(functools.partial(_marked, model), sites, threads, total=len(sites)))
 
 
 def _marked(model: ir.Model, site: WeightSite) -> WeightSite:

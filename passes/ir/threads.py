@@ -10,8 +10,9 @@ from onnxcomp.runtime.activity import activity
 
 __all__ = ["in_threads"]
 
-# The most threads: each maps a tensor, and more of them wait for memory in any case.
-_MOST = 4
+# The most threads: each maps a tensor, and more of them wait for memory in any case. Fewer items
+# than so many for each are not worth its start, and the ten megabytes that it takes.
+_MOST, _EACH = 4, 16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,8 +23,8 @@ def in_threads(
     items: Iterable[Item],
     threads: int,
     *,
+    total: int,
     what: str = "",
-    total: int = 0,
 ) -> Iterator[Result]:
     """The results for some items, in their order.
 
@@ -32,10 +33,10 @@ def in_threads(
             than one. What it returns stays in memory until it is asked for.
         items: What to call it with.
         threads: How many; 1 to call it here, when a result is asked for.
+        total: How many items there are.
         what: What this is, for `activity`; empty to say nothing.
-        total: How many items there are, for the same.
     """
-    many = min(threads, _MOST)
+    many = min(threads, _MOST, total // _EACH)
     pool = concurrent.futures.ThreadPoolExecutor(many) if many > 1 else None
     # A signal may come while a thread starts, which then ends only because the pool is shut down.
     try:
