@@ -34,8 +34,8 @@ __all__ = [
     "Stats",
     "Use",
     "WeightSite",
+    "picked_rows",
     "release_pages",
-    "some_rows",
 ]
 
 DOMAIN = "com.onnxcomp"
@@ -49,7 +49,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 Array = npt.NDArray[Any]
 
-# Elements that `some_rows` looks at together.
+# Elements that `picked_rows` looks at together.
 _PIECE = 1 << 18
 
 # Value of a node's attribute.
@@ -331,7 +331,7 @@ def release_pages(array: Array) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
-def some_rows(matrix: Array, chosen: slice | Array) -> Array:
+def picked_rows(matrix: Array, chosen: slice | Array) -> Array:
     """Some rows of a matrix in float32; no more of its file than a piece is in memory at a time.
 
     Args:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from onnxcomp.passes.weight import Array, some_rows
+from onnxcomp.passes.weight import Array, picked_rows
 
 __all__ = ["computed_content", "distinct", "may_be", "product_content", "sample"]
 
@@ -70,7 +70,7 @@ def _lines(matrix: Array) -> Array:
     count, length = matrix.shape
     wanted = max(2 * _FREQUENCIES, min(_LINES, _SAMPLE // max(1, length)))
     chosen = np.linspace(0, count - 1, min(count, wanted)).astype(int)
-    return some_rows(matrix, chosen)
+    return picked_rows(matrix, chosen)
 
 
 def may_be(lines: tuple[Array, Array], *, product: bool) -> bool:

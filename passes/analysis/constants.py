@@ -37,7 +37,7 @@ from onnxcomp.passes.analysis.constant_content import (
     sample,
 )
 from onnxcomp.passes.analysis.def_use import qualified_type
-from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.analysis.weight_sites import read_weight, stored_matrix
 from onnxcomp.passes.codecs.constant import ConstantCodec, ConstantParams
 from onnxcomp.passes.ir.threads import in_threads
 from onnxcomp.passes.ir.traversal import (
@@ -146,7 +146,7 @@ def _marked(model: ir.Model, site: WeightSite, opset: int, graphs: _Graphs) -> W
     if role is None:
         return site
     product = role.kind == "product"
-    if not role.rotary and not may_be(sample(_stored(value, site)), product=product):
+    if not role.rotary and not may_be(sample(stored_matrix(model, site)), product=product):
         return site
     weight = read_weight(model, site)
     content = role.rotary or _content(weight, role)
@@ -165,12 +165,6 @@ def _content(weight: Array, role: _Role) -> str:
     if role.kind == "product":
         return product_content(weight)
     return computed_content(weight, look_up=role.kind == "look-up")
-
-
-def _stored(value: ir.Value | None, site: WeightSite) -> Array:
-    """The canonical matrix ``(rows, length)`` in the stored type, as a view of its file."""
-    assert value is not None and value.const_value is not None
-    return site.matrix(np.asarray(value.const_value.numpy()))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from onnxcomp.passes.codecs.protocol import (
     Payload,
     TensorLayout,
 )
-from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite, some_rows
+from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite, picked_rows
 
 __all__ = ["IntegerCodec", "IntegerParams"]
 
@@ -133,7 +133,7 @@ def _smallest(
 def _sampled(weight: Array, rows: int, length: int) -> Array:
     """Some rows of a weight that is read as this many of this length."""
     matrix = weight.reshape(rows, length)
-    return some_rows(matrix, slice(None, None, max(1, matrix.size // _MEASURED)))
+    return picked_rows(matrix, slice(None, None, max(1, matrix.size // _MEASURED)))
 
 
 def _measured(form: BlockLayout, sample: Array, stats: Stats | None) -> float:

@@ -24,7 +24,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.codecs.moments import output_error
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
-from onnxcomp.passes.weight import Array, Kind, Stats, WeightSite
+from onnxcomp.passes.weight import Array, Kind, Stats, WeightSite, picked_rows
 
 __all__ = ["DynamicCodec", "DynamicParams"]
 
@@ -120,7 +120,7 @@ class DynamicCodec(Codec):
         stats: Stats | None = None,
     ) -> Sequence[float]:
         """The error of some rows, or of their products; that of activations is not part of it."""
-        sample = np.asarray(weight[:: max(1, weight.size // _MEASURED)], np.float32)
+        sample = picked_rows(weight, slice(None, None, max(1, weight.size // _MEASURED)))
         decoded = _decoded(*_rounded(sample))
         if stats is not None:
             error = output_error(sample, decoded, stats.gram)

@@ -20,7 +20,7 @@ from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload,
 from onnxcomp.passes.codecs.sparse import integers
 from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, count_kept, is_kept
 from onnxcomp.passes.codecs.sparse.integers import ANY, BITS, GROUPS, PAIRED, IntLayout
-from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite
+from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite, picked_rows
 
 __all__ = ["SparseIntCodec", "SparseIntParams"]
 
@@ -195,7 +195,7 @@ class SparseIntCodec(Codec):
         stats: Stats | None = None,
     ) -> Sequence[float]:
         """Errors of rounding to nearest on a sample of rows: outliers decide about them."""
-        sample = np.asarray(weight[:: max(1, weight.size // _MEASURED)], np.float32)
+        sample = picked_rows(weight, slice(None, None, max(1, weight.size // _MEASURED)))
         asked = [SparseIntParams.of(item) for item in params]
         return [_error(sample, item.bits, item.group) for item in asked]
 

@@ -14,6 +14,7 @@ from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.codecs.lowrank.codec import LowRankParams
+from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.encoding import tuning
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error
 from onnxcomp.passes.encoding.scale_gradients import Groups, ScaleGradients
@@ -56,17 +57,21 @@ def samples(count: int = 30) -> list[dict[str, Array]]:
     return [{"ids": rng.integers(0, WORDS, (1, TOKENS))} for _ in range(count)]
 
 
-def encoded(path: Path, bits: int = 2) -> tuple[Any, list[EncodedWeight]]:
+def encoded_by(path: Path, name: str, params: Params) -> tuple[Any, list[EncodedWeight]]:
     model = load(path)
     canonicalize(model)
-    codec, params, found = CODECS["hyper"], HyperParams(bits=bits, group=64), []
+    codec, found = CODECS[name], []
     for site in find_sites(model).sites:
         weight = read_weight(model, site)
         payload = codec.encode(site, weight, params)
-        choice = Choice(site.name, site.shape, site.dtype, (), site.nbytes, "hyper", params)
+        choice = Choice(site.name, site.shape, site.dtype, (), site.nbytes, name, params)
         error = weight_error(weight, codec.decode(site, payload))
         found.append(EncodedWeight(site, choice, payload, error))
     return model, found
+
+
+def encoded(path: Path, bits: int = 2) -> tuple[Any, list[EncodedWeight]]:
+    return encoded_by(path, "hyper", HyperParams(bits=bits, group=64))
 
 
 def test_gradients_are_those_of_scales(path: Path, tmp_path: Path) -> None:
@@ -137,16 +142,7 @@ def test_the_option_tunes_and_repeats(path: Path, tmp_path: Path) -> None:
 
 
 def factored(path: Path) -> tuple[Any, list[EncodedWeight]]:
-    model = load(path)
-    canonicalize(model)
-    codec, params, found = CODECS["lowrank"], LowRankParams(16), []
-    for site in find_sites(model).sites:
-        weight = read_weight(model, site)
-        payload = codec.encode(site, weight, params)
-        choice = Choice(site.name, site.shape, site.dtype, (), site.nbytes, "lowrank", params)
-        error = weight_error(weight, codec.decode(site, payload))
-        found.append(EncodedWeight(site, choice, payload, error))
-    return model, found
+    return encoded_by(path, "lowrank", LowRankParams(16))
 
 
 def test_gradients_are_those_of_factors(path: Path, tmp_path: Path) -> None:
