@@ -19,9 +19,10 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.offsets import shifted
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.elsewhere import Elsewhere
+from onnxcomp.passes.calibration.groups import HELD_OUT, Group
 from onnxcomp.passes.calibration.segmented_run import Chain
 from onnxcomp.passes.calibration.sources import Source, sources_of, stream_source, value_names
-from onnxcomp.passes.calibration.sums import HELD_OUT, Group, Sums, scales_of
+from onnxcomp.passes.calibration.sums import Sums, scales_of
 from onnxcomp.passes.weight import Array, Feed, Shift, Stats, WeightSite
 
 __all__ = [

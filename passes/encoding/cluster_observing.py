@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from onnxcomp.passes.analysis.offsets import Offset
-from onnxcomp.passes.calibration.sums import Group, Rows, Sums
+from onnxcomp.passes.calibration.groups import Group, Rows
+from onnxcomp.passes.calibration.sums import Sums
 from onnxcomp.passes.encoding.cluster_calls import Calls
 from onnxcomp.passes.encoding.cluster_fitting import Fitting
 from onnxcomp.passes.encoding.cluster_tasks import SMALL, Batch

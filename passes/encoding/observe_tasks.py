@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from onnxcomp.errors import CompressionError, ModelError
+from onnxcomp.passes.calibration.groups import Group, Rows
 from onnxcomp.passes.calibration.segmented_run import segment_runner
-from onnxcomp.passes.calibration.sums import Group, Rows, Sums, scales_of
+from onnxcomp.passes.calibration.sums import Sums, scales_of
 from onnxcomp.passes.encoding.cluster_tasks import Batch, begun
 from onnxcomp.passes.encoding.parcels import Parcel
 from onnxcomp.passes.weight import Array

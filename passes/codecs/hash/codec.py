@@ -31,7 +31,8 @@ from onnxcomp.passes.codecs.hash.format import (
     seeds,
     shared_tensors,
 )
-from onnxcomp.passes.codecs.moments import ENOUGH, held_out_error, with_weight_error
+from onnxcomp.passes.codecs.held_out import held_out_error
+from onnxcomp.passes.codecs.moments import ENOUGH, with_weight_error
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import (
     Builder,

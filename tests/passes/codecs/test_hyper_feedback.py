@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp.errors import CompressionError, ModelError
+from onnxcomp.passes.codecs.anchoring import anchored
 from onnxcomp.passes.codecs.hyper import (
     feedback as hyper_feedback,
 )
@@ -26,7 +27,6 @@ from onnxcomp.passes.codecs.hyper.survivors import Prices
 from onnxcomp.passes.codecs.hyper.tables import table
 from onnxcomp.passes.codecs.moments import (
     LOOK_UPS,
-    anchored,
     damped,
     output_error,
     with_weight_error,

@@ -16,7 +16,7 @@ from onnxcomp.passes.codecs.lowrank.codec import (
     offered_ranks,
 )
 from onnxcomp.passes.codecs.moments import output_error
-from onnxcomp.passes.weight import Array, Missing, Stats, Use, WeightSite
+from onnxcomp.passes.weight import Array, HeldMoments, Missing, Stats, Use, WeightSite
 
 SiteMaker = Callable[..., WeightSite]
 CODEC = LowRankCodec()
@@ -31,7 +31,7 @@ def stats_of(site: WeightSite, tokens: int = 4000, **other: Array) -> Stats:
     scale = np.geomspace(5.0, 0.02, site.length)
     x = rng.standard_normal((tokens, site.length)) * scale @ rng.standard_normal((site.length,) * 2)
     gram = x.T @ x / tokens
-    return Stats(site, tokens, gram, x.mean(axis=0), held_out=gram, **other)
+    return Stats(site, tokens, gram, x.mean(axis=0), held=HeldMoments(gram), **other)
 
 
 @pytest.mark.parametrize("extent", [(256, 688), (384, 384), (4096, 4096), (8, 4000), (17, 40)])
@@ -193,8 +193,8 @@ def test_what_a_stream_lacks_is_added(make_site: SiteMaker) -> None:
     lost = weight_of(32, 3, 2) @ weight_of(3, 40, 3)
     asked = lost @ stats.gram
     missing = Missing(asked, asked, float(np.einsum("ij,ij->", asked, lost)), np.zeros(32))
-    held = {"held_cross": stats.gram, "held_reference": stats.gram, "held_missing": missing}
-    own = dataclasses.replace(stats, cross=stats.gram, missing=missing, **held)
+    held = HeldMoments(stats.gram, stats.gram, stats.gram, missing)
+    own = dataclasses.replace(stats, cross=stats.gram, missing=missing, held=held)
     decoded = CODEC.decode(site, CODEC.encode_calibrated(site, weight, LowRankParams(8), own))
     assert output_error(weight + lost, decoded, stats.gram) < 0.2
     assert output_error(weight, decoded, stats.gram) > 0.3
