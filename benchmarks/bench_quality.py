@@ -27,8 +27,8 @@ from judges import DecoderModel, Judge
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
-from onnxcomp.passes.codecs import moments
-from onnxcomp.passes.encoding import calibrated
+from onnxcomp.passes.calibration import statistics
+from onnxcomp.passes.codecs import anchoring
 
 __all__ = ["STEPS"]
 
@@ -37,21 +37,12 @@ Patch = contextlib.AbstractContextManager[Any]
 
 def _no_drift() -> Patch:
     """Errors of earlier weights are not made up for."""
-    return mock.patch.object(moments, "ANCHOR_DAMPINGS", ())
+    return mock.patch.object(anchoring, "anchored", lambda weight, stats: weight)
 
 
 def _no_streams() -> Patch:
     """What a residual stream lacks is not made up for."""
-    usable = calibrated._usable
-
-    def without(stats: Any, calibration: Any) -> Any:
-        found = usable(stats, calibration)
-        return type(found)(**{
-            name: None if name in ("missing", "held_missing") else getattr(found, name)
-            for name in found.__dataclass_fields__
-        })  # fmt: skip
-
-    return mock.patch.object(calibrated, "_usable", without)
+    return mock.patch.object(statistics, "stream_source", lambda *_: ())
 
 
 # By name: options of the run, and what is left out of it. Each row has one step more.

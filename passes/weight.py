@@ -354,14 +354,17 @@ class Stats:
     Attributes:
         site: The weight.
         tokens: Number of input vectors.
-        gram: Second moments ``E[x x^T]`` of the inputs of its products, float64
-            ``(length, length)``.
+        gram: Second moments ``E[x x^T]`` of the inputs of its products, float32
+            ``(length, length)``, from sums of float64.
         mean: ``E[x]``, float64 ``(length,)``.
         held: Inputs that are in none of the others; None where there was too little data to keep
             any back.
-        cross: ``E[x_ref x^T]`` with the inputs `x_ref` of a reference model; None without one.
+        drift: ``E[(x_ref - x) x^T]`` with the inputs `x_ref` of a reference model, float32
+            ``(length, length)``; None without one, and where it is in `lack`.
+        lack: What products of the weight, W, lack beside those of its drift, ``E[d x^T]``, float32
+            ``(rows, length)``: d is what the stream behind the product lacks, and where there is no
+            drift, and fewer rows than columns, ``W (x_ref - x)`` as well. None for nothing.
         frequencies: How often each row was looked up, float64 ``(rows,)``; None without look-ups.
-        missing: What the stream behind the product lacks; None without one.
         means: Means of the same vectors, where the products are of one convolution; else None.
         outputs: How the loss of the model's outputs curves by the products, float64
             ``(rows, rows)``; None where that is not known.
@@ -372,27 +375,22 @@ class Stats:
     gram: Array
     mean: Array
     held: Held | None = None
-    cross: Array | None = None
+    drift: Array | None = None
+    lack: Array | None = None
     frequencies: Array | None = None
-    missing: Missing | None = None
     means: Means | None = None
     outputs: Array | None = None
 
     def without_reference(self) -> Stats:
         """What is known without the reference model."""
         held = None if self.held is None else self.held.without_reference()
-        return dataclasses.replace(self, cross=None, held=held)
-
-    def without_stream(self) -> Stats:
-        """What is known without the stream behind the product."""
-        held = None if self.held is None else dataclasses.replace(self.held, missing=None)
-        return dataclasses.replace(self, missing=None, held=held)
+        return dataclasses.replace(self, drift=None, lack=None, held=held)
 
     def of_rows(self, rows: slice) -> Stats:
         """The statistics for some rows of the weight."""
-        missing = None if self.missing is None else self.missing.of_rows(rows)
+        lack = None if self.lack is None else self.lack[rows]
         held = None if self.held is None else self.held.of_rows(rows)
-        return dataclasses.replace(self, missing=missing, held=held)
+        return dataclasses.replace(self, lack=lack, held=held)
 
 
 def release_pages(array: Array) -> None:

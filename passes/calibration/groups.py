@@ -26,6 +26,7 @@ class Group:
         inputs: Calibration inputs.
         paired: Whether there is a reference model.
         means: Whether means are all that is wanted.
+        alone: Whether there is no other weight.
     """
 
     site: WeightSite
@@ -33,6 +34,7 @@ class Group:
     inputs: int
     paired: bool = False
     means: bool = False
+    alone: bool = False
 
     @property
     def stream(self) -> Source | None:
@@ -43,6 +45,15 @@ class Group:
     def divisible(self) -> bool:
         """Whether rows of its sums can be summed up apart."""
         return native.available() and not self.means and len(self.shape) == 1
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it is summed up what its products lack, and not how their inputs drift.
+
+        That takes ``rows x length`` and not ``length^2``, but the weight is needed for it.
+        """
+        fits = len(self.shape) == 1 and self.site.experts == 1
+        return self.paired and self.alone and fits and self.site.rows <= self.site.length
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,20 +80,21 @@ class Rows:
 
     Attributes:
         moments: Of moments of its inputs.
-        missing: Of what a stream lacks, by its inputs.
+        lack: Of what products lack, by its inputs: rows of the weight.
         vectors: Whether what is held out as vectors, of which there are no rows, goes with them.
     """
 
     moments: slice
-    missing: slice
+    lack: slice
     vectors: bool
 
     @classmethod
     def cut(cls, group: Group, count: int) -> list[Rows]:
         """Rows of a group for so many who sum up, of about equal work."""
-        # Half of the symmetric matrix is summed up, and all of that of both models.
-        slope = 1.0 if group.paired else 1e3
+        # Half of the symmetric matrix is summed up, and all of the other one if there is one.
+        slope = 1.0 if group.paired and not group.by_rows else 1e3
         moments = stripes(group.site.length, count, slope=slope)
-        missing = [] if group.stream is None else stripes(group.site.rows, count)
-        pairs = itertools.zip_longest(moments, missing, fillvalue=slice(0, 0))
+        lacking = group.by_rows or group.stream is not None
+        lack = stripes(group.site.rows, count) if lacking else []
+        pairs = itertools.zip_longest(moments, lack, fillvalue=slice(0, 0))
         return [cls(*pair, vectors=number == 0) for number, pair in enumerate(pairs)]

@@ -82,7 +82,7 @@ class HeldOutSums:
             self._shape, cross=paired, reference=paired, rows=some, threads=threads
         )
         if self._lacking is not None:
-            some = None if self._rows is None else self._rows.missing
+            some = None if self._rows is None else self._rows.lack
             extent = (self._lacking, self._shape[-1])
             self._missing = MissingSums(*extent, held=True, some=some, threads=threads)
         for vectors in self._vectors:

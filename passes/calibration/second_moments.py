@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxcomp.passes.codecs.hyper import native
 from onnxcomp.passes.weight import Array, Means
 
-__all__ = ["Moments", "add_products", "mirror", "stripes"]
+__all__ = ["Moments", "add_products", "mirror", "sparse_zeros", "stripes"]
 
 # Input vectors multiplied at a time.
 _CHUNK = 4096
+
+# Bytes from which on it matters which part of an array is in memory.
+_LARGE = 1 << 24
 
 # Columns that are mirrored at a time.
 _BLOCK = 512
@@ -64,6 +70,20 @@ def stripes(rows: int, count: int, *, slope: float = 0.0) -> list[slice]:
     return [slice(*pair) for pair in pairwise(bound for bound in bounds if bound <= rows)]
 
 
+def sparse_zeros(shape: tuple[int, ...]) -> Array:
+    """Zeros in float64 of which only what is touched takes memory, in small pages.
+
+    Of large arrays numpy asks for huge pages: half of a symmetric matrix is then as large as all
+    of it.
+    """
+    size = 8 * math.prod(shape)
+    if size < _LARGE or not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape)
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float64).reshape(shape)
+
+
 def mirror(square: Array) -> None:
     """Make a square matrix symmetric by what is on and below its diagonal.
 
@@ -103,7 +123,7 @@ class Moments:
         square = (0, 0) if means else (*shape, shape[-1])
         self.tokens = 0
         self.sum = np.zeros(shape)
-        self.square = np.zeros(square)
+        self.square = sparse_zeros(square)
         self.other_sum = np.zeros(shape) if cross else None
         self.cross = np.zeros(square) if cross else None
         self.reference = np.zeros(square) if reference else None
@@ -151,14 +171,27 @@ class Moments:
                 if own is not None and some is not None:
                     own[other._rows] = some
 
-    def close(self) -> None:
-        """Turn sums into means, in place, and fill what symmetry leaves to be filled."""
-        for square in (self.square, self.reference):
-            if square is not None:
-                mirror(square)
-        for total in (self.sum, self.other_sum, self.square, self.cross, self.reference):
+    def close(self, dtype: npt.DTypeLike = np.float64) -> None:
+        """Turn sums into means, those of products of a type, and fill what symmetry leaves open."""
+        for total in (self.sum, self.other_sum):
             if total is not None:
                 total /= max(1, self.tokens)
+        self.square = self._mean(self.square, dtype, lower=True)
+        if self.reference is not None:
+            self.reference = self._mean(self.reference, dtype, lower=True)
+        if self.cross is not None:
+            self.cross = self._mean(self.cross, dtype, lower=False)
+
+    def _mean(self, total: Array, dtype: npt.DTypeLike, *, lower: bool) -> Array:
+        """What is above the diagonal is not touched before there is but one matrix of the type."""
+        found = total if total.dtype == dtype else np.zeros(total.shape, dtype)
+        for start in range(0, len(total), _BLOCK):
+            stop = start + _BLOCK
+            columns = slice(None, stop if lower and total.ndim == 2 else None)
+            found[start:stop, columns] = total[start:stop, columns] / max(1, self.tokens)
+        if lower:
+            mirror(found)
+        return found
 
     @property
     def means(self) -> Means:
@@ -168,4 +201,6 @@ class Moments:
     @property
     def finite(self) -> bool:
         """Whether no NaN and no infinity went in."""
-        return bool(np.isfinite(self.sum).all() and np.isfinite(self.square).all())
+        # Products of two inputs are not larger than the larger one of their squares.
+        own = np.diagonal(self.square, axis1=-2, axis2=-1)
+        return bool(np.isfinite(self.sum).all() and np.isfinite(own).all())

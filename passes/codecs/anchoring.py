@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
+from onnxcomp.passes.codecs.cholesky import divide, factorize
 from onnxcomp.passes.codecs.held_out import HeldOut
-from onnxcomp.passes.codecs.moments import damped, product, raised, with_weight_error
+from onnxcomp.passes.codecs.moments import (
+    damped,
+    mean_diagonal,
+    product,
+    raised,
+    with_weight_error,
+)
 from onnxcomp.passes.weight import Array, Stats
 
-__all__ = ["anchored", "objective"]
+__all__ = ["anchored", "lacking", "objective"]
 
 # Shares of the mean diagonal that may be added to the moments when errors of earlier weights are
 # made up for; held-out inputs choose. With little added the calibration inputs are fitted too
@@ -19,7 +27,9 @@ ANCHOR_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 _ANCHOR_ROWS = 256
 
 
-def objective(weight: Array, stats: Stats) -> tuple[Array, Array]:
+def objective(
+    weight: Array, stats: Stats, dtype: npt.DTypeLike = np.float64
+) -> tuple[Array, Array]:
     """What an encoder comes close to, and what errors of it cost.
 
     Rows that are looked up as well count a little for themselves, too.
@@ -27,11 +37,13 @@ def objective(weight: Array, stats: Stats) -> tuple[Array, Array]:
     Args:
         weight: ``(rows, length)``.
         stats: Moments of the inputs.
+        dtype: Type of the moments that come out.
 
     Returns:
-        The target, `anchored`; positive definite moments, float64 ``(length, length)``.
+        The target, `anchored`; positive definite moments ``(length, length)``.
     """
-    target, moments = anchored(np.asarray(weight, np.float32), stats), damped(stats)
+    target = anchored(np.asarray(weight, np.float32), stats)
+    moments = damped(stats, dtype)
     if stats.frequencies is not None:
         moments = with_weight_error(moments, weight)
     return target, moments
@@ -40,22 +52,42 @@ def objective(weight: Array, stats: Stats) -> tuple[Array, Array]:
 def anchored(weight: Array, stats: Stats) -> Array:
     """The weight that a calibrated encoder should aim at where earlier weights have errors.
 
-    ``W + (W (C - G) + D) (G + d I)^-1`` with ``C = E[x_ref x^T]``, and ``D = E[r x^T]`` for what is
-    missing, r, in the stream that the product is added to. For d = 0 its products with the inputs
-    of the compressed model are closest to those of the dense model with its own, plus r. The d is
-    that of `ANCHOR_DAMPINGS` with the least error on held-out inputs.
+    ``W + A (G + d I)^-1`` with what products lack, A. For d = 0 its products with the inputs of the
+    compressed model are closest to those of the dense model with its own, plus what the stream
+    behind them lacks. The d is that of `ANCHOR_DAMPINGS` with the least error on held-out inputs.
 
     Args:
         weight: float32 ``(rows, length)``.
-        stats: Moments of the inputs; the weight itself is the target where there is no `cross`.
+        stats: Moments of the inputs; the weight itself is the target where products lack nothing
+            that is known.
 
     Returns:
         float32 ``(rows, length)``.
     """
-    if stats.cross is None or float(np.trace(stats.gram)) <= 0.0:
+    if (stats.drift is None and stats.lack is None) or mean_diagonal(stats.gram) <= 0.0:
         return weight
     damping = _anchor_damping(weight, stats)
-    return weight if damping is None else weight + _drift(weight, stats, damping)
+    if damping is None:
+        return weight
+    target = _change(weight, stats, damping)
+    target += weight
+    return target
+
+
+def lacking(weight: Array, stats: Stats) -> Array | None:
+    """What products of a weight lack, ``A = E[(W (x_ref - x) + r) x^T]``.
+
+    Args:
+        weight: W, ``(rows, length)``.
+        stats: Moments of the inputs x; r is what the stream behind the products lacks.
+
+    Returns:
+        float32 ``(rows, length)``; None where nothing is known to be lacking.
+    """
+    if stats.drift is None:
+        return None if stats.lack is None else np.array(stats.lack, np.float32)
+    found = product(weight, stats.drift)
+    return found if stats.lack is None else found + stats.lack
 
 
 def _anchor_damping(weight: Array, stats: Stats) -> float | None:
@@ -70,7 +102,7 @@ def _anchor_damping(weight: Array, stats: Stats) -> float | None:
 
     def error(index: int) -> float:
         if index not in errors:
-            target = weight + _drift(weight, stats, ANCHOR_DAMPINGS[index])
+            target = weight + _change(weight, stats, ANCHOR_DAMPINGS[index])
             errors[index] = judge.error(target) or 0.0
         return errors[index]
 
@@ -83,20 +115,24 @@ def _anchor_damping(weight: Array, stats: Stats) -> float | None:
     return ANCHOR_DAMPINGS[best] if error(best) < none else None
 
 
-def _drift(weight: Array, stats: Stats, damping: float) -> Array:
-    """What is added to a weight for the errors before it: float32 ``(rows, length)``."""
-    assert stats.cross is not None
-    length = len(stats.gram)
-    mean = float(np.trace(stats.gram)) / length
-    missing = None if stats.missing is None else stats.missing.cross
-    # Squares of wide weights take a gigabyte each: none is held longer than it is needed.
-    if len(weight) < length:
-        asked = product(weight, stats.cross - stats.gram)
-        asked = asked if missing is None else asked + missing
-        regular = raised(stats.gram, mean * damping)
-        return np.asarray(np.linalg.solve(regular, asked.T).T, np.float32)
-    regular = raised(stats.gram, mean * damping)
-    drift = product(weight, np.linalg.solve(regular, (stats.cross - stats.gram).T).T)
-    if missing is not None:
-        drift += np.linalg.solve(regular, missing.T).T
-    return drift
+def _change(weight: Array, stats: Stats, damping: float) -> Array:
+    """What is added to a weight for the errors before it: float32 ``(rows, length)``.
+
+    Beside the statistics it holds one matrix of ``length^2``, the factor, and another one where
+    there are more rows than columns.
+    """
+    factor = raised(stats.gram, mean_diagonal(stats.gram) * damping, np.float32)
+    factorize(factor)
+    if stats.drift is None or len(weight) < len(factor):
+        change = lacking(weight, stats)
+        assert change is not None
+        divide(change, factor)
+        return change
+    drift = np.array(stats.drift, np.float32)
+    divide(drift, factor)
+    change = product(weight, drift)
+    if stats.lack is not None:
+        lack = np.array(stats.lack, np.float32)
+        divide(lack, factor)
+        change += lack
+    return change

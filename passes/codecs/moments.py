@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxcomp.passes.weight import Array, Stats
 
@@ -12,6 +13,7 @@ __all__ = [
     "damped",
     "energy",
     "inner",
+    "mean_diagonal",
     "mean_products",
     "mean_shift",
     "output_error",
@@ -36,8 +38,8 @@ LOOK_UPS = 0.05
 _CHUNK = 1 << 20
 
 
-def damped(stats: Stats) -> Array:
-    """``G`` with enough added to its diagonal to be inverted: float64 ``(length, length)``.
+def damped(stats: Stats, dtype: npt.DTypeLike = np.float64) -> Array:
+    """``G`` with enough added to its diagonal to be inverted: ``(length, length)``.
 
     The addition is `DAMPING` of the mean diagonal, more where there are few input vectors. A
     column whose input is always zero has only that: its weights are free.
@@ -45,17 +47,21 @@ def damped(stats: Stats) -> Array:
     Returns:
         A positive definite matrix; the identity for inputs that are all zero.
     """
-    length = len(stats.gram)
-    mean = float(np.trace(stats.gram)) / length
+    length, mean = len(stats.gram), mean_diagonal(stats.gram)
     if mean <= 0.0:
-        return np.eye(length)
+        return np.eye(length, dtype=dtype)
     scarcity = max(1.0, ENOUGH * length / max(1, stats.tokens))
-    return raised(stats.gram, mean * min(1.0, DAMPING * scarcity))
+    return raised(stats.gram, mean * min(1.0, DAMPING * scarcity), dtype)
 
 
-def raised(square: Array, amount: float) -> Array:
-    """A copy of a square matrix with so much added to its diagonal."""
-    found = np.array(square)
+def mean_diagonal(square: Array) -> float:
+    """The mean of the diagonal of a square matrix."""
+    return float(np.trace(square, dtype=np.float64)) / len(square)
+
+
+def raised(square: Array, amount: float, dtype: npt.DTypeLike | None = None) -> Array:
+    """A copy of a square matrix, of some type, with so much added to its diagonal."""
+    found = np.array(square, dtype)
     diagonal = np.arange(len(found))
     found[diagonal, diagonal] += amount
     return found

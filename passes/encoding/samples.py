@@ -131,8 +131,6 @@ def usable(stats: Stats, calibration: CalibratedEncoding | None) -> Stats:
     """The statistics without what the encoder does not aim at."""
     if calibration is None or not calibration.anchored:
         stats = stats.without_reference()
-    if calibration is None or not calibration.streams:
-        stats = stats.without_stream()
     if calibration is None or not calibration.outputs:
         stats = dataclasses.replace(stats, outputs=None)
     return stats

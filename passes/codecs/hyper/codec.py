@@ -390,11 +390,11 @@ class HyperCodec(Codec):
             ModelError: Values too large for float16 scales.
         """
         geometry = _geometry(site, HyperParams.of(params))
-        target, moments = objective(weight, stats)
+        target, moments = objective(weight, stats, np.float32)
         together = _together(site, geometry)
         if together > 1:  # each of these rows has errors of its own, of the same inputs
             target = target.reshape(site.rows // together, -1)
-            moments = np.kron(np.eye(together), moments)
+            moments = np.kron(np.eye(together, dtype=moments.dtype), moments)
         codes, scales = hyper_feedback.encode(target, _coder(geometry, params, threads), moments)
         if not self._in_rows(site, params):
             codes, scales = (hyper_format.flat(part, len(target)) for part in (codes, scales))

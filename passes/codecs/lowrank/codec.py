@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs.anchoring import objective
+from onnxcomp.passes.codecs.anchoring import lacking, objective
 from onnxcomp.passes.codecs.lowrank import factors as lowrank_factors
 from onnxcomp.passes.codecs.lowrank.factors import Factors
 from onnxcomp.passes.codecs.lowrank.ranks import GOALS, rank_for
@@ -287,7 +287,7 @@ def fitting_target(weight: Array, stats: Stats, moments: Array) -> Array:
         moments: ``G`` with what was added to its diagonal; as much is added to ``C``, so that the
             least-squares fit shrinks to the weight.
     """
-    if stats.cross is None or stats.tokens < ANCHORING * weight.shape[1]:
+    lack = lacking(weight, stats)
+    if lack is None or stats.tokens < ANCHORING * weight.shape[1]:
         return weight
-    cross = stats.cross + (moments - stats.gram)
-    return lowrank_factors.anchored_weight(weight, cross, moments)
+    return np.asarray(weight + np.linalg.solve(moments, lack.T.astype(np.float64)).T)

@@ -76,8 +76,8 @@ def stats_of(seen: Data, held: Data, *, stream: bool, form: str = "moments") -> 
         moments_of(seen.found, seen.found),
         seen.found.mean(axis=0),
         held=held_of(held, form, stream=stream),
-        cross=moments_of(seen.exact, seen.found),
-        missing=seen.missing() if stream else None,
+        drift=moments_of(seen.exact - seen.found, seen.found),
+        lack=moments_of(seen.lost, seen.found) if stream else None,
     )
 
 
@@ -97,7 +97,7 @@ def test_with_equal_inputs_there_is_nothing_to_make_up_for(weight: Array) -> Non
 
 def test_without_a_reference_the_weight_is_the_target(weight: Array) -> None:
     data = Data.random(2, drift=0.3)
-    stats = dataclasses.replace(stats_of(data, data, stream=False), cross=None)
+    stats = dataclasses.replace(stats_of(data, data, stream=False), drift=None)
     assert anchored(weight, stats) is weight
 
 
@@ -180,7 +180,7 @@ def test_errors_within_groups_are_those_of_all_of_them(weight: Array) -> None:
     decoded, shift = rows + np.float32(0.05), np.linspace(-1, 1, len(rows))
     stacked = {
         name: np.stack([getattr(stats, name) for stats in alone])
-        for name in ("gram", "cross", "mean")
+        for name in ("gram", "drift", "mean")
     }
     held = [stats.held for stats in alone if isinstance(stats.held, HeldMoments)]
     means = [found.means for found in held if found.means is not None]
@@ -203,6 +203,18 @@ def test_errors_within_groups_are_those_of_all_of_them(weight: Array) -> None:
     )
     error = np.linalg.norm(made + shift - wanted) / np.linalg.norm(wanted)
     assert HeldOut(rows, stats).error(decoded, shift) == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [ROWS, 3 * LENGTH])
+def test_what_products_lack_may_be_summed_up_with_that_of_the_stream(rows: int) -> None:
+    weight = np.random.default_rng(1).standard_normal((rows, LENGTH)).astype(np.float32)
+    seen = Data.random(2, drift=0.3)
+    lack = moments_of((seen.exact - seen.found) @ weight.T, seen.found)
+    apart = dataclasses.replace(stats_of(seen, seen, stream=False), held=None)
+    joined = dataclasses.replace(apart, drift=None, lack=lack)
+    targets = [anchored(weight, stats) for stats in (apart, joined)]
+    np.testing.assert_allclose(targets[0], targets[1], rtol=1e-3, atol=1e-4)
+    assert not np.array_equal(targets[0], weight)
 
 
 @forms
