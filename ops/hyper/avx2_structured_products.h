@@ -100,16 +100,18 @@ inline void SumPanel(const Table& table, const uint8_t* codes, int group, const 
   Cut high_cut(last + 32);
   Sums<Joined, 1> low_sums;
   Sums<Joined, 1> high_sums;
+  low_cut.Load(codes);
   for (int t = 0; t < group; t += 4 * Cut::kVectors) {
     Prefetch<Cut::kDwords>(codes);
-    low_cut.Step(codes, [&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
+    high_cut.Load(codes + 32);
+    low_cut.ForEach([&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
       low_sums.template Add<v()>(table.Find(newest, low), x);
     });
-    codes += 32;
-    high_cut.Step(codes, [&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
+    codes = NextCodes<Cut>(codes, last);
+    low_cut.Load(codes);
+    high_cut.ForEach([&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
       high_sums.template Add<v()>(table.Find(newest, low), x);
     });
-    codes += Cut::kDwords * kLine - 32;
     x += 4 * Cut::kVectors;
   }
   totals[0] = low_sums.total(0);
@@ -127,7 +129,8 @@ inline void SumGroup(const Table& table, const uint8_t* codes, int group, const 
   Sums<Joined, M> sums;
   for (int t = 0; t < group; t += 4 * Cut::kVectors) {
     if (ahead) Prefetch<Cut::kDwords>(codes);
-    cut.Step(codes, [&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
+    cut.Load(codes);
+    cut.ForEach([&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
       sums.template Add<v()>(table.Find(newest, low), x);
     });
     codes += Cut::kDwords * kLine;
@@ -149,8 +152,8 @@ __attribute__((noinline)) void StreamPanel(const Table table, const Weight& weig
     const int64_t unit = tile.unit(g);
     const int8_t* values = x.codes + unit * format.group;
     const uint16_t* stored = weight.scale(panel, g);
-    // With fewer bits the windows and sums of both halves do not fit the registers.
-    constexpr bool kTogether = M == 1 && K == 4;
+    // With fewer bits or three tables both halves do not fit the registers.
+    constexpr bool kTogether = M == 1 && K == 4 && Table::kTables < 3;
     __m256i both[2];
     if constexpr (kTogether) SumPanel<K, Back, Joined>(table, codes, format.group, values, both);
 #pragma GCC unroll 2
