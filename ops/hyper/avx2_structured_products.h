@@ -208,14 +208,6 @@ struct Stream {
 };
 
 template <int K, int Back, Structure::Kind Kind>
-struct DecodeSmall {
-  static void Run(const Weight& weight, int64_t panel, int64_t group, uint8_t* out) {
-    const StructuredLookup<Kind, false> table(*weight.structure);
-    DecodeStructured<K, Back>(table, weight.block(panel, group), weight.format.group, out);
-  }
-};
-
-template <int K, int Back, Structure::Kind Kind>
 struct DecodeWhole {
   static void Run(const Weight& weight, int64_t panel, int64_t group, uint8_t* out) {
     const StructuredLookup<Kind, true> table(*weight.structure);
@@ -262,7 +254,7 @@ void MultiplySmall(const uint8_t* w, int group, const int8_t* x, const int32_t* 
 }
 
 // All rows over one group of up to two panels.
-inline void MultiplyGroup(const Weight& weight, const Activations& x, int64_t g, int64_t first,
+__attribute__((noinline)) void MultiplyGroup(const Weight& weight, const Activations& x, int64_t g, int64_t first,
                           int64_t rows, const uint8_t* w, const __m256 (*scales)[2], int panels,
                           float* out) {
   using Fn = void (*)(const uint8_t*, int, const int8_t*, const int32_t*, const float*,
@@ -281,25 +273,36 @@ inline void MultiplyGroup(const Weight& weight, const Activations& x, int64_t g,
   }
 }
 
+// All rows over up to two panels, group by group.
+template <int K, int Back, Structure::Kind Kind>
+struct DecodeAndMultiply {
+  static void Run(const Weight& weight, const Activations& x, int64_t panel, int panels,
+                  int64_t first, int64_t rows, float* out) {
+    const StructuredLookup<Kind, false> table(*weight.structure);
+    alignas(64) uint8_t w[2 * kMaxGroup * kLanes];
+    std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
+    for (int64_t g = 0; g < weight.format.groups; ++g) {
+      __m256 scales[2][2];
+      for (int p = 0; p < panels; ++p) {
+        DecodeStructured<K, Back>(table, weight.block(panel + p, g), weight.format.group,
+                                  w + p * kMaxGroup * kLanes);
+        const uint16_t* stored = weight.scale(panel + p, g);
+        scales[p][0] = LoadScales(stored);
+        scales[p][1] = LoadScales(stored + 8);
+      }
+      MultiplyGroup(weight, x, g, first, rows, w, scales, panels, out);
+    }
+  }
+};
+
 // Isa::product_int8 for structured tables.
 inline void ProductStructured(const Weight& weight, const Activations& x, int64_t panel, int panels,
                               int64_t first, int64_t rows, float* out) {
-  if (rows <= kStreamRows) {
-    const Tile tile = TileAt(x, first);
-    return DispatchStructured<Stream>(weight, weight, x, panel, panels, tile, out);
+  if (rows > kStreamRows) {
+    return DispatchStructured<DecodeAndMultiply>(weight, weight, x, panel, panels, first, rows, out);
   }
-  alignas(64) uint8_t w[2 * kMaxGroup * kLanes];
-  std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
-  for (int64_t g = 0; g < weight.format.groups; ++g) {
-    __m256 scales[2][2];
-    for (int p = 0; p < panels; ++p) {
-      DispatchStructured<DecodeSmall>(weight, weight, panel + p, g, w + p * kMaxGroup * kLanes);
-      const uint16_t* stored = weight.scale(panel + p, g);
-      scales[p][0] = LoadScales(stored);
-      scales[p][1] = LoadScales(stored + 8);
-    }
-    MultiplyGroup(weight, x, g, first, rows, w, scales, panels, out);
-  }
+  const Tile tile = TileAt(x, first);
+  DispatchStructured<Stream>(weight, weight, x, panel, panels, tile, out);
 }
 
 }  // namespace
