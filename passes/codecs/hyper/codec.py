@@ -68,7 +68,7 @@ class HyperParams(Params):
         group: Largest group of weights with one scale: 32, 64, 128 or 256. A smaller one is taken
             where padding would make it cheaper.
         table: Kind of table: ``winding``, or ``structured``, which CPUs without AVX-512 run two to
-            three times as fast, for 3 % more error power at 4 and 3 bits and less at 2. It comes
+            three times as fast, for 3 % more error power at 4 bits and less at 3. It comes
             with its own states; where there is none (1, 5 and 6 bits), a winding serves.
     """
 

@@ -113,7 +113,7 @@ def test_any_shape_and_any_rank_of_moments_can_be_encoded(
         Coder(6, 8, 32),
         Coder(2, 10, 32),
         Coder(2, 8, 64, kind="structured"),
-        Coder(3, 7, 32, kind="structured"),
+        Coder(3, 10, 32, kind="structured"),
         Coder(4, 8, 32, kind="structured"),
     ],
     ids=str,
