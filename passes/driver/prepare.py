@@ -29,7 +29,7 @@ Feeds = Callable[[], Sequence[Feed] | None]
 _LEAST_SIZE = 1024
 
 # Share of a size that small weights may take as they are.
-_SMALL_SHARE = 0.125
+_SMALL_SHARE = 0.25
 
 
 def with_small_weights(loaded: Loaded, settings: Settings) -> Settings:
