@@ -29,8 +29,8 @@ from judges import TRAINING_PAIRS, DecoderModel, Judge, LabelledImages, Sentence
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
-from onnxcomp.passes.codecs import moments
-from onnxcomp.passes.encoding import fitting
+from onnxcomp.passes.calibration import statistics
+from onnxcomp.passes.codecs import anchoring
 from onnxcomp.passes.encoding.look_ups import LookUps
 
 __all__ = ["STEPS"]
@@ -40,21 +40,12 @@ Patch = contextlib.AbstractContextManager[Any]
 
 def _no_drift() -> Patch:
     """Errors of earlier weights are not made up for."""
-    return mock.patch.object(moments, "_anchor_damping", lambda weight, stats: None)
+    return mock.patch.object(anchoring, "anchored", lambda weight, stats: weight)
 
 
 def _no_streams() -> Patch:
     """What a residual stream lacks is not made up for."""
-    usable = fitting.usable
-
-    def without(stats: Any, calibration: Any) -> Any:
-        found = usable(stats, calibration)
-        return type(found)(**{
-            name: None if name in ("missing", "held_missing") else getattr(found, name)
-            for name in found.__dataclass_fields__
-        })  # fmt: skip
-
-    return mock.patch.object(fitting, "usable", without)
+    return mock.patch.object(statistics, "stream_source", lambda *_: ())
 
 
 def _no_look_ups() -> Patch:

@@ -228,10 +228,9 @@ float Quantize(const float* values, int group, int8_t* codes, int32_t* total) {
     finite = _mm256_and_ps(finite, _mm256_cmp_ps(magnitude, largest, _CMP_LE_OQ));
     most = _mm256_max_ps(most, magnitude);
   }
-  alignas(32) float lanes[8];
-  _mm256_store_ps(lanes, most);
-  float amax = 0.0f;
-  for (float lane : lanes) amax = lane > amax ? lane : amax;
+  __m128 top = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+  top = _mm_max_ps(top, _mm_movehl_ps(top, top));
+  const float amax = _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
   if (_mm256_movemask_ps(finite) != 0xff || amax < 0x1p-100f) {
     return QuantizeGroup(values, group, codes, total);
   }
@@ -245,10 +244,9 @@ float Quantize(const float* values, int group, int8_t* codes, int32_t* total) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + t), _mm_packs_epi16(words, words));
     sum = _mm256_add_epi32(sum, wide);
   }
-  alignas(32) int32_t parts[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(parts), sum);
-  *total = 0;
-  for (int32_t part : parts) *total += part;
+  __m128i parts = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  parts = _mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0x4e));
+  *total = _mm_cvtsi128_si32(_mm_add_epi32(parts, _mm_shuffle_epi32(parts, 0xb1)));
   return amax / 127.0f;
 }
 
@@ -256,15 +254,14 @@ float Quantize(const float* values, int group, int8_t* codes, int32_t* total) {
 class Mover {
  public:
   explicit Mover(const Layout& layout) {
-    uint8_t here[32];
-    uint8_t there[32];
-    for (int p = 0; p < 32; ++p) {
-      const bool crosses = (layout.order[p] ^ p) >= 16;  // comes from the register's other half
-      here[p] = crosses ? 0x80 : layout.order[p] % 16;
-      there[p] = crosses ? layout.order[p] % 16 : 0x80;
-    }
-    here_ = LoadDword(here);
-    there_ = LoadDword(there);
+    const __m256i order = LoadDword(layout.order);
+    const __m256i upper = _mm256_set_m128i(_mm_set1_epi8(16), _mm_setzero_si128());
+    const __m256i half = _mm256_and_si256(order, _mm256_set1_epi8(16));
+    const __m256i stays = _mm256_cmpeq_epi8(half, upper);  // does not come from the other half
+    const __m256i byte = _mm256_and_si256(order, _mm256_set1_epi8(15));
+    const __m256i none = _mm256_set1_epi8(static_cast<char>(0x80));
+    here_ = _mm256_blendv_epi8(none, byte, stays);
+    there_ = _mm256_blendv_epi8(byte, none, stays);
   }
 
   __m256i Load(const int8_t* codes) const {

@@ -100,16 +100,18 @@ inline void SumPanel(const Table& table, const uint8_t* codes, int group, const 
   Cut high_cut(last + 32);
   Sums<Joined, 1> low_sums;
   Sums<Joined, 1> high_sums;
+  low_cut.Load(codes);
   for (int t = 0; t < group; t += 4 * Cut::kVectors) {
     Prefetch<Cut::kDwords>(codes);
-    low_cut.Step(codes, [&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
+    high_cut.Load(codes + 32);
+    low_cut.ForEach([&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
       low_sums.template Add<v()>(table.Find(newest, low), x);
     });
-    codes += 32;
-    high_cut.Step(codes, [&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
+    codes = NextCodes<Cut>(codes, last);
+    low_cut.Load(codes);
+    high_cut.ForEach([&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
       high_sums.template Add<v()>(table.Find(newest, low), x);
     });
-    codes += Cut::kDwords * kLine - 32;
     x += 4 * Cut::kVectors;
   }
   totals[0] = low_sums.total(0);
@@ -127,7 +129,8 @@ inline void SumGroup(const Table& table, const uint8_t* codes, int group, const 
   Sums<Joined, M> sums;
   for (int t = 0; t < group; t += 4 * Cut::kVectors) {
     if (ahead) Prefetch<Cut::kDwords>(codes);
-    cut.Step(codes, [&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
+    cut.Load(codes);
+    cut.ForEach([&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
       sums.template Add<v()>(table.Find(newest, low), x);
     });
     codes += Cut::kDwords * kLine;
@@ -149,8 +152,8 @@ __attribute__((noinline)) void StreamPanel(const Table table, const Weight& weig
     const int64_t unit = tile.unit(g);
     const int8_t* values = x.codes + unit * format.group;
     const uint16_t* stored = weight.scale(panel, g);
-    // With fewer bits the windows and sums of both halves do not fit the registers.
-    constexpr bool kTogether = M == 1 && K == 4;
+    // With fewer bits or three tables both halves do not fit the registers.
+    constexpr bool kTogether = M == 1 && K == 4 && Table::kTables < 3;
     __m256i both[2];
     if constexpr (kTogether) SumPanel<K, Back, Joined>(table, codes, format.group, values, both);
 #pragma GCC unroll 2
@@ -205,14 +208,6 @@ struct Stream {
 };
 
 template <int K, int Back, Structure::Kind Kind>
-struct DecodeSmall {
-  static void Run(const Weight& weight, int64_t panel, int64_t group, uint8_t* out) {
-    const StructuredLookup<Kind, false> table(*weight.structure);
-    DecodeStructured<K, Back>(table, weight.block(panel, group), weight.format.group, out);
-  }
-};
-
-template <int K, int Back, Structure::Kind Kind>
 struct DecodeWhole {
   static void Run(const Weight& weight, int64_t panel, int64_t group, uint8_t* out) {
     const StructuredLookup<Kind, true> table(*weight.structure);
@@ -259,7 +254,7 @@ void MultiplySmall(const uint8_t* w, int group, const int8_t* x, const int32_t* 
 }
 
 // All rows over one group of up to two panels.
-inline void MultiplyGroup(const Weight& weight, const Activations& x, int64_t g, int64_t first,
+__attribute__((noinline)) void MultiplyGroup(const Weight& weight, const Activations& x, int64_t g, int64_t first,
                           int64_t rows, const uint8_t* w, const __m256 (*scales)[2], int panels,
                           float* out) {
   using Fn = void (*)(const uint8_t*, int, const int8_t*, const int32_t*, const float*,
@@ -278,25 +273,36 @@ inline void MultiplyGroup(const Weight& weight, const Activations& x, int64_t g,
   }
 }
 
+// All rows over up to two panels, group by group.
+template <int K, int Back, Structure::Kind Kind>
+struct DecodeAndMultiply {
+  static void Run(const Weight& weight, const Activations& x, int64_t panel, int panels,
+                  int64_t first, int64_t rows, float* out) {
+    const StructuredLookup<Kind, false> table(*weight.structure);
+    alignas(64) uint8_t w[2 * kMaxGroup * kLanes];
+    std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
+    for (int64_t g = 0; g < weight.format.groups; ++g) {
+      __m256 scales[2][2];
+      for (int p = 0; p < panels; ++p) {
+        DecodeStructured<K, Back>(table, weight.block(panel + p, g), weight.format.group,
+                                  w + p * kMaxGroup * kLanes);
+        const uint16_t* stored = weight.scale(panel + p, g);
+        scales[p][0] = LoadScales(stored);
+        scales[p][1] = LoadScales(stored + 8);
+      }
+      MultiplyGroup(weight, x, g, first, rows, w, scales, panels, out);
+    }
+  }
+};
+
 // Isa::product_int8 for structured tables.
 inline void ProductStructured(const Weight& weight, const Activations& x, int64_t panel, int panels,
                               int64_t first, int64_t rows, float* out) {
-  if (rows <= kStreamRows) {
-    const Tile tile = TileAt(x, first);
-    return DispatchStructured<Stream>(weight, weight, x, panel, panels, tile, out);
+  if (rows > kStreamRows) {
+    return DispatchStructured<DecodeAndMultiply>(weight, weight, x, panel, panels, first, rows, out);
   }
-  alignas(64) uint8_t w[2 * kMaxGroup * kLanes];
-  std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
-  for (int64_t g = 0; g < weight.format.groups; ++g) {
-    __m256 scales[2][2];
-    for (int p = 0; p < panels; ++p) {
-      DispatchStructured<DecodeSmall>(weight, weight, panel + p, g, w + p * kMaxGroup * kLanes);
-      const uint16_t* stored = weight.scale(panel + p, g);
-      scales[p][0] = LoadScales(stored);
-      scales[p][1] = LoadScales(stored + 8);
-    }
-    MultiplyGroup(weight, x, g, first, rows, w, scales, panels, out);
-  }
+  const Tile tile = TileAt(x, first);
+  DispatchStructured<Stream>(weight, weight, x, panel, panels, tile, out);
 }
 
 }  // namespace

@@ -262,6 +262,40 @@ class LevelLookup {
   __m512i high_;
 };
 
+// Whether a weight with this format may have a structured table that is too large for registers.
+template <int K, int L>
+constexpr bool kLargeStructures = K == 3 && L == 10;
+
+// Look-up of such tables, which are falling: structure.h.
+template <int L>
+class StructuredLookup {
+ public:
+  explicit StructuredLookup(const Structure& structure, uint8_t bias)
+      : cells_(Repeated(structure.whole_cells)), steps_(Repeated(structure.whole_steps)) {
+    cells_ = _mm512_xor_si512(cells_, _mm512_set1_epi8(static_cast<char>(bias)));
+  }
+
+  template <int K, int U>
+  Unit Decode(const __m512i* lo, const __m512i* hi) const {
+    return {Find(CutWindows<K, U, 4, 0>(lo), CutWindows<K, U, 4, L - 4>(lo)),
+            Find(CutWindows<K, U, 4, 0>(hi), CutWindows<K, U, 4, L - 4>(hi))};
+  }
+
+ private:
+  // Entries repeat, so that permutations ignore what is above the four bits of a window.
+  static __m512i Repeated(const uint8_t* entries) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+  }
+
+  __m512i Find(__m512i newest, __m512i low) const {
+    const __m512i cell = _mm512_permutexvar_epi8(_mm512_add_epi8(newest, low), cells_);
+    return _mm512_add_epi8(cell, _mm512_permutexvar_epi8(low, steps_));
+  }
+
+  __m512i cells_;
+  __m512i steps_;
+};
+
 template <int L, bool Odd>
 using LookupOf = std::conditional_t<(L <= 8), Lookup<L, Odd>, LargeLookup<L, Odd>>;
 
@@ -375,6 +409,13 @@ struct DecodeBlock {
     const int64_t ahead = PairAhead(weight.format, g);
     for (int p = 0; p < panels; ++p, w += To::kPanel) {
       const uint8_t* codes = weight.block(panel + p, g);
+      if constexpr (kLargeStructures<K, L>) {
+        if (weight.structure != nullptr) {
+          const StructuredLookup<L> lookup(*weight.structure, To::kBias);
+          Panel(lookup, weight.format, codes, ahead, w);
+          continue;
+        }
+      }
       if (L > 8 && weight.levels != nullptr) {
         const LevelLookup<(L > 8 ? L : 10)> lookup(*weight.levels, To::kBias);
         Panel(lookup, weight.format, codes, ahead, w);

@@ -110,6 +110,12 @@ struct Stream {
       const Entries entries(weight, true);
       Panels(Lookup<L, false>(entries.data), weight, x, panel, panels, tile, out);
     } else {
+      if constexpr (kLargeStructures<K, L>) {
+        if (weight.structure != nullptr) {
+          const StructuredLookup<L> lookup(*weight.structure, 0x80);
+          return Panels(lookup, weight, x, panel, panels, tile, out);
+        }
+      }
       Panels(LevelLookup<L>(*weight.levels, 0x80), weight, x, panel, panels, tile, out);
     }
   }
@@ -197,7 +203,7 @@ void Tiles(const Weight& weight, const Activations& x, int64_t panel, int panels
 void ProductInt8Avx512(const Weight& weight, const Activations& x, int64_t panel, int panels,
                        int64_t first, int64_t rows, float* out) {
   const bool large = weight.format.states > 8;
-  if (rows > kStreamRows || (large && weight.levels == nullptr)) {
+  if (rows > kStreamRows || (large && weight.levels == nullptr && weight.structure == nullptr)) {
     return Tiles(weight, x, panel, panels, first, rows, out);
   }
   Dispatch<Stream>(weight.format, weight, x, panel, panels, TileAt(x, first), out);

@@ -117,8 +117,8 @@ class Windows<2, Back> {
 };
 
 // Three dwords are four units of three bytes and eight weights; see avx2_structured.h.
-template <>
-class Windows<3, 1> {
+template <int Back>
+class Windows<3, Back> {
  public:
   static constexpr int kDwords = 3;
   static constexpr int kVectors = 8;
@@ -136,22 +136,27 @@ class Windows<3, 1> {
     const uint8x16_t third = Turned<16>(loose);
     const uint8x16_t before = MovedUp<8>(loose, before_);  // the third byte of the unit before
     before_ = d2;
-    // Windows across bytes: the lower one's top bits, the upper one's low bits above them.
-    const uint8x16_t w0 = LowNibble(vsliq_n_u8(vshrq_n_u8(before, 7), first, 1));
-    visit(Vector<0>(), w0, Nibble<4>(before));
-    const uint8x16_t w1 = Nibble<2>(first);
-    visit(Vector<1>(), w1, w0);
-    const uint8x16_t w2 = LowNibble(vsliq_n_u8(vshrq_n_u8(first, 5), second, 3));
-    visit(Vector<2>(), w2, w1);
-    const uint8x16_t w3 = LowNibble(second);
-    visit(Vector<3>(), w3, w2);
-    const uint8x16_t w4 = Nibble<3>(second);
-    visit(Vector<4>(), w4, w3);
-    const uint8x16_t w5 = LowNibble(vsliq_n_u8(vshrq_n_u8(second, 6), third, 2));
-    visit(Vector<5>(), w5, w4);
-    const uint8x16_t w6 = Nibble<1>(third);
-    visit(Vector<6>(), w6, w5);
-    visit(Vector<7>(), Nibble<4>(third), w6);
+    // Windows w of the unit, from two of the unit before on. Across bytes they are the lower one's top
+    // bits and the upper one's low bits above them.
+    uint8x16_t w[10];
+    w[0] = Nibble<1>(before);
+    w[1] = Nibble<4>(before);
+    w[2] = LowNibble(vsliq_n_u8(vshrq_n_u8(before, 7), first, 1));
+    visit(Vector<0>(), w[2], w[2 - Back]);
+    w[3] = Nibble<2>(first);
+    visit(Vector<1>(), w[3], w[3 - Back]);
+    w[4] = LowNibble(vsliq_n_u8(vshrq_n_u8(first, 5), second, 3));
+    visit(Vector<2>(), w[4], w[4 - Back]);
+    w[5] = LowNibble(second);
+    visit(Vector<3>(), w[5], w[5 - Back]);
+    w[6] = Nibble<3>(second);
+    visit(Vector<4>(), w[6], w[6 - Back]);
+    w[7] = LowNibble(vsliq_n_u8(vshrq_n_u8(second, 6), third, 2));
+    visit(Vector<5>(), w[7], w[7 - Back]);
+    w[8] = Nibble<1>(third);
+    visit(Vector<6>(), w[8], w[8 - Back]);
+    w[9] = Nibble<4>(third);
+    visit(Vector<7>(), w[9], w[9 - Back]);
   }
 
  private:
@@ -206,16 +211,17 @@ inline void DecodeStructuredBytes(const Weight& weight, int64_t panel, int64_t g
                                   uint8_t* out) {
   using Fn = void (*)(const Weight&, const uint8_t*, uint8_t*);
   // By sizes and whether P[c] = c; G is looked up in any case.
-  static constexpr Fn kBySizes[4][2] = {
-      {DecodeStructured<2, 1, true>, DecodeStructured<2, 1, false>},
-      {DecodeStructured<2, 2, true>, DecodeStructured<2, 2, false>},
-      {DecodeStructured<3, 1, true>, DecodeStructured<3, 1, false>},
-      {DecodeStructured<4, 1, true>, DecodeStructured<4, 1, false>}};
+  static constexpr Fn kBySizes[3][2][2] = {
+      {{DecodeStructured<2, 1, true>, DecodeStructured<2, 1, false>},
+       {DecodeStructured<2, 2, true>, DecodeStructured<2, 2, false>}},
+      {{DecodeStructured<3, 1, true>, DecodeStructured<3, 1, false>},
+       {DecodeStructured<3, 2, true>}},
+      {{DecodeStructured<4, 1, true>, DecodeStructured<4, 1, false>}, {}}};
   const Format& format = weight.format;
-  const int sizes = format.bits == 2 ? (format.states == 8 ? 1 : 0) : format.bits - 1;
+  const int back = (format.states - 4) / format.bits;
   const Structure::Kind kind = weight.structure->kind;
   const bool level = kind == Structure::kFalling || kind == Structure::kSloped;
-  kBySizes[sizes][level ? 0 : 1](weight, weight.block(panel, group), out);
+  kBySizes[format.bits - 2][back - 1][level ? 0 : 1](weight, weight.block(panel, group), out);
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ class Solver {
 
   // The first kind that fits. (Six state bits leave so much freedom that twists are hard to find.)
   bool Solve() {
+    if (!SkipsBetween()) return false;
     if (PlaceLevel()) return true;
     twisted_ = true;
     if (states_ > 6 && Place(0, 0u)) return true;
@@ -35,6 +36,15 @@ class Solver {
   uint8_t steps[kCells] = {};
 
  private:
+  // Whether bits between N and c do not count.
+  bool SkipsBetween() const {
+    const int between = states_ > 8 ? ((1 << (states_ - 4)) - 1) & ~15 : 0;
+    for (int s = 0; s < 1 << states_; ++s) {
+      if (table_[s] != table_[s & ~between]) return false;
+    }
+    return true;
+  }
+
   // With P[c] = c.
   bool PlaceLevel() {
     uint32_t known = 0;
@@ -62,7 +72,7 @@ class Solver {
 
   // Values of N that meet this c begin here and are Apart() apart: all their cells are known or none.
   int First(int c) const { return (c >> (states_ - 4)) & (Apart() - 1); }
-  int Apart() const { return 1 << (8 - states_); }
+  int Apart() const { return states_ < 8 ? 1 << (8 - states_) : 1; }
 
   // Takes over the cells that `c` alone knows; false when one that is known contradicts it.
   bool Fill(int c, int turn, uint32_t* known) {
@@ -121,13 +131,14 @@ bool Structure::Find(const int8_t* table, int states, int bits) {
   bool falling = true;
   for (int c = 0; c < kCells; ++c) {
     level = level && turns[c] == c;
-    falling = falling && states == 8 && steps[c] == static_cast<uint8_t>(steps[0] - c);
+    falling = falling && states >= 8 && steps[c] == static_cast<uint8_t>(steps[0] - c);
   }
   if (level) {
     kind = falling ? kFalling : kSloped;
   } else {
     kind = solver.twisted() ? kTwisted : kTurned;
   }
+  if (states > 8 && kind != kFalling) return false;
   for (int i = 0; i < kCells; ++i) {
     if (kind == kFalling) {
       cells[i] = static_cast<uint8_t>(cells[i] + solver.steps[0]);

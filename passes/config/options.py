@@ -233,8 +233,9 @@ class ByteOptions(Options):
         "any", Choice(Target), "method",
         "Class of machines that the output is to be fast on; it runs on all of them.",
         "`avx2` and `neon` choose tables that processors without AVX-512 run two to three times as "
-        "fast, for 3 % more error power at 4 and 3 bits (hyper: `table=structured`). `any` chooses "
-        "what `avx512` and `cuda` do. `onnxcomp doctor MODEL` says what would suit a machine.",
+        "fast, for 3 % more error power at 4 bits and less at 3 (hyper: `table=structured`). `any` "
+        "chooses what `avx512` and `cuda` do. `onnxcomp doctor MODEL` says what would suit a "
+        "machine.",
         key="machines", example="avx2",
     )  # fmt: skip
     logits_to_keep: int | None = option(

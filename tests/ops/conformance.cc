@@ -83,7 +83,8 @@ struct Payload {
                     leveled ? &levels : nullptr,
                     structured ? &structure : nullptr};
     if (leveled != (c.kind == kLeveled)) Differs(PlainIsa(), c, "Levels::Find", 0);
-    if (structured != (c.kind >= kFalling)) Differs(PlainIsa(), c, "Structure::Find", 0);
+    const bool found = c.kind == kFalling || (c.kind > kFalling && c.states <= 8);
+    if (structured != found) Differs(PlainIsa(), c, "Structure::Find", 0);
     if (structured && structure.kind != KindOf(c)) Differs(PlainIsa(), c, "Structure::kind", 0);
   }
 
@@ -91,7 +92,7 @@ struct Payload {
   // twists are not looked for with six.
   static Structure::Kind KindOf(const Case& c) {
     switch (c.kind) {
-      case kFalling: return c.states == 8 ? Structure::kFalling : Structure::kSloped;
+      case kFalling: return c.states >= 8 ? Structure::kFalling : Structure::kSloped;
       case kSloped: return Structure::kSloped;
       case kTwisted: return c.states > 6 ? Structure::kTwisted : Structure::kTurned;
       default: return Structure::kTurned;

@@ -84,7 +84,7 @@ def test_int8_product_equals_its_formula_bit_by_bit(
 
 
 @pytest.mark.parametrize("kind", ["falling", "sloped", "twisted", "turned"])
-@pytest.mark.parametrize(("bits", "states"), [(2, 6), (2, 8), (3, 7), (4, 8), (4, 7)])
+@pytest.mark.parametrize(("bits", "states"), [(2, 6), (2, 8), (3, 7), (3, 10), (4, 8), (4, 7)])
 def test_products_of_structured_tables_are_those_of_any_table(
     hyper: Any, run_on_all: RunOnAll, bits: int, states: int, kind: str
 ) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxcomp.passes.codecs.hyper.structured import code, kind_of
+from onnxcomp.passes.codecs.hyper.structured import STRUCTURES, code, kind_of
 from onnxcomp.passes.weight import Array
 
 __all__ = [
@@ -305,7 +305,10 @@ def shared_keys(
     Equal keys mean equal content, in any model.
     """
     geometry = GroupLayout(bits, state_bits, group, rows, length)
-    suffix = "" if kind_of(bits, kind) == "winding" else f".{kind}"
+    suffix = ""
+    if kind_of(bits, kind) == "structured":
+        edition = STRUCTURES[bits].edition
+        suffix = f".{kind}{edition}" if edition > 1 else f".{kind}"
     return {
         "table": f"hyper.table.k{bits}.L{state_bits}{suffix}",
         "extent": shared_extent(geometry)[0],

@@ -33,9 +33,9 @@ KINDS = ("winding", "structured")
 
 # The kind of table that runs best on a class of machines. `any` keeps what is measured elsewhere:
 # with AVX-512, structured tables are up to 18 % slower at 4 bits (768 x 3072, 4 rows) and 20 % at 2
-# bits (4096 x 4096, 1 row), GPUs have no tables of pairs for them at 4 bits
-# (ops/hyper/few_rows.cu), and calibrated at 3 bits they lose 1.10 times the divergence. With AVX2,
-# windings take 1.7 to 2.5 times as long: `doctor` says so there.
+# bits (4096 x 4096, 1 row), and GPUs have no tables of pairs for them at 4 bits
+# (ops/hyper/few_rows.cu). With AVX2, windings take 2.1 to 2.9 times as long: `doctor` says so
+# there.
 TARGETS: Mapping[str, str] = {
     "any": "winding",
     "avx2": "structured",
@@ -57,6 +57,7 @@ class Structure(NamedTuple):
         spread: Root mean square of the encoder's targets in table units.
         passes: Searches of the encoder; a third one gains 0.02 dB.
         sqnr: Signal to quantisation noise on normal data, dB, group 128.
+        edition: Counts the tables of these bits and states; files name theirs by it.
     """
 
     state_bits: int
@@ -67,33 +68,38 @@ class Structure(NamedTuple):
     spread: float
     passes: int
     sqnr: float
+    edition: int = 1
 
 
 _LEVEL = tuple(range(16))
 _FALLING = tuple(range(15, -1, -1))
 
-# By bits; found by benchmarks/search_structured_tables.py. In 1, 5 and 6 bits no table is stored:
-# windows of four bits hold too little of a symbol, or too many of them.
+# By bits; found by benchmarks/search_structured_tables.py. All are falling, which kernels decode
+# fastest. With 2^10 states at 3 bits c is the window of two weights before and shares no bit with
+# N: 0.27 dB better than any table of 2^7 states, for an encoder that takes three times as long. In
+# 1, 5 and 6 bits no table is stored: windows of four bits hold too little of a symbol, or too many
+# of them.
 STRUCTURES: Mapping[int, Structure] = {
     2: Structure(
         8,
-        31,
-        (11, 21, 13, 2, 15, 7, 17, 10, 20, 12, 25, 14, 6, 16, 9, 18),
+        63,
+        (32, 2, 19, 30, 47, 17, 26, 39, 13, 25, 36, 13, 23, 33, 9, 22),
         _LEVEL,
-        (0, -1, 3, 1, 1, 0, 3, 2, 2, 0, 4, 2, 3, 2, 6, 4),
-        11.39,
+        _FALLING,
+        23.33,
         2,
-        11.28,
+        11.21,
+        edition=2,
     ),
     3: Structure(
-        7,
+        10,
         63,
-        (27, 18, 31, 23, 36, 27, 42, 32, 2, 36, 13, 42, 18, 52, 23, 12),
-        (0, 1, 13, 7, 12, 6, 2, 3, 13, 7, 12, 1, 2, 11, 8, 6),
-        (-1, -1, 4, 4, 4, 4, 9, 10, 7, 7, 1, 6, 2, 3, 6, 1),
-        22.13,
-        3,
-        16.88,
+        (2, 19, 29, 46, 17, 26, 39, 15, 25, 35, 13, 23, 33, 9, 21, 30),
+        _LEVEL,
+        _FALLING,
+        20.65,
+        2,
+        17.15,
     ),
     4: Structure(
         8,

@@ -22,7 +22,7 @@ from onnxcomp.passes.codecs.hyper.structured import (
 from onnxcomp.passes.codecs.hyper.tables import NORMAL_SQNR
 from onnxcomp.passes.weight import Array, Use, WeightSite
 
-DIGEST = "7cc17d4ca69f440ad6d18612fbee2b52c7bac507e0a2920f7be7c6848570400f"
+DIGEST = "f1ca5837710ab309cc6723da17cdbb5354d613d7d3d4d3257db1ad0521b9fafd"
 BITS = pytest.mark.parametrize("bits", sorted(STRUCTURES))
 CODEC = HyperCodec()
 
