@@ -24,7 +24,7 @@ from onnxcomp.passes.encoding.fitting import fitted
 from onnxcomp.passes.encoding.samples import Samples, calibration_of
 from onnxcomp.passes.gradients.output_moments import Curvature, look_up_moments
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.weight import Array, Stats, WeightSite
+from onnxcomp.passes.weight import Array, HeldMoments, Stats, WeightSite
 
 __all__ = ["LookUps"]
 
@@ -98,9 +98,9 @@ class LookUps:
         stats = Stats(
             site,
             tokens=used.vectors,
-            gram=with_weight_error(used.moments, weight),
+            gram=with_weight_error(used.moments, weight).astype(np.float32),
             mean=np.zeros(site.length),
-            held_out=with_weight_error(held.moments, weight),
+            held=HeldMoments(with_weight_error(held.moments, weight)),
         )
         found = fitted(lambda: weight, plain, stats, None, threads=threads)
         return dataclasses.replace(found, output_error=None)  # it has no products
