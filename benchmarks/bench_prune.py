@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,19 +246,27 @@ def fill(
     only: str,
     late: Callable[[], bool],
 ) -> None:
-    """Make the rows that are missing until time is up; each is the mean of all cases."""
+    """Make the rows that are missing until time is up; each is the mean of all cases.
+
+    Several cases run side by side, in processes of their own.
+    """
     for name, options in jobs:
         key = f"{cases[0].name} {name}"
         if key in rows or only not in key or late():
             continue
-        found = []
-        for case in cases:
-            with tempfile.TemporaryDirectory() as folder:
-                output = Path(folder) / "pruned.onnx"
-                done = pruned(case, options, output, case.feeds)
-                found.append(done | case.judge(output))
-        rows[key] = _together(found) if len(found) > 1 else found[0]
+        if len(cases) > 1:
+            with ProcessPoolExecutor(len(cases)) as pool:
+                rows[key] = _together(list(pool.map(row_of, cases, itertools.repeat(options))))
+        else:
+            rows[key] = row_of(cases[0], options)
         record(key, rows[key])
+
+
+def row_of(case: Any, options: PruneOptions) -> Row:
+    """What pruning does to one case."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "pruned.onnx"
+        return pruned(case, options, output, case.feeds) | case.judge(output)
 
 
 def dense(rows: dict[str, Row], cases: Sequence[Any], only: str) -> None:

@@ -1,10 +1,11 @@
 """What each step of calibration brings: loss and compile time, one step more from row to row.
 
     python benchmarks/bench_quality.py --data FOLDER [--smollm2 FOLDER] [--minilm MINILM.onnx]
-        [--models language_model] [--bits 4,3,2] [--only REGEX] [--again]
+        [--models language_model] [--bits 4,3,2] [--ratios 10] [--only REGEX] [--again]
 
-FOLDER is laid out as for the other benchmarks. Steps that the compiler always takes are left out by
-replacing what they are done with. All rows of a model and of as many bits have the same bytes.
+FOLDER is laid out as for the other benchmarks. Rows of `--ratios` have plans for a size. Steps that
+the compiler always takes are left out by replacing what they are done with. All rows of a model and
+of as many bits have the same bytes.
 Times are CPU seconds of the whole run, with all threads. Rows that the JSON has already are not
 measured again unless `--again` asks for it; it is written after every row.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import tempfile
@@ -23,12 +25,13 @@ from typing import Any
 from unittest import mock
 
 import bench_hyper_models
-from judges import DecoderModel, Judge
+from judges import TRAINING_PAIRS, DecoderModel, Judge, LabelledImages, SentenceModel
 from results import RESULTS, print_table, write_results
 
 import onnxcomp
-from onnxcomp.passes.codecs import moments
-from onnxcomp.passes.encoding import calibrated
+from onnxcomp.passes.calibration import statistics
+from onnxcomp.passes.codecs import anchoring
+from onnxcomp.passes.encoding.look_ups import LookUps
 
 __all__ = ["STEPS"]
 
@@ -37,30 +40,27 @@ Patch = contextlib.AbstractContextManager[Any]
 
 def _no_drift() -> Patch:
     """Errors of earlier weights are not made up for."""
-    return mock.patch.object(moments, "ANCHOR_DAMPINGS", ())
+    return mock.patch.object(anchoring, "anchored", lambda weight, stats: weight)
 
 
 def _no_streams() -> Patch:
     """What a residual stream lacks is not made up for."""
-    usable = calibrated._usable
+    return mock.patch.object(statistics, "stream_source", lambda *_: ())
 
-    def without(stats: Any, calibration: Any) -> Any:
-        found = usable(stats, calibration)
-        return type(found)(**{
-            name: None if name in ("missing", "held_missing") else getattr(found, name)
-            for name in found.__dataclass_fields__
-        })  # fmt: skip
 
-    return mock.patch.object(calibrated, "_usable", without)
+def _no_look_ups() -> Patch:
+    """Tables that are only looked up are encoded by their values."""
+    return mock.patch.object(LookUps, "_fitted", lambda self, read, plain, threads: None)
 
 
 # By name: options of the run, and what is left out of it. Each row has one step more.
 STEPS: Mapping[str, tuple[Mapping[str, Any], tuple[Callable[[], Patch], ...]]] = {
     "by values": ({"calibration": "off"}, ()),
-    "inputs of the dense model": ({"calibration": "parallel", "tune": 0}, ()),
-    "inputs behind compressed weights": ({"tune": 0}, (_no_drift,)),
-    "drift made up for": ({"tune": 0}, (_no_streams,)),
-    "streams made up for": ({"tune": 0}, ()),
+    "inputs of the dense model": ({"calibration": "parallel", "tune": 0}, (_no_look_ups,)),
+    "inputs behind compressed weights": ({"tune": 0}, (_no_drift, _no_look_ups)),
+    "drift made up for": ({"tune": 0}, (_no_streams, _no_look_ups)),
+    "streams made up for": ({"tune": 0}, (_no_look_ups,)),
+    "look-ups weighed": ({"tune": 0}, ()),
     "scales tuned, 1 pass": ({"tune": 1}, ()),
     "scales tuned, 2 passes": ({"tune": 2}, ()),
     "scales tuned, 4 passes": ({"tune": 4}, ()),
@@ -69,6 +69,10 @@ STEPS: Mapping[str, tuple[Mapping[str, Any], tuple[Callable[[], Patch], ...]]] =
 
 def judge_of(name: str, options: argparse.Namespace) -> Judge:
     """The judge of one model."""
+    if name == "resnet20":
+        return LabelledImages(options.data / "models" / "resnet20_cifar10.onnx", options.data)
+    if name == "minilm" and options.minilm is not None:
+        return SentenceModel(options.minilm, options.data, pairs=options.pairs)
     if name != "smollm2":
         return bench_hyper_models.judge_of(name, options)
     if options.smollm2 is None:
@@ -76,8 +80,8 @@ def judge_of(name: str, options: argparse.Namespace) -> Judge:
     return DecoderModel(options.smollm2, options.data, min(options.windows, 10))
 
 
-def measured(judge: Judge, data: Path, bits: int, step: str) -> dict[str, Any]:
-    """One row."""
+def measured(judge: Judge, data: Path, goal: Mapping[str, int], step: str) -> dict[str, Any]:
+    """One row, with as many bits for all weights or planned for a ratio."""
     options, left_out = STEPS[step]
     feeds = judge.calibration(data)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -85,38 +89,44 @@ def measured(judge: Judge, data: Path, bits: int, step: str) -> dict[str, Any]:
             stack.enter_context(patch())
         path, start = Path(folder) / "form.onnx", time.process_time()
         result = onnxcomp.optimize(
-            judge.model, path, method="hyper", bits=bits, data=feeds, verify=False, **options
+            judge.model, path, method="hyper", data=feeds, verify=False, **goal, **options
         )
         seconds = time.process_time() - start
         found = judge(path)
     size = int(result.report.output.bytes)
-    return {"bits": bits, "step": step, "bytes": size, "cpu_seconds": round(seconds, 1), **found}
+    return {**goal, "step": step, "bytes": size, "cpu_seconds": round(seconds, 1), **found}
 
 
 def rows_of(name: str, options: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[Any]:
     """All rows of a model, whenever one more has been measured."""
     judge = judge_of(name, options)
-    kept = {(row["bits"], row["step"]): row for row in known}
-    wanted = [(bits, step) for bits in map(int, options.bits.split(",")) for step in STEPS]
-    for bits, step in wanted:
-        if not re.search(options.only, step) or ((bits, step) in kept and not options.again):
+    kept = {_key(row): row for row in known}
+    goals = [{"bits": bits} for bits in map(int, filter(None, options.bits.split(",")))]
+    goals += [{"ratio": ratio} for ratio in map(int, filter(None, options.ratios.split(",")))]
+    for goal, step in itertools.product(goals, STEPS):
+        key = _key({**goal, "step": step})
+        if not re.search(options.only, step) or (key in kept and not options.again):
             continue
-        kept[bits, step] = measured(judge, options.data, bits, step)
-        print(kept[bits, step], flush=True)
-        yield judge.loss, sorted(kept.values(), key=_place)
+        kept[key] = measured(judge, options.data, goal, step)
+        print(kept[key], flush=True)
+        yield judge.loss, sorted(kept.values(), key=_key)
     if kept:
-        show(name, judge.loss, sorted(kept.values(), key=_place))
+        show(name, judge.loss, sorted(kept.values(), key=_key))
 
 
-def _place(row: Mapping[str, Any]) -> tuple[int, int]:
-    return -row["bits"], list(STEPS).index(row["step"])
+def _key(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    """A row's place in the table."""
+    return row.get("ratio", 0), -row.get("bits", 0), list(STEPS).index(row["step"])
 
 
 def show(name: str, loss: str, rows: list[dict[str, Any]]) -> None:
     """Print one table."""
     print(f"\n{name}")
     cells = [
-        [row["bits"], row["step"], row["bytes"], f"{row[loss]:.5f}", row["cpu_seconds"]]
+        [
+            row["bits"] if "bits" in row else f"{row['ratio']}x",
+            *(row["step"], row["bytes"], f"{row[loss]:.5f}", row["cpu_seconds"]),
+        ]
         for row in rows
     ]
     print_table(("bits", "step", "bytes", loss, "CPU seconds"), cells)
@@ -130,6 +140,10 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--models", default="language_model")
     parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--ratios", default="", help="sizes to plan for, relative to the model")
+    parser.add_argument(
+        "--pairs", type=int, default=TRAINING_PAIRS, help="that MiniLM is fitted to"
+    )
     parser.add_argument("--windows", type=int, default=30, help="of each set of language models")
     parser.add_argument("--images", type=int, default=175, help="that classifiers are judged by")
     parser.add_argument("--only", default="", help="steps whose names match")
@@ -143,6 +157,8 @@ def main() -> None:
         for loss, rows in rows_of(name, options, found["rows"]):
             image = name in bench_hyper_models.IMAGE_MODELS
             judged = {"images": options.images} if image else {"windows": options.windows}
+            judged = {"pairs": options.pairs} if name == "minilm" else judged
+            judged = {} if name == "resnet20" else judged
             found |= {**judged, "loss": loss, "rows": rows}
             write_results("quality", results)
 

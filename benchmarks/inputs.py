@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["CLASSIFIERS", "REAL", "Batches", "Feed", "speech_frames"]
+__all__ = ["CLASSIFIERS", "REAL", "Batches", "Feed", "cifar_feeds", "speech_frames"]
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
@@ -49,11 +49,11 @@ def squeezenet(data: Path) -> Batches:
         yield {"data_0": pixels[None].astype(np.float16)}, np.array([label])
 
 
-def cifar(data: Path, count: int = 2000) -> Iterator[tuple[Array, Array]]:
-    """Batches of 100 images ``(n, 32, 32, 3)`` uint8 and their labels."""
-    with np.load(data / "eval" / "cifar10" / "cifar10_test_jpegbytes.npz") as file:
+def cifar(data: Path, count: int = 2000, part: str = "test") -> Iterator[tuple[Array, Array]]:
+    """Batches of 100 images ``(n, 32, 32, 3)`` uint8 of the test or training set, with labels."""
+    with np.load(data / "eval" / "cifar10" / f"cifar10_{part}_jpegbytes.npz") as file:
         blob, offsets, labels = file["blob"].tobytes(), file["offsets"], file["labels"]
-    # The file is sorted by class: take images from all of it.
+    # The test file is sorted by class: take images from all of it.
     chosen = range(0, len(labels), len(labels) // count)
     for start in range(0, count, 100):
         images = [
@@ -63,11 +63,16 @@ def cifar(data: Path, count: int = 2000) -> Iterator[tuple[Array, Array]]:
         yield np.stack(images), labels[list(chosen[start : start + 100])]
 
 
-def resnet20(data: Path) -> Batches:
-    """Mean and deviation of the training recipe."""
-    for images, labels in cifar(data):
+def cifar_feeds(data: Path, part: str, count: int = 10_000) -> Batches:
+    """Images with the mean and deviation of the training recipe."""
+    for images, labels in cifar(data, count, part):
         pixels = (images.astype(np.float32) / 255 - CIFAR_MEAN) / CIFAR_STD
         yield {"input": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))}, labels
+
+
+def resnet20(data: Path) -> Batches:
+    """Test images of all classes."""
+    yield from cifar_feeds(data, "test", 2000)
 
 
 def winml(data: Path) -> Batches:

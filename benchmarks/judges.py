@@ -12,14 +12,22 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from bench_minilm import embed, make_batches, quality, read_pairs
-from inputs import CLASSIFIERS
+from inputs import CLASSIFIERS, cifar_feeds
 from llm_texts import calibration_feeds, unspaced
 from tokenizers import Tokenizer
 
 import onnxcomp
 from onnxcomp.passes.calibration.statistics import split_batches
 
-__all__ = ["DecoderModel", "ImageModel", "Judge", "LanguageModel", "SentenceModel"]
+__all__ = [
+    "TRAINING_PAIRS",
+    "DecoderModel",
+    "ImageModel",
+    "Judge",
+    "LabelledImages",
+    "LanguageModel",
+    "SentenceModel",
+]
 
 Feeds = Sequence[dict[str, npt.NDArray[Any]]]
 
@@ -170,12 +178,15 @@ class SentenceModel:
         model: The dense model.
         data: Folder of the data.
         every: Take one pair in so many.
+        pairs: Training pairs to calibrate with, about.
     """
 
     loss = "one_minus_cosine"
 
-    def __init__(self, model: Path, data: Path, every: int = 1) -> None:
-        self.model = model
+    def __init__(
+        self, model: Path, data: Path, every: int = 1, pairs: int = TRAINING_PAIRS
+    ) -> None:
+        self.model, self._pairs = model, pairs
         self.tokenizer = Tokenizer.from_file(str(data / "models" / "minilm_tokenizer.json"))
         sentences, scores = read_pairs(data)
         self.scores = scores[::every]
@@ -194,7 +205,7 @@ class SentenceModel:
         file = data / "eval" / "stsb" / "stsb-en-train.csv"
         with file.open(newline="", encoding="utf-8") as lines:
             rows = list(csv.reader(lines))
-        step = max(1, len(rows) // TRAINING_PAIRS)
+        step = max(1, len(rows) // self._pairs)
         sentences = [text for row in rows[::step] for text in row[:2]]
         unseen = list(dict.fromkeys(text for text in sentences if text not in evaluated))
         return [feed for _, feed in make_batches(self.tokenizer, unseen)]
@@ -226,3 +237,36 @@ class ImageModel:
     def calibration(self, data: Path) -> Feeds:
         """The images kept."""
         return self._kept
+
+
+class LabelledImages:
+    """Judges forms of ResNet20 by the labels of the test images; training images calibrate.
+
+    Args:
+        model: The dense model.
+        data: Folder of the data.
+        images: Training images to calibrate with.
+    """
+
+    loss = "accuracy_drop"
+
+    def __init__(self, model: Path, data: Path, images: int = 500) -> None:
+        self.model, self._images = model, images
+        found = list(cifar_feeds(data, "test"))
+        self._feeds = [feed for feed, _ in found]
+        self._labels = np.concatenate([labels for _, labels in found])
+        self._dense = self._classes(onnxruntime.InferenceSession(model))
+
+    def _classes(self, session: Any) -> Array:
+        return np.concatenate([session.run(None, feed)[0].argmax(1) for feed in self._feeds])
+
+    def __call__(self, path: Path) -> dict[str, float]:
+        """Points of accuracy that are lost, and share of images with the dense model's class."""
+        found = self._classes(onnxcomp.InferenceSession(path))
+        dense, own = (100 * float((c == self._labels).mean()) for c in (self._dense, found))
+        agreement = float((found == self._dense).mean())
+        return {"accuracy": own, "accuracy_drop": dense - own, "agreement": agreement}
+
+    def calibration(self, data: Path) -> Feeds:
+        """Training images, which are stored in a random order."""
+        return [feed for feed, _ in cifar_feeds(data, "train", self._images)]

@@ -25,6 +25,9 @@ __all__ = [
     "ConstantForm",
     "Family",
     "Feed",
+    "Held",
+    "HeldMoments",
+    "HeldVectors",
     "Kind",
     "Means",
     "Missing",
@@ -252,6 +255,11 @@ class Missing:
     power: float
     mean: Array
 
+    def of_rows(self, rows: slice) -> Missing:
+        """The same for some rows of the weight; the power stays that of all of them."""
+        exact = None if self.reference is None else self.reference[rows]
+        return dataclasses.replace(self, cross=self.cross[rows], reference=exact)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Means:
@@ -264,6 +272,63 @@ class Means:
 
     inputs: Array
     reference: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeldVectors:
+    """Inputs that were set aside, to judge by, as they are: where they are few.
+
+    Attributes:
+        inputs: float32 ``(n, length)``.
+        reference: The same of a reference model; None without one.
+        missing: What the stream behind the product lacks beside each, float32 ``(n, rows)``; None
+            without one.
+    """
+
+    inputs: Array
+    reference: Array | None = None
+    missing: Array | None = None
+
+    def without_reference(self) -> HeldVectors:
+        """What is known without the reference model."""
+        return dataclasses.replace(self, reference=None)
+
+    def of_rows(self, rows: slice) -> HeldVectors:
+        """The same for some rows of the weight."""
+        missing = None if self.missing is None else self.missing[:, rows]
+        return dataclasses.replace(self, missing=missing)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeldMoments:
+    """Inputs that were set aside, to judge by, summed up: where they are many.
+
+    Attributes:
+        inputs: ``E[x x^T]``, float64 ``(length, length)``; of a convolution in groups with one more
+            axis in front, and so are the others.
+        cross: ``E[x_ref x^T]`` with the inputs of a reference model; None without one.
+        reference: ``E[x_ref x_ref^T]``.
+        missing: What the stream behind the product lacks; None without one.
+        means: Means of the same vectors, where the products are of one convolution; else None.
+    """
+
+    inputs: Array
+    cross: Array | None = None
+    reference: Array | None = None
+    missing: Missing | None = None
+    means: Means | None = None
+
+    def without_reference(self) -> HeldMoments:
+        """What is known without the reference model."""
+        return dataclasses.replace(self, cross=None, reference=None)
+
+    def of_rows(self, rows: slice) -> HeldMoments:
+        """The same for some rows of the weight."""
+        missing = None if self.missing is None else self.missing.of_rows(rows)
+        return dataclasses.replace(self, missing=missing)
+
+
+Held = HeldVectors | HeldMoments
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -289,19 +354,18 @@ class Stats:
     Attributes:
         site: The weight.
         tokens: Number of input vectors.
-        gram: Second moments ``E[x x^T]`` of the inputs of its products, float64
-            ``(length, length)``.
+        gram: Second moments ``E[x x^T]`` of the inputs of its products, float32
+            ``(length, length)``, from sums of float64.
         mean: ``E[x]``, float64 ``(length,)``.
-        held_out: Second moments of inputs that are in none of the others; None where there was
-            too little data to keep any back.
-        cross: ``E[x_ref x^T]`` with the inputs `x_ref` of a reference model; None without one.
-        held_cross: The same over the held-out inputs.
-        held_reference: ``E[x_ref x_ref^T]`` over the held-out inputs.
+        held: Inputs that are in none of the others; None where there was too little data to keep
+            any back.
+        drift: ``E[(x_ref - x) x^T]`` with the inputs `x_ref` of a reference model, float32
+            ``(length, length)``; None without one, and where it is in `lack`.
+        lack: What products of the weight, W, lack beside those of its drift, ``E[d x^T]``, float32
+            ``(rows, length)``: d is what the stream behind the product lacks, and where there is no
+            drift, and fewer rows than columns, ``W (x_ref - x)`` as well. None for nothing.
         frequencies: How often each row was looked up, float64 ``(rows,)``; None without look-ups.
-        missing: What the stream behind the product lacks; None without one.
-        held_missing: The same over the held-out inputs.
         means: Means of the same vectors, where the products are of one convolution; else None.
-        held_means: The same over the held-out inputs.
         outputs: How the loss of the model's outputs curves by the products, float64
             ``(rows, rows)``; None where that is not known.
     """
@@ -310,16 +374,23 @@ class Stats:
     tokens: int
     gram: Array
     mean: Array
-    held_out: Array | None = None
-    cross: Array | None = None
+    held: Held | None = None
+    drift: Array | None = None
+    lack: Array | None = None
     frequencies: Array | None = None
-    held_cross: Array | None = None
-    held_reference: Array | None = None
-    missing: Missing | None = None
-    held_missing: Missing | None = None
     means: Means | None = None
-    held_means: Means | None = None
     outputs: Array | None = None
+
+    def without_reference(self) -> Stats:
+        """What is known without the reference model."""
+        held = None if self.held is None else self.held.without_reference()
+        return dataclasses.replace(self, drift=None, lack=None, held=held)
+
+    def of_rows(self, rows: slice) -> Stats:
+        """The statistics for some rows of the weight."""
+        lack = None if self.lack is None else self.lack[rows]
+        held = None if self.held is None else self.held.of_rows(rows)
+        return dataclasses.replace(self, lack=lack, held=held)
 
 
 def release_pages(array: Array) -> None:

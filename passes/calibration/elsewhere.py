@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from onnxcomp.passes.calibration.sums import Group, Sums
+from onnxcomp.passes.calibration.groups import Group
+from onnxcomp.passes.calibration.sums import Sums
 from onnxcomp.passes.weight import Array
 
 __all__ = ["Elsewhere", "Runs"]

@@ -17,7 +17,7 @@ from onnxcomp.passes.calibration.second_moments import add_products
 from onnxcomp.passes.ir.traversal import is_default_domain
 from onnxcomp.passes.weight import Array, Missing, WeightSite
 
-__all__ = ["MissingSums", "Stream", "missing_vectors", "stream_of", "token_scales"]
+__all__ = ["MissingSums", "Stream", "missing_vectors", "products", "stream_of", "token_scales"]
 
 # Input vectors multiplied at a time.
 _CHUNK = 4096
@@ -97,6 +97,27 @@ def missing_vectors(exact: Array, found: Array, cut: Patches | None, rows: int) 
     return lost.reshape(-1, rows) if lost.shape[-1] == rows else None
 
 
+def products(columns: Array, x: Array, *, rows: slice | None = None, threads: int = 1) -> Array:
+    """``x W^T``, where rows of the weight do not depend on which others are wanted.
+
+    Args:
+        columns: W^T, float32 ``(length, rows)``.
+        x: float32 ``(n, length)``.
+        rows: Rows of the weight that are wanted; None for all. The others come out as zeros.
+        threads: Threads of the native code, where that is there.
+
+    Returns:
+        float32 ``(n, rows)``.
+    """
+    found = np.empty((len(x), columns.shape[1]), np.float32)
+    for start in range(0, len(x), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        total = np.zeros((columns.shape[1], len(x[part])))
+        add_products(total, columns, np.ascontiguousarray(x[part].T), rows=rows, threads=threads)
+        found[part] = total.T
+    return found
+
+
 def token_scales(stream: Array, x: Array, weight: Array) -> Array:
     """What vectors of each place are multiplied by, so that errors count relative to the sum.
 
@@ -118,7 +139,7 @@ def token_scales(stream: Array, x: Array, weight: Array) -> Array:
 
 
 class MissingSums:
-    """Sums over vectors that a stream lacks, and inputs of the product that is added to it.
+    """Sums over vectors that a product or a stream lacks, and inputs of the product.
 
     Args:
         rows: Rows of the weight.
@@ -173,9 +194,17 @@ class MissingSums:
             if self._exact is not None and other._exact is not None:
                 self._exact[other._some] = other._exact
 
+    @property
+    def _known(self) -> bool:
+        return self._valid and self._count > 0 and bool(np.isfinite(self._power))
+
+    def mean(self) -> Array | None:
+        """``E[d x^T]`` in float32 ``(rows, length)``; None as `means` says."""
+        return (self._cross / self._count).astype(np.float32) if self._known else None
+
     def means(self) -> Missing | None:
         """Means; None where vectors were missing or not finite."""
-        if not self._valid or not self._count or not np.isfinite(self._power):
+        if not self._known:
             return None
         count = self._count
         exact = None if self._exact is None else self._exact / count

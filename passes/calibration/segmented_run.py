@@ -225,6 +225,7 @@ def segment_runner(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not folded:
         options.add_session_config_entry(_LEFT_OUT, "ConstantFolding")
+        options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     session = open_session(path, library=library, session_options=options, threads=threads)
     names = [value.name for value in session.get_inputs()]

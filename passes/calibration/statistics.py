@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.offsets import shifted
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.elsewhere import Elsewhere
+from onnxcomp.passes.calibration.groups import HELD_OUT, Group
 from onnxcomp.passes.calibration.segmented_run import Chain
 from onnxcomp.passes.calibration.sources import Source, sources_of, stream_source, value_names
-from onnxcomp.passes.calibration.sums import HELD_OUT, Group, Sums, scales_of
+from onnxcomp.passes.calibration.sums import Sums, scales_of
 from onnxcomp.passes.weight import Array, Feed, Shift, Stats, WeightSite
 
 __all__ = [
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 # Samples of one input that run at a time where the batch axis can be cut.
 _BATCH = 8
 
+# Columns from which on a matrix of ``length^2`` is among the largest things in memory. ONNX Runtime
+# has the weights of two models beside it then: it makes no copies of them, for a tenth of its time.
+_WIDE = 8192
+
 
 class Calibration:
     """Statistics of weights, in the order in which the model uses them.
@@ -48,8 +53,9 @@ class Calibration:
         model: The canonical model; only read.
         feeds: Inputs by name.
         sites: Weights to observe.
-        reference: A model of the same structure to take `Stats.cross` from.
-        streams: Whether to take `Stats.missing`, too, where there is a reference.
+        reference: A model of the same structure to see what inputs and products lack.
+        streams: Names of weights whose products are to make up for what is missing in the stream
+            that they are added to, too, where there is a reference.
         convolutions: Whether convolutions are observed.
         grouped: Whether those in groups are, too, with moments within groups.
         means: Whether means are all that is wanted: second moments are empty, nothing is held back.
@@ -65,7 +71,7 @@ class Calibration:
         sites: Sequence[WeightSite],
         *,
         reference: ir.Model | None = None,
-        streams: bool = False,
+        streams: Collection[str] = (),
         convolutions: bool = True,
         grouped: bool = False,
         means: bool = False,
@@ -74,8 +80,8 @@ class Calibration:
         elsewhere: Elsewhere | None = None,
     ) -> None:
         found = {site.name: sources_of(model, site, convolutions, grouped) for site in sites}
-        if streams and reference is not None:
-            for site in sites:
+        if reference is not None:
+            for site in (site for site in sites if site.name in streams):
                 sources, reason = found[site.name]
                 found[site.name] = (*sources, *stream_source(model, site, sources)), reason
         self.reasons = {name: reason for name, (_, reason) in found.items() if reason}
@@ -158,19 +164,26 @@ class Calibration:
         """
         sources, sites = self._groups[number]
         paired = self._dense is not None
-        group = Group(sites[0], sources, len(self._feeds), paired, self._means)
+        alone = len(sites) == 1
+        group = Group(sites[0], sources, len(self._feeds), paired, self._means, alone)
         return self._sums(group).stats()
 
     def _sums(self, group: Group) -> Sums:
         names = value_names(group.sources)
-        found = self._chain.advance(names)
-        dense = self._dense.advance(names) if self._dense else [{}] * len(self._feeds)
+        folded = group.site.length < _WIDE
+        found = self._chain.advance(names, folded=folded)
+        dense: Iterable[dict[str, Array]] = [{}] * len(self._feeds)
+        if self._dense is not None:
+            dense = self._dense.advance(names, folded=folded)
         if self._elsewhere is not None and group.divisible:
             return self._elsewhere.sums(group, list(found), list(dense))
-        sums = Sums(group, threads=self._threads)
-        weight = None if group.stream is None else read_weight(self._model, group.site)
+        weighed = group.by_rows or group.stream is not None
+        weight = read_weight(self._model, group.site) if weighed else None
+        sums = Sums(group, weight, threads=self._threads)
         for number, (values, exact) in enumerate(zip(found, dense, strict=True)):
-            scales = None if weight is None else scales_of(group, exact, weight)
+            scales = None
+            if weight is not None and group.stream is not None:
+                scales = scales_of(group, exact, weight)
             sums.add(number, values, exact, scales)
         return sums
 
@@ -193,7 +206,7 @@ def collect(
         model: The canonical model the sites were found in.
         feeds: Inputs by name.
         sites: Weights to observe.
-        reference: A model of the same structure to take `Stats.cross` from.
+        reference: A model of the same structure to see what inputs and products lack.
         convolutions: Whether convolutions are observed, with ``im2col`` vectors.
         folder: Where pieces of the model are written for ONNX Runtime.
 

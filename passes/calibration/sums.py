@@ -7,195 +7,26 @@ same bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.calibration.groups import Group, Rows
+from onnxcomp.passes.calibration.held_out import HeldOutSums
 from onnxcomp.passes.calibration.im2col import patches
 from onnxcomp.passes.calibration.notices import warn_of_few_vectors
 from onnxcomp.passes.calibration.residual_streams import (
     MissingSums,
     missing_vectors,
+    products,
     token_scales,
 )
-from onnxcomp.passes.calibration.second_moments import add_products, mirror, stripes
+from onnxcomp.passes.calibration.second_moments import Moments
 from onnxcomp.passes.calibration.sources import Source
-from onnxcomp.passes.codecs.hyper import native
-from onnxcomp.passes.weight import Array, Means, Stats, WeightSite
+from onnxcomp.passes.weight import Array, Means, Stats
 
-__all__ = ["HELD_OUT", "Group", "Rows", "Sums", "scales_of"]
-
-# One input in ten is held out to judge by.
-HELD_OUT = 10
-
-# Input vectors multiplied at a time, in float32; sums of these products are float64.
-_CHUNK = 4096
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Group:
-    """Weights whose products read the same values.
-
-    Attributes:
-        site: The first of them.
-        sources: Where the vectors come from.
-        inputs: Calibration inputs.
-        paired: Whether there is a reference model.
-        means: Whether means are all that is wanted.
-    """
-
-    site: WeightSite
-    sources: tuple[Source, ...]
-    inputs: int
-    paired: bool = False
-    means: bool = False
-
-    @property
-    def stream(self) -> Source | None:
-        """What the only product is added to, where that counts."""
-        return next((source for source in self.sources if source.kind == "stream"), None)
-
-    @property
-    def divisible(self) -> bool:
-        """Whether rows of its sums can be summed up apart."""
-        return native.available() and not self.means and len(self.shape) == 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one vector: ``(length,)``, or ``(groups, length)`` for moments within groups."""
-        groups = self.sources[0].groups
-        return (self.site.length,) if groups == 1 else (groups, self.site.length)
-
-    def parts(self, number: int, count: int) -> tuple[tuple[slice, bool], ...]:
-        """Which vectors of an input are held back.
-
-        All of every tenth input, or of a few inputs the last tenth of each.
-        """
-        if self.means:
-            return ((slice(None), False),)
-        if self.inputs >= HELD_OUT:
-            return ((slice(None), number % HELD_OUT == HELD_OUT - 1),)
-        cut = count - count // HELD_OUT
-        return ((slice(None, cut), False), (slice(cut, None), True))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of the sums of a group that are summed up apart.
-
-    Attributes:
-        moments: Of moments of its inputs.
-        missing: Of what a stream lacks, by its inputs.
-    """
-
-    moments: slice
-    missing: slice
-
-    @classmethod
-    def cut(cls, group: Group, count: int) -> list[Rows]:
-        """Rows of a group for so many who sum up, of about equal work."""
-        # Half of each symmetric matrix is summed up, and a tenth of the vectors is held out: of
-        # those there are two symmetric matrices of three, of the others one of two if any.
-        slope = 2.4 / 2.2 if group.paired else 1e3
-        moments = stripes(group.site.length, count, slope=slope)
-        missing = [] if group.stream is None else stripes(group.site.rows, count)
-        pairs = itertools.zip_longest(moments, missing, fillvalue=slice(0, 0))
-        return [cls(*pair) for pair in pairs]
-
-
-class _Moments:
-    """Sums over input vectors.
-
-    Args:
-        shape: Of one vector: ``(length,)``, or ``(groups, length)`` for moments within groups.
-        cross: Whether there is a reference model.
-        reference: Whether the moments of its inputs are wanted, too.
-        means: Whether means are all that is wanted; second moments are empty then.
-        rows: Rows of second moments that are wanted; None for all.
-        threads: Threads of the sums.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        *,
-        cross: bool = False,
-        reference: bool = False,
-        means: bool = False,
-        rows: slice | None = None,
-        threads: int = 1,
-    ) -> None:
-        square = (0, 0) if means else (*shape, shape[-1])
-        self.tokens = 0
-        self.sum = np.zeros(shape)
-        self.square = np.zeros(square)
-        self.other_sum = np.zeros(shape) if cross else None
-        self.cross = np.zeros(square) if cross else None
-        self.reference = np.zeros(square) if reference else None
-        self._threads, self._rows = threads, rows
-
-    def add(self, x: Array, reference: Array | None) -> None:
-        """Add vectors ``(n, *shape)``; `reference` holds the same ones of another model."""
-        for start in range(0, len(x), _CHUNK):
-            part = x[start : start + _CHUNK].astype(np.float32, copy=False)
-            with np.errstate(over="ignore", invalid="ignore"):
-                if self.square.size:
-                    self._add(self.square, part, part, lower=True)
-                self.sum += part.sum(axis=0, dtype=np.float64)
-                if self.cross is not None and self.other_sum is not None and reference is not None:
-                    other = reference[start : start + _CHUNK].astype(np.float32, copy=False)
-                    self._add(self.cross, other, part)
-                    self.other_sum += other.sum(axis=0, dtype=np.float64)
-                    if self.reference is not None:
-                        self._add(self.reference, other, other, lower=True)
-        self.tokens += len(x)
-
-    def _add(self, total: Array, a: Array, b: Array, *, lower: bool = False) -> None:
-        add_products(total, a, b, lower=lower, rows=self._rows, threads=self._threads)
-
-    def cut(self) -> None:
-        """Leave out the rows that are not wanted."""
-        if self._rows is None:
-            return
-        self.square = self.square[self._rows]
-        self.cross = None if self.cross is None else self.cross[self._rows]
-        self.reference = None if self.reference is None else self.reference[self._rows]
-
-    def join(self, others: Sequence[_Moments]) -> None:
-        """Take the rows of others that have been cut, all of the same vectors."""
-        first = others[0]
-        self.tokens, self.sum = first.tokens, first.sum.copy()
-        self.other_sum = None if first.other_sum is None else first.other_sum.copy()
-        for other in others:
-            assert other._rows is not None
-            for own, some in (
-                (self.square, other.square),
-                (self.cross, other.cross),
-                (self.reference, other.reference),
-            ):
-                if own is not None and some is not None:
-                    own[other._rows] = some
-
-    def close(self) -> None:
-        """Turn sums into means, in place, and fill what symmetry leaves to be filled."""
-        for square in (self.square, self.reference):
-            if square is not None:
-                mirror(square)
-        for total in (self.sum, self.other_sum, self.square, self.cross, self.reference):
-            if total is not None:
-                total /= max(1, self.tokens)
-
-    @property
-    def means(self) -> Means:
-        """Means, when all is summed up."""
-        return Means(self.sum, self.other_sum)
-
-    @property
-    def finite(self) -> bool:
-        """Whether no NaN and no infinity went in."""
-        return bool(np.isfinite(self.sum).all() and np.isfinite(self.square).all())
+__all__ = ["Sums", "scales_of"]
 
 
 def _vectors(array: Array, source: Source) -> Array:
@@ -228,88 +59,54 @@ def scales_of(group: Group, exact: Mapping[str, Array], weight: Array) -> Array:
     return token_scales(flat, reference, weight)
 
 
-class _Lost:
-    """What the stream behind a weight's product lacks, summed up.
-
-    Args:
-        source: The stream.
-        site: The weight.
-        rows: Rows of the sums that are wanted; None for all.
-        threads: Threads of the sums.
-    """
-
-    def __init__(self, source: Source, site: WeightSite, rows: slice | None, threads: int) -> None:
-        self._source, self._rows = source, site.rows
-        extent = (site.rows, site.length)
-        self._seen = MissingSums(*extent, held=False, some=rows, threads=threads)
-        self._kept = MissingSums(*extent, held=True, some=rows, threads=threads)
-
-    def cut(self) -> None:
-        """Leave out the rows that are not wanted."""
-        self._seen.cut()
-        self._kept.cut()
-
-    def join(self, others: Sequence[_Lost]) -> None:
-        """Take the rows of others that have been cut, all of the same vectors."""
-        self._seen.join([other._seen for other in others])
-        self._kept.join([other._kept for other in others])
-
-    def add(
-        self,
-        values: Mapping[str, Array],
-        exact: Mapping[str, Array],
-        inputs: tuple[Array, Array],
-        scales: Array,
-        parts: Sequence[tuple[slice, bool]],
-    ) -> None:
-        """Add one calibration input.
-
-        Args:
-            values: Of the compressed model, by name.
-            exact: Of the dense model.
-            inputs: Vectors that the product reads in the two models, scaled.
-            scales: What they were multiplied by.
-            parts: Which of them are held back.
-        """
-        name = self._source.value
-        lost = missing_vectors(exact[name], values[name], self._source.patches, self._rows)
-        if lost is not None and len(lost) == len(inputs[0]):
-            lost = lost * scales
-        for part, held in parts:
-            some = None if lost is None or len(lost) != len(inputs[0]) else lost[part]
-            (self._kept if held else self._seen).add(some, inputs[0][part], inputs[1][part])
-
-    def beside(self, stats: Stats) -> Stats:
-        """The statistics with what is missing, where it is known for all inputs."""
-        seen, kept = self._seen.means(), self._kept.means()
-        if seen is None or kept is None:
-            return stats
-        return dataclasses.replace(stats, missing=seen, held_missing=kept)
-
-
 class Sums:
     """What is summed up of the vectors that a group of weights reads.
 
+    Of a product with 11,008 columns a matrix of ``length^2`` takes 0.5 GB in float32. While sums
+    of float64 grow, half of one is filled for the moments, as they are symmetric, and one for the
+    drift where the group is not `Group.by_rows`. What is given in the end is float32.
+
     Args:
         group: The group.
+        weight: Its only weight ``(rows, length)``, where it is `Group.by_rows`.
         rows: Rows of the sums that are wanted; None for all.
         threads: Threads of the sums; the result does not depend on it.
     """
 
-    def __init__(self, group: Group, *, rows: Rows | None = None, threads: int = 1) -> None:
-        self._group = group
+    def __init__(
+        self,
+        group: Group,
+        weight: Array | None = None,
+        *,
+        rows: Rows | None = None,
+        threads: int = 1,
+    ) -> None:
+        self._group, self._threads = group, threads
+        self._rows = None if rows is None else rows.lack
         some = None if rows is None else rows.moments
-        paired, means = group.paired, group.means
-        self._seen = _Moments(group.shape, cross=paired, means=means, rows=some, threads=threads)
-        self._kept = _Moments(
-            group.shape, cross=paired, reference=paired, means=means, rows=some, threads=threads
+        drifts = group.paired and not group.by_rows
+        self._seen = Moments(
+            group.shape, cross=drifts, means=group.means, rows=some, threads=threads
         )
         looked_up = any(source.kind == "indices" for source in group.sources)
         self._counts = np.zeros(group.site.rows) if looked_up else None
-        self._lost: _Lost | None = None
-        if group.stream is not None:
-            missing = None if rows is None else rows.missing
-            self._lost = _Lost(group.stream, group.site, missing, threads)
+        self._lost: MissingSums | None = None
+        # Whether it was known what the stream lacks, of all inputs that were added.
+        self._known: set[bool] = set()
+        # Who joins what others have summed up has none.
+        self._columns: Array | None = None
+        if group.by_rows and weight is not None:
+            self._columns = np.ascontiguousarray(weight.T, np.float32)
+        if group.by_rows or group.stream is not None:
+            extent = (group.site.rows, group.site.length)
+            self._lost = MissingSums(*extent, held=False, some=self._rows, threads=threads)
+        self._kept = HeldOutSums(
+            group.shape,
+            None if group.stream is None else group.site.rows,
+            paired=group.paired,
+            rows=rows,
+            threads=threads,
+        )
 
     def add(
         self,
@@ -339,13 +136,15 @@ class Sums:
                 continue
             x = _vectors(values[source.value], source)
             reference = _vectors(exact[source.value], source) if exact else None
-            parts = self._group.parts(number, len(x))
-            if self._lost is not None and reference is not None and scales is not None:
+            lost = None
+            if self._group.stream is not None and reference is not None and scales is not None:
                 x, reference = x * scales, reference * scales
-                self._lost.add(values, exact, (x, reference), scales, parts)
-            for part, held in parts:
+                lost = self._missing(values, exact, scales, len(x))
+                self._known.add(lost is not None)
+            for part, held in self._group.parts(number, len(x)):
                 other = None if reference is None else reference[part]
-                (self._kept if held else self._seen).add(x[part], other)
+                lack = None if lost is None else lost[part]
+                (self._kept.add if held else self._add)(x[part], other, lack)
         if not (self._seen.finite and self._kept.finite):
             raise ModelError(
                 f"inputs of weight {site.name!r} are NaN, infinite or too large "
@@ -353,8 +152,38 @@ class Sums:
                 hint="correct the calibration data, or leave out --data",
             )
 
+    def _add(self, x: Array, reference: Array | None, lost: Array | None) -> None:
+        """Add vectors that are not held out, and what the stream lacks beside them."""
+        if reference is None:
+            self._seen.add(x, None)
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            drift = reference.astype(np.float32, copy=False) - x.astype(np.float32, copy=False)
+        self._seen.add(x, drift)
+        if self._lost is None:
+            return
+        if self._columns is not None:
+            lack = products(self._columns, drift, rows=self._rows, threads=self._threads)
+            lost = lack if lost is None else lack + lost
+        self._lost.add(lost, x, reference)
+
+    def _missing(
+        self,
+        values: Mapping[str, Array],
+        exact: Mapping[str, Array],
+        scales: Array,
+        count: int,
+    ) -> Array | None:
+        """What the stream lacks beside each of so many vectors; None where that does not fit."""
+        stream = self._group.stream
+        assert stream is not None
+        name, rows = stream.value, self._group.site.rows
+        lost = missing_vectors(exact[name], values[name], stream.patches, rows)
+        return None if lost is None or len(lost) != count else lost * scales
+
     def cut(self) -> None:
         """Leave out the rows that are not wanted, when all is summed up."""
+        self._columns = None
         for part in (self._seen, self._kept, self._lost):
             if part is not None:
                 part.cut()
@@ -363,29 +192,40 @@ class Sums:
         """Take the rows of others, which have been cut: together they have all."""
         self._seen.join([other._seen for other in others])
         self._kept.join([other._kept for other in others])
-        self._counts = others[0]._counts
+        self._counts, self._known = others[0]._counts, others[0]._known
         if self._lost is not None:
             self._lost.join([other._lost for other in others if other._lost is not None])
 
     def stats(self) -> Stats:
         """Means, when all is summed up."""
-        site, seen, kept = self._group.site, self._seen, self._kept
-        seen.close()
-        kept.close()
+        site, seen = self._group.site, self._seen
+        self._columns = None
+        seen.close(np.float32)
         if seen.square.size:
             warn_of_few_vectors(site.name, seen.tokens, site.length, "full use")
+        convolved = [s.kind for s in self._group.sources if s.kind != "stream"] == ["patches"]
+        means = None
+        if convolved:
+            other = None if seen.other_sum is None else seen.sum + seen.other_sum
+            means = Means(seen.sum, other)
         stats = Stats(
             site=site,
             tokens=seen.tokens,
             gram=seen.square,
             mean=seen.sum,
-            held_out=kept.square if kept.tokens else None,
-            cross=seen.cross,
+            held=self._kept.held(means=convolved),
+            drift=seen.cross,
             frequencies=self._counts,
-            held_cross=kept.cross if kept.tokens else None,
-            held_reference=kept.reference if kept.tokens else None,
+            means=means,
         )
-        if [s.kind for s in self._group.sources if s.kind != "stream"] == ["patches"]:
-            own = kept.means if kept.tokens else None
-            stats = dataclasses.replace(stats, means=seen.means, held_means=own)
-        return stats if self._lost is None else self._lost.beside(stats)
+        return self._with_lack(stats)
+
+    def _with_lack(self, stats: Stats) -> Stats:
+        """The statistics with what products lack, where that is known of all inputs."""
+        held = stats.held
+        if len(self._known) > 1 or (self._known == {False} and not self._group.by_rows):
+            self._lost = None
+        lack = None if self._lost is None else self._lost.mean()
+        if lack is None and held is not None:
+            held = dataclasses.replace(held, missing=None)
+        return dataclasses.replace(stats, lack=lack, held=held)

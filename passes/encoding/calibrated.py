@@ -16,10 +16,10 @@ import onnx_ir as ir
 
 from onnxcomp.passes.analysis.offsets import offset_of
 from onnxcomp.passes.analysis.weight_sites import read_weight
-from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight
 from onnxcomp.passes.encoding.fitting import fitted
 from onnxcomp.passes.encoding.journal import Journal, Walk
+from onnxcomp.passes.encoding.look_ups import LookUps
 from onnxcomp.passes.encoding.order import Order
 from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.encoding.samples import Codecs, Samples, curvature_for
@@ -82,12 +82,11 @@ def encode_calibrated(
             alone = stack.enter_context(
                 workers.encoding(model, unknown, plan, cache=cache, compare=False)
             )
+        tables = LookUps(model, order.others, plan, samples, folder)
 
         def uncalibrated(site: WeightSite) -> EncodedWeight:
-            encoded = alone(site)
-            note = order.reasons.get(site.name, "")
-            encoded = dataclasses.replace(encoded, note=f"not calibrated: {note}" if note else "")
-            return with_fallback(encoded, functools.partial(read_weight, model, site), threads=jobs)
+            read = functools.partial(read_weight, model, site)
+            return tables.encoded(read, alone(site), order.reasons.get(site.name, ""), threads=jobs)
 
         def here(sites: Sequence[WeightSite], stats: Stats) -> Generator[EncodedWeight, None, None]:
             for site in sites:

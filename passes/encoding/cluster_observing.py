@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from onnxcomp.passes.analysis.offsets import Offset
-from onnxcomp.passes.calibration.sums import Group, Rows, Sums
+from onnxcomp.passes.calibration.groups import Group, Rows
+from onnxcomp.passes.calibration.sums import Sums
 from onnxcomp.passes.encoding.cluster_calls import Calls
 from onnxcomp.passes.encoding.cluster_fitting import Fitting
 from onnxcomp.passes.encoding.cluster_tasks import SMALL, Batch
@@ -189,8 +190,9 @@ class _Observing:
         shelf = _Shelves(self._folder, "sums", self._shelves)
         scales = self._scales(group, shelf, dense)
         sides = (shelf.values(found), shelf.values(dense))
+        batch = self._weighed(group) if group.by_rows else self._frame
         tasks = [
-            Summing(self._frame, group, rows, *sides, scales, str(shelf.path()))
+            Summing(batch, group, rows, *sides, scales, str(shelf.path()))
             for rows in Rows.cut(group, self._calls.workers)
         ]
         parcels: list[Parcel] = list(self._calls.each(sum_rows, tasks, names))
@@ -207,12 +209,16 @@ class _Observing:
         """For each input what its vectors are multiplied by."""
         if group.stream is None:
             return (None,) * group.inputs
-        batch = dataclasses.replace(self._frame, items=(self._weights.item(group.site),))
+        batch = self._weighed(group)
         tasks = [
             Scaling(batch, group, shelf.values(part)) for part in _parts(dense, self._calls.workers)
         ]
         found = self._calls.each(scale_inputs, tasks, [group.site.name])
         return tuple(itertools.chain.from_iterable(found))
+
+    def _weighed(self, group: Group) -> Batch:
+        """How workers go about a group, with its weight."""
+        return dataclasses.replace(self._frame, items=(self._weights.item(group.site),))
 
 
 class _Shelves(_Shelf):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.moments import held_out_error
+from onnxcomp.passes.codecs.held_out import held_out_error
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error

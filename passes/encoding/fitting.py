@@ -9,7 +9,8 @@ from collections.abc import Callable
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.offsets import Offset
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.moments import HeldOut, mean_shift
+from onnxcomp.passes.codecs.held_out import HeldOut
+from onnxcomp.passes.codecs.moments import mean_shift
 from onnxcomp.passes.codecs.protocol import Codec
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
 from onnxcomp.passes.encoding.encoded import EncodedWeight, weight_error

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from onnxcomp.errors import CompressionError, ModelError
+from onnxcomp.passes.calibration.groups import Group, Rows
 from onnxcomp.passes.calibration.segmented_run import segment_runner
-from onnxcomp.passes.calibration.sums import Group, Rows, Sums, scales_of
+from onnxcomp.passes.calibration.sums import Sums, scales_of
 from onnxcomp.passes.encoding.cluster_tasks import Batch, begun
 from onnxcomp.passes.encoding.parcels import Parcel
 from onnxcomp.passes.weight import Array
@@ -84,7 +85,7 @@ class Summing:
     """Some rows of the sums of a group.
 
     Attributes:
-        batch: How workers go about it; no weights.
+        batch: The weight, where the group is `Group.by_rows`.
         group: The group.
         rows: The rows.
         found: Values of all inputs.
@@ -138,7 +139,8 @@ def sum_rows(task: Summing) -> Parcel | CompressionError:
     """Some rows of the sums over all inputs."""
 
     def work() -> Parcel:
-        sums = Sums(task.group, rows=task.rows)
+        weight = next((item.read() for item in task.batch.items), None)
+        sums = Sums(task.group, weight, rows=task.rows)
         pairs = zip(task.found.opened(), task.dense.opened(), task.scales, strict=True)
         for number, (values, exact, scales) in enumerate(pairs):
             sums.add(number, values, exact, scales)

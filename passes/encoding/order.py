@@ -56,7 +56,7 @@ class Order:
         able = [site for site in work if found[site.name] or offsets[site.name]]
         anchored = any(calibration.anchored for calibration in found.values() if calibration)
         reference = model if anchored and samples.sequential else None
-        streams = any(calibration.streams for calibration in found.values() if calibration)
+        streams = [name for name, own in found.items() if own is not None and own.streams]
         tables = [site for site in able if samples.sequential and _looked_up(site)]
         observe = functools.partial(
             Calibration, model, samples.feeds, folder=folder, threads=jobs, elsewhere=elsewhere

@@ -130,9 +130,7 @@ def _uses_samples(sites: Sequence[WeightSite], plan: Plan) -> bool:
 def usable(stats: Stats, calibration: CalibratedEncoding | None) -> Stats:
     """The statistics without what the encoder does not aim at."""
     if calibration is None or not calibration.anchored:
-        stats = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
-    if calibration is None or not calibration.streams:
-        stats = dataclasses.replace(stats, missing=None, held_missing=None)
+        stats = stats.without_reference()
     if calibration is None or not calibration.outputs:
         stats = dataclasses.replace(stats, outputs=None)
     return stats

@@ -1,15 +1,17 @@
-"""How much the loss of a model's outputs curves by the products of its weights.
+"""How much the loss of a model's outputs curves by the products of its weights, and by look-ups.
 
 For a weight ``W (rows, length)`` with products ``y = W x`` an error ``E`` of the weight costs
 ``tr(H E G E^T) / 2``, with the second moments ``G = E[x x^T]`` of the inputs and the curvature
 ``H = E[g g^T]`` by the products: one factor for each side (Martens and Grosse, arXiv 1503.05671).
+Of a table whose rows are looked up, ``H`` is that by the rows, and an error costs ``tr(E H E^T)``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 from onnxcomp.runtime.activity import activity
 
-__all__ = ["output_moments"]
+__all__ = ["Curvature", "look_up_moments", "output_moments"]
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,19 @@ _WIDEST = 4096
 
 # Bytes of initializers above which a model is not looked at: its activations stay for the way back.
 _LARGEST = 1 << 30
+
+
+@dataclasses.dataclass(slots=True)
+class Curvature:
+    """The curvature of the loss by vectors of one kind.
+
+    Attributes:
+        moments: Mean over inputs of the sums of ``g g^T``, float64 ``(width, width)``.
+        vectors: How many vectors were looked at.
+    """
+
+    moments: Array
+    vectors: int
 
 
 def output_moments(
@@ -55,61 +70,113 @@ def output_moments(
         By name float64 ``(rows, rows)``; without weights whose products have no gradient, and
         without all those of a model that cannot be differentiated.
     """
+    widths = {site: site.rows for site in sites}
+    (found,) = _moments(model, widths, "matmul", [feeds], folder)
+    return {name: curvature.moments for name, curvature in found.items()}
+
+
+def look_up_moments(
+    model: ir.Model,
+    sites: Sequence[WeightSite],
+    parts: Sequence[Sequence[Feed]],
+    *,
+    folder: Path | None = None,
+) -> list[dict[str, Curvature]]:
+    """The curvature by the rows that are looked up in tables.
+
+    Args:
+        model: The canonical dense model; only read.
+        sites: Tables to look at.
+        parts: Inputs by name, in parts that are looked at apart.
+        folder: Where a temporary file lies.
+
+    Returns:
+        For each part by name the curvature, ``(length, length)``; without tables that have none,
+        and without all those of a model that cannot be differentiated.
+    """
+    return _moments(model, {site: site.length for site in sites}, "gather", parts, folder)
+
+
+def _moments(
+    model: ir.Model,
+    widths: Mapping[WeightSite, int],
+    need: str,
+    parts: Sequence[Sequence[Feed]],
+    folder: Path | None,
+) -> list[dict[str, Curvature]]:
+    """For each part of the inputs the curvature by vectors of some widths."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    able = [site for site in sites if site.rows <= _WIDEST and not site.scope]
-    if size > _LARGEST or not able or not feeds:
-        return {}
+    able = {s: width for s, width in widths.items() if width <= _WIDEST and not s.scope}
+    if size > _LARGEST or not able or not any(parts):
+        return [{} for _ in parts]
     with tempfile.TemporaryDirectory(dir=folder) as place:
         try:
-            return _measured(model, able, feeds, Path(place))
+            return _measured(model, able, need, parts, Path(place))
         except ModelError as error:
             log.info("the curvature of the loss is not known: %s", error.message)
-            return {}
+            return [{} for _ in parts]
 
 
 def _measured(
-    model: ir.Model, sites: Sequence[WeightSite], feeds: Sequence[Feed], folder: Path
-) -> dict[str, Array]:
+    model: ir.Model,
+    widths: Mapping[WeightSite, int],
+    need: str,
+    parts: Sequence[Sequence[Feed]],
+    folder: Path,
+) -> list[dict[str, Curvature]]:
     from onnxcomp.runtime.evaluate import run_session
 
     differentiated = without_caches(copy_model(model))
-    names = _differentiate(differentiated, sites)
+    names = _differentiate(differentiated, widths, need)
     session = lean_session(save(differentiated, folder / "curvature.onnx").files[0])
-    totals: dict[str, Array] = {}
-    for number, feed in enumerate(feeds):
-        activity("looking at the loss", number, len(feeds), "inputs")
-        for name, array in run_session(session, feed).items():
-            site = names[name]
-            totals[site] = totals.get(site, 0.0) + array.astype(np.float64) / len(feeds)
-    return {name: total for name, total in totals.items() if _known(total)}
+    count, done, found = sum(map(len, parts)), 0, []
+    for feeds in parts:
+        totals: dict[str, Curvature] = {}
+        for feed in feeds:
+            activity("looking at the loss", done, count, "inputs")
+            done += 1
+            results = run_session(session, feed)
+            for name, (site, vectors) in names.items():
+                total = totals.setdefault(site, Curvature(np.zeros(results[name].shape), 0))
+                total.moments += results[name].astype(np.float64) / len(feeds)
+                total.vectors += int(results[vectors])
+        found.append({name: total for name, total in totals.items() if _known(total.moments)})
+    return found
 
 
 def _known(total: Array) -> bool:
     return bool(np.isfinite(total).all()) and float(np.trace(total)) > 0.0
 
 
-def _differentiate(model: ir.Model, sites: Sequence[WeightSite]) -> dict[str, str]:
-    """Make sums of ``g g^T`` the only outputs; the weight of each, by name."""
+def _differentiate(
+    model: ir.Model, widths: Mapping[WeightSite, int], need: str
+) -> dict[str, tuple[str, str]]:
+    """Make sums of ``g g^T``, and numbers of vectors, the only outputs.
+
+    Returns:
+        By name of a sum the weight, and the name of the number.
+    """
     graph = model.graph
     with_shapes(model)
     nodes = {node.name: node for node in graph}
-    products: dict[ir.Value, WeightSite] = {}
-    for site in sites:
+    results: dict[ir.Value, WeightSite] = {}
+    for site in widths:
         for use in site.uses:
             node = nodes.get(use.node)
-            if node is not None and use.need == "matmul":
-                products[node.outputs[0]] = site
+            if node is not None and use.need == need:
+                results[node.outputs[0]] = site
     tape = Tape(model)
     seeds = curvature_seeds(tape, model)
-    gradients = backward(tape, graph, seeds, list(products))
+    gradients = backward(tape, graph, seeds, list(results))
     graph.outputs.clear()
     names = {}
     for number, (value, gradient) in enumerate(gradients.items()):
-        site = products[value]
-        flat = tape.node("Reshape", [gradient, tape.integers(-1, site.rows)])
+        site = results[value]
+        flat = tape.node("Reshape", [gradient, tape.integers(-1, widths[site])])
         moments = tape.product(flat, flat, left=True)
-        moments.name = f"curvature/{number}"
-        names[moments.name] = site.name
-        graph.outputs.append(moments)
+        vectors = tape.node("Gather", [tape.shape(flat), tape.constant(np.array(0, np.int64))])
+        moments.name, vectors.name = f"curvature/{number}", f"vectors/{number}"
+        names[moments.name] = site.name, vectors.name
+        graph.outputs.extend([moments, vectors])
     return names

@@ -13,7 +13,8 @@ import dataclasses
 
 import numpy as np
 
-from onnxcomp.passes.codecs.moments import damped, held_out_error
+from onnxcomp.passes.codecs.held_out import held_out_error
+from onnxcomp.passes.codecs.moments import damped
 from onnxcomp.passes.weight import Array, Stats
 
 __all__ = ["ZeroingGoal", "by_inputs", "by_size"]

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.anchoring import lacking
 from onnxcomp.passes.codecs.hash import (
     format as hash_format,
 )
@@ -31,7 +32,8 @@ from onnxcomp.passes.codecs.hash.format import (
     seeds,
     shared_tensors,
 )
-from onnxcomp.passes.codecs.moments import ENOUGH, held_out_error, with_weight_error
+from onnxcomp.passes.codecs.held_out import held_out_error
+from onnxcomp.passes.codecs.moments import ENOUGH, mean_diagonal, with_weight_error
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import (
     Builder,
@@ -153,20 +155,18 @@ def _stored(memory: Array, name: str) -> tuple[Array, Array]:
     return memory.astype(dtype), np.array([scale], np.float32)
 
 
-def _raised(stats: Stats, weight: Array, ridge: float) -> tuple[Array, Array]:
-    """Moments of the inputs, and those of the dense model's inputs with them, made regular.
+def _raised(stats: Stats, weight: Array, ridge: float) -> Array:
+    """Moments of the inputs, made regular: float64.
 
     A memory of least squares makes ``E |W x_ref - W' x|^2 + d |W - W'|^2`` small; the second term
-    is d on both diagonals, more where there are few input vectors.
+    is d on the diagonal, more where there are few input vectors.
     """
-    length = len(stats.gram)
-    mean = float(np.trace(stats.gram)) / length
+    length, mean = len(stats.gram), mean_diagonal(stats.gram)
     scarcity = max(1.0, ENOUGH * length / max(1, stats.tokens))
     added = np.eye(length) * (min(1.0, ridge * scarcity) * mean if mean > 0.0 else 1.0)
     if stats.frequencies is not None:
         added = with_weight_error(stats.gram + added, weight) - stats.gram
-    cross = stats.gram if stats.cross is None else stats.cross
-    return stats.gram + added, cross + added
+    return np.asarray(stats.gram + added)
 
 
 class HashCodec(Codec):
@@ -300,11 +300,11 @@ class HashCodec(Codec):
         """
         p = HashParams.of(params)
         start, codes = self._project(site, weight, p)
-        best, least = start, math.inf
+        best, least, lack = start, math.inf, lacking(weight, stats)
         for ridge in _RIDGES:
-            moments, cross = _raised(stats, weight, ridge)
+            moments = _raised(stats, weight, ridge)
             memory = hash_projection.least_squares(
-                weight, _geometry(site, p), _sharing(site, p), start, moments, codes, cross
+                weight, _geometry(site, p), _sharing(site, p), start, moments, codes, lack
             )
             payload = self._payload(site, p, memory, codes)
             error = held_out_error(weight, self.decode(site, payload), stats)

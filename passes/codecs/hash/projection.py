@@ -136,7 +136,7 @@ def least_squares(
     memory: Array,
     moments: Array,
     codes: Array | None = None,
-    cross: Array | None = None,
+    lack: Array | None = None,
 ) -> Array:
     """The memory with the least error of the products: conjugate gradients from a starting point.
 
@@ -150,8 +150,8 @@ def least_squares(
         memory: Starting point, ``(slots, chunk)``.
         moments: ``G = E[x x^T]``, positive definite, float64 ``(length, length)``.
         codes: uint8 (P, B, Q), or None.
-        cross: ``E[x_ref x^T]``, with the inputs x_ref for which the weight's products are aimed
-            at; None where they are the same.
+        lack: ``W E[(x_ref - x) x^T]``, with the inputs x_ref for which the weight's products are
+            aimed at; None where they are the same.
 
     Returns:
         float64 ``(slots, chunk)``.
@@ -171,7 +171,8 @@ def least_squares(
     scale = _scatter(_flat(diagonal, geometry), place, np.ones_like(signs), slots)
     scale[scale == 0] = 1.0
     found = memory.astype(np.float64)
-    residual = collect(wide @ (moments if cross is None else cross) - expand(found) @ moments)
+    asked = (wide - expand(found)) @ moments
+    residual = collect(asked if lack is None else asked + lack)
     start = float(np.sqrt(np.sum(residual**2 / scale)))
     search = residual / scale
     power = float(np.sum(residual * search))

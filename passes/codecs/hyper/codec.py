@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.anchoring import objective
 from onnxcomp.passes.codecs.hyper import (
     feedback as hyper_feedback,
 )
@@ -35,7 +36,6 @@ from onnxcomp.passes.codecs.hyper.structured import (
     state_bits_of,
 )
 from onnxcomp.passes.codecs.hyper.tables import GROUP_GAIN, WINDINGS
-from onnxcomp.passes.codecs.moments import anchored, damped, with_weight_error
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import (
     Builder,
@@ -390,14 +390,11 @@ class HyperCodec(Codec):
             ModelError: Values too large for float16 scales.
         """
         geometry = _geometry(site, HyperParams.of(params))
-        moments = damped(stats)
-        if stats.frequencies is not None:
-            moments = with_weight_error(moments, weight)
-        target = anchored(np.asarray(weight, np.float32), stats)
+        target, moments = objective(weight, stats, np.float32)
         together = _together(site, geometry)
         if together > 1:  # each of these rows has errors of its own, of the same inputs
             target = target.reshape(site.rows // together, -1)
-            moments = np.kron(np.eye(together), moments)
+            moments = np.kron(np.eye(together, dtype=moments.dtype), moments)
         codes, scales = hyper_feedback.encode(target, _coder(geometry, params, threads), moments)
         if not self._in_rows(site, params):
             codes, scales = (hyper_format.flat(part, len(target)) for part in (codes, scales))

@@ -321,7 +321,8 @@ def encode(weight: Array, coder: Coder, moments: Array) -> tuple[Array, Array]:
     Args:
         weight: float32 ``(rows, length)``, finite.
         coder: The parameters.
-        moments: H, float64 ``(length, length)``, symmetric; positive definite for any meaning.
+        moments: H ``(length, length)``, symmetric; positive definite for any meaning. Of float32
+            they may be changed.
 
     Returns:
         codes uint8 ``(P, G, D, 16, 4)`` and scales float16 ``(P, G, 16, 1)``.

@@ -12,6 +12,7 @@ import dataclasses
 
 import numpy as np
 
+from onnxcomp.passes.codecs.cholesky import factorize
 from onnxcomp.passes.codecs.hyper import format as hyper_format
 from onnxcomp.passes.codecs.hyper.survivors import Prices
 from onnxcomp.passes.weight import Array
@@ -25,7 +26,7 @@ _PADDING = 1e-3
 _ESCALATIONS = 5
 
 # Smallest pivot over the mean diagonal; below it, pivots of a singular matrix are rounding errors.
-_LEAST_PIVOT = 1e-9
+_LEAST_PIVOT = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,27 +64,35 @@ class Metric:
 
     @classmethod
     def of(cls, moments: Array, group: int) -> Metric:
-        """The metric of inputs with second moments ``(length, length)``, float64."""
-        moments, factor = _factored(moments)
+        """The metric of inputs with second moments ``(length, length)``.
+
+        Moments of float32 that need no padding are taken as they are, and may be changed. Beside
+        them there is one matrix of that size.
+        """
         length, groups = len(moments), -(-len(moments) // group)
-        found = cls.empty(groups, group)
-        found.moments[:length, :length] = moments
+        found = cls.empty(groups, group, _padded(moments, groups * group))
+        _factor(found.moments[:length, :length], found.behind[:length, :length])
         for index in range(groups):
             start, stop = index * group, min((index + 1) * group, length)
-            corner = factor[start:stop, start:stop]
-            before = np.linalg.solve(corner.T, factor[:start, start:stop].T)
-            found.behind[start:stop, :start] = before
-            found.set_costs(index, corner @ corner.T, moments[start:stop, start:stop])
+            # The factor's columns go where what follows from them comes to lie.
+            corner = found.behind[start:stop, start:stop].astype(np.float64)
+            above = found.behind[:start, start:stop]
+            found.behind[start:stop, :start] = (above @ np.linalg.inv(corner)).T
+            own = found.moments[start:stop, start:stop].astype(np.float64)
+            found.set_costs(index, corner @ corner.T, own)
+        for index in range(groups):
+            start, stop = index * group, (index + 1) * group
+            found.behind[start:stop, start:] = 0.0
         return found
 
     @classmethod
-    def empty(cls, groups: int, group: int) -> Metric:
-        """A metric of zeros."""
-        size, blocks = groups * group, (groups, group, group)
+    def empty(cls, groups: int, group: int, moments: Array) -> Metric:
+        """A metric of zeros but for its moments, which are padded."""
+        blocks = (groups, group, group)
         return cls(
             group,
-            moments=np.zeros((size, size), np.float32),
-            behind=np.zeros((size, size), np.float32),
+            moments=moments,
+            behind=np.zeros_like(moments),
             inverse=np.zeros(blocks, np.float32),
             ahead=np.zeros(blocks, np.float32),
             alone=np.zeros(blocks, np.float32),
@@ -123,18 +132,33 @@ def _rotated(cost: Array, group: int) -> Array:
     return np.asarray(rotation.T @ whole @ rotation)
 
 
-def _factored(moments: Array) -> tuple[Array, Array]:
-    """A positive definite matrix near the given one, and its upper factor R."""
-    mean = float(np.trace(moments)) / len(moments)
+def _padded(moments: Array, size: int) -> Array:
+    """Moments in float32 with zeros behind them, up to a size."""
+    if len(moments) == size:
+        return np.ascontiguousarray(moments, np.float32)
+    found = np.zeros((size, size), np.float32)
+    found[: len(moments), : len(moments)] = moments
+    return found
+
+
+def _factor(moments: Array, factor: Array) -> None:
+    """Factor a matrix, or one near it that is positive definite and takes its place.
+
+    Args:
+        moments: The matrix.
+        factor: Becomes the upper factor R.
+    """
+    diagonal = np.arange(len(moments))
+    mean = float(np.trace(moments, dtype=np.float64)) / len(moments)
     raised = mean * 1e-6
     for _ in range(_ESCALATIONS):
+        factor[:] = moments
         try:
-            # The upper factor is the lower one of the matrix read backwards.
-            factor = np.linalg.cholesky(moments[::-1, ::-1])[::-1, ::-1]
+            factorize(factor)
             if np.square(np.diag(factor)).min() >= mean * _LEAST_PIVOT:
-                return moments, factor
+                return
         except np.linalg.LinAlgError:
             pass  # the diagonal is raised as for pivots of rounding errors
-        moments = moments + raised * np.eye(len(moments))
+        moments[diagonal, diagonal] += raised
         raised *= 10.0
-    return np.eye(len(moments)) * mean, np.eye(len(moments)) * np.sqrt(mean)
+    moments[:], factor[:] = np.eye(len(moments)) * mean, np.eye(len(moments)) * np.sqrt(mean)

@@ -14,10 +14,11 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.anchoring import lacking, objective
 from onnxcomp.passes.codecs.lowrank import factors as lowrank_factors
 from onnxcomp.passes.codecs.lowrank.factors import Factors
 from onnxcomp.passes.codecs.lowrank.ranks import GOALS, rank_for
-from onnxcomp.passes.codecs.moments import anchored, damped, output_root, with_weight_error
+from onnxcomp.passes.codecs.moments import output_root
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import (
     Builder,
@@ -204,10 +205,8 @@ class LowRankCodec(Codec):
         Raises:
             UsageError: The factors would have as many elements as the weight, or more.
         """
-        rank, moments = _checked(site, params), damped(stats)
-        if stats.frequencies is not None:
-            moments = with_weight_error(moments, weight)
-        target = anchored(weight, stats)
+        rank = _checked(site, params)
+        target, moments = objective(weight, stats)
         scales = None if stats.outputs is None else output_root(stats.outputs)
         return _stored(site, lowrank_factors.factorize(target, rank, moments, scales))
 
@@ -288,7 +287,7 @@ def fitting_target(weight: Array, stats: Stats, moments: Array) -> Array:
         moments: ``G`` with what was added to its diagonal; as much is added to ``C``, so that the
             least-squares fit shrinks to the weight.
     """
-    if stats.cross is None or stats.tokens < ANCHORING * weight.shape[1]:
+    lack = lacking(weight, stats)
+    if lack is None or stats.tokens < ANCHORING * weight.shape[1]:
         return weight
-    cross = stats.cross + (moments - stats.gram)
-    return lowrank_factors.anchored_weight(weight, cross, moments)
+    return np.asarray(weight + np.linalg.solve(moments, lack.T.astype(np.float64)).T)

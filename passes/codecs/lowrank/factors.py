@@ -23,7 +23,6 @@ from onnxcomp.passes.weight import Array
 __all__ = [
     "Factors",
     "Subspace",
-    "anchored_weight",
     "expected_error",
     "expected_evenness",
     "factorize",
@@ -95,6 +94,7 @@ def _inner(weight: Array) -> Array:
 
 def _times(weight: Array, matrix: Array) -> Array:
     """``W @ matrix`` in float64."""
+    matrix = np.asarray(matrix, np.float64)
     result = np.empty((len(weight), matrix.shape[1]))
     step = max(1, _CHUNK // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
@@ -105,7 +105,7 @@ def _times(weight: Array, matrix: Array) -> Array:
 
 def _root(moments: Array) -> Array:
     """The symmetric square root of positive semidefinite moments."""
-    values, vectors = np.linalg.eigh(moments)
+    values, vectors = np.linalg.eigh(np.asarray(moments, np.float64))
     return np.asarray((vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T)
 
 
@@ -132,7 +132,7 @@ def spectrum(weight: Array, moments: Array | None = None) -> Array:
 
     Args:
         weight: ``(rows, length)``.
-        moments: Second moments ``G`` of its inputs, float64 ``(length, length)``; None for ``1``:
+        moments: Second moments ``G`` of its inputs, ``(length, length)``; None for ``1``:
             then they are the squared singular values of the weight.
 
     Returns:
@@ -232,20 +232,6 @@ def factorize(
     left[~np.any(weight, axis=1)] = 0.0
     right[:, ~np.any(weight, axis=0)] = 0.0
     return Factors(left, right)
-
-
-def anchored_weight(weight: Array, cross: Array, moments: Array) -> Array:
-    """The matrix that comes nearest to the dense model's outputs from the inputs there are.
-
-    Args:
-        weight: ``(rows, length)``.
-        cross: ``E[x_ref x^T]`` with the inputs ``x_ref`` of the dense model.
-        moments: ``E[x x^T]``, positive definite.
-
-    Returns:
-        ``W C G^-1`` in float64, the least-squares solution of ``W x_ref = W' x``.
-    """
-    return np.asarray(np.linalg.solve(moments, _times(weight, cross).T).T)
 
 
 def _law(short: int, long: int) -> tuple[Array, Array]:

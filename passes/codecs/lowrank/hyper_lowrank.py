@@ -171,7 +171,7 @@ class HyperLowRankCodec(Codec):
     ) -> Payload:
         """The same for inputs with the moments of `stats`."""
         weight = np.asarray(weight, np.float32)
-        own = dataclasses.replace(stats, cross=None, held_cross=None, held_reference=None)
+        own = stats.without_reference()
         base = _HYPER.encode_calibrated(_whole(site), weight, _base(params), own, threads=threads)
         missing = fitting_target(weight, stats, damped(stats)) - _HYPER.decode(_whole(site), base)
         repair = _REPAIR.encode_calibrated(

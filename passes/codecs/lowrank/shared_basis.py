@@ -15,6 +15,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from onnxcomp.errors import UsageError
+from onnxcomp.passes.codecs.anchoring import anchored
 from onnxcomp.passes.codecs.bases import SharedBases
 from onnxcomp.passes.codecs.lowrank.codec import (
     STEP,
@@ -24,7 +25,7 @@ from onnxcomp.passes.codecs.lowrank.codec import (
     offered_ranks,
 )
 from onnxcomp.passes.codecs.lowrank.ranks import GOALS
-from onnxcomp.passes.codecs.moments import anchored, damped, output_root
+from onnxcomp.passes.codecs.moments import damped, output_root
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Builder, Payload, RankGoals, TensorLayout
 from onnxcomp.passes.weight import DTYPES, Array, Kind, Stats, WeightSite

@@ -7,6 +7,7 @@ weight, so that few data change little.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,6 +22,13 @@ SHRINK = 0.01
 # Input vectors for each column from which the outputs of the original model are the target, and
 # moments are taken as they are.
 ANCHORED = 10
+
+# What shrinkage towards the best fit to unchanged inputs is multiplied by when outputs of the
+# original model are the target.
+_SHRINKS = (1.0, 10.0, 100.0)
+
+# Columns above which only one shrinkage is tried where vectors are many.
+_WIDE = 2048
 
 # How far moments of fewer vectors may be drawn to their diagonal.
 _TEMPERS = (0.0, 0.03, 0.1, 0.3, 1.0)
@@ -66,6 +74,11 @@ class Sums:
         found.power = self.power * scale
         return found
 
+    def moments_about(self, place: Array) -> Array:
+        """Second moments of the inputs' distances from a place ``(length,)``, for `means`."""
+        across = np.outer(place, self.mean)
+        return np.asarray(self.gram - across - across.T + np.outer(place, place))
+
     def error(self, weight: Array, bias: Array | None = None) -> float:
         """Mean squared difference between wanted outputs and ``W x + b``, for `means`."""
         total = self.power - 2 * float(np.einsum("ij,ij->", weight, self.cross))
@@ -80,7 +93,7 @@ def tempered(gram: Array, share: float) -> Array:
     return np.asarray((1.0 - share) * gram + share * np.diag(np.diag(gram)))
 
 
-def temper(weight: Array, seen: Sums, held: Sums) -> float:
+def temper(weight: Array, seen: Sums, held: Sums, *, apart: bool = False) -> float:
     """How far to draw the moments of few vectors to their diagonal.
 
     With fewer vectors than columns most columns seem to follow from the others. A quarter of the
@@ -90,9 +103,11 @@ def temper(weight: Array, seen: Sums, held: Sums) -> float:
         weight: float64 ``(rows, length)``.
         seen: `Sums.means` over calibration data.
         held: The same over held-out data.
+        apart: Whether the latter are of other inputs. They are then asked of many vectors, too:
+            those of one picture are alike, and 12,000 of 250 pictures are still few.
     """
     length = weight.shape[1]
-    if seen.count >= ANCHORED * length:
+    if seen.count >= ANCHORED * length and not apart:
         return 0.0
     if not held.count:
         return float(length / (length + seen.count))
@@ -197,31 +212,60 @@ def best_fit(
     """
     gamma = damping(seen.gram, share)
     base = np.zeros(len(weight)) if bias is None else bias
-    plain = _with_bias(masked(weight, gone), seen, bias)
-    choices = {"mask": (masked(weight, gone), bias), "bias": plain}
-    inner = fitted(weight, seen.gram, weight @ seen.gram, gone, gamma)
+    best = _Best(held, "mask", (masked(weight, gone), bias))
+    before = best.error
+    best.offer("bias", _with_bias(best.choice[0], seen, bias))
     if not biases_only:
-        choices["fit"] = (inner, bias)
-    if not biases_only and seen.count < ANCHORED * weight.shape[1]:
-        for share_ in _TEMPERS[1:-1]:
-            gram = tempered(seen.gram, share_)
-            kept = fitted(weight, gram, weight @ gram, gone, gamma)
-            choices[f"fit {share_}"] = _with_bias(kept, seen, bias)
-    elif not biases_only:
-        if bias is None:
-            choices["anchored"] = (fitted(weight, seen.gram, seen.cross, gone, gamma), None)
-        else:
-            gram = seen.gram - np.outer(seen.mean, seen.mean)
-            cross = seen.cross - np.outer(seen.target, seen.mean)
-            choices["anchored"] = _with_bias(fitted(weight, gram, cross, gone, gamma), seen, bias)
-    errors = {name: held.error(w, b) for name, (w, b) in choices.items()}
-    finite = {name: error for name, error in errors.items() if np.isfinite(error)}
-    used = min(finite, key=lambda name: finite[name])
+        for tempering in _inner(weight, bias, gone, seen, gamma):
+            best.offer("fit", tempering)
+        for shrunk in _anchored(weight, best.choice[0], bias, gone, seen, gamma):
+            best.offer("anchored", shrunk)
     power = max(held.power, 1e-30)
-    chosen, offset = choices[used]
+    chosen, offset = best.choice
     changed = None if offset is None or np.array_equal(offset, base) else offset
-    kind = used.split()[0]
-    return Fit(chosen, changed, errors["mask"] / power, errors[used] / power, kind)
+    return Fit(chosen, changed, before / power, best.error / power, best.name)
+
+
+Choice = tuple[Array, Array | None]
+
+
+class _Best:
+    """The choice of weight and bias that does best on held-out data."""
+
+    def __init__(self, held: Sums, name: str, choice: Choice) -> None:
+        self._held, self.name, self.choice = held, name, choice
+        self.error = held.error(*choice)
+
+    def offer(self, name: str, choice: Choice) -> None:
+        """Take another one, if it does better."""
+        error = self._held.error(*choice)
+        if error < self.error:
+            self.error, self.name, self.choice = error, name, choice
+
+
+def _inner(
+    weight: Array, bias: Array | None, gone: Array, seen: Sums, gamma: float
+) -> Iterator[Choice]:
+    """Fits to what the weight makes of the same inputs."""
+    yield fitted(weight, seen.gram, weight @ seen.gram, gone, gamma), bias
+    many = seen.count >= ANCHORED * weight.shape[1]
+    for share in () if many and weight.shape[1] > _WIDE else _TEMPERS[1:-1]:
+        gram = tempered(seen.gram, share)
+        yield _with_bias(fitted(weight, gram, weight @ gram, gone, gamma), seen, bias)
+
+
+def _anchored(
+    weight: Array, prior: Array, bias: Array | None, gone: Array, seen: Sums, gamma: float
+) -> Iterator[Choice]:
+    """Fits to the outputs of the original model, shrunk towards the weight or another fit."""
+    gram, cross = seen.gram, seen.cross
+    if bias is not None:
+        gram = gram - np.outer(seen.mean, seen.mean)
+        cross = cross - np.outer(seen.target, seen.mean)
+    if seen.count >= ANCHORED * weight.shape[1]:
+        yield _with_bias(fitted(weight, gram, cross, gone, gamma), seen, bias)
+    for times in () if weight.shape[1] > _WIDE else _SHRINKS:
+        yield _with_bias(fitted(prior, gram, cross, gone, times * gamma), seen, bias)
 
 
 def _with_bias(weight: Array, seen: Sums, bias: Array | None) -> tuple[Array, Array | None]:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from onnxcomp.passes.analysis.prune_report import GroupReport
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.choose import by_obs, by_rank
@@ -17,7 +19,7 @@ from onnxcomp.passes.transforms.prune.observe import moments
 from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.qk_products import qk_steps
 from onnxcomp.passes.transforms.prune.select import Step, group_reports, removed
-from onnxcomp.passes.weight import Feed
+from onnxcomp.passes.weight import Array, Feed
 
 __all__ = ["Decision", "decide"]
 
@@ -30,11 +32,13 @@ class Decision:
         steps: In the order in which they were taken.
         classes: The classes of atoms that they take.
         groups: Groups that lose something.
+        gone: The same classes as ``gone[class]``.
     """
 
     steps: tuple[Step, ...]
     classes: frozenset[int]
     groups: tuple[GroupReport, ...]
+    gone: Array
 
 
 def decide(
@@ -45,26 +49,36 @@ def decide(
     options: PruneOptions,
     feeds: Sequence[Feed],
     folder: Path | None,
-) -> Decision:
+) -> tuple[Decision, ...]:
     """Choose the channels that go.
 
     Args:
         analysis: Of the model.
         groups: What may go.
         consumers: The products of the model.
-        ledger: Knows what is saved; afterwards also what goes.
+        ledger: Knows what is saved; afterwards nothing goes.
         options: How much, and by what score.
         feeds: Calibration data; without any, weights alone decide.
         folder: Where pieces of the model are written for ONNX Runtime.
 
+    Returns:
+        One way or several ones; what is expected to do best comes first.
+
     Raises:
         ModelError: ONNX Runtime cannot run the model.
     """
-    steps = _steps(analysis, groups, consumers, ledger, options, feeds, folder)
-    return Decision(tuple(steps), removed(steps), group_reports(groups, steps))
+    found: dict[frozenset[int], Decision] = {}
+    for steps in _ways(analysis, groups, consumers, ledger, options, feeds, folder):
+        classes = removed(steps)
+        gone = np.zeros_like(ledger.gone)
+        gone[list(classes)] = True
+        own = Decision(tuple(steps), classes, group_reports(groups, steps), gone)
+        found.setdefault(classes, own)
+    ledger.restore(np.flatnonzero(ledger.gone).tolist())
+    return tuple(found.values())
 
 
-def _steps(
+def _ways(
     analysis: Analysis,
     groups: Groups,
     consumers: Sequence[Consumer],
@@ -72,13 +86,13 @@ def _steps(
     options: PruneOptions,
     feeds: Sequence[Feed],
     folder: Path | None,
-) -> list[Step]:
+) -> list[list[Step]]:
     common = {"least": options.least, "round_to": options.round_to}
     needed = _touched(consumers, groups)
     share = options.share
     if options.score == "obs" and options.allocation != "uniform":
         seen = (
-            moments(analysis, needed, feeds, folder)
+            moments(analysis, needed, feeds, folder, centred=True)
             if feeds
             else ((consumer, None) for consumer in needed)
         )
@@ -88,7 +102,9 @@ def _steps(
                 analysis, groups.groups, consumers, ledger, feeds, folder, **common  # type: ignore[arg-type]
             )  # fmt: skip
         limits = (options.least, options.round_to)
-        with measuring(analysis, groups, feeds, folder, limits, wanted=options.measure) as measured:
+        with measuring(
+            analysis, groups, needed, feeds, folder, limits, wanted=options.measure
+        ) as measured:
             return by_obs(groups.groups, needed, seen, ledger, share, more, measured, **common)  # type: ignore[arg-type]
     observed = needed if feeds and options.score != "magnitude" else []
     found = {consumer.name: sums for consumer, sums in moments(analysis, observed, feeds, folder)}
@@ -96,10 +112,11 @@ def _steps(
         options.allocation == "auto" and options.score in ("wanda", "magnitude")
     )
     score = options.used_score(calibrated=bool(feeds))
-    return by_rank(
+    steps = by_rank(
         analysis, groups.groups, needed, found, ledger, share, score, options.numerical,
         uniform=uniform, least=options.least, round_to=options.round_to,
     )  # fmt: skip
+    return [steps]
 
 
 def _touched(consumers: Sequence[Consumer], groups: Groups) -> list[Consumer]:

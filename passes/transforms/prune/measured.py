@@ -45,6 +45,7 @@ _LARGEST = 1 << 30
 def measuring(
     analysis: Analysis,
     groups: Groups,
+    consumers: Sequence[Consumer],
     feeds: Sequence[Feed],
     folder: Path | None,
     limits: tuple[float, int],
@@ -56,6 +57,7 @@ def measuring(
     Args:
         analysis: Of the model.
         groups: What may go.
+        consumers: Products that may lose columns.
         feeds: Calibration data.
         folder: Where the model is written for ONNX Runtime.
         limits: Share of each group that stays, and `round_to` of `select.step_size`.
@@ -72,14 +74,16 @@ def measuring(
         yield None
         return
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        loss = OutputLoss(analysis.model, _changeable(analysis), feeds, probes, Path(place))
+        names = _changeable(analysis, consumers)
+        loss = OutputLoss(analysis.model, names, feeds, probes, Path(place))
         yield Measured(analysis, loss, *limits) if loss.tells else None
 
 
-def _changeable(analysis: Analysis) -> list[str]:
+def _changeable(analysis: Analysis, consumers: Sequence[Consumer]) -> list[str]:
     """Initializers that are given other values when losses are measured."""
     every = np.ones(int(analysis.relations.classes.max(initial=-1)) + 1, bool)
-    found = silenced(analysis, every, masked_members(analysis, every, set()))
+    found = set(silenced(analysis, every, masked_members(analysis, every, set())))
+    found |= {c.bias.name or "" for c in consumers if c.bias is not None}
     return [name for name in analysis.model.graph.initializers if name in found]
 
 
@@ -114,6 +118,7 @@ class Measured:
             surgeon, name = surgeons[product.name], product.weight.name or ""
             if isinstance(surgeon, Surgeon) and name in found:
                 found[name] = product.stored(found[name], surgeon.weight)
+                _move_bias(product, surgeon, found)
         return self._loss(found)
 
     def without_positions(self, steps: Sequence[Step]) -> list[Step]:
@@ -128,6 +133,15 @@ class Measured:
         gone = np.zeros(int(self._analysis.relations.classes.max(initial=-1)) + 1, bool)
         gone[list(removed(list(steps)))] = True
         return gone
+
+
+def _move_bias(product: Consumer, surgeon: Surgeon, found: dict[str, Array]) -> None:
+    """Give a product the bias that makes up for the mean of what it lost."""
+    if product.bias is None or product.bias.const_value is None:
+        return
+    name = product.bias.name or ""
+    array = found.get(name, product.bias.const_value.numpy())
+    found[name] = product.stored_offsets(array, product.offsets(array) + surgeon.shift)
 
 
 def _places(count: int) -> frozenset[int]:

@@ -83,15 +83,30 @@ class Surgeon:
         gram: Second moments of the inputs, float64 ``(length, length)``.
         gamma: What is added to their diagonal.
         energy: Mean square of what losses are relative to; None for the outputs.
+        mean: Mean of the inputs ``(length,)``, where a bias makes up for what it loses.
     """
 
     def __init__(
-        self, weight: Array, gram: Array, gamma: float, energy: float | None = None
+        self,
+        weight: Array,
+        gram: Array,
+        gamma: float,
+        energy: float | None = None,
+        mean: Array | None = None,
     ) -> None:
         self.weight = weight.copy()
+        self._dense: Array | None = weight if mean is not None else None
+        self._mean = mean
         self._inverse = inverse(gram + gamma * np.eye(len(gram)))
         own = energy or float(np.einsum("ij,ij->", weight @ gram, weight))
         self.energy = max(own, 1e-30)
+
+    @property
+    def shift(self) -> Array:
+        """What is added to the bias ``(rows,)``; zeros without a mean."""
+        if self._dense is None or self._mean is None:
+            return np.zeros(len(self.weight))
+        return np.asarray((self._dense - self.weight) @ self._mean)
 
     def losses(self, columns: Array) -> Array:
         """Loss of each candidate on its own.

@@ -64,9 +64,10 @@ def prune(
     before = measure(model, analysis.seen)
     ledger = Ledger(analysis, groups, options.unit)
     consumers = find_consumers(analysis)
-    decision = decide(analysis, groups, consumers, ledger, options, feeds, folder)
-    classes = decision.classes
-    made_up = fit(analysis, consumers, ledger.gone, options, feeds, folder)
+    decisions = decide(analysis, groups, consumers, ledger, options, feeds, folder)
+    made_up = fit(analysis, consumers, decisions, options, feeds, folder)
+    classes = made_up.decision.classes
+    ledger.remove(classes)
     shapes = _declared(model)
     remove(analysis, classes)
     tidy(model)
@@ -85,7 +86,7 @@ def prune(
         calibrated=bool(feeds),
         before=before,
         after=after,
-        groups=decision.groups,
+        groups=made_up.decision.groups,
         fits=made_up.fits,
         norms=made_up.norms,
         inputs=changed,

@@ -14,10 +14,11 @@ from onnxcomp.passes.ir.model import copy_model
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.consumers import Consumer, handed_on
 from onnxcomp.passes.transforms.prune.cost import measure
-from onnxcomp.passes.transforms.prune.fits import make_up
+from onnxcomp.passes.transforms.prune.decide import Decision
 from onnxcomp.passes.transforms.prune.options import PruneOptions
+from onnxcomp.passes.transforms.prune.trials import best_trial
 from onnxcomp.passes.transforms.prune.tuning import Effort, tune
-from onnxcomp.passes.weight import Array, Feed
+from onnxcomp.passes.weight import Feed
 
 __all__ = ["Reconstruction", "fit"]
 
@@ -27,6 +28,7 @@ class Reconstruction:
     """A model whose weights were fitted, before channels are taken out.
 
     Attributes:
+        decision: What goes.
         fits: What became of products.
         norms: What became of normalisations.
         reference: The dense model.
@@ -34,6 +36,7 @@ class Reconstruction:
         effort: How much tuning is worth its time; None for no tuning.
     """
 
+    decision: Decision
     fits: tuple[FitReport, ...] = ()
     norms: tuple[FitReport, ...] = ()
     reference: ir.Model | None = None
@@ -64,17 +67,20 @@ class Reconstruction:
 def fit(
     analysis: Analysis,
     consumers: Sequence[Consumer],
-    gone: Array,
+    decisions: Sequence[Decision],
     options: PruneOptions,
     feeds: Sequence[Feed],
     folder: Path | None = None,
 ) -> Reconstruction:
     """Fit what is left of a model to calibration data, in place.
 
+    Where there are several ways to choose what goes, all are tried, and the one is kept whose
+    outputs lose least on inputs that fits set aside.
+
     Args:
         analysis: Of the model, whose initializers are replaced.
         consumers: Its products.
-        gone: Which classes go.
+        decisions: Ways to choose what goes.
         options: How it is pruned.
         feeds: Calibration data; without any, nothing is fitted.
         folder: Where pieces of the model are written.
@@ -82,21 +88,15 @@ def fit(
     Raises:
         ModelError: ONNX Runtime cannot run the model.
     """
-    if not feeds or options.compensate == "none" or not gone.any():
-        return Reconstruction()
+    if not feeds or options.compensate == "none" or not decisions[0].gone.any():
+        return Reconstruction(decisions[0])
     reference, effort = None, None
     if options.tunes:
         flops = measure(analysis.model, analysis.seen).flops
         effort = Effort.within_reach(feeds, flops, analysis.seen.elements)
         reference = copy_model(analysis.model)
-    values = handed_on(analysis, consumers, gone)
-    fits, norms = make_up(
-        analysis,
-        consumers,
-        gone,
-        feeds,
-        folder,
-        biases_only=options.compensate == "bias",
-        behind=options.behind,
-    )
-    return Reconstruction(fits, norms, reference, values, effort)
+    best = best_trial(analysis, consumers, decisions, options, feeds, folder)
+    for value, tensor in best.changed.items():
+        value.const_value = tensor
+    values = handed_on(analysis, consumers, best.decision.gone)
+    return Reconstruction(best.decision, *best.reports, reference, values, effort)

@@ -38,6 +38,13 @@ log = logging.getLogger(__name__)
 # reached, and how much of their past the two running means of Adam keep.
 _RATE, _WARM, _MEMORY = 2e-3, 0.15, (0.9, 0.99)
 
+# What the steps of matrices and those of vectors are multiplied by, one try after the other until
+# one comes closer: networks of narrow layers cannot bear that all of their weights move at once.
+_TRIES = ((1.0, 1.0), (0.1, 0.25))
+
+# Loss after a pass, relative to that before all, from which a try is given up.
+_AWAY = 1.25
+
 # Root mean square that is taken for a tensor of zeros, such as a new bias.
 _LEAST = 1e-2
 
@@ -55,7 +62,7 @@ _PASSES, _FEWEST = 8, 4
 
 # Floating-point operations of all passes together, and elements of all values of samples that run
 # together, whose gradients take about as much again.
-_WORK, _VALUES = 2e12, 1 << 26
+_WORK, _VALUES = 4e12, 1 << 26
 
 # Operations of one run of the dense model and of the pruned one with its gradients, relative to
 # those of the dense model.
@@ -206,6 +213,11 @@ class _Weight:
         self.array = np.array(array, np.float32)
         self.best = self.array.copy()
         self._scale = float(np.sqrt(np.square(array, dtype=np.float64).mean())) or _LEAST
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the best there was."""
+        self.array[...] = self.best
         self._mean, self._square = np.zeros_like(self.array), np.zeros_like(self.array)
 
     def step(self, gradient: Array, rate: float, number: int) -> None:
@@ -230,12 +242,31 @@ class _Descent:
         self.weights = weights
 
     def run(self, used: Sequence[Feed], held: Sequence[Feed], passes: int) -> TuningReport:
-        """Go through the data some times; the best weights are noted in each weight.
+        """Go through the data some times; the best weights are noted in each weight."""
+        before = self._loss(held)
+        found = TuningReport(before, before, 0)
+        for of_matrices, of_vectors in _TRIES:
+            rates = {
+                n: of_matrices if w.array.ndim > 1 else of_vectors for n, w in self.weights.items()
+            }
+            found = self._descend(used, held, passes, before, rates)
+            if found.passes:
+                break
+            for weight in self.weights.values():
+                weight.restart()
+        log.info("pruned weights tuned: held-out loss %.4g, before %.4g", found.after, before)
+        return found
 
-        Outputs are looked at in the second half, when steps are small.
-        """
-        before = best = self._loss(held)
-        kept, number = 0, 0
+    def _descend(
+        self,
+        used: Sequence[Feed],
+        held: Sequence[Feed],
+        passes: int,
+        before: float,
+        rates: Mapping[str, float],
+    ) -> TuningReport:
+        """One try; weights are noted in the second half, when steps are small."""
+        best, kept, number = before, 0, 0
         rng = np.random.default_rng(0)
         samples = sum(_samples(feed) for feed in used)
         count = min(len(used), max(samples // _BATCH, min(samples, _STEPS)))
@@ -244,13 +275,14 @@ class _Descent:
                 activity("tuning what is left", number, passes * count, "steps")
                 number += 1
                 feeds = list(_mixed([used[i] for i in part], rng))
-                self._step(feeds, _rate(number / (passes * count)), number)
-            loss = self._loss(held) if 2 * done > passes else math.inf
-            if loss < best:
+                self._step(feeds, _rate(number / (passes * count)), number, rates)
+            loss = self._loss(held)
+            if not loss < _AWAY * before:
+                break
+            if 2 * done > passes and loss < best:
                 best, kept = loss, done
                 for weight in self.weights.values():
                     weight.best[...] = weight.array
-        log.info("pruned weights tuned: held-out loss %.4g, before %.4g", best, before)
         return TuningReport(before, best, kept)
 
     def _arrays(self) -> dict[str, Array]:
@@ -260,7 +292,9 @@ class _Descent:
         losses = [self._run.loss_of_outputs(feed, self._arrays()) for feed in feeds]
         return float(np.average(losses, weights=[_samples(feed) for feed in feeds]))
 
-    def _step(self, feeds: Sequence[Feed], rate: float, number: int) -> None:
+    def _step(
+        self, feeds: Sequence[Feed], rate: float, number: int, rates: Mapping[str, float]
+    ) -> None:
         total = sum(_samples(feed) for feed in feeds)
         sums: dict[str, Array] = {}
         for feed in feeds:
@@ -270,7 +304,7 @@ class _Descent:
                 sums[name] = sums[name] + part if name in sums else part
         if all(np.isfinite(gradient).all() for gradient in sums.values()):
             for name, gradient in sums.items():
-                self.weights[name].step(gradient, rate, number)
+                self.weights[name].step(gradient, rates[name] * rate, number)
 
 
 def _mixed(feeds: Sequence[Feed], rng: np.random.Generator) -> Iterator[Feed]:

@@ -1,6 +1,9 @@
 """Sums of outer products do not depend on threads, and linear algebra runs on one."""
 
+import mmap
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,13 @@ import pytest
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.calibration import blas_threads
 from onnxcomp.passes.calibration.blas_threads import on_one_blas_thread, one_blas_thread
-from onnxcomp.passes.calibration.second_moments import add_products, mirror, stripes
+from onnxcomp.passes.calibration.second_moments import (
+    Moments,
+    add_products,
+    mirror,
+    sparse_zeros,
+    stripes,
+)
 from onnxcomp.passes.codecs.hyper import native
 
 Array = npt.NDArray[Any]
@@ -96,3 +105,32 @@ def test_linear_algebra_runs_on_one_thread_and_then_on_as_many_as_before() -> No
         assert count() == 2
     finally:
         put(before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are counted by Linux")
+def test_of_a_symmetric_sum_only_half_is_in_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    x = np.ones((4, 3000), np.float32)
+    before, total = resident(), sparse_zeros((3000, 3000))
+    add_products(total, x, x, lower=True)
+    if native.available():
+        assert resident() - before < 0.75 * total.nbytes
+    assert total[2999, 0] == 4.0
+
+
+def test_sums_in_float32_are_those_of_float64() -> None:
+    x, other = (np.random.default_rng(n).standard_normal((50, 700), np.float32) for n in (1, 2))
+    found = {}
+    for dtype in (np.float32, np.float64):
+        sums = Moments((700,), cross=True)
+        sums.add(x, other)
+        sums.close(dtype)
+        found[dtype] = sums
+    one, two = found.values()
+    assert one.square.dtype == np.float32
+    assert np.array_equal(one.square, two.square.astype(np.float32))
+    assert np.array_equal(one.square, one.square.T)
+    assert one.cross is not None and two.cross is not None
+    assert np.array_equal(one.cross, two.cross.astype(np.float32))

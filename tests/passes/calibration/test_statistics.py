@@ -21,12 +21,12 @@ from onnxcomp.passes.calibration.statistics import (
     collect,
     split_batches,
 )
-from onnxcomp.passes.codecs import moments
+from onnxcomp.passes.codecs import anchoring, moments
 from onnxcomp.passes.codecs.hyper.codec import HyperCodec, native
 from onnxcomp.passes.codecs.protocol import Payload
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.transforms.canonicalize import canonicalize
-from onnxcomp.passes.weight import WeightSite
+from onnxcomp.passes.weight import HeldMoments, HeldVectors, WeightSite
 
 Array = npt.NDArray[Any]
 WIDTH, TOKENS = 64, 40
@@ -112,7 +112,9 @@ def test_moments_are_those_of_the_inputs(chain: Path, samples: list[dict[str, Ar
         assert stats.tokens == len(x)
         np.testing.assert_allclose(stats.gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(stats.mean, x.mean(axis=0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(stats.held_out, held.T @ held / len(held), rtol=1e-4, atol=1e-5)
+        assert isinstance(stats.held, HeldMoments)
+        wanted = held.T @ held / len(held)
+        np.testing.assert_allclose(stats.held.inputs, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_few_inputs_keep_their_last_vectors_back(
@@ -122,7 +124,8 @@ def test_few_inputs_keep_their_last_vectors_back(
     (stats,) = collect(model, samples[:1], [sites["q"]])
     assert stats.tokens == 2 * TOKENS * 9 // 10
     x = exact(chain, "x", samples[:1])[stats.tokens :]
-    np.testing.assert_allclose(stats.held_out, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(stats.held, HeldVectors)
+    np.testing.assert_allclose(stats.held.inputs, x, rtol=1e-4, atol=1e-5)
 
 
 def test_replaced_weights_are_seen_by_what_comes_later(
@@ -145,10 +148,12 @@ def test_replaced_weights_are_seen_by_what_comes_later(
     (wanted,) = collect(changed, samples, [sites["out"]])
     np.testing.assert_allclose(found["out"].gram, wanted.gram, rtol=1e-5)
     (crossed,) = collect(changed, samples, [sites["out"]], reference=model)
-    assert crossed.cross is not None
+    assert crossed.lack is not None
     seen = [feed for number, feed in enumerate(samples) if number % 10 != 9]
     dense, new = exact(chain, "h", seen), exact(tmp_path / "other.onnx", "h", seen)
-    np.testing.assert_allclose(crossed.cross, dense.T @ new / len(new), rtol=1e-4, atol=1e-5)
+    weight = read_weight(model, sites["out"]).astype(np.float64)
+    lack = weight @ (dense - new).T @ new / len(new)
+    np.testing.assert_allclose(crossed.lack, lack, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -195,11 +200,11 @@ def test_moments_within_groups_are_those_of_the_outputs(tmp_path: Path, groups: 
     held = np.arange(20) % 10 == 9
     weight = read_weight(model, sites["w"]).astype(np.float64)
     assert stats.means is not None
-    assert stats.held_means is not None
-    for means, some in ((stats.means, ~held), (stats.held_means, held)):
-        products = moments._mean_products(weight, means.inputs)
+    assert isinstance(stats.held, HeldMoments)
+    assert stats.held.means is not None
+    for means, some in ((stats.means, ~held), (stats.held.means, held)):
+        products = moments.mean_products(weight, means.inputs)
         assert products == pytest.approx(y[some].mean(axis=(0, 1, 3, 4)), rel=1e-4)
-        assert np.array_equal(means.inputs, means.reference)
     blocks = weight.reshape(groups, -1, weight.shape[1])
     grams = stats.gram if groups > 1 else stats.gram[None]
     energies = np.einsum("grl,glm,grm->gr", blocks, grams, blocks).reshape(-1)
@@ -216,8 +221,8 @@ def test_means_alone_are_those_of_all_inputs(tmp_path: Path) -> None:
     ((_, stats),) = Calibration(model, feeds, [sites["w"]], grouped=True, means=True)
     y = np.asarray(onnxruntime.InferenceSession(path).run(None, feeds[0])[0])
     assert stats.means is not None
-    assert stats.held_means is None
-    products = moments._mean_products(read_weight(model, sites["w"]), stats.means.inputs)
+    assert stats.held is None
+    products = moments.mean_products(read_weight(model, sites["w"]), stats.means.inputs)
     assert products == pytest.approx(y.mean(axis=(0, 2, 3)), abs=1e-5)
 
 
@@ -279,7 +284,7 @@ def test_data_lowers_the_errors_of_products(
     for name in ("q", "k", "out", "last"):
         assert 0 < sites[name].output_error < sites[name].weight_error
     assert sites["table"].output_error is None
-    assert sites["table"].note == "not calibrated: only rows are looked up"
+    assert sites["table"].note == ""  # encoded for its look-ups
     wanted = exact(chain, "y", samples)
     errors = []
     for name in ("plain", "a"):
@@ -303,8 +308,8 @@ def test_later_weights_make_up_for_errors_of_earlier_ones(
     chain: Path, samples: list[dict[str, Array]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, errors = exact(chain, "y", samples), []
-    for choose in (lambda weight, stats: None, moments._anchor_damping):
-        monkeypatch.setattr(moments, "_anchor_damping", choose)
+    for choose in (lambda weight, stats: None, anchoring._anchor_damping):
+        monkeypatch.setattr(anchoring, "_anchor_damping", choose)
         compiled(chain, tmp_path / "a.onnx", data=samples, verify=False)
         session = onnxcomp.InferenceSession(tmp_path / "a.onnx")
         found = np.concatenate([session.run(None, feed)[0] for feed in samples])

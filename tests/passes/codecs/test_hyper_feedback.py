@@ -1,5 +1,6 @@
 """Calibrated encoding keeps errors of products small, whatever the inputs look like."""
 
+import tracemalloc
 from typing import Any, cast
 
 import numpy as np
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp.errors import CompressionError, ModelError
+from onnxcomp.passes.calibration.blas_threads import one_blas_thread
+from onnxcomp.passes.codecs.anchoring import anchored
 from onnxcomp.passes.codecs.hyper import (
     feedback as hyper_feedback,
 )
@@ -26,7 +29,6 @@ from onnxcomp.passes.codecs.hyper.survivors import Prices
 from onnxcomp.passes.codecs.hyper.tables import table
 from onnxcomp.passes.codecs.moments import (
     LOOK_UPS,
-    anchored,
     damped,
     output_error,
     with_weight_error,
@@ -237,10 +239,10 @@ def test_without_a_reference_or_with_equal_inputs_the_weight_is_the_target() -> 
     gram, weight = moments_of(16), weight_of(10, 16)
     site: Any = None
     assert anchored(weight, Stats(site, 1000, gram, np.zeros(16))) is weight
-    same = anchored(weight, Stats(site, 1000, gram, np.zeros(16), cross=gram))
+    same = anchored(weight, Stats(site, 1000, gram, np.zeros(16), drift=np.zeros_like(gram)))
     np.testing.assert_allclose(same, weight, atol=1e-6)
     nothing = np.zeros_like(gram)
-    assert anchored(weight, Stats(site, 9, nothing, np.zeros(16), cross=nothing)) is weight
+    assert anchored(weight, Stats(site, 9, nothing, np.zeros(16), drift=nothing)) is weight
 
 
 def test_the_target_makes_up_for_errors_of_earlier_weights() -> None:
@@ -249,7 +251,8 @@ def test_the_target_makes_up_for_errors_of_earlier_weights() -> None:
     # A loss of a third in every direction, as rounding of earlier weights may cause, and noise.
     x = exact @ (np.eye(24) * 0.7) + rng.standard_normal(exact.shape) * 0.1
     weight = weight_of(10, 24)
-    stats = Stats(site, len(x), x.T @ x / len(x), np.zeros(24), cross=exact.T @ x / len(x))
+    drift = (exact - x).T @ x / len(x)
+    stats = Stats(site, len(x), x.T @ x / len(x), np.zeros(24), drift=drift)
     wanted = exact @ weight.T
     before, after = (
         float(np.linalg.norm(x @ w.T - wanted)) for w in (weight, anchored(weight, stats))
@@ -342,3 +345,28 @@ def test_filters_that_are_stored_flat_are_calibrated(extent: tuple[int, int]) ->
         output_error(weight, CODEC.decode(site, payload), moments) for payload in (plain, found)
     )
     assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("drifts", [False, True])
+def test_beside_the_statistics_there_are_two_matrices_of_the_square_of_the_length(
+    drifts: bool,
+) -> None:
+    if not native.available():
+        pytest.skip("without native code rows take memory of their own")
+    rows, length = 16, 2048
+    site = WeightSite(
+        "w", (rows, length), "float32", (Use("n", "MatMul", 1, "matmul"),), "", rows, length, False
+    )
+    gram = np.eye(length, dtype=np.float32)
+    lack = np.full((rows, length), 0.01, np.float32)
+    drift = 0.01 * gram if drifts else None
+    stats = Stats(site, 100_000, gram, np.zeros(length), drift=drift, lack=lack)
+    weight = weight_of(rows, length)
+    tracemalloc.start()
+    try:
+        with one_blas_thread():
+            CODEC.encode_calibrated(site, weight, HyperParams(4), stats)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * gram.nbytes  # costs of groups are the rest

@@ -16,7 +16,7 @@ from onnxcomp.passes.codecs.lowrank.codec import (
     offered_ranks,
 )
 from onnxcomp.passes.codecs.moments import output_error
-from onnxcomp.passes.weight import Array, Missing, Stats, Use, WeightSite
+from onnxcomp.passes.weight import Array, HeldMoments, Missing, Stats, Use, WeightSite
 
 SiteMaker = Callable[..., WeightSite]
 CODEC = LowRankCodec()
@@ -31,7 +31,7 @@ def stats_of(site: WeightSite, tokens: int = 4000, **other: Array) -> Stats:
     scale = np.geomspace(5.0, 0.02, site.length)
     x = rng.standard_normal((tokens, site.length)) * scale @ rng.standard_normal((site.length,) * 2)
     gram = x.T @ x / tokens
-    return Stats(site, tokens, gram, x.mean(axis=0), held_out=gram, **other)
+    return Stats(site, tokens, gram, x.mean(axis=0), held=HeldMoments(gram), **other)
 
 
 @pytest.mark.parametrize("extent", [(256, 688), (384, 384), (4096, 4096), (8, 4000), (17, 40)])
@@ -124,12 +124,12 @@ def test_anchoring_reaches_the_dense_outputs_from_distorted_inputs(make_site: Si
     seen = x @ (np.eye(32) + 0.2 * rng.standard_normal((32, 32))).T
     gram = seen.T @ seen / len(x)
 
-    def distance(cross: Array | None) -> float:
-        stats = Stats(site, len(x), gram, seen.mean(axis=0), cross=cross)
+    def distance(drift: Array | None) -> float:
+        stats = Stats(site, len(x), gram, seen.mean(axis=0), drift=drift)
         payload = CODEC.encode_calibrated(site, weight, LowRankParams(16), stats)
         return float(np.linalg.norm(seen @ CODEC.decode(site, payload).T - x @ weight.T))
 
-    assert distance(x.T @ seen / len(x)) < 0.9 * distance(None)
+    assert distance((x - seen).T @ seen / len(x)) < 0.9 * distance(None)
 
 
 def test_products_and_other_uses_are_stored_in_their_own_form(make_site: SiteMaker) -> None:
@@ -193,8 +193,8 @@ def test_what_a_stream_lacks_is_added(make_site: SiteMaker) -> None:
     lost = weight_of(32, 3, 2) @ weight_of(3, 40, 3)
     asked = lost @ stats.gram
     missing = Missing(asked, asked, float(np.einsum("ij,ij->", asked, lost)), np.zeros(32))
-    held = {"held_cross": stats.gram, "held_reference": stats.gram, "held_missing": missing}
-    own = dataclasses.replace(stats, cross=stats.gram, missing=missing, **held)
+    held = HeldMoments(stats.gram, stats.gram, stats.gram, missing)
+    own = dataclasses.replace(stats, lack=asked, held=held)
     decoded = CODEC.decode(site, CODEC.encode_calibrated(site, weight, LowRankParams(8), own))
     assert output_error(weight + lost, decoded, stats.gram) < 0.2
     assert output_error(weight, decoded, stats.gram) > 0.3

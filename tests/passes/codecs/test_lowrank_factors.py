@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from onnxcomp.passes.codecs.lowrank import factors as lowrank_factors
 from onnxcomp.passes.codecs.lowrank.factors import (
-    anchored_weight,
     expected_error,
     factorize,
     leading_eigenvectors,
@@ -179,12 +178,3 @@ def test_expected_errors_are_those_of_normal_weights(shape: tuple[int, int]) -> 
         measured = truncation_error(energies, rank)
         assert expected_error(*shape, rank) == pytest.approx(measured, rel=0.03, abs=0.01)
     assert expected_error(*shape, min(shape)) == 0.0
-
-
-def test_an_anchored_weight_undoes_what_compressed_inputs_distort() -> None:
-    rng = np.random.default_rng(3)
-    weight, x = weight_of(10, 16).astype(np.float64), rng.standard_normal((400, 16))
-    distortion = np.eye(16) + 0.2 * rng.standard_normal((16, 16))
-    seen = x @ distortion.T
-    anchored = anchored_weight(weight, x.T @ seen, seen.T @ seen)
-    np.testing.assert_allclose(seen @ anchored.T, x @ weight.T, atol=1e-9)

@@ -7,8 +7,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from onnxcomp.passes.codecs.moments import HeldOut, anchored, held_out_error, mean_shift
-from onnxcomp.passes.weight import Means, Missing, Stats, WeightSite
+from onnxcomp.passes.codecs.anchoring import anchored
+from onnxcomp.passes.codecs.held_out import HeldOut, held_out_error
+from onnxcomp.passes.codecs.moments import mean_shift
+from onnxcomp.passes.weight import (
+    Held,
+    HeldMoments,
+    HeldVectors,
+    Means,
+    Missing,
+    Stats,
+    WeightSite,
+)
 
 Array = npt.NDArray[Any]
 ROWS, LENGTH, TOKENS = 6, 8, 400
@@ -46,19 +56,32 @@ class Data:
         )
 
 
-def stats_of(seen: Data, held: Data, *, stream: bool) -> Stats:
+def held_of(held: Data, form: str, *, stream: bool) -> Held:
+    """What is held out, in one of its two forms."""
+    if form == "vectors":
+        single = [a.astype(np.float32) for a in (held.found, held.exact, held.lost)]
+        return HeldVectors(single[0], single[1], single[2] if stream else None)
+    return HeldMoments(
+        moments_of(held.found, held.found),
+        moments_of(held.exact, held.found),
+        moments_of(held.exact, held.exact),
+        held.missing() if stream else None,
+    )
+
+
+def stats_of(seen: Data, held: Data, *, stream: bool, form: str = "moments") -> Stats:
     return Stats(
         site(),
         TOKENS,
         moments_of(seen.found, seen.found),
         seen.found.mean(axis=0),
-        held_out=moments_of(held.found, held.found),
-        cross=moments_of(seen.exact, seen.found),
-        held_cross=moments_of(held.exact, held.found),
-        held_reference=moments_of(held.exact, held.exact),
-        missing=seen.missing() if stream else None,
-        held_missing=held.missing() if stream else None,
+        held=held_of(held, form, stream=stream),
+        drift=moments_of(seen.exact - seen.found, seen.found),
+        lack=moments_of(seen.lost, seen.found) if stream else None,
     )
+
+
+forms = pytest.mark.parametrize("form", ["moments", "vectors"])
 
 
 @pytest.fixture
@@ -74,25 +97,29 @@ def test_with_equal_inputs_there_is_nothing_to_make_up_for(weight: Array) -> Non
 
 def test_without_a_reference_the_weight_is_the_target(weight: Array) -> None:
     data = Data.random(2, drift=0.3)
-    stats = dataclasses.replace(stats_of(data, data, stream=False), cross=None)
+    stats = dataclasses.replace(stats_of(data, data, stream=False), drift=None)
     assert anchored(weight, stats) is weight
 
 
+@forms
 @pytest.mark.parametrize("stream", [False, True])
-def test_held_out_errors_are_those_of_the_vectors(weight: Array, stream: bool) -> None:
+def test_held_out_errors_are_those_of_the_vectors(weight: Array, stream: bool, form: str) -> None:
     seen, held = Data.random(2, drift=0.3), Data.random(3, drift=0.3)
-    stats = stats_of(seen, held, stream=stream)
+    stats = stats_of(seen, held, stream=stream, form=form)
     decoded = weight + np.float32(0.05)
     wanted = held.exact @ weight.T + (held.lost if stream else 0.0)
     error = np.linalg.norm(held.found @ decoded.T - wanted) / np.linalg.norm(wanted)
     assert held_out_error(weight, decoded, stats) == pytest.approx(error, rel=1e-6)
 
 
+@forms
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_a_linear_map_of_the_inputs_is_made_up_for(weight: Array, stream: bool) -> None:
+def test_what_is_a_linear_map_of_the_inputs_is_made_up_for(
+    weight: Array, stream: bool, form: str
+) -> None:
     """With the least damping nearly all of it."""
     seen, held = Data.random(2, drift=0.3), Data.random(2, drift=0.3)
-    stats = stats_of(seen, held, stream=stream)
+    stats = stats_of(seen, held, stream=stream, form=form)
     before = held_out_error(weight, weight, stats)
     after = held_out_error(weight, anchored(weight, stats), stats)
     assert before is not None
@@ -105,13 +132,20 @@ def means_of(data: Data) -> Means:
 
 
 def with_means(stats: Stats, seen: Data, held: Data) -> Stats:
-    return dataclasses.replace(stats, means=means_of(seen), held_means=means_of(held))
+    if isinstance(stats.held, HeldMoments):
+        stats = dataclasses.replace(
+            stats, held=dataclasses.replace(stats.held, means=means_of(held))
+        )
+    return dataclasses.replace(stats, means=means_of(seen))
 
 
+@forms
 @pytest.mark.parametrize("stream", [False, True])
-def test_held_out_errors_count_what_is_added_to_products(weight: Array, stream: bool) -> None:
+def test_held_out_errors_count_what_is_added_to_products(
+    weight: Array, stream: bool, form: str
+) -> None:
     seen, held = Data.random(2, drift=0.3), Data.random(3, drift=0.3)
-    stats = with_means(stats_of(seen, held, stream=stream), seen, held)
+    stats = with_means(stats_of(seen, held, stream=stream, form=form), seen, held)
     decoded = weight + np.float32(0.05)
     shift = np.random.default_rng(4).standard_normal(ROWS)
     wanted = held.exact @ weight.T + (held.lost if stream else 0.0)
@@ -144,14 +178,23 @@ def test_errors_within_groups_are_those_of_all_of_them(weight: Array) -> None:
     alone = [with_means(stats_of(*pair, stream=False), *pair) for pair in both]
     rows = np.concatenate([weight, 2 * weight])
     decoded, shift = rows + np.float32(0.05), np.linspace(-1, 1, len(rows))
-    names = ("gram", "held_out", "cross", "held_cross", "held_reference", "mean")
-    stacked = {name: np.stack([getattr(stats, name) for stats in alone]) for name in names}
-    held = [stats.held_means for stats in alone if stats.held_means is not None]
-    means = Means(
-        np.stack([m.inputs for m in held]),
-        np.stack([m.reference for m in held if m.reference is not None]),
+    stacked = {
+        name: np.stack([getattr(stats, name) for stats in alone])
+        for name in ("gram", "drift", "mean")
+    }
+    held = [stats.held for stats in alone if isinstance(stats.held, HeldMoments)]
+    means = [found.means for found in held if found.means is not None]
+    together = HeldMoments(
+        *(
+            np.stack([getattr(found, name) for found in held])
+            for name in ("inputs", "cross", "reference")
+        ),
+        means=Means(
+            np.stack([m.inputs for m in means]),
+            np.stack([m.reference for m in means if m.reference is not None]),
+        ),
     )
-    stats = dataclasses.replace(alone[0], **stacked, held_means=means)
+    stats = dataclasses.replace(alone[0], **stacked, held=together)
     wanted = np.concatenate(
         [d.exact @ w.T for (_, d), w in zip(both, np.split(rows, 2), strict=True)], 1
     )
@@ -162,7 +205,30 @@ def test_errors_within_groups_are_those_of_all_of_them(weight: Array) -> None:
     assert HeldOut(rows, stats).error(decoded, shift) == pytest.approx(error, rel=1e-6)
 
 
-def test_inputs_that_say_nothing_of_others_change_nothing(weight: Array) -> None:
+@pytest.mark.parametrize("rows", [ROWS, 3 * LENGTH])
+def test_what_products_lack_may_be_summed_up_with_that_of_the_stream(rows: int) -> None:
+    weight = np.random.default_rng(1).standard_normal((rows, LENGTH)).astype(np.float32)
+    seen = Data.random(2, drift=0.3)
+    lack = moments_of((seen.exact - seen.found) @ weight.T, seen.found)
+    apart = dataclasses.replace(stats_of(seen, seen, stream=False), held=None)
+    joined = dataclasses.replace(apart, drift=None, lack=lack)
+    targets = [anchored(weight, stats) for stats in (apart, joined)]
+    np.testing.assert_allclose(targets[0], targets[1], rtol=1e-3, atol=1e-4)
+    assert not np.array_equal(targets[0], weight)
+
+
+@forms
+def test_inputs_that_say_nothing_of_others_change_nothing(weight: Array, form: str) -> None:
     """Held-out inputs that drift the other way speak against every correction."""
     seen, held = Data.random(2, drift=0.3), Data.random(2, drift=-0.3)
-    assert anchored(weight, stats_of(seen, held, stream=False)) is weight
+    assert anchored(weight, stats_of(seen, held, stream=False, form=form)) is weight
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_equal_weight_has_no_error_but_that_of_its_inputs(weight: Array, paired: bool) -> None:
+    data = Data.random(2, drift=0.3 if paired else 0.0)
+    held = held_of(data, "vectors", stream=False)
+    stats = dataclasses.replace(stats_of(data, data, stream=False), held=held)
+    error = held_out_error(weight, weight.copy(), stats)
+    assert error is not None
+    assert (error > 0.1) if paired else (error == 0.0)

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxcomp
 from onnxcomp.errors import UsageError
-from onnxcomp.passes.codecs.moments import held_out_error
-from onnxcomp.passes.weight import Stats, Use, WeightSite
+from onnxcomp.passes.codecs.held_out import held_out_error
+from onnxcomp.passes.weight import HeldMoments, Stats, Use, WeightSite
 
 Array = npt.NDArray[Any]
 WIDTH, LAYERS = 96, 4
@@ -169,13 +169,12 @@ def test_held_out_errors_are_those_of_a_direct_computation() -> None:
     decoded = weight + 0.1 * rng.standard_normal((6, 8))
     site = WeightSite("w", (6, 8), "float32", (Use("n", "MatMul", 1, "matmul"),), "", 6, 8, False)
     gram, cross, reference = seen.T @ seen / 50, x.T @ seen / 50, x.T @ x / 50
-    stats = Stats(
-        site, 50, gram, seen.mean(0), held_out=gram, held_cross=cross, held_reference=reference
-    )
+    held = HeldMoments(gram, cross, reference)
+    stats = Stats(site, 50, gram, seen.mean(0), held=held)
     exact = x @ weight.T
     expected = np.linalg.norm(seen @ decoded.T - exact) / np.linalg.norm(exact)
     assert held_out_error(weight, decoded, stats) == pytest.approx(expected)
-    plain = Stats(site, 50, gram, seen.mean(0), held_out=gram)
+    plain = Stats(site, 50, gram, seen.mean(0), held=HeldMoments(gram))
     inherited = np.linalg.norm(seen @ (decoded - weight).T) / np.linalg.norm(seen @ weight.T)
     assert held_out_error(weight, decoded, plain) == pytest.approx(inherited)
     assert held_out_error(weight, decoded, Stats(site, 50, gram, seen.mean(0))) is None

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxcomp.passes.analysis.weight_sites import find_sites
 from onnxcomp.passes.gradients.curvature import curvature_seeds
 from onnxcomp.passes.gradients.lean_session import lean_session
-from onnxcomp.passes.gradients.output_moments import output_moments
+from onnxcomp.passes.gradients.output_moments import look_up_moments, output_moments
 from onnxcomp.passes.gradients.tape import Tape
 from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.transforms.canonicalize import canonicalize
@@ -98,3 +98,32 @@ def test_a_model_without_a_way_back_tells_nothing() -> None:
     canonicalize(model)
     sites = find_sites(model, min_size=1).sites
     assert output_moments(model, sites, [{"x": np.eye(WIDTH, dtype=np.float32)}]) == {}
+
+
+def test_look_ups_have_the_curvature_behind_them() -> None:
+    """Of one table that is looked up twice, in parts of the inputs that are kept apart."""
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((40, WIDTH)).astype(np.float32)
+    weight = (rng.standard_normal((WIDTH, WORDS)) / 5).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "a"], ["first"]),
+        helper.make_node("Gather", ["table", "b"], ["second"]),
+        helper.make_node("Add", ["first", "second"], ["h"]),
+        helper.make_node("MatMul", ["h", "w"], ["y"]),
+    ]
+    fixed = [numpy_helper.from_array(table, "table"), numpy_helper.from_array(weight, "w")]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["n", 5]) for n in "ab"]
+    model = opened(helper.make_graph(nodes, "g", inputs, [value("y", ["n", 5, WORDS])], fixed))
+    canonicalize(model)
+    sites = find_sites(model, min_size=1).sites
+    feeds = [{n: rng.integers(0, 40, (100, 5)) for n in "ab"} for _ in range(5)]
+    used, held = look_up_moments(model, sites, [feeds[:4], feeds[4:]])
+    assert set(used) == set(held) == {"table"}
+    assert used["table"].vectors == 4 * 2 * 500
+    assert held["table"].vectors == 2 * 500
+    for found, part in ((used, feeds[:4]), (held, feeds[4:])):
+        outputs = [(table[feed["a"]] + table[feed["b"]]) @ weight for feed in part]
+        share = 2 * np.mean([1000.0 / np.square(y).sum() for y in outputs])
+        wanted = share * weight @ weight.T
+        error = np.abs(found["table"].moments - wanted).max()
+        assert error < 0.15 * float(wanted.max())

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 import onnxcomp
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.transforms.zeroing import ZeroingGoal, by_inputs, by_size
-from onnxcomp.passes.weight import Array, Stats, WeightSite
+from onnxcomp.passes.weight import Array, HeldMoments, Stats, WeightSite
 
 
 def normal(*shape: int, seed: int = 0) -> Array:
@@ -32,7 +32,9 @@ def stats_of(weight: Array) -> Stats:
     """Statistics of the inputs of a weight, some of them held out."""
     site = WeightSite("w", weight.shape, "float32", (), "", *weight.shape, False)
     seen, kept = (inputs_of(4000, weight.shape[1], seed).astype(np.float64) for seed in (1, 5))
-    return Stats(site, 4000, seen.T @ seen / 4000, seen.mean(axis=0), kept.T @ kept / 4000)
+    return Stats(
+        site, 4000, seen.T @ seen / 4000, seen.mean(axis=0), HeldMoments(kept.T @ kept / 4000)
+    )
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.77])
@@ -70,7 +72,7 @@ def test_the_others_make_up_for_what_is_gone(text: str) -> None:
 def test_inputs_that_say_nothing_leave_the_smallest_to_go() -> None:
     weight, goal = normal(16, 128), ZeroingGoal.of_text("2:4")
     site = WeightSite("w", weight.shape, "float32", (), "", *weight.shape, False)
-    stats = Stats(site, 1000, np.eye(128), np.zeros(128), np.eye(128))
+    stats = Stats(site, 1000, np.eye(128), np.zeros(128), HeldMoments(np.eye(128)))
     np.testing.assert_array_equal(by_inputs(weight, goal, stats), by_size(weight, goal))
 
 

@@ -168,3 +168,43 @@ def test_fits_to_few_vectors_use_what_held_out_ones_allow() -> None:
         plain = fitted(weight, seen.gram, weight @ seen.gram, gone, damping(seen.gram))
         assert fit.used in ("mask", "bias", "fit")
         assert fit.after <= held.error(plain) / held.power
+
+
+def alike(seed: int, weight: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Twenty vectors from each of some groups, alike inside of a group, and noisy targets."""
+    rng = np.random.default_rng(seed)
+    centres = np.repeat(rng.standard_normal((groups, weight.shape[1])), 20, axis=0)
+    x = centres + 0.1 * rng.standard_normal(centres.shape)
+    noise = np.repeat(rng.standard_normal((groups, len(weight))), 20, axis=0)
+    return x, x @ weight.T + 3.0 * noise
+
+
+def test_many_vectors_of_few_inputs_are_shrunk_further() -> None:
+    """Twenty vectors for each column are few, where they come from as many inputs as columns."""
+    for seed in range(3):
+        weight = np.random.default_rng(seed).standard_normal((6, 32))
+        parts = [alike(seed + place, weight, count) for place, count in ((10, 32), (20, 16))]
+        seen, held = (sums(weight, x, target) for x, target in parts)
+        gone = np.arange(0, 32, 4)
+        fit = best_fit(weight, np.zeros(6), gone, seen, held)
+        x, target = alike(seed + 30, weight, 64)
+        fresh = sums(weight, x, target)
+        bias = np.zeros(6) if fit.bias is None else fit.bias
+        plain = fitted(weight, seen.gram, seen.cross, gone, damping(seen.gram))
+        assert fresh.error(fit.weight, bias) < 0.9 * fresh.error(plain)
+        assert temper(weight, seen, held) == 0.0 < temper(weight, seen, held, apart=True)
+
+
+def test_a_bias_makes_up_for_the_mean_of_what_a_surgeon_takes() -> None:
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal((5, 12))
+    x = rng.standard_normal((400, 12)) + 3.0
+    x[:, 2] = 7.0  # says nothing that a bias could not say
+    found = sums(weight, x, x @ weight.T)
+    gram = found.moments_about(found.mean)
+    np.testing.assert_allclose(gram, np.cov(x.T, bias=True), atol=1e-4)
+    surgeon = Surgeon(weight, gram, damping(gram), mean=found.mean)
+    assert surgeon.losses(np.arange(12)[:, None]).argmin() == 2
+    surgeon.remove(np.array([2]))
+    np.testing.assert_allclose(x @ surgeon.weight.T + surgeon.shift, x @ weight.T, atol=1e-3)
+    assert not Surgeon(weight, gram, damping(gram)).shift.any()

@@ -328,7 +328,7 @@ def test_few_vectors_do_not_promise_what_others_do_not_keep() -> None:
     assert all(sums.held is not None for sums in known.values())
     ledger = Ledger(analysis, groups)
     seen = [(consumer, known[consumer.name]) for consumer in consumers]
-    steps = by_obs(groups.groups, consumers, seen, ledger, 0.99, least=0.2, round_to=8)
+    (steps,) = by_obs(groups.groups, consumers, seen, ledger, 0.99, least=0.2, round_to=8)
     for consumer in consumers:
         own = [step for step in steps if consumer.columns(_gone(ledger, step)).size]
         weight = consumer.matrix(consumer.weight.const_value.numpy())  # type: ignore[union-attr]
@@ -342,3 +342,20 @@ def _gone(ledger: Ledger, step: Step) -> np.ndarray:
     gone = np.zeros_like(ledger.gone)
     gone[list(step.classes)] = True
     return gone
+
+
+def test_inputs_that_losses_are_measured_on_take_no_part_in_moments() -> None:
+    model = load(wide())
+    canonicalize(model)
+    prepare(model)
+    analysis = analyse(model, probe_feeds(model))
+    consumers = find_consumers(analysis)
+    data = feeds(20, 8)
+    other = [feed if n % 10 != 9 else {"x": 5.0 * feed["x"]} for n, feed in enumerate(data)]
+    for centred in (False, True):
+        first, second = (dict(moments(analysis, consumers, of, centred=centred))
+                         for of in (data, other))  # fmt: skip
+        for consumer, sums in first.items():
+            assert sums.held is not None and second[consumer].held is not None
+            np.testing.assert_array_equal(sums.mean, second[consumer].mean)
+            assert not np.array_equal(sums.held.gram, second[consumer].held.gram)  # type: ignore[union-attr]

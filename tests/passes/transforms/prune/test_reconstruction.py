@@ -11,6 +11,7 @@ import pytest
 
 from onnxcomp.passes.ir.model import load, save
 from onnxcomp.passes.transforms.canonicalize import canonicalize
+from onnxcomp.passes.transforms.prune import trials
 from onnxcomp.passes.transforms.prune.depthwise import FilterSums, best_filters
 from onnxcomp.passes.transforms.prune.groups import Group
 from onnxcomp.passes.transforms.prune.measured import rescaled
@@ -182,6 +183,39 @@ def test_layers_that_outputs_do_not_depend_on_go_first(tmp_path: Path) -> None:
     # Of 64 neurons 26 go: all of them from the quiet branch, or some from each.
     assert kept[True] == [6]
     assert len(kept[False]) == 2
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_way_to_choose_that_costs_the_outputs_less_is_kept(
+    better: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Losses of the outputs and those of what is read next choose differently: both are tried."""
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.standard_normal((64, 16)).astype(np.float32)} for _ in range(20)]
+    found: list[list[float]] = []
+    measure = trials._losses
+
+    def watched(*given: Any) -> Any:
+        losses = measure(*given)
+        found.append(list(losses.values()))
+        return dict(zip(losses, found[-1] if not better else found[-1][::-1], strict=True))
+
+    monkeypatch.setattr(trials, "_losses", watched)
+    model = load(branches(0.01))
+    canonicalize(model)
+    report = prune(model, PruneOptions(ratio=0.4, round_to=1, tune=False), feeds=feeds)
+    # By the outputs all neurons go from the quiet branch, by what is read next some from each.
+    assert found[0][0] < found[0][1]
+    assert len(report.groups) == (2 if better else 1)
+    # What is kept is the model that was measured.
+    onnx.save(branches(0.01), tmp_path / "dense.onnx")
+    save(model, tmp_path / "own.onnx")
+    exact, own = (
+        np.concatenate([y for run in run_model(tmp_path / f, feeds[9::10]) for y in run.values()])
+        for f in ("dense.onnx", "own.onnx")
+    )
+    error = np.square(own - exact).sum() / np.square(exact).sum()
+    assert error == pytest.approx(found[0][better], rel=1e-3)
 
 
 def test_the_loss_of_outputs_is_their_error(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_tuning_comes_closer_than_fits(tmp_path: Path) -> None:
     assert report.tuned is not None and report.tuned.passes > 0
     assert report.tuned.after < report.tuned.before
     assert plain.tuned is None
-    assert errors(model, tmp_path) < 0.95 * errors(fitted, tmp_path)
+    assert errors(model, tmp_path) < 0.97 * errors(fitted, tmp_path)
     assert [g.after for g in report.groups] == [g.after for g in plain.groups]
 
 
