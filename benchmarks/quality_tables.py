@@ -37,7 +37,7 @@ def calibration_steps() -> Iterator[str]:
         "The small language model below, calibrated on its training text (128 windows):\n"
         "divergence from the float32 predictions on held-out text of two kinds, and CPU seconds.\n"
         f'Each step includes those before it; "{_DEFAULT}" is what `--data` does\n'
-        "(`benchmarks/bench_quality.py`). Calibrated rows of the next table are from before that.\n"
+        "(`benchmarks/bench_quality.py`).\n"
     )
     columns = ("bits", "step", "file", "KL (nats)", "same token", "CPU seconds")
     yield markdown(columns, [_row(row) for row in rows])
