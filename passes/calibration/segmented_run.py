@@ -7,7 +7,7 @@ other, that costs one pass over the data, not one for each weight.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.calibration.elsewhere import Runs
+from onnxcomp.passes.calibration.filed_values import filed, let_go
 from onnxcomp.passes.ir.model import save
 from onnxcomp.passes.ir.traversal import subgraphs
 from onnxcomp.passes.weight import Array
@@ -24,6 +25,10 @@ from onnxcomp.runtime.clients.patching import return_freed_memory
 __all__ = ["Chain", "read_values", "segment", "segment_runner"]
 
 Feed = Mapping[str, Array]
+
+# Bytes of one value, over all inputs, from which on it is held in a file: its pages are in memory
+# while it is read and no longer.
+_MOST_HELD = 1 << 26
 
 # What ONNX Runtime leaves out of its work on a graph.
 _LEFT_OUT = "optimization.disable_specified_optimizers"
@@ -75,13 +80,17 @@ class Chain:
             for index, node in enumerate(self._nodes)
             for value in node.outputs
         }
+        self._read: dict[str, int] = {}
         self._needed, self._last = self._plan(list(groups))
         self._held: list[dict[str, Array]] = [dict(feed) for feed in feeds]
         self._weights: dict[str, Array] = {}
         self._done = 0
 
     def _plan(self, groups: Sequence[Sequence[str]]) -> tuple[list[int], dict[str, int]]:
-        """Nodes that produce the values, and the last node that needs each value."""
+        """Nodes that produce the values, and the last node that needs each value.
+
+        What nodes read is told apart from what is only asked for.
+        """
         needed: set[int] = set()
         last: dict[str, int] = {}
         for group in groups:
@@ -95,6 +104,7 @@ class Chain:
             needed.add(index)
             for value in read_values(self._nodes[index]):
                 name = value.name or ""
+                self._read[name] = max(self._read.get(name, -1), index)
                 last[name] = max(last.get(name, -1), index)
                 if name in self._producer:
                     pending.append(self._producer[name])
@@ -106,6 +116,9 @@ class Chain:
 
     def replace(self, name: str, weight: Array) -> None:
         """Put other values in the place of an initializer, for the nodes that have not run."""
+        known = self._model.graph.initializers.get(name)
+        if known is not None and known.dtype is not None:  # in its type it may take half
+            weight = weight.astype(known.dtype.numpy(), copy=False)
         self._weights[name] = weight
 
     def needs(self, name: str) -> bool:
@@ -128,7 +141,9 @@ class Chain:
         self._done = self.position(group)
         self._weights = {n: w for n, w in self._weights.items() if self.needs(n)}
 
-    def advance(self, wanted: Sequence[str], *, folded: bool = True) -> Iterator[dict[str, Array]]:
+    def advance(
+        self, wanted: Sequence[str], *, folded: bool = True, final: Collection[str] = ()
+    ) -> Iterator[dict[str, Array]]:
         """Run the nodes up to some values, one input after the other.
 
         Args:
@@ -136,6 +151,8 @@ class Chain:
                 not before that of the last call.
             folded: Whether ONNX Runtime may compute what depends on weights alone when it loads
                 the segment. If not, each run does, in less memory.
+            final: Those of the values that no later call asks for: they are held no longer than
+                they are read.
 
         Yields:
             For each input the values by name.
@@ -147,6 +164,7 @@ class Chain:
         activity("running the model", self._done, len(self._nodes), f"up to {wanted[0]}")
         part = [index for index in self._needed if self._done <= index < stop]
         later = {name for name, last in self._last.items() if last >= stop}
+        later -= {name for name in final if self._read.get(name, -1) < stop}
         made = {value.name or "" for index in part for value in self._nodes[index].outputs}
         again = {v.name or "" for index in self._repeat for v in self._nodes[index].outputs}
         outputs = sorted(made & ((later - again) | set(wanted)))
@@ -155,12 +173,21 @@ class Chain:
             found = self._results(part, outputs, Path(folder), folded)
             for number, held in enumerate(self._held):
                 held = {**held, **next(found)}
-                self._held[number] = {n: array for n, array in held.items() if n in later}
+                self._held[number] = {n: self._filed(a) for n, a in held.items() if n in later}
                 yield {name: held[name] for name in wanted}
+                for array in self._held[number].values():
+                    let_go(array)
             found.close()  # its session goes, and its memory with it
         return_freed_memory()
         self._done = max(self._done, stop)
         self._weights = {n: w for n, w in self._weights.items() if self.needs(n)}
+
+    def _filed(self, array: Array) -> Array:
+        """The same values, in a file of no name where they are much and are held here."""
+        plain = isinstance(array, np.ndarray) and not array.dtype.hasobject
+        if not plain or self._runs is not None or array.nbytes * len(self._held) < _MOST_HELD:
+            return array
+        return filed(array, self._folder)
 
     def _with_repeated(self, part: list[int], outputs: Sequence[str]) -> list[int]:
         """The nodes of a segment with those that are computed again for them, and no others."""
@@ -285,7 +312,8 @@ def segment(
         if changed is not None:
             assert changed.const_value is not None
             kind = changed.const_value.dtype
-            changed.const_value = ir.Tensor(array.astype(kind.numpy()), dtype=kind, name=name)
+            values = array.astype(kind.numpy(), copy=False)
+            changed.const_value = ir.Tensor(values, dtype=kind, name=name)
     return ir.Model(copy, ir_version=model.ir_version, functions=_called(model, nodes))
 
 

@@ -24,6 +24,7 @@ from onnxcomp.passes.calibration.segmented_run import Chain
 from onnxcomp.passes.calibration.sources import Source, sources_of, stream_source, value_names
 from onnxcomp.passes.calibration.sums import Sums, scales_of
 from onnxcomp.passes.weight import Array, Feed, Shift, Stats, WeightSite
+from onnxcomp.runtime.clients.patching import return_freed_memory
 
 __all__ = [
     "HELD_OUT",
@@ -149,10 +150,15 @@ class Calibration:
 
     def pass_by(self, number: int) -> None:
         """Run the model up to a group whose statistics are not wanted."""
-        names = value_names(self._groups[number][0])
+        names, final = value_names(self._groups[number][0]), self._final(number)
         for chain in (self._chain, self._dense):
-            for _ in () if chain is None else chain.advance(names):
+            for _ in () if chain is None else chain.advance(names, final=final):
                 pass
+
+    def _final(self, number: int) -> set[str]:
+        """Values of a group that no later one reads."""
+        later = (value_names(sources) for sources, _ in self._groups[number + 1 :])
+        return set(value_names(self._groups[number][0])).difference(*later)
 
     def observe(self, number: int) -> Stats:
         """Statistics of a group, which follows the last one that was observed or passed by.
@@ -166,15 +172,17 @@ class Calibration:
         paired = self._dense is not None
         alone = len(sites) == 1
         group = Group(sites[0], sources, len(self._feeds), paired, self._means, alone)
-        return self._sums(group).stats()
+        stats = self._sums(group, self._final(number)).stats()
+        return_freed_memory()  # what the sums took, before a weight is encoded
+        return stats
 
-    def _sums(self, group: Group) -> Sums:
+    def _sums(self, group: Group, final: set[str]) -> Sums:
         names = value_names(group.sources)
         folded = group.site.length < _WIDE
-        found = self._chain.advance(names, folded=folded)
+        found = self._chain.advance(names, folded=folded, final=final)
         dense: Iterable[dict[str, Array]] = [{}] * len(self._feeds)
         if self._dense is not None:
-            dense = self._dense.advance(names, folded=folded)
+            dense = self._dense.advance(names, folded=folded, final=final)
         if self._elsewhere is not None and group.divisible:
             return self._elsewhere.sums(group, list(found), list(dense))
         weighed = group.by_rows or group.stream is not None

@@ -191,10 +191,10 @@ class CalibratedEncoding:
             `Codec.encode`.
         suits: Whether `encode` can be used for a site with these settings.
         anchored: Whether it aims at the outputs of the dense model, errors of earlier weights
-            included. Then it is given `Stats.cross`, and judged by how far its products are from
+            included. Then it is given `Stats.drift`, and judged by how far its products are from
             those of the dense model.
         streams: Whether it also makes up for what is missing in the stream that the products are
-            added to. Then it is given `Stats.missing`, and judged by it.
+            added to. Then that is in `Stats.lack`, and it is judged by it.
     """
 
     encode: EncodeForInputs

@@ -1,6 +1,7 @@
 """Pieces of a model are made of their own nodes."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import onnxruntime
 from onnx import helper
 from tests.passes.conftest import build, weight
 
-from onnxcomp.passes.calibration.segmented_run import segment
+from onnxcomp.passes.calibration import segmented_run
+from onnxcomp.passes.calibration.filed_values import filed, let_go
+from onnxcomp.passes.calibration.segmented_run import Chain, segment
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.ir.serializer import model_proto
 
@@ -73,3 +76,40 @@ def test_what_branches_read_is_read() -> None:
     assert set(piece.graph.initializers) == {"w0"}
     session = onnxruntime.InferenceSession(model_proto(piece).SerializeToString())
     assert {value.name for value in session.get_inputs()} == set(held)
+
+
+def test_large_values_are_held_in_files(monkeypatch: Any, tmp_path: Path) -> None:
+    feeds = [{"x0": weight(4, 8, seed=n), "go": np.array(True)} for n in range(3)]
+    groups = [["x1"], ["p1", "x2"], ["x5"]]
+    found = []
+    for most in (1 << 40, 1):
+        monkeypatch.setattr(segmented_run, "_MOST_HELD", most)
+        chain = Chain(model_of_layers(), feeds, groups, tmp_path)
+        found.append([dict(v) for group in groups for v in chain.advance(group, final=group)])
+    for one, other in zip(*found, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_nothing_reads_is_not_held() -> None:
+    feeds = [{"x0": weight(4, 8), "go": np.array(True)}]
+    chain = Chain(model_of_layers(), feeds, [["p1"], ["p2", "x3"], ["x3"]])
+    for group, final, held in (
+        (["p1"], ["p1"], {"p1"}),  # the next node reads it
+        (["p2", "x3"], ["p2"], {"x3"}),
+    ):
+        assert [set(values) for values in chain.advance(group, final=final)] == [set(group)]
+        assert {*chain.held[0]} == held
+    (values,) = chain.advance(["x3"])
+    assert values["x3"].shape == (4, 8)
+
+
+def test_values_in_files_are_those_that_were_put_there(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    found = filed(array, tmp_path)
+    let_go(found)
+    assert np.array_equal(found, array)
+    assert filed(found[1:], tmp_path).base is not None
+    assert np.shares_memory(filed(found, tmp_path), found)
+    assert filed(np.zeros((0, 3)), tmp_path).shape == (0, 3)
+    assert not list(tmp_path.iterdir())
