@@ -111,9 +111,10 @@ struct Entries {
   bool odd;  // table[2^L - 1 - s] = -table[s]
 
   Entries(const Weight& weight, bool bias) : data(weight.table), odd(true) {
-    if (weight.levels != nullptr) return;  // LevelLookup has its own
+    const bool large = weight.format.states > 8;
+    if (large && (weight.levels != nullptr || weight.structure != nullptr)) return;  // read otherwise
     const int size = 1 << weight.format.states;
-    if (weight.format.states > 8) {
+    if (large) {
       for (int s = 0; s < size / 2; ++s) odd &= data[size - 1 - s] == -data[s];
     }
     if (!bias) return;
@@ -266,34 +267,35 @@ class LevelLookup {
 template <int K, int L>
 constexpr bool kLargeStructures = K == 3 && L == 10;
 
-// Look-up of such tables, which are falling: structure.h.
+// Look-up of such tables, which are falling, with a shift of one: structure.h. Windows are cut with one
+// bit below them, so that c comes doubled, as it is subtracted.
 template <int L>
 class StructuredLookup {
  public:
-  explicit StructuredLookup(const Structure& structure, uint8_t bias)
-      : cells_(Repeated(structure.whole_cells)), steps_(Repeated(structure.whole_steps)) {
-    cells_ = _mm512_xor_si512(cells_, _mm512_set1_epi8(static_cast<char>(bias)));
+  explicit StructuredLookup(const Structure& structure, uint8_t bias) {
+    const __m128i cells = _mm_xor_si128(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(structure.whole_cells)),
+        _mm_set1_epi8(static_cast<char>(bias)));
+    // Every entry twice, and all of them again: permutations ignore the bits below and above.
+    const __m256i twice =
+        _mm256_set_m128i(_mm_unpackhi_epi8(cells, cells), _mm_unpacklo_epi8(cells, cells));
+    cells_ = _mm512_broadcast_i64x4(twice);
   }
 
   template <int K, int U>
   Unit Decode(const __m512i* lo, const __m512i* hi) const {
-    return {Find(CutWindows<K, U, 4, 0>(lo), CutWindows<K, U, 4, L - 4>(lo)),
-            Find(CutWindows<K, U, 4, 0>(hi), CutWindows<K, U, 4, L - 4>(hi))};
+    return {Find(CutWindows<K, U, 5, 0>(lo), CutWindows<K, U, 5, L - 4>(lo)),
+            Find(CutWindows<K, U, 5, 0>(hi), CutWindows<K, U, 5, L - 4>(hi))};
   }
 
  private:
-  // Entries repeat, so that permutations ignore what is above the four bits of a window.
-  static __m512i Repeated(const uint8_t* entries) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
-  }
-
   __m512i Find(__m512i newest, __m512i low) const {
+    low = _mm512_and_si512(low, _mm512_set1_epi8(0x1e));
     const __m512i cell = _mm512_permutexvar_epi8(_mm512_add_epi8(newest, low), cells_);
-    return _mm512_add_epi8(cell, _mm512_permutexvar_epi8(low, steps_));
+    return _mm512_sub_epi8(cell, low);
   }
 
   __m512i cells_;
-  __m512i steps_;
 };
 
 template <int L, bool Odd>

@@ -138,7 +138,7 @@ bool Structure::Find(const int8_t* table, int states, int bits) {
   } else {
     kind = solver.twisted() ? kTwisted : kTurned;
   }
-  if (states > 8 && kind != kFalling) return false;
+  if (states > 8 && (kind != kFalling || shift != 1)) return false;
   for (int i = 0; i < kCells; ++i) {
     if (kind == kFalling) {
       cells[i] = static_cast<uint8_t>(cells[i] + solver.steps[0]);

@@ -38,7 +38,7 @@ struct Structure {
   bool Find(const int8_t* table, int states, int bits);
 
   // Whether kernels know windows of these sizes: c must be the window of a weight before. Of tables of
-  // 2^10 entries they know falling ones only.
+  // 2^10 entries they know falling ones with a shift of one only.
   static bool Known(int states, int bits) {
     if (bits == 3 && states == 10) return true;
     return bits >= 2 && bits <= 4 && states <= 8 && (states - 4) % bits == 0;

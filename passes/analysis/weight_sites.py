@@ -47,6 +47,7 @@ __all__ = [
     "SkippedWeight",
     "find_sites",
     "read_weight",
+    "small_bytes",
     "stored_matrix",
 ]
 
@@ -247,6 +248,19 @@ def find_sites(
             skipped.append(_skip(value.name or "", tensor, ops, reason))
     skipped += _constants(model, min_size)
     return Sites(tuple(sites), tuple(skipped))
+
+
+def small_bytes(model: ir.Model, least: int) -> int:
+    """Bytes of matrices of the main graph below `MIN_SIZE` that have `least` bytes or more."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(
+        tensor.nbytes
+        for tensor in tensors
+        if tensor is not None
+        and least <= tensor.nbytes < MIN_SIZE
+        and tensor.dtype in WEIGHT_TYPES
+        and is_matrix(tensor)
+    )
 
 
 # A tensor with its graph, what reads it, and why it is no weight to compress, if so.

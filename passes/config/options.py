@@ -116,6 +116,7 @@ class ByteOptions(Options):
     )  # fmt: skip
     min_size: Converted[int | str, int] = option(
         "16KiB", Size(), "method", "Leave smaller tensors alone.",
+        "A plan for a size takes those from 1 KiB on where they would hold a quarter of it.",
     )  # fmt: skip
     mode: ModeChoice = option(
         "auto", Choice(ModeChoice), "method",

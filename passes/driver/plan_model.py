@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.settings import Settings
-from onnxcomp.passes.driver.prepare import prepare
+from onnxcomp.passes.driver.prepare import prepare, with_small_weights
 from onnxcomp.passes.driver.prune_budget import Trial, best_share, output_noise, witnesses
 from onnxcomp.passes.driver.referee import referee_of
 from onnxcomp.passes.driver.run import Run
@@ -47,6 +47,8 @@ def plan_subject(
 def _planned(
     subject: Subject, settings: Settings, given: Plan | None, run: Run, *, compared: bool = True
 ) -> PlannedModel:
+    if given is None:
+        settings = with_small_weights(subject.loaded, settings)
     prepared = prepare(subject.loaded, settings, subject.samples, threads=run.jobs)
     if prepared.has_new_inputs:
         subject = subject.without_inputs(subject.reference)

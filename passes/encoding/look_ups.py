@@ -98,7 +98,7 @@ class LookUps:
         stats = Stats(
             site,
             tokens=used.vectors,
-            gram=with_weight_error(used.moments, weight),
+            gram=with_weight_error(used.moments, weight).astype(np.float32),
             mean=np.zeros(site.length),
             held=HeldMoments(with_weight_error(held.moments, weight)),
         )

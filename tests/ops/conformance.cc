@@ -104,7 +104,7 @@ struct Payload {
   void Build(const Case& c, std::mt19937& random) {
     const bool narrow = c.group % 64 != 0;
     const int limit = narrow ? 31 : 63;
-    const int shift = static_cast<int>(random() % 3);
+    const int shift = c.states > 8 ? 1 : static_cast<int>(random() % 3);
     int cells[16];
     int turns[16];
     int steps[16];

@@ -103,6 +103,18 @@ def test_steps_that_harm_what_was_set_aside_are_dropped(monkeypatch: pytest.Monk
         np.testing.assert_array_equal(array, before[name])
 
 
+def test_vectors_are_tuned_alone_where_all_weights_together_move_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuning, "_TRIES", ((1500.0, False), (0.5, True)))
+    model, report = pruned()
+    assert report.tuned is not None and report.tuned.passes > 0
+    assert report.tuned.after < report.tuned.before
+    before = weights(pruned(tune=False)[0])
+    for name, array in weights(model).items():
+        assert np.array_equal(array, before[name]) == (array.ndim > 1), name
+
+
 def test_excluded_weights_stay() -> None:
     model, names = dense(), sorted(weights(dense()))
     other = dense()
