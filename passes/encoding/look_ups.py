@@ -24,12 +24,14 @@ from onnxcomp.passes.encoding.fitting import fitted
 from onnxcomp.passes.encoding.samples import Samples, calibration_of
 from onnxcomp.passes.gradients.output_moments import Curvature, look_up_moments
 from onnxcomp.passes.planning.plan import Plan
-from onnxcomp.passes.weight import Array, HeldMoments, Stats, WeightSite
+from onnxcomp.passes.weight import Array, Feed, HeldMoments, Stats, WeightSite
 
 __all__ = ["LookUps"]
 
-# Inputs that the curvature is taken from, evenly from all; a pass back costs three runs.
-_MOST = 128
+# Inputs that the curvature is taken from, evenly from all, and indices in them that are enough
+# beyond the fewest inputs; a pass back costs three runs.
+_MOST, _FEWEST = 128, 32
+_INDICES = 8192
 
 
 class LookUps:
@@ -52,7 +54,7 @@ class LookUps:
         folder: Path | None = None,
     ) -> None:
         self._model, self._folder = model, folder
-        self._feeds = samples.feeds[:: -(-len(samples.feeds) // _MOST)]
+        self._feeds = samples.feeds[:: -(-len(samples.feeds) // _enough(samples.feeds))]
         self._tables = [
             site
             for site in work
@@ -104,3 +106,9 @@ class LookUps:
         )
         found = fitted(lambda: weight, plain, stats, None, threads=threads)
         return dataclasses.replace(found, output_error=None)  # it has no products
+
+
+def _enough(feeds: Sequence[Feed]) -> int:
+    """How many inputs suffice, by the size of the first one."""
+    sizes = [array.size for array in feeds[0].values()] if feeds else []
+    return min(_MOST, max(_FEWEST, -(-_INDICES // max([1, *sizes]))))
