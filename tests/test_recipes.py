@@ -126,11 +126,6 @@ SETTING = Recipe(
             "    tall = tuple(site for site in found.sites if site.rows >= settings.least_rows)\n"
             "    found = dataclasses.replace(found, sites=tall)\n",
         ),
-        Line(
-            "passes/driver/prepare.py",
-            "from __future__ import annotations\n",
-            "import dataclasses\n",
-        ),
     ),
 )
 

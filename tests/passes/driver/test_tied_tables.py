@@ -23,7 +23,7 @@ def test_a_plan_sees_both_uses_and_counts_the_table_as_a_product(decoder_folder:
     assert sensitivity(sites[TABLE]) == sites[TABLE].size == 320 * 64
 
 
-@pytest.mark.parametrize("settings", [{"bits": 3}, {"ratio": 4.0}], ids=["bits", "ratio"])
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"ratio": 5.0}], ids=["bits", "ratio"])
 def test_the_table_has_its_own_bits_and_is_stored_once(
     decoder_folder: Path, tmp_path: Path, settings: dict[str, float]
 ) -> None:
