@@ -11,12 +11,12 @@
 #include <immintrin.h>
 
 #include "hyper/plain.h"
+#include "hyper/prefetch.h"
 
 namespace onnxcomp::hyper {
 namespace {
 
 constexpr int kStep = 32;  // weights of a row that are decoded together: k dwords
-constexpr int kAhead = 96;  // prefetch distance in lines
 
 inline __m256i LoadDword(const uint8_t* codes) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));

@@ -249,7 +249,7 @@ template <int Lines>
 inline void Prefetch(const uint8_t* codes) {
 #pragma GCC unroll 4
   for (int d = 0; d < Lines; ++d) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes + (kAhead + d) * kLine), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(codes + d * kLine), _MM_HINT_T1);
   }
 }
 
@@ -260,16 +260,17 @@ inline const uint8_t* NextCodes(const uint8_t* codes, const uint8_t* last) {
   return next > last ? codes : next;
 }
 
-// One panel's group: out[(t' / 4) * 64 + lane * 4 + t' mod 4].
+// One panel's group: out[(t' / 4) * 64 + lane * 4 + t' mod 4]. Asks for the codes `ahead` bytes later.
 template <int K, int Back, class Table>
-inline void DecodeStructured(const Table table, const uint8_t* codes, int group, uint8_t* out) {
+inline void DecodeStructured(const Table table, const uint8_t* codes, int group, int64_t ahead,
+                             uint8_t* out) {
   using Cut = Windows<K, Back>;
   const uint8_t* last = codes + (group * K / 32 - 1) * kLine;
   Cut low(last);
   Cut high(last + 32);
   low.Load(codes);
   for (int t = 0; t < group; t += 4 * Cut::kVectors) {
-    Prefetch<Cut::kDwords>(codes);
+    Prefetch<Cut::kDwords>(codes + ahead);
     high.Load(codes + 32);
     low.ForEach([&](auto v, __m256i newest, __m256i before) {
       _mm256_store_si256(reinterpret_cast<__m256i*>(out + v * kLine), table.Find(newest, before));

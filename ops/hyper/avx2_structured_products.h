@@ -102,7 +102,7 @@ inline void SumPanel(const Table& table, const uint8_t* codes, int group, const 
   Sums<Joined, 1> high_sums;
   low_cut.Load(codes);
   for (int t = 0; t < group; t += 4 * Cut::kVectors) {
-    Prefetch<Cut::kDwords>(codes);
+    Prefetch<Cut::kDwords>(codes + kAhead * kLine);
     high_cut.Load(codes + 32);
     low_cut.ForEach([&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
       low_sums.template Add<v()>(table.Find(newest, low), x);
@@ -128,7 +128,7 @@ inline void SumGroup(const Table& table, const uint8_t* codes, int group, const 
   Cut cut(codes + (group * K / 32 - 1) * kLine);
   Sums<Joined, M> sums;
   for (int t = 0; t < group; t += 4 * Cut::kVectors) {
-    if (ahead) Prefetch<Cut::kDwords>(codes);
+    if (ahead) Prefetch<Cut::kDwords>(codes + kAhead * kLine);
     cut.Load(codes);
     cut.ForEach([&](auto v, __m256i newest, __m256i low) __attribute__((always_inline)) {
       sums.template Add<v()>(table.Find(newest, low), x);
@@ -211,7 +211,8 @@ template <int K, int Back, Structure::Kind Kind>
 struct DecodeWhole {
   static void Run(const Weight& weight, int64_t panel, int64_t group, uint8_t* out) {
     const StructuredLookup<Kind, true> table(*weight.structure);
-    DecodeStructured<K, Back>(table, weight.block(panel, group), weight.format.group, out);
+    DecodeStructured<K, Back>(table, weight.block(panel, group), weight.format.group,
+                              kAhead * kLine, out);
   }
 };
 
@@ -282,9 +283,10 @@ struct DecodeAndMultiply {
     alignas(64) uint8_t w[2 * kMaxGroup * kLanes];
     std::memset(out, 0, static_cast<size_t>(rows) * 2 * kLanes * sizeof(float));
     for (int64_t g = 0; g < weight.format.groups; ++g) {
+      const int64_t ahead = PairAhead(weight.format, g);
       __m256 scales[2][2];
       for (int p = 0; p < panels; ++p) {
-        DecodeStructured<K, Back>(table, weight.block(panel + p, g), weight.format.group,
+        DecodeStructured<K, Back>(table, weight.block(panel + p, g), weight.format.group, ahead,
                                   w + p * kMaxGroup * kLanes);
         const uint16_t* stored = weight.scale(panel + p, g);
         scales[p][0] = LoadScales(stored);

@@ -14,13 +14,12 @@
 #include <type_traits>
 
 #include "hyper/format.h"
+#include "hyper/prefetch.h"
 
 namespace onnxcomp::hyper {
 namespace {
 
 constexpr int kStep = 32;          // weights of a row that are decoded together
-// Prefetch distance in lines: more than a page, so that address translation is under way in time.
-constexpr int kAhead = 96;
 
 // The windows of one unit of eight weights: where each starts, in the interleaved qwords.
 struct Cut {
@@ -322,15 +321,6 @@ inline void Prefetch(const uint8_t* codes) {
   for (int d = 0; d < K; ++d) {
     _mm_prefetch(reinterpret_cast<const char*>(codes + d * kLine), _MM_HINT_T1);
   }
-}
-
-// How far ahead, in bytes, the codes lie that follow kAhead lines later when panels are read in
-// pairs, group by group: past the end of a panel comes the panel after the next.
-inline int64_t PairAhead(const Format& format, int64_t g) {
-  const int64_t block = static_cast<int64_t>(format.dwords) * kLine;
-  const int64_t groups = (kAhead * kLine + block - 1) / block;
-  const int64_t ahead = groups < format.groups ? groups : format.groups;
-  return (ahead + (g + ahead < format.groups ? 0 : format.groups)) * block;
 }
 
 // Decodes 32 weights of 16 rows; `before` is the dword before `codes` and becomes the last one.
