@@ -250,7 +250,7 @@ class LabelledImages:
 
     loss = "accuracy_drop"
 
-    def __init__(self, model: Path, data: Path, images: int = 500) -> None:
+    def __init__(self, model: Path, data: Path, images: int = 1000) -> None:
         self.model, self._images = model, images
         found = list(cifar_feeds(data, "test"))
         self._feeds = [feed for feed, _ in found]

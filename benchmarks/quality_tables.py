@@ -74,7 +74,7 @@ def other_models() -> Iterator[str]:
     yield (
         f"The sentence encoder above, calibrated on sentences of {encoder['pairs']:,} training\n"
         "pairs of STS-B, none of which is in the development set, which it is judged by.\n"
-        "ResNet20, calibrated on 500 training images of CIFAR-10 and judged by all 10,000 test\n"
+        "ResNet20, calibrated on 1,000 training images of CIFAR-10 and judged by all 10,000 test\n"
         "images: points of accuracy that are lost, and how many images keep the dense model's\n"
         "class (`benchmarks/bench_quality.py`).\n"
     )
