@@ -101,6 +101,7 @@ class _ByVectors:
         self.power = sum(inner(part, part) for part in parts) / self._count
 
     def noise(self, decoded: Array, shift: Array | None) -> float:
+        """See `_Judge.noise`; by products of ``(rows, vectors)``, some rows at a time."""
         total = 0.0
         for rows, lack in _outputs(decoded, self._inputs):
             lack -= self._wanted[rows]
@@ -153,6 +154,7 @@ class _ByMoments:
             self._slope -= missing.cross.astype(np.float32)
 
     def noise(self, decoded: Array, shift: Array | None) -> float:
+        """See `_Judge.noise`; by products of ``(rows, length)`` and moments."""
         change = decoded - self._weight
         noise = self._least + energy(change, self._held.inputs)
         if self._slope is not None:
@@ -178,6 +180,7 @@ class _ByGroups:
         self.power = sum(group.power for group in self._groups)
 
     def noise(self, decoded: Array, shift: Array | None) -> float:
+        """See `_Judge.noise`; the sum over groups."""
         count = len(self._groups)
         shifts = [None] * count if shift is None else np.split(shift, count)
         blocks = zip(self._groups, np.split(decoded, count), shifts, strict=True)
