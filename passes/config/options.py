@@ -202,8 +202,9 @@ class ByteOptions(Options):
     prune_experts: float | None = option(
         None, Number(above=0, metavar="N|SHARE"), "prune",
         "Take so many whole experts, or this share of them, out of each mixture of experts.",
-        "Those go that are chosen least on the data; without data, those with the least column of "
-        "the router. A router and the stacks that its indices pick from are found by themselves.",
+        "Those go that the outputs miss least on the data; without data, those with the least "
+        "column of the router. A router and the stacks that its indices pick from are found by "
+        "themselves.",
         key="experts", example="2",
     )  # fmt: skip
     prune_layers: int | None = option(
