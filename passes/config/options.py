@@ -258,7 +258,8 @@ class ByteOptions(Options):
         None, Sparsity(), "prune",
         "Set this share of each weight of a product to zero, or all but 2 of every 4 elements.",
         "The smallest go. With data those go that matter least to the products, and the others "
-        "make up for them. The methods `sparse` and `sparse+int` store what is left.",
+        "make up for them. The methods `sparse`, `sparse+int` and `sparse+hyper` store what is "
+        "left.",
         example='"2:4"',
     )  # fmt: skip
 
