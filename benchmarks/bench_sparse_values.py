@@ -1,6 +1,7 @@
 """Values of sparse weights: integers, trellis codes, and codes of the weight with its zeros.
 
-    python benchmarks/bench_sparse_values.py --data FOLDER [--minilm MINILM.onnx] [--again]
+    python benchmarks/bench_sparse_values.py --data FOLDER [--minilm MINILM.onnx] [--only REGEX]
+        [--again]
 
 A model with two of every four elements of its products (by `--sparsity 2:4` and data) stands for
 those that come pruned. Forms of it are compared with it, and with the model before pruning: `hyper`
@@ -57,8 +58,10 @@ def judge_of(model: Path, reference: Path, data: Path) -> Judge:
     return judge
 
 
-def rows_of(model: Path, data: Path, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of all forms of a model that are not known."""
+def rows_of(
+    model: Path, data: Path, known: dict[str, dict[str, Any]], asked: str
+) -> Iterator[dict[str, Any]]:
+    """Rows of the forms that are asked for and not known."""
     feeds = list(judge_of(model, model, data).calibration(data))
     if model.stem != "tinyllama_ref":
         feeds = feeds[::BATCHES]
@@ -76,7 +79,7 @@ def rows_of(model: Path, data: Path, known: dict[str, dict[str, Any]]) -> Iterat
         if "pruned" not in known:
             yield {"name": "pruned", "bytes": dense, **_losses(judges, pruned)}
         for name, method, bits, of_pruned, with_data in FORMS:
-            if name in known:
+            if name in known or not re.search(asked, name):
                 continue
             found = onnxcomp.optimize(
                 pruned if of_pruned else model, form, method=method, bits=bits, include=only,
@@ -110,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--minilm", type=Path)
+    parser.add_argument("--only", default="", help="forms whose names match")
     parser.add_argument("--again", action="store_true", help="measure recorded rows again")
     options = parser.parse_args()
     models = {"language_model": options.data / "lm" / "tinyllama_ref.onnx"}
@@ -120,7 +124,7 @@ def main() -> None:
         rows = [] if options.again else recorded().get(key, [])
         known = {row["name"]: row for row in rows}
         if not known.keys() >= set(order):
-            for row in rows_of(model, options.data, known):
+            for row in rows_of(model, options.data, known, options.only):
                 print(key, row, flush=True)
                 known[row["name"]] = row
                 found = [known[name] for name in order if name in known]
