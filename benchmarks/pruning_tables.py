@@ -68,17 +68,18 @@ def _pruned_experts() -> Iterator[str]:
         if row["gone"]:
             found.setdefault((row["score"], row["gone"]), []).append(row["kl"])
     counts = sorted({gone for _, gone in found})
-    seeds = len({row["seed"] for row in results["rows"]})
+    trained = {(row["seed"], row["steps"]) for row in results["rows"]}
+    steps = " or ".join(sorted({str(step) for _, step in trained}))
     cells = [
         (name, *(f"{statistics.fmean(found[score, gone]):.4f}" for gone in counts))
         for score, name in _EXPERTS.items()
         if (score, counts[0]) in found
     ]
-    models = "one model" if seeds == 1 else f"means of {seeds} models"
+    models = "one model" if len(trained) == 1 else f"means of {len(trained)} models"
     yield (
         "Whole experts taken out of each of the 3 layers of a small language model of letters,\n"
         "which has 8 in a layer and gives a token 2 (`--prune-experts`): divergence from the\n"
-        f"whole model on text that it has not seen, {models} trained for {results['steps']} steps\n"
+        f"whole model on text that it has not seen, {models} trained for {steps} steps\n"
         "(`benchmarks/bench_prune_experts.py`).\n"
     )
     yield markdown(("experts go by", *(f"{gone} of 8 gone" for gone in counts)), cells)
