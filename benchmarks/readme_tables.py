@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from archive_tables import archives
 from client_tables import clients, elsewhere, hub
 from export_tables import exports
 from latency_tables import (
@@ -353,6 +354,7 @@ ALL: Sections = {
     "Models in packages": clients,
     "Plans": planner,
     "Presets": presets,
+    "Archives": archives,
     "Structured pruning": pruning,
     "Large models": large_models,
 }

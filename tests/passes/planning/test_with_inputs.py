@@ -239,9 +239,11 @@ def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path:
     assert errors[1] < 0.9 * errors[0]
     assert plan.error == pytest.approx(errors[1], rel=0.1)
     assert plan.loss == pytest.approx(errors[1] ** 2, rel=0.2)
+    assert plan.loss is not None and 0.0 < (plan.loss_error or 0.0) < plan.loss
+    assert plan.to_json()["loss_error"] == pytest.approx(plan.loss_error, rel=1e-3)
     losses = {entry["plan"]: entry["loss"] for entry in plan.compared}
     assert losses["expected best"] == min(losses.values()) < 0.5 * losses["equal"]
-    assert not blind.compared and blind.loss is None
+    assert not blind.compared and blind.loss is None and blind.loss_error is None
 
 
 @pytest.mark.parametrize("small", [True, False])
