@@ -347,10 +347,11 @@ def _near(results: Sequence[Mapping[str, Any]]) -> str:
         if "expected_loss" in at
     ]
     near, close = (sum(abs(at - 1) <= part for at in found) for part in (0.15, 0.25))
+    far = len(found) - close
     unsure = sum(_by_chance(at) for row in results for at in row["equal_bytes"])
     return (
         f"Of {len(found)} plans {near} lose within 15 % of what was expected, {close} within\n"
-        f"25 %. Of the other {len(found) - close}, {unsure} differ by less than two standard errors\n"
+        f"25 %. Of the other {far}, {unsure} differ by less than two standard errors\n"
         "of the difference."
     )
 
