@@ -246,11 +246,12 @@ def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path:
     assert not blind.compared and blind.loss is None and blind.loss_error is None
 
 
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(("small", "chosen"), [(True, True), (False, True), (False, False)])
 def test_a_plan_expects_what_calibrated_codes_lose(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool, chosen: bool
 ) -> None:
     monkeypatch.setattr(rehearsal, "_SMALL", 1 << 21 if small else 0)
+    monkeypatch.setattr(rehearsal, "_CHOSEN", 1 << 21 if chosen else 0)
     x = np.random.default_rng(8).standard_normal((16, 64, 256)).astype(np.float32)
     inputs = [{"x": part, "yes": np.array(True)} for part in x]
     path = tmp_path / "out.onnx"
