@@ -7,6 +7,7 @@ found by `passes.analysis.zeros`, so that sizes are exact before anything is enc
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -22,9 +23,35 @@ from onnxcomp.passes.codecs.sparse.format import MOST_KEPT
 from onnxcomp.passes.codecs.sparse.masks import BLOCK_SIDES, MaskForm, stored_form
 from onnxcomp.passes.weight import DTYPES, Array, Attribute, Kind, WeightSite
 
-__all__ = ["SparseCodec", "SparseParams"]
+__all__ = ["CodedZeros", "SparseCodec", "SparseParams"]
 
 V = TypeVar("V")
+
+
+class CodedZeros(Codec):
+    """A codec of weights with zeros whose other elements take fewer bits, in several sizes."""
+
+    @abc.abstractmethod
+    def _offered(self, site: WeightSite) -> Sequence[Params]:
+        """Settings from most to fewest bytes, those that make it no smaller among them."""
+
+    def refuse(self, site: WeightSite) -> str | None:
+        """Only weights with zeros, which analysis counts, that become smaller."""
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
+        if site.kept is None:
+            return "too few of its elements are zero"
+        least = min(self.size(site, params) for params in self._offered(site))
+        if least < site.nbytes:
+            return None
+        return f"{site.rows} x {site.length} needs {least} bytes, {site.nbytes} dense"
+
+    def candidates(self, site: WeightSite) -> Sequence[Params]:
+        """Those that make it smaller."""
+        if self.refuse(site):
+            return []
+        return [params for params in self._offered(site) if self.size(site, params) < site.nbytes]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ from onnxcomp.passes.codecs.hyper.codec import HyperCodec, HyperParams
 from onnxcomp.passes.codecs.lowrank.factor_pair import PartBuilder
 from onnxcomp.passes.codecs.lowrank.lowrank_hyper import part_of
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.codecs.sparse import format as sparse_format
+from onnxcomp.passes.codecs.sparse.codec import CodedZeros
 from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, is_kept
 from onnxcomp.passes.codecs.sparse.masks import BLOCK_SIDES, MaskForm, can_pair, stored_form
 from onnxcomp.passes.weight import Array, Attribute, Kind, Use, WeightSite
@@ -84,7 +85,7 @@ def _values_site(site: WeightSite, count: int, group: int) -> WeightSite:
     return WeightSite(name, (rows, group), site.dtype, (use,), "", rows, group, False)
 
 
-class SparseHyperCodec(Codec):
+class SparseHyperCodec(CodedZeros):
     """HyperWeight and SparseWeight, or HyperDecode and SparseDecode."""
 
     name: ClassVar[str] = "sparse+hyper"
@@ -92,18 +93,6 @@ class SparseHyperCodec(Codec):
     params_type: ClassVar[type[Params]] = SparseHyperParams
     width: ClassVar[str | None] = "bits"
     composite: ClassVar[bool] = True
-
-    def refuse(self, site: WeightSite) -> str | None:
-        """Only weights with zeros, which analysis counts, that become smaller."""
-        refusal = site.refusal(self.name)
-        if refusal is not None:
-            return refusal
-        if site.kept is None:
-            return "too few of its elements are zero"
-        least = min(self.size(site, params) for params in self._offered(site))
-        if least < site.nbytes:
-            return None
-        return f"{site.rows} x {site.length} needs {least} bytes, {site.nbytes} dense"
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""
@@ -131,12 +120,6 @@ class SparseHyperCodec(Codec):
                 forms.append(dataclasses.replace(own, paired=1, high=1, wide=1))
             found.append(min(forms, key=lambda params: self.size(site, params)))
         return found
-
-    def candidates(self, site: WeightSite) -> Sequence[SparseHyperParams]:
-        """2 to 6 bits, from most to fewest bytes."""
-        if self.refuse(site):
-            return []
-        return [params for params in self._offered(site) if self.size(site, params) < site.nbytes]
 
     def _stored(self, site: WeightSite, params: Params) -> tuple[WeightSite, HyperParams]:
         """What is kept as a weight of its own, and its settings."""
