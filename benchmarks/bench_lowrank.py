@@ -1,10 +1,11 @@
 """Low-rank factors: what is lost at 75, 50 and 25 % of the weights, and what is gained in speed.
 
     python benchmarks/bench_lowrank.py --data FOLDER [--minilm MINILM.onnx] [--kept 0.5]
+    python benchmarks/bench_lowrank.py --data FOLDER --smollm2 FOLDER --kept 0.75
     python benchmarks/bench_lowrank.py --speed
 
-The language model is judged by the divergence of its predictions from the dense model's, MiniLM by
-a third of STS-B; see bench_hyper_models.py. Only products within the layers are factored, all with
+Language models are judged by the divergence of their predictions from the dense model's, MiniLM by
+a third of STS-B; see judges.py. Only products within the layers are factored, all with
 the same share of their weights (ranks are multiples of 8), but for `noise` and `global`, which
 choose ranks in the same bytes. `svd` looks at the weights alone, `whitened` at the inputs that the
 dense model gives them, `anchored` at those behind the factors before and at the dense model's
@@ -36,9 +37,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from bench_hyper_models import Judge, LanguageModel, SentenceModel
 from bench_matmul import Bench, Maker, Product, build, float_product, interleave, open_session
 from bench_minilm import quality
+from judges import DecoderModel, Judge, LanguageModel, SentenceModel
 from onnx import helper
 from results import RESULTS, print_table, write_results
 
@@ -200,7 +201,7 @@ def recorded() -> dict[str, Any]:
     path = RESULTS / f"{NAME}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     found.pop("environment", None)
-    return {"language_model": [], "minilm": [], "speed": [], **found}
+    return {"language_model": [], "minilm": [], "smollm2": [], "speed": [], **found}
 
 
 def sweep(
@@ -256,7 +257,8 @@ def measure_speed(repeats: int) -> list[dict[str, Any]]:
 
 
 def show(results: dict[str, Any]) -> None:
-    for key, column in (("language_model", "kl"), ("minilm", "spearman")):
+    columns = {"language_model": "kl", "minilm": "spearman", "smollm2": "kl"}
+    for key, column in columns.items():
         rows = [
             [f"{r['kept']:.0%}", r["method"], r["bytes"], f"{r[column]:.4f}"] for r in results[key]
         ]
@@ -267,10 +269,37 @@ def show(results: dict[str, Any]) -> None:
     )
 
 
+def sweep_language_model(arguments: argparse.Namespace) -> None:
+    """Rows of the small language model."""
+    folder = arguments.data / "lm"
+    model = folder / "tinyllama_ref.onnx"
+    windows = np.load(folder / "calib.npy").astype(np.int64)[: arguments.samples]
+    judge = LanguageModel(model, folder, arguments.windows)
+    sweep("language_model", judge, model, 704, {"input_ids": windows}, arguments)
+
+
+def sweep_minilm(arguments: argparse.Namespace) -> None:
+    """Rows of MiniLM."""
+    sentences = SentenceModel(arguments.minilm, arguments.data, PAIRS)
+    dense = quality(sentences.dense, sentences.dense, sentences.scores)["spearman"]
+    write_results(NAME, {**recorded(), "minilm_dense": round(dense, 5)})
+    feeds = sentences.calibration(arguments.data)
+    feeds = feeds[:: -(-len(feeds) // (2 * arguments.samples))]  # they are sorted by length
+    sweep("minilm", sentences, arguments.minilm, 1536, feeds, arguments)
+
+
+def sweep_smollm2(arguments: argparse.Namespace) -> None:
+    """Rows of SmolLM2-135M; its tied table stays dense."""
+    judge = DecoderModel(arguments.smollm2, arguments.data, arguments.windows)
+    feeds = list(judge.calibration(arguments.data))[: arguments.samples]
+    sweep("smollm2", judge, judge.model, 1536, feeds, arguments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--minilm", type=Path)
+    parser.add_argument("--smollm2", type=Path, help="folder of the model")
     parser.add_argument("--kept", nargs="+", type=float, default=[0.75, 0.5, 0.25])
     parser.add_argument("--method", nargs="+", default=METHODS, choices=NAMES)
     parser.add_argument("--windows", type=int, default=10)
@@ -285,19 +314,12 @@ def main() -> None:
         results = recorded()
         results["speed"] = measure_speed(arguments.repeats)
         write_results(NAME, results)
-    if arguments.data is not None and arguments.minilm is None:
-        folder = arguments.data / "lm"
-        model = folder / "tinyllama_ref.onnx"
-        windows = np.load(folder / "calib.npy").astype(np.int64)[: arguments.samples]
-        judge = LanguageModel(model, folder, arguments.windows)
-        sweep("language_model", judge, model, 704, {"input_ids": windows}, arguments)
-    if arguments.data is not None and arguments.minilm is not None:
-        sentences = SentenceModel(arguments.minilm, arguments.data, PAIRS)
-        dense = quality(sentences.dense, sentences.dense, sentences.scores)["spearman"]
-        write_results(NAME, {**recorded(), "minilm_dense": round(dense, 5)})
-        feeds = sentences.calibration(arguments.data)
-        feeds = feeds[:: -(-len(feeds) // (2 * arguments.samples))]  # they are sorted by length
-        sweep("minilm", sentences, arguments.minilm, 1536, feeds, arguments)
+    if arguments.smollm2 is not None:
+        sweep_smollm2(arguments)
+    elif arguments.minilm is not None:
+        sweep_minilm(arguments)
+    elif arguments.data is not None:
+        sweep_language_model(arguments)
     show(recorded())
 
 
