@@ -10,10 +10,17 @@ from onnxcomp.passes.calibration.sources import Source
 from onnxcomp.passes.codecs.hyper import native
 from onnxcomp.passes.weight import WeightSite
 
-__all__ = ["HELD_OUT", "Group", "Rows"]
+__all__ = ["HELD_OUT", "MOST_HELD", "Group", "Rows"]
 
 # One input in ten is held out to judge by.
 HELD_OUT = 10
+
+# Vectors for each column up to which those that are held out are kept as they are: each error of a
+# weight takes as many operations by one vector as by one row of moments.
+MOST_HELD = 2
+
+# That many of them, evenly from all, or up to twice as many, tell forms of a weight apart.
+_JUDGES = 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,16 +69,25 @@ class Group:
         return (self.site.length,) if groups == 1 else (groups, self.site.length)
 
     def parts(self, number: int, count: int) -> tuple[tuple[slice, bool], ...]:
-        """Which vectors of an input are held back.
+        """Which vectors of an input are summed up, and which are held back.
 
-        All of every tenth input, or of a few inputs the last tenth of each.
+        Those of every tenth input, or of a few inputs the last tenth of each; where they are kept
+        as they are, no more than are wanted.
         """
         if self.means:
             return ((slice(None), False),)
         if self.inputs >= HELD_OUT:
-            return ((slice(None), number % HELD_OUT == HELD_OUT - 1),)
+            held = number % HELD_OUT == HELD_OUT - 1
+            step = self._step(self.inputs // HELD_OUT * count) if held else 1
+            return ((slice(None, None, step), held),)
         cut = count - count // HELD_OUT
-        return ((slice(None, cut), False), (slice(cut, None), True))
+        step = self._step(self.inputs * (count - cut))
+        return ((slice(None, cut), False), (slice(cut, None, step), True))
+
+    def _step(self, count: int) -> int:
+        """Of so many vectors that are held out, which ones are judged by."""
+        kept = len(self.shape) == 1 and count <= MOST_HELD * self.site.length
+        return max(1, count // _JUDGES) if kept else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,16 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxcomp.passes.calibration.groups import Rows
+from onnxcomp.passes.calibration.groups import MOST_HELD, Rows
 from onnxcomp.passes.calibration.residual_streams import MissingSums
 from onnxcomp.passes.calibration.second_moments import Moments
 from onnxcomp.passes.weight import Array, Held, HeldMoments, HeldVectors
 
 __all__ = ["HeldOutSums"]
-
-# Vectors for each column up to which they are kept. Each error of a weight takes as many operations
-# by one vector as by one row of moments, and three sums over the vectors are spared.
-_MOST = 2
 
 
 class HeldOutSums:
@@ -46,7 +42,7 @@ class HeldOutSums:
     ) -> None:
         self._shape, self._lacking, self._paired = shape, lacking, paired
         self._rows, self._threads = rows, threads
-        self._most = _MOST * shape[-1] if len(shape) == 1 else 0
+        self._most = MOST_HELD * shape[-1] if len(shape) == 1 else 0
         self._count = 0
         # Inputs, those of the reference model, and what the stream lacks beside them.
         self._vectors: list[tuple[Array, Array | None, Array | None]] = []

@@ -22,6 +22,9 @@ __all__ = ["MissingSums", "Stream", "missing_vectors", "products", "stream_of", 
 # Input vectors multiplied at a time.
 _CHUNK = 4096
 
+# Rows of sums that are converted at a time.
+_BLOCK = 512
+
 # Sums below this share of the median one count as if they had it.
 _LEAST = 0.1
 
@@ -200,7 +203,13 @@ class MissingSums:
 
     def mean(self) -> Array | None:
         """``E[d x^T]`` in float32 ``(rows, length)``; None as `means` says."""
-        return (self._cross / self._count).astype(np.float32) if self._known else None
+        if not self._known:
+            return None
+        found = np.empty(self._cross.shape, np.float32)
+        for start in range(0, len(found), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            found[part] = self._cross[part] / self._count
+        return found
 
     def means(self) -> Missing | None:
         """Means; None where vectors were missing or not finite."""

@@ -142,7 +142,12 @@ class Chain:
         self._weights = {n: w for n, w in self._weights.items() if self.needs(n)}
 
     def advance(
-        self, wanted: Sequence[str], *, folded: bool = True, final: Collection[str] = ()
+        self,
+        wanted: Sequence[str],
+        *,
+        folded: bool = True,
+        final: Collection[str] = (),
+        apart: bool = False,
     ) -> Iterator[dict[str, Array]]:
         """Run the nodes up to some values, one input after the other.
 
@@ -153,6 +158,8 @@ class Chain:
                 the segment. If not, each run does, in less memory.
             final: Those of the values that no later call asks for: they are held no longer than
                 they are read.
+            apart: Whether the values of all inputs are wanted at once, behind the session: they
+                lie in files where they are much, as those that are held do.
 
         Yields:
             For each input the values by name.
@@ -173,9 +180,11 @@ class Chain:
             found = self._results(part, outputs, Path(folder), folded)
             for number, held in enumerate(self._held):
                 held = {**held, **next(found)}
-                self._held[number] = {n: self._filed(a) for n, a in held.items() if n in later}
+                kept = later.union(wanted) if apart else later
+                held |= {name: self._filed(array) for name, array in held.items() if name in kept}
+                self._held[number] = {name: a for name, a in held.items() if name in later}
                 yield {name: held[name] for name in wanted}
-                for array in self._held[number].values():
+                for array in held.values():
                     let_go(array)
             found.close()  # its session goes, and its memory with it
         return_freed_memory()

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.offsets import shifted
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.elsewhere import Elsewhere
+from onnxcomp.passes.calibration.filed_values import let_go
 from onnxcomp.passes.calibration.groups import HELD_OUT, Group
 from onnxcomp.passes.calibration.segmented_run import Chain
 from onnxcomp.passes.calibration.sources import Source, sources_of, stream_source, value_names
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 _BATCH = 8
 
 # Columns from which on a matrix of ``length^2`` is among the largest things in memory. ONNX Runtime
-# has the weights of two models beside it then: it makes no copies of them, for a tenth of its time.
+# makes no copies of weights then, for a tenth of its time, and holds those of one model at a time.
 _WIDE = 8192
 
 
@@ -178,11 +179,17 @@ class Calibration:
 
     def _sums(self, group: Group, final: set[str]) -> Sums:
         names = value_names(group.sources)
-        folded = group.site.length < _WIDE
-        found = self._chain.advance(names, folded=folded, final=final)
+        wide = group.site.length >= _WIDE
+
+        def advanced(chain: Chain) -> Iterable[dict[str, Array]]:
+            return chain.advance(names, folded=not wide, final=final, apart=wide)
+
+        found = advanced(self._chain)
         dense: Iterable[dict[str, Array]] = [{}] * len(self._feeds)
         if self._dense is not None:
-            dense = self._dense.advance(names, folded=folded, final=final)
+            dense = advanced(self._dense)
+        if wide:  # one session after the other, and none beside the sums
+            found, dense = list(found), list(dense)
         if self._elsewhere is not None and group.divisible:
             return self._elsewhere.sums(group, list(found), list(dense))
         weighed = group.by_rows or group.stream is not None
@@ -193,6 +200,8 @@ class Calibration:
             if weight is not None and group.stream is not None:
                 scales = scales_of(group, exact, weight)
             sums.add(number, values, exact, scales)
+            for array in (*values.values(), *exact.values()):
+                let_go(array)
         return sums
 
 

@@ -200,6 +200,7 @@ class Sums:
         """Means, when all is summed up."""
         site, seen = self._group.site, self._seen
         self._columns = None
+        lack = self._lack()  # its sum goes before moments are converted
         seen.close(np.float32)
         if seen.square.size:
             warn_of_few_vectors(site.name, seen.tokens, site.length, "full use")
@@ -208,24 +209,24 @@ class Sums:
         if convolved:
             other = None if seen.other_sum is None else seen.sum + seen.other_sum
             means = Means(seen.sum, other)
-        stats = Stats(
+        held = self._kept.held(means=convolved)
+        if lack is None and held is not None:
+            held = dataclasses.replace(held, missing=None)
+        return Stats(
             site=site,
             tokens=seen.tokens,
             gram=seen.square,
             mean=seen.sum,
-            held=self._kept.held(means=convolved),
+            held=held,
             drift=seen.cross,
+            lack=lack,
             frequencies=self._counts,
             means=means,
         )
-        return self._with_lack(stats)
 
-    def _with_lack(self, stats: Stats) -> Stats:
-        """The statistics with what products lack, where that is known of all inputs."""
-        held = stats.held
+    def _lack(self) -> Array | None:
+        """What products lack, where that is known of all inputs."""
+        lost, self._lost = self._lost, None
         if len(self._known) > 1 or (self._known == {False} and not self._group.by_rows):
-            self._lost = None
-        lack = None if self._lost is None else self._lost.mean()
-        if lack is None and held is not None:
-            held = dataclasses.replace(held, missing=None)
-        return dataclasses.replace(stats, lack=lack, held=held)
+            return None
+        return None if lost is None else lost.mean()

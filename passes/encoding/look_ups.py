@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.passes.calibration.sensitivity import small_pieces
 from onnxcomp.passes.calibration.statistics import HELD_OUT
 from onnxcomp.passes.codecs.moments import with_weight_error
 from onnxcomp.passes.encoding.dense_fallback import with_fallback
@@ -29,7 +30,7 @@ from onnxcomp.passes.weight import Array, Feed, HeldMoments, Stats, WeightSite
 __all__ = ["LookUps"]
 
 # Inputs that the curvature is taken from, evenly from all, and indices in them that are enough
-# beyond the fewest inputs; a pass back costs three runs.
+# beyond the fewest inputs; a pass back costs three runs. Fewer inputs than these are cut.
 _MOST, _FEWEST = 128, 32
 _INDICES = 8192
 
@@ -54,7 +55,7 @@ class LookUps:
         folder: Path | None = None,
     ) -> None:
         self._model, self._folder = model, folder
-        self._feeds = samples.feeds[:: -(-len(samples.feeds) // _enough(samples.feeds))]
+        self._feeds = _evenly(model, samples.feeds)
         self._tables = [
             site
             for site in work
@@ -108,7 +109,10 @@ class LookUps:
         return dataclasses.replace(found, output_error=None)  # it has no products
 
 
-def _enough(feeds: Sequence[Feed]) -> int:
-    """How many inputs suffice, by the size of the first one."""
+def _evenly(model: ir.Model, feeds: Sequence[Feed]) -> Sequence[Feed]:
+    """As many inputs as suffice, by the size of the first one."""
+    if 0 < len(feeds) < _FEWEST:
+        feeds = small_pieces(model, feeds, _INDICES // _FEWEST)
     sizes = [array.size for array in feeds[0].values()] if feeds else []
-    return min(_MOST, max(_FEWEST, -(-_INDICES // max([1, *sizes]))))
+    enough = min(_MOST, max(_FEWEST, -(-_INDICES // max([1, *sizes]))))
+    return feeds[:: -(-len(feeds) // enough)]

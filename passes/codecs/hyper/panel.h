@@ -52,22 +52,34 @@ class GroupSearch {
   float* targets() { return plain_.targets(); }
   const Block& found() const { return best_; }
 
-  // Returns false when a scale does not fit float16.
+  // From the plain codes on. Returns false when a scale does not fit float16.
   bool run(const GroupCost& cost) {
     if (!plain_.run()) return false;
-    multiply(cost.moments, group_, group_, group_, targets(), pulled_);
-    std::memcpy(rotated_, targets(), size_ * sizeof(float));
-    rotate(rotated_, group_);
     std::memcpy(best_.path, plain_.path(), size_ * sizeof(uint16_t));
     for (int lane = 0; lane < kLanes; ++lane) best_.scale[lane] = from_half(plain_.scales()[lane]);
     look_up(best_);
-    multiply(cost.moments, group_, group_, group_, best_.shape, product_);
-    judge(best_);
-    for (int start = 0; start < kStarts; ++start) refine(cost, start);
+    improve(cost);
     return true;
   }
 
+  // From given codes on, [t][lane], which may stay.
+  void run(const GroupCost& cost, const uint16_t* path, const float* shape, const double* scale) {
+    std::memcpy(best_.path, path, size_ * sizeof(uint16_t));
+    std::memcpy(best_.shape, shape, size_ * sizeof(float));
+    std::memcpy(best_.scale, scale, sizeof best_.scale);
+    improve(cost);
+  }
+
  private:
+  void improve(const GroupCost& cost) {
+    multiply(cost.moments, group_, group_, group_, targets(), pulled_);
+    std::memcpy(rotated_, targets(), size_ * sizeof(float));
+    rotate(rotated_, group_);
+    multiply(cost.moments, group_, group_, group_, best_.shape, product_);
+    judge(best_);
+    for (int start = 0; start < kStarts; ++start) refine(cost, start);
+  }
+
   void look_up(Block& block) const {
     const int8_t* table = task_.plain.table;
     for (size_t i = 0; i < size_; ++i) block.shape[i] = float(table[block.path[i]]) * 0x1p-12f;
@@ -103,7 +115,7 @@ class GroupSearch {
       best_.scale[lane] = trial_.scale[lane];
       best_.cost[lane] = trial_.cost[lane];
     }
-    take(trial_, better, group_, best_.path, best_.shape);
+    take(better);
   }
 
   void search(const GroupCost& cost, int start, int first, int lane) {
@@ -129,20 +141,17 @@ class GroupSearch {
     }
   }
 
- public:
-  // Copy the lanes where `mask` is all ones.
-  static void take(const Block& from, const uint32_t* mask, int group, uint16_t* path,
-                   float* shape) {
-    for (int t = 0; t < group; ++t)
+  // Copy the lanes of the trial where `mask` is all ones.
+  void take(const uint32_t* mask) {
+    for (int t = 0; t < group_; ++t)
       for (int lane = 0; lane < kLanes; ++lane) {
         const int i = t * kLanes + lane;
         const auto low = static_cast<uint16_t>(mask[lane]);
-        path[i] = static_cast<uint16_t>((from.path[i] & low) | (path[i] & ~low));
-        shape[i] = mask[lane] ? from.shape[i] : shape[i];
+        best_.path[i] = static_cast<uint16_t>((trial_.path[i] & low) | (best_.path[i] & ~low));
+        best_.shape[i] = mask[lane] ? trial_.shape[i] : best_.shape[i];
       }
   }
 
- private:
   const FeedbackTask& task_;
   const int group_;
   const size_t size_;
@@ -184,7 +193,7 @@ class Panel {
     if (!feed_forward()) return false;
     for (int sweep = 0; sweep < task_.sweeps; ++sweep) {
       refit();
-      if (!this->sweep()) return false;
+      this->sweep();
     }
     refit();
     store(panel);
@@ -220,38 +229,32 @@ class Panel {
       add_to(sum_, weight_ + at(group), group_);
       std::memcpy(search_.targets(), sum_, size_t(group_) * kLanes * sizeof(float));
       if (!search_.run(task_.cost(group, true))) return false;
-      uint32_t all[kLanes];
-      std::fill(all, all + kLanes, 0xFFFFFFFF);
-      take(group, all);
+      take(group);
     }
     return true;
   }
 
-  // Encode each group again for its best error given the other groups.
-  bool sweep() {
+  // Search each group again, from the codes that it has, for its best error given the other groups.
+  void sweep() {
     for (int group = 0; group < groups_; ++group) {
       gather_errors(task_.moments, group, groups_);
+      // How far the group is from where its part of the objective vanishes.
       multiply(task_.inverse + group * task_.square(), group_, group_, group_, sum_, gap_);
-      double before[kLanes] = {};
-      add_products(sum_, gap_, group_, before);
       for (int i = 0; i < group_ * kLanes; ++i) {
         const float decoded = weight_[at(group) + i] - error_[at(group) + i];
         search_.targets()[i] = decoded + gap_[i];
       }
-      if (!search_.run(task_.cost(group, false))) return false;
-      uint32_t better[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane)
-        better[lane] = search_.found().cost[lane] < before[lane] ? 0xFFFFFFFF : 0;
-      take(group, better);
+      search_.run(task_.cost(group, false), paths_.get() + at(group), shape_ + at(group),
+                  scale_ + group * kLanes);
+      take(group);
     }
-    return true;
   }
 
-  void take(int group, const uint32_t* lanes) {
+  void take(int group) {
     const Block& found = search_.found();
-    GroupSearch::take(found, lanes, group_, paths_.get() + at(group), shape_ + at(group));
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (lanes[lane]) scale_[group * kLanes + lane] = found.scale[lane];
+    std::memcpy(paths_.get() + at(group), found.path, size_t(group_) * kLanes * sizeof(uint16_t));
+    std::memcpy(shape_ + at(group), found.shape, size_t(group_) * kLanes * sizeof(float));
+    std::memcpy(scale_ + group * kLanes, found.scale, sizeof found.scale);
     set_errors(group);
   }
 

@@ -49,6 +49,9 @@ class SurvivorTrellis {
   static constexpr int W = kStems < kWidest ? kStems : kWidest;
   // Stems with the same predecessors are so far apart.
   static constexpr int kRuns = kStems > kBranches ? kStems / kBranches : 1;
+  // Minima over branches are found in so many chains, of so many branches each.
+  static constexpr int kChains = kBranches < 8 ? 1 : kWidest == 16 ? 4 : 2;
+  static constexpr int kChained = kBranches / kChains;
   using V = Wide<W>;
   using Floats = typename V::Floats;
   using Ints = typename V::Ints;
@@ -137,25 +140,37 @@ class SurvivorTrellis {
     const Floats price = search_.prices[t] - Floats{};
     alignas(64) float reached[kStems];
     for (int s = 0; s < kStems; s += W) {
-      Floats least = Floats{}, value = Floats{};
-      Ints index = Ints{};
-#pragma GCC unroll 16
-      for (int branch = 0; branch < kBranches; ++branch) {
-        const Floats here = V::floats(search_.values + branch * kStems + s);
-        const Floats error = branch_of(wanted, branch, s) - here;
-        const Floats total = branch_of(costs, branch, s) + price * (error * error);
-        if (branch == 0) {
-          least = total, value = here;
-        } else {
-          const Ints less = total < least;
-          least = less ? total : least;
-          value = less ? here : value;
-          index = less ? Ints{} + branch : index;
+      // Chains of minima that do not wait for one another; of equal totals the first branch counts.
+      Floats least[kChains], value[kChains];
+      Ints index[kChains];
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) {
+#pragma GCC unroll 64
+        for (int i = 0; i < kChained; ++i) {
+          const int branch = chain * kChained + i;
+          const Floats here = V::floats(search_.values + branch * kStems + s);
+          const Floats error = branch_of(wanted, branch, s) - here;
+          const Floats total = branch_of(costs, branch, s) + price * (error * error);
+          if (i == 0) {
+            least[chain] = total, value[chain] = here, index[chain] = Ints{} + branch;
+          } else {
+            const Ints less = total < least[chain];
+            least[chain] = less ? total : least[chain];
+            value[chain] = less ? here : value[chain];
+            index[chain] = less ? Ints{} + branch : index[chain];
+          }
         }
       }
-      V::floats(reached + s) = least;
-      V::floats(errors(t) + s) = search_.targets[t] - value;
-      V::ints(memory_.history + size_t(t) * kStems + s) = index;
+#pragma GCC unroll 4
+      for (int chain = 1; chain < kChains; ++chain) {
+        const Ints less = least[chain] < least[0];
+        least[0] = less ? least[chain] : least[0];
+        value[0] = less ? value[chain] : value[0];
+        index[0] = less ? index[chain] : index[0];
+      }
+      V::floats(reached + s) = least[0];
+      V::floats(errors(t) + s) = search_.targets[t] - value[0];
+      V::ints(memory_.history + size_t(t) * kStems + s) = index[0];
     }
     std::memcpy(memory_.costs, reached, sizeof reached);
   }
@@ -206,9 +221,12 @@ class SurvivorTrellis {
 
   bool common(int t) const {
     const float* error = errors(t);
-    bool same = true;
-    for (int s = 0; s < kStems; ++s) same &= error[s] == error[0];
-    return same;
+    const Floats first = error[0] - Floats{};
+    Ints differ = Ints{};
+    for (int s = 0; s < kStems; s += W) differ |= V::floats(error + s) != first;
+    int32_t any = 0;
+    for (int i = 0; i < W; ++i) any |= differ[i];
+    return any == 0;
   }
 
   void trace() const {

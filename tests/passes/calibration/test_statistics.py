@@ -1,6 +1,7 @@
 """Statistics of inputs are what a direct computation gives, and compression follows them."""
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 import onnxcomp
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.analysis.weight_sites import find_sites, read_weight
+from onnxcomp.passes.calibration import segmented_run, statistics
+from onnxcomp.passes.calibration.segmented_run import segment_runner
 from onnxcomp.passes.calibration.sources import unobservable
 from onnxcomp.passes.calibration.statistics import (
     Calibration,
@@ -154,6 +157,32 @@ def test_replaced_weights_are_seen_by_what_comes_later(
     weight = read_weight(model, sites["out"]).astype(np.float64)
     lack = weight @ (dense - new).T @ new / len(new)
     np.testing.assert_allclose(crossed.lack, lack, rtol=1e-3, atol=1e-4)
+
+
+def test_wide_products_have_one_session_at_a_time(
+    chain: Path, samples: list[dict[str, Array]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, sites = prepared(chain)
+    runs: list[int] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        run, number = segment_runner(*args, **options), len(runs)
+        return lambda held: runs.append(number) or run(held)
+
+    monkeypatch.setattr(segmented_run, "segment_runner", watched)
+    monkeypatch.setattr(segmented_run, "_MOST_HELD", 1)
+    (place := tmp_path / "place").mkdir()
+    found, turns = [], []
+    for widest in (WIDTH + 1, WIDTH):
+        monkeypatch.setattr(statistics, "_WIDE", widest)
+        runs.clear()
+        found += collect(model, samples, [sites["out"]], reference=model, folder=place)
+        turns.append(sum(one != other for one, other in pairwise(runs)))
+    assert turns == [2 * len(samples) - 1, 1]
+    for name in ("gram", "lack", "mean"):
+        one, other = (getattr(stats, name) for stats in found)
+        np.testing.assert_array_equal(one, other)
+    assert not list(place.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -308,7 +337,7 @@ def test_later_weights_make_up_for_errors_of_earlier_ones(
     chain: Path, samples: list[dict[str, Array]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted, errors = exact(chain, "y", samples), []
-    for choose in (lambda weight, stats: None, anchoring._anchor_damping):
+    for choose in (lambda *_: None, anchoring._anchor_damping):
         monkeypatch.setattr(anchoring, "_anchor_damping", choose)
         compiled(chain, tmp_path / "a.onnx", data=samples, verify=False)
         session = onnxcomp.InferenceSession(tmp_path / "a.onnx")

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import onnxcomp
+from onnxcomp.passes.encoding.look_ups import _evenly
 
 Array = npt.NDArray[Any]
 WIDTH, WORDS, TOKENS = 64, 256, 12
@@ -88,3 +90,16 @@ def test_few_inputs_leave_the_table_as_it_is(path: Path) -> None:
     form, site = compressed(path, "form.onnx", data=few)
     assert "only rows are looked up" in site.note
     assert onnx.load(form).graph == onnx.load(plain).graph
+
+
+def test_few_inputs_of_many_samples_are_cut(path: Path) -> None:
+    """The loss is looked at for as many indices as suffice, however they are laid out."""
+
+    rng = np.random.default_rng(3)
+    many = [{"ids": rng.integers(0, WORDS, (40, 256))} for _ in range(11)]
+    model = ir.load(path)
+    taken = _evenly(model, many)
+    assert {feed["ids"].shape for feed in taken} == {(1, 256)}
+    assert sum(feed["ids"].size for feed in taken) == pytest.approx(8192, rel=0.2)
+    few = samples(8, range(WORDS))
+    assert list(_evenly(model, few)) == few
