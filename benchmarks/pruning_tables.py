@@ -55,7 +55,29 @@ def pruning() -> Iterator[str]:
     yield from _pruned_decoding(rows)
     yield from _divided(rows)
     yield from _pruned_images(rows)
+    yield from _divided_by_time()
     yield from _pruned_experts()
+
+
+def _divided_by_time() -> Iterator[str]:
+    """What a budget of measured time would save beside one of FLOPs."""
+    if not (RESULTS / "prune_time.json").exists():
+        return
+    results = read("prune_time")
+    names = {"language": "language model, 128 positions", "mobilenet": "MobileNetV2"}
+    cells = [
+        (name, *(f"{100 * row[key]:.1f} %" for key in ("flops", "time", "time_by_time")))
+        for key_of, name in names.items()
+        for row in results.get(key_of, ())
+    ]
+    yield (
+        "What products take less when layers are weighed by FLOPs, as they are, and at the same\n"
+        "measured loss when they are weighed by the time that each takes in the dense model,\n"
+        f"before anything is fitted; one thread of an {results['processor']}\n"
+        "(`benchmarks/bench_prune_time.py`). Layers stay weighed by FLOPs: time adds too little\n"
+        "for results that depend on the machine.\n"
+    )
+    yield markdown(("model", "FLOPs less", "time less", "by time"), cells)
 
 
 def _pruned_experts() -> Iterator[str]:
@@ -68,17 +90,18 @@ def _pruned_experts() -> Iterator[str]:
         if row["gone"]:
             found.setdefault((row["score"], row["gone"]), []).append(row["kl"])
     counts = sorted({gone for _, gone in found})
-    seeds = len({row["seed"] for row in results["rows"]})
+    trained = {(row["seed"], row["steps"]) for row in results["rows"]}
+    steps = " or ".join(sorted({str(step) for _, step in trained}))
     cells = [
         (name, *(f"{statistics.fmean(found[score, gone]):.4f}" for gone in counts))
         for score, name in _EXPERTS.items()
         if (score, counts[0]) in found
     ]
-    models = "one model" if seeds == 1 else f"means of {seeds} models"
+    models = "one model" if len(trained) == 1 else f"means of {len(trained)} models"
     yield (
         "Whole experts taken out of each of the 3 layers of a small language model of letters,\n"
         "which has 8 in a layer and gives a token 2 (`--prune-experts`): divergence from the\n"
-        f"whole model on text that it has not seen, {models} trained for {results['steps']} steps\n"
+        f"whole model on text that it has not seen, {models} trained for {steps} steps\n"
         "(`benchmarks/bench_prune_experts.py`).\n"
     )
     yield markdown(("experts go by", *(f"{gone} of 8 gone" for gone in counts)), cells)

@@ -3,14 +3,15 @@
 The model runs without an expert of a mixture, and the loss of its outputs counts: divergence where
 they are logits or probabilities. How often an expert is chosen says less: two that do the same work
 are both chosen often, and each can stand in for the other one. After one is gone, the best few of
-its mixture are measured again.
+its mixture are measured again. Losses of several do not add up: where to take those that are chosen
+least loses less, these go, and in the end each is exchanged for another one where that is better.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from onnxcomp.passes.weight import Array, Feed
 
 __all__ = ["Contest", "can_measure", "least_missed"]
 
+# Experts of each mixture that are absent.
+Gone = Sequence[Sequence[int]]
+
 # Inputs that outputs are compared on.
 _PROBES = 16
 
@@ -31,6 +35,9 @@ _AGAIN = 4
 
 # Experts of a mixture that are tried, for each that goes and at least: those chosen least.
 _TRIED, _FEWEST = 2, 16
+
+# Experts that each one that goes may be exchanged for: those chosen least.
+_EXCHANGED = 6
 
 # Bytes of initializers above which nothing is measured: the model is in memory once more.
 _LARGEST = 1 << 30
@@ -66,8 +73,8 @@ def can_measure(model: ir.Model) -> bool:
 
 def least_missed(
     model: ir.Model, contests: Sequence[Contest], feeds: Sequence[Feed]
-) -> list[tuple[list[int], float]]:
-    """Experts that go, of each mixture, in their order, and the loss of outputs behind the last.
+) -> tuple[list[list[int]], float]:
+    """Experts that go, of each mixture, and the loss of the outputs without all of them.
 
     Args:
         model: A model with named values; only read.
@@ -79,45 +86,61 @@ def least_missed(
     """
     copy = copy_model(model)
     masks = _with_masks(copy, contests)
-    gone: list[list[int]] = [[] for _ in contests]
-    behind = [0.0] * len(contests)
     with tempfile.TemporaryDirectory() as folder:
         race = _Race(OutputLoss(copy, masks, feeds, _PROBES, Path(folder)), masks, contests)
-        tried = [(at, e) for at, own in enumerate(contests) if own.count for e in own.tried]
-        known = race.losses(gone, tried)
-        while known:
-            at, expert = min(known, key=lambda pair: (known[pair], pair))
-            gone[at].append(expert)
-            behind[at] = known.pop((at, expert))
-            own = sorted((p for p in known if p[0] == at), key=lambda pair: (known[pair], pair))
-            if len(gone[at]) == contests[at].count:
-                known = {pair: loss for pair, loss in known.items() if pair[0] != at}
-            else:
-                known |= race.losses(gone, own[:_AGAIN])
-    return list(zip(gone, behind, strict=True))
+        ways = [race.one_by_one(), [list(own.order[: own.count]) for own in contests]]
+        losses = [race.loss(way) for way in ways]
+        return race.exchanged(*min(zip(ways, losses, strict=True), key=lambda way: way[1]))
 
 
 class _Race:
     """Losses of the outputs without some experts."""
 
     def __init__(self, loss: OutputLoss, masks: Sequence[str], contests: Sequence[Contest]) -> None:
-        self._loss, self._masks = loss, masks
-        self._sizes = [len(contest.order) for contest in contests]
+        self._loss, self._masks, self._contests = loss, masks, contests
 
-    def losses(
-        self, gone: Sequence[Sequence[int]], pairs: Iterable[tuple[int, int]]
-    ) -> dict[tuple[int, int], float]:
-        """For each expert of a mixture, the loss without it and without those that are gone."""
-        closed = {at: self._mask(at, own) for at, own in enumerate(gone) if own}
-        found = {}
-        for at, expert in pairs:
-            without = closed | {at: self._mask(at, [*gone[at], expert])}
-            changed = {self._masks[place]: mask for place, mask in without.items()}
-            found[at, expert] = self._loss(changed)
-        return found
+    def loss(self, gone: Gone) -> float:
+        """The loss without some experts of each mixture."""
+        return self._loss({self._masks[at]: self._mask(at, own) for at, own in enumerate(gone)})
+
+    def one_by_one(self) -> list[list[int]]:
+        """The one that is missed least goes first, with what was known of those of other layers."""
+        gone: list[list[int]] = [[] for _ in self._contests]
+        known = {
+            (at, expert): self._without(gone, at, expert)
+            for at, own in enumerate(self._contests)
+            if own.count
+            for expert in own.tried
+        }
+        while known:
+            at, expert = min(known, key=lambda pair: (known[pair], pair))
+            gone[at].append(expert)
+            del known[at, expert]
+            own = sorted((p for p in known if p[0] == at), key=lambda pair: (known[pair], pair))
+            if len(gone[at]) == self._contests[at].count:
+                known = {pair: loss for pair, loss in known.items() if pair[0] != at}
+            else:
+                known |= {pair: self._without(gone, *pair) for pair in own[:_AGAIN]}
+        return gone
+
+    def exchanged(self, gone: Gone, loss: float) -> tuple[list[list[int]], float]:
+        """Each expert that is gone is put back where another one of its mixture is missed less."""
+        best = [list(own) for own in gone]
+        for at, place in [(a, p) for a, own in enumerate(gone) for p in range(len(own))]:
+            others = [expert for expert in self._contests[at].tried if expert not in best[at]]
+            for other in others[:_EXCHANGED]:
+                trial = [list(own) for own in best]
+                trial[at][place] = other
+                found = self.loss(trial)
+                if found < loss:
+                    best, loss = trial, found
+        return best, loss
+
+    def _without(self, gone: Gone, at: int, expert: int) -> float:
+        return self.loss([[*own, expert] if n == at else own for n, own in enumerate(gone)])
 
     def _mask(self, at: int, absent: Sequence[int]) -> Array:
-        mask = np.zeros(self._sizes[at], np.float32)
+        mask = np.zeros(len(self._contests[at].order), np.float32)
         # Below all scores, and a number of float16.
         mask[list(absent)] = -3e4
         return mask

@@ -315,10 +315,9 @@ def _removed(
         Contest(_name(mixture.node.inputs[0]), _scored(mixture), order.tolist(), count)
         for mixture, order, count in zip(ready, orders, counts, strict=True)
     ]
-    found = least_missed(model, contests, feeds)
-    for mixture, (_, loss) in zip(ready, found, strict=True):
-        log.info("%s without its experts: loss of outputs %.3g", mixture.label, loss)
-    return [np.array(gone, np.int64) for gone, _ in found]
+    found, loss = least_missed(model, contests, feeds)
+    log.info("without these experts: loss of outputs %.3g", loss)
+    return [np.array(gone, np.int64) for gone in found]
 
 
 def _name(value: ir.Value | None) -> str:

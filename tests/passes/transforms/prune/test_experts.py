@@ -151,10 +151,14 @@ def test_experts_go_by_what_the_outputs_lose_and_not_by_how_often_they_are_chose
     model = load(model_of(given=given))
     canonicalize(model)
     (mixture,) = mixtures(model)
-    contest = Contest(mixture.node.inputs[0].name, "r", order.tolist(), 2)
-    ((gone, loss),) = least_missed(model, [contest], feeds)
-    assert gone[0] == min(range(EXPERTS), key=lambda expert: losses[expert, expert]) != 0
-    assert loss == pytest.approx(losses[min(gone), max(gone)], rel=1e-3)
+    for count in (1, 2):
+        contest = Contest(mixture.node.inputs[0].name, "r", order.tolist(), count)
+        ((gone,), loss) = least_missed(model, [contest], feeds)
+        ways = [pair for pair in losses if len(set(pair)) == count]
+        best = min(ways, key=losses.__getitem__)
+        assert sorted(gone) == sorted(set(best))
+        assert loss == pytest.approx(losses[best], rel=1e-3)
+        assert count == 2 or gone != [0]
 
 
 def test_weight_and_count_may_be_in_another_shape_as_exporters_leave_them(tmp_path: Path) -> None:
