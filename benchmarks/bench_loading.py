@@ -60,8 +60,12 @@ def measured(model: Path, rounds: int, folder: Path) -> dict[str, Any]:
         name: {key: statistics.median(run[key] for run in found) for key in found[0]}
         for name, found in runs.items()
     }
-    sizes = {"bytes_before": model.stat().st_size, "bytes": small.stat().st_size}
-    return {"model": model.name, **sizes, **medians}
+    beside = model.with_name(f"{model.name}.data")
+    before = sum(path.stat().st_size for path in (model, beside) if path.is_file())
+    sizes = {"bytes_before": before, "bytes": small.stat().st_size}
+    # Exports of language models are called model.onnx, each in a folder with its name.
+    name = model.name if model.stem != "model" else f"{model.parent.name}/{model.name}"
+    return {"model": name, **sizes, **medians}
 
 
 def main() -> None:

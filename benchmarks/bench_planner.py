@@ -1,6 +1,6 @@
 """The planner on real models: are sizes met, and is a mixed plan better than equal settings?
 
-    python benchmarks/bench_planner.py FOLDER MINILM [--only NAME ...] [--ranks]
+    python benchmarks/bench_planner.py FOLDER MINILM [--only NAME ...] [--ranks | --losses]
 
 FOLDER holds models/*.onnx, lm/*.onnx and eval/; MINILM is all-MiniLM-L6-v2 as ONNX. Plans are made
 with one half of some real inputs and judged by the other half. For each model:
@@ -8,12 +8,13 @@ with one half of some real inputs and judged by the other half. For each model:
 * ratios 4, 6, 8 and 10: bytes of the output under the target, or the best that was reached;
 * for 2 to 5 bits for all weights: measured error of the outputs (relative L2, the worst output) and
   loss (divergence of distributions, squared error of the rest) of equal settings, and of mixed
-  plans of the same bytes, made without inputs and with them;
+  plans of the same bytes, made without inputs and with them; of the last one also the loss that it
+  expected, and standard errors of both;
 * with --ranks alone: expected against measured noise of the outputs with one weight compressed, and
   expected against measured times of products, over all weights of some models.
 
-Codes are chosen by the weights' values alone, so that plans are all that differs. Results of
-models that are not asked for are kept.
+With --losses bytes at ratios are those of an earlier run. Codes are chosen by the weights' values
+alone, so that plans are all that differs. Results of models that are not asked for are kept.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ BITS = (5, 4, 3, 2)
 
 # Numbers of plans with equal bytes, in the order of the table.
 PLANS = ("equal", "mixed", "mixed_with_inputs", "expected")
-COLUMNS = (*PLANS, *(f"{name}_loss" for name in PLANS))
+ERRORS = ("measured_loss_error", "expected_loss_error")
+COLUMNS = (*PLANS, *(f"{name}_loss" for name in PLANS), *ERRORS)
 
 # What is ranked.
 KINDS = ("error", "time")
@@ -60,19 +62,33 @@ def compile_model(model: Path, output: Path, cache: Path, **options: Any) -> onn
         return missed.result
 
 
-def error_of(model: Path, small: Path, judge: Path) -> float:
-    """Relative L2 difference of the worst output on inputs that no plan has seen."""
-    outputs = onnxcomp.verify(model, small, data=judge).outputs
-    return max(metrics.rel_l2 for metrics in outputs.values())
+class Judge:
+    """Compares forms of a model with it, on inputs that no plan has seen.
+
+    Args:
+        model: The dense model.
+        folder: Of the inputs.
+    """
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self._feeds = list(load_inputs(folder, model))
+        self._kinds = kinds_by_name(load(model))
+        self._exact = [
+            {name: array for name, array in outputs.items() if array.dtype.kind == "f"}
+            for outputs in iterate_model(model, self._feeds)
+        ]
+
+    def __call__(self, small: Path) -> OutputDifference:
+        """How far outputs are from those of the dense model."""
+        found = OutputDifference(self._kinds)
+        for exact, now in zip(self._exact, iterate_model(small, self._feeds), strict=True):
+            found.add(exact, now)
+        return found
 
 
-def loss_of(model: Path, small: Path, judge: Path) -> float:
-    """The loss that plans are compared by, on inputs that no plan has seen."""
-    feeds = load_inputs(judge, model)
-    found = OutputDifference(kinds_by_name(load(model)))
-    for exact, now in zip(iterate_model(model, feeds), iterate_model(small, feeds), strict=True):
-        found.add({n: a for n, a in exact.items() if a.dtype.kind == "f"}, now)
-    return found.mean().loss
+def error_of(found: OutputDifference) -> float:
+    """Relative L2 difference of the worst output."""
+    return math.sqrt(found.worst_noise())
 
 
 def at_ratios(model: Path, folder: Path, plan: Path) -> list[dict[str, Any]]:
@@ -89,34 +105,43 @@ def at_ratios(model: Path, folder: Path, plan: Path) -> list[dict[str, Any]]:
 def at_equal_bytes(model: Path, folder: Path, plan: Path, judge: Path) -> list[dict[str, Any]]:
     """Errors of equal settings and of mixed plans of their bytes."""
     rows = []
+    judged = Judge(model, judge)
     for bits in BITS:
         output, cache = folder / "small.onnx", folder / "cache"
         equal = compile_model(model, output, cache, bits=bits, method="hyper")
         size = equal.report.output.bytes
         row: dict[str, Any] = {"bits": bits, "bytes": size}
-        row["equal"] = error_of(model, output, judge)
-        row["equal_loss"] = loss_of(model, output, judge)
+        found = judged(output)
+        row |= {"equal": error_of(found), "equal_loss": found.mean().loss}
         for name, data in (("mixed", None), ("mixed_with_inputs", plan)):
             mixed = compile_model(model, output, cache, target_size=size, data=data)
-            row[name] = error_of(model, output, judge)
-            row[f"{name}_loss"] = loss_of(model, output, judge)
+            found = judged(output)
+            row |= {name: error_of(found), f"{name}_loss": found.mean().loss}
             row[f"{name}_bytes"] = mixed.report.output.bytes
             if mixed.plan.error is not None:
                 row["expected"] = mixed.plan.error
                 row["expected_loss"] = mixed.plan.loss
+                row["expected_loss_error"] = mixed.plan.loss_error
+                row["measured_loss_error"] = found.mean().loss * found.uncertainty()
         rows.append(row)
     return rows
 
 
-def measure(model: Path, data: Path) -> dict[str, Any]:
-    """Everything about one model."""
+def measure(model: Path, data: Path, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything about one model.
+
+    Args:
+        model: The model.
+        data: Folder of the data.
+        known: What is known of it, for bytes at ratios that are not asked for; None to ask.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plan, judge = write_halves(model, data, folder)
         return {
             "name": model.stem,
             "bytes": model.stat().st_size,
-            "ratios": at_ratios(model, folder, plan),
+            "ratios": at_ratios(model, folder, plan) if known is None else known["ratios"],
             "equal_bytes": at_equal_bytes(model, folder, plan, judge),
         }
 
@@ -212,6 +237,7 @@ def main() -> None:
     parser.add_argument("minilm", type=Path)
     parser.add_argument("--only", nargs="*", default=MODELS)
     parser.add_argument("--ranks", action="store_true")
+    parser.add_argument("--losses", action="store_true", help="keep bytes at ratios as they are")
     options = parser.parse_args()
     places = {
         "minilm_l6_v2_embed": options.minilm,
@@ -220,7 +246,8 @@ def main() -> None:
     for name in options.only:
         model = places.get(name, options.folder / "models" / f"{name}.onnx")
         if not options.ranks:
-            row = measure(model, options.folder)
+            known = {row["name"]: row for row in earlier()["models"]}
+            row = measure(model, options.folder, known.get(name) if options.losses else None)
             rows = {row["name"]: row for row in earlier()["models"]} | {name: row}
             ordered = [rows[other] for other in MODELS if other in rows]
             write(ordered, earlier()["ranks"])

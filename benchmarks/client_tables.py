@@ -100,10 +100,15 @@ def _loading() -> Iterator[str]:
         (
             row["model"],
             *(_load(row[form]) for form in forms),
+            *(
+                f"{row['portable'][key] / row['dense'][key]:.1f} x"
+                for key in ("load_s", "peak_bytes")
+            ),
         )
         for row in found["rows"]
     ]
-    yield markdown(("model", "dense", "without the library", "with the library"), rows)
+    heads = ("model", "dense", "without the library", "with the library")
+    yield markdown((*heads, "time without / dense", "peak without / dense"), rows)
 
 
 def _engines() -> Iterator[str]:

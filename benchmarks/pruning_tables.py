@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from page_parts import markdown, read
+from page_parts import RESULTS, markdown, read
 
 __all__ = ["pruning"]
 
+_EXPERTS = {
+    "router": "columns of the router, without data",
+    "counts": "how often they are chosen",
+    "outputs": "what the outputs lose, the default with data",
+}
 _HOW = {"fit": "fitted", "local": "fitted, by layers"}
 
 
@@ -49,6 +55,33 @@ def pruning() -> Iterator[str]:
     yield from _pruned_decoding(rows)
     yield from _divided(rows)
     yield from _pruned_images(rows)
+    yield from _pruned_experts()
+
+
+def _pruned_experts() -> Iterator[str]:
+    """Experts taken out of a small language model, by how they are chosen."""
+    if not (RESULTS / "prune_experts.json").exists():
+        return
+    results = read("prune_experts")
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in results["rows"]:
+        if row["gone"]:
+            found.setdefault((row["score"], row["gone"]), []).append(row["kl"])
+    counts = sorted({gone for _, gone in found})
+    seeds = len({row["seed"] for row in results["rows"]})
+    cells = [
+        (name, *(f"{statistics.fmean(found[score, gone]):.4f}" for gone in counts))
+        for score, name in _EXPERTS.items()
+        if (score, counts[0]) in found
+    ]
+    models = "one model" if seeds == 1 else f"means of {seeds} models"
+    yield (
+        "Whole experts taken out of each of the 3 layers of a small language model of letters,\n"
+        "which has 8 in a layer and gives a token 2 (`--prune-experts`): divergence from the\n"
+        f"whole model on text that it has not seen, {models} trained for {results['steps']} steps\n"
+        "(`benchmarks/bench_prune_experts.py`).\n"
+    )
+    yield markdown(("experts go by", *(f"{gone} of 8 gone" for gone in counts)), cells)
 
 
 def _pruned_decoding(rows: Any) -> Iterator[str]:

@@ -8,12 +8,14 @@ python benchmarks/readme_tables.py --write    puts them into the pages, and draw
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from archive_tables import archives
 from client_tables import clients, elsewhere, hub
 from export_tables import exports
 from latency_tables import (
@@ -270,25 +272,25 @@ def planner() -> Iterator[str]:
         "Plans on real inputs, one half to plan with and the other to judge by: what is lost with\n"
         "equal bits for all weights, and with mixed plans of the same bytes, made without inputs\n"
         "and with them. The loss is the divergence in nats of outputs that are distributions or\n"
-        "logits of some, and the squared relative error of the others. The last column is the\n"
-        "loss that the plan with inputs expected. Codes are not calibrated. SqueezeNet is judged\n"
-        "by 15 images (`benchmarks/bench_planner.py`).\n"
+        "logits of some, and the squared relative error of the others. `expected` is the loss\n"
+        "that the plan with inputs expected. Standard errors tell how much is chance among the\n"
+        "inputs: of those of a classifier, few make up most of the loss. Codes are not calibrated\n"
+        "(`benchmarks/bench_planner.py`)."
+        f"\n{_near(results)}\n"
     )
     rows = [
         (
             row["name"],
             f"{at['bytes'] / 1e3:.0f} KB",
             str(at["bits"]),
-            *(
-                f"{at[key]:.3g}" if key in at else ""
-                for key in ("equal_loss", "mixed_loss", "mixed_with_inputs_loss", "expected_loss")
-            ),
+            *(f"{at[key]:.3g}" if key in at else "" for key in ("equal_loss", "mixed_loss")),
+            *_with_errors(at),
         )
         for row in results
         for at in row["equal_bytes"]
     ]
     columns = ("model", "file", "bits", "equal bits", "mixed", "mixed, inputs", "expected")
-    yield markdown(columns, rows)
+    yield markdown((*columns, "measured / expected"), rows)
     ratios = [str(at["ratio"]) for at in results[0]["ratios"]]
     yield (
         "Bytes of the output for `--ratio`, in percent of what was asked for. Above 100 no plan\n"
@@ -323,6 +325,46 @@ def planner() -> Iterator[str]:
     yield markdown(columns, ranks)
 
 
+def _with_errors(at: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a plan lost and was expected to lose, with standard errors, and their quotient."""
+    if "expected_loss" not in at:
+        return "", "", ""
+    measured, expected = at["mixed_with_inputs_loss"], at["expected_loss"]
+    errors = [at.get(f"{name}_loss_error") for name in ("measured", "expected")]
+    cells = [
+        f"{value:.3g}" + (f" ± {100 * error / value:.0f} %" if error and value else "")
+        for value, error in zip((measured, expected), errors, strict=True)
+    ]
+    return cells[0], cells[1], f"{measured / expected:.2f}"
+
+
+def _near(results: Sequence[Mapping[str, Any]]) -> str:
+    """How many plans lose what was expected of them."""
+    found = [
+        at["mixed_with_inputs_loss"] / at["expected_loss"]
+        for row in results
+        for at in row["equal_bytes"]
+        if "expected_loss" in at
+    ]
+    near, close = (sum(abs(at - 1) <= part for at in found) for part in (0.15, 0.25))
+    far = len(found) - close
+    unsure = sum(_by_chance(at) for row in results for at in row["equal_bytes"])
+    return (
+        f"Of {len(found)} plans {near} lose within 15 % of what was expected, {close} within\n"
+        f"25 %. Of the other {far}, {unsure} differ by less than two standard errors\n"
+        "of the difference."
+    )
+
+
+def _by_chance(at: Mapping[str, Any]) -> bool:
+    """Whether a plan is off by more than a quarter, and the inputs are too few to say so."""
+    if not at.get("expected_loss_error") or not at.get("measured_loss_error"):
+        return False
+    apart = abs(at["mixed_with_inputs_loss"] - at["expected_loss"])
+    error = math.hypot(at["expected_loss_error"], at["measured_loss_error"])
+    return bool(apart > 0.25 * at["expected_loss"] and apart < 2 * error)
+
+
 def headlines() -> Iterator[str]:
     """What the README shows."""
     yield from chosen_rows()
@@ -353,6 +395,7 @@ ALL: Sections = {
     "Models in packages": clients,
     "Plans": planner,
     "Presets": presets,
+    "Archives": archives,
     "Structured pruning": pruning,
     "Large models": large_models,
 }

@@ -18,7 +18,7 @@ from onnxcomp.cli.options import (
 from onnxcomp.cli.progress import progress
 from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
-from onnxcomp.cli.verdicts import judged_text, remarks_of, speed_lines, warnings_of
+from onnxcomp.cli.verdicts import gain_lines, judged_text, remarks_of, speed_lines, warnings_of
 from onnxcomp.passes.config.options import OptimizeOptions
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def last_lines(result: Result) -> list[str]:
     report, lines = result.report, warnings_of(result.report.verify)
     if result.path is not None:
         lines += speed_lines(report.to_json(), target_of(current_isa(look())))
+        lines += gain_lines(report.to_json())
     if report.config["functions"] != "local" and result.path is not None:
         lines.append(f"note: {INLINED}")
     if report.target is not None and not report.target["met"]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from onnxcomp.cli.options import FILE, input_options
-from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
+from onnxcomp.cli.terminal import Terminal, bytes_text, percent_text, with_terminal
 
 __all__ = ["command"]
 
@@ -23,7 +23,7 @@ def command() -> None:
     """Bundle a model with its data, the operator library, and how to use them.
 
     The folder appears complete or not at all. It holds onnxcomp.json, which lists its files with
-    their hashes.
+    their hashes. An archive is one file that is to be stored or sent, not to be run.
     """
 
 
@@ -110,6 +110,50 @@ def hugging_face(terminal: Terminal, model: Path, **settings: Any) -> None:
     It has the original's tokenizer, configuration and modules, with MODEL as onnx/model.onnx.
     """
     show(terminal, model, "hf", **settings)
+
+
+@command.command("archive", short_help="One file, as small as can be without loss.")
+@click.argument("model", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, help="The archive to write.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@with_terminal
+def archive(terminal: Terminal, model: Path, output: Path, force: bool) -> None:
+    """One file with a model and its data, entropy-coded, to be stored or sent.
+
+    `onnxcomp package restore` turns it back, bit for bit. Codes of weights stay as they are: they
+    are as good as random.
+    """
+    import onnxcomp
+
+    made = onnxcomp.archive(model, output, force=force)
+    rows = [
+        (name, bytes_text(own["bytes"]), bytes_text(own["stored"]))
+        for name, own in made.streams.items()
+    ]
+    terminal.table(("numbers of", "bytes", "in the archive"), rows)
+    for note in made.notes:
+        terminal.say(f"note: {note}")
+    sizes = f"{bytes_text(made.model_bytes)} are {bytes_text(made.bytes)}"
+    verdict = f"{made.path}: {sizes}, {percent_text(made.gain)} less"
+    terminal.finish(made.to_json(), verdict)
+
+
+@command.command("restore", short_help="The model of an archive, bit for bit.")
+@click.argument("archive", type=FILE)
+@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to write.")
+@with_terminal
+def restore(terminal: Terminal, archive: Path, output: Path) -> None:
+    """Write the files of an archive into a new folder, as they were.
+
+    The folder appears complete, with files whose SHA-256 are those of the original's, or not at
+    all.
+    """
+    import onnxcomp
+
+    made = onnxcomp.restore(archive, output)
+    rows = [(name, bytes_text(entry["bytes"])) for name, entry in made.files.items()]
+    terminal.table(("file", "size"), rows)
+    terminal.finish(made.to_json(), f"{made.path / made.model}: {bytes_text(made.model_bytes)}")
 
 
 SERVICES = {

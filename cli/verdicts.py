@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from onnxcomp.cli.terminal import percent_text
 
-__all__ = ["judged_text", "remarks_of", "speed_lines", "warnings_of"]
+__all__ = ["gain_lines", "judged_text", "remarks_of", "speed_lines", "warnings_of"]
 
 # Relative L2 difference of an output from which on a result is hardly of use: -6 dB of noise.
 FAR = 0.5
@@ -34,6 +35,32 @@ _INT8 = 0.064
 # Times as long as the original from which on a result is called slow, by runs as short as those of
 # the verification.
 _SLOW = 1.25
+
+# The share of a file from which on saving it is worth a loss that nobody has asked for.
+_GAIN = 0.05
+
+
+def gain_lines(report: Mapping[str, Any]) -> Iterable[str]:
+    """That a result is hardly smaller than the original, and why most of it stays as it was.
+
+    Args:
+        report: JSON of a run.
+    """
+    before, after = (report[end]["bytes"] for end in ("input", "output"))
+    changed = [site for site in report["sites"] if site["method"] != "dense"]
+    asked = report["target"] is not None or report["prune"] is not None
+    if asked or not changed or after <= (1 - _GAIN) * before:
+        return
+    reasons: Counter[str] = Counter()
+    for site in report["sites"]:
+        if site["method"] == "dense":
+            reasons[site["reason"]] += site["bytes_before"]
+    most = "".join(f" ({reason})" for reason, _ in reasons.most_common(1) if reason)
+    saved = max(0.0, 100 * (1 - after / before))
+    yield (
+        f"note: {saved:.1f} % of the file is saved, as most weights stay as they are{most}: "
+        "the original loses nothing"
+    )
 
 
 def speed_lines(report: Mapping[str, Any], machine: str | None) -> Iterable[str]:

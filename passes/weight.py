@@ -157,6 +157,8 @@ class WeightSite:
         kept: Elements with a bit that is set, where leaving out the others makes it smaller; else
             None.
         paired: Whether at most two of every four elements of its rows are kept.
+        block: Rows and columns of blocks that are kept as a whole or not at all, powers of two;
+            known where `kept` is.
         experts: Matrices of a stack that is stored as one tensor of three dimensions; their rows
             follow one another in the canonical matrix. 1 for all others.
         family: Other weights whose products read the same value; None where there are none.
@@ -176,6 +178,7 @@ class WeightSite:
     wide: bool = False
     kept: int | None = None
     paired: bool = False
+    block: tuple[int, int] = (1, 1)
     experts: int = 1
     family: Family | None = None
 

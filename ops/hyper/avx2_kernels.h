@@ -334,7 +334,9 @@ const Isa& ThisIsa() {
       ProductInt8,
       ProductExact,
       DecodePanelRows,
-      DecodeOneRow};
+      DecodeOneRow,
+      nullptr,
+      kUnsignedDot ? nullptr : Calm};
   return isa;
 }
 

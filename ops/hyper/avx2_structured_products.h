@@ -6,6 +6,8 @@
 // decode a group of two panels into the first-level cache, then multiply tiles of four rows by it.
 #pragma once
 
+#include <limits>
+
 #include "hyper/avx2_structured.h"
 
 namespace onnxcomp::hyper {
@@ -216,60 +218,164 @@ struct DecodeWhole {
   }
 };
 
+// One decoded group of one panel, and what goes with it for a tile of rows of activations.
+struct GroupOfTile {
+  const uint8_t* entries;
+  int group;
+  const int8_t* x;
+  const int32_t* biases;
+  const float* x_scales;
+  const __m256* scales;
+  int shift;
+  float* out;
+
+  // Adds row i's product, whose sums are those of both halves of the panel.
+  void Add(int i, const __m256i* sums) const {
+    float* y = out + i * 2 * kLanes;
+    const int32_t bias = biases[i];
+    const float x_scale = x_scales[i];
+    const __m256 low = Accumulate(_mm256_loadu_ps(y), sums[0], shift, bias, scales[0], x_scale);
+    const __m256 high = Accumulate(_mm256_loadu_ps(y + 8), sums[1], shift, bias, scales[1], x_scale);
+    _mm256_storeu_ps(y, low);
+    _mm256_storeu_ps(y + 8, high);
+  }
+};
+
+// Eight weights of a panel: both halves of four, and of the next four.
+struct EightEntries {
+  __m256i first[2];
+  __m256i next[2];
+
+  explicit EightEntries(const uint8_t* w) {
+    const auto* from = reinterpret_cast<const __m256i*>(w);
+    for (int half = 0; half < 2; ++half) {
+      first[half] = _mm256_load_si256(from + half);
+      next[half] = _mm256_load_si256(from + 2 + half);
+    }
+  }
+};
+
 // One tile of M rows over one decoded group of one panel.
 template <int M>
-void MultiplySmall(const uint8_t* w, int group, const int8_t* x, const int32_t* biases,
-                   const float* x_scales, const __m256* scales, int shift, float* out) {
+void MultiplySmall(const GroupOfTile& at) {
   __m256i sums[M][2];
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-  for (int t = 0; t < group; t += 8, w += 2 * kLine, x += 8 * M) {
-    const __m256i w0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w));
-    const __m256i w1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + 32));
-    const __m256i u0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + 64));
-    const __m256i u1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + 96));
+  const uint8_t* w = at.entries;
+  const int8_t* x = at.x;
+  for (int t = 0; t < at.group; t += 8, w += 2 * kLine, x += 8 * M) {
+    const EightEntries entries(w);
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       const __m256i a = Broadcast(x + 4 * i);
       const __m256i b = Broadcast(x + 4 * (M + i));
-      if constexpr (kUnsignedDot) {
-        sums[i][0] = AddProducts(AddProducts(sums[i][0], w0, a), u0, b);
-        sums[i][1] = AddProducts(AddProducts(sums[i][1], w1, a), u1, b);
-      } else {
-        const __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(w0, a), _mm256_maddubs_epi16(u0, b));
-        const __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(w1, a), _mm256_maddubs_epi16(u1, b));
-        sums[i][0] = AddWords(sums[i][0], low);
-        sums[i][1] = AddWords(sums[i][1], high);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (kUnsignedDot) {
+          sums[i][half] = AddProducts(AddProducts(sums[i][half], entries.first[half], a),
+                                      entries.next[half], b);
+        } else {
+          const __m256i words = _mm256_add_epi16(_mm256_maddubs_epi16(entries.first[half], a),
+                                                 _mm256_maddubs_epi16(entries.next[half], b));
+          sums[i][half] = AddWords(sums[i][half], words);
+        }
       }
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) {
+  for (int i = 0; i < M; ++i) at.Add(i, sums[i]);
+}
+
+// The same where 16 bits hold the products of four vectors, so that sums are widened half as often.
+// Two rows at a time: their sums, those of 16 bits and the entries fill the registers. What assembly
+// has seen is not loaded twice.
+void MultiplyCalm(const GroupOfTile& at) {
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      float* y = out + i * 2 * kLanes + half * 8;
-      _mm256_storeu_ps(y, Accumulate(_mm256_loadu_ps(y), sums[i][half], shift, biases[i],
-                                     scales[half], x_scales[i]));
+  for (int row = 0; row < kTile; row += 2) {
+    __m256i sums[2][2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+    const uint8_t* w = at.entries;
+    const int8_t* x = at.x + 4 * row;
+    for (int t = 0; t < at.group; t += 16) {
+      __m256i words[2][2];
+#pragma GCC unroll 2
+      for (int part = 0; part < 2; ++part, w += 2 * kLine, x += 8 * kTile) {
+        EightEntries entries(w);
+        asm("" : "+x"(entries.first[0]), "+x"(entries.first[1]), "+x"(entries.next[0]),
+                 "+x"(entries.next[1]));
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const __m256i a = Broadcast(x + 4 * i);
+          const __m256i b = Broadcast(x + 4 * (kTile + i));
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            const __m256i products = _mm256_maddubs_epi16(entries.first[half], a);
+            words[i][half] = part == 0 ? products : _mm256_add_epi16(words[i][half], products);
+          }
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half) {
+            words[i][half] = _mm256_add_epi16(words[i][half],
+                                              _mm256_maddubs_epi16(entries.next[half], b));
+          }
+          asm volatile("" : "+x"(words[i][0]), "+x"(words[i][1]));
+        }
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        sums[i][0] = AddWords(sums[i][0], words[i][0]);
+        sums[i][1] = AddWords(sums[i][1], words[i][1]);
+      }
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) at.Add(row + i, sums[i]);
   }
+}
+
+// Isa::calm: codes of one sign are summed up, as entries have none. Said of whole tiles only.
+bool Calm(const int8_t* placed, int count, int group) {
+  if (count != kTile) return false;
+  const __m256i zero = _mm256_setzero_si256();
+  const __m256i ones = _mm256_set1_epi8(1);
+  __m256i largest = zero;
+  for (int t = 0; t < group; t += 16, placed += 16 * kTile) {
+    const auto* from = reinterpret_cast<const __m256i*>(placed);
+    const __m256i x[2] = {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+    __m256i above = zero;
+    __m256i below = zero;
+    for (const __m256i codes : x) {
+      const __m256i plus = _mm256_max_epi8(codes, zero);
+      const __m256i minus = _mm256_max_epi8(_mm256_sub_epi8(zero, codes), zero);
+      above = _mm256_add_epi16(above, _mm256_maddubs_epi16(plus, ones));
+      below = _mm256_add_epi16(below, _mm256_maddubs_epi16(minus, ones));
+    }
+    const __m256i sums = _mm256_add_epi16(_mm256_permute2x128_si256(above, below, 0x20),
+                                          _mm256_permute2x128_si256(above, below, 0x31));
+    largest = _mm256_max_epi16(largest, sums);
+  }
+  const __m256i most = _mm256_set1_epi16(std::numeric_limits<int16_t>::max() / kMaxEntry);
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi16(largest, most)) == 0;
 }
 
 // All rows over one group of up to two panels.
 __attribute__((noinline)) void MultiplyGroup(const Weight& weight, const Activations& x, int64_t g, int64_t first,
                           int64_t rows, const uint8_t* w, const __m256 (*scales)[2], int panels,
                           float* out) {
-  using Fn = void (*)(const uint8_t*, int, const int8_t*, const int32_t*, const float*,
-                      const __m256*, int, float*);
+  using Fn = void (*)(const GroupOfTile&);
   static constexpr Fn kByRows[kTile] = {MultiplySmall<1>, MultiplySmall<2>, MultiplySmall<3>,
                                         MultiplySmall<4>};
   const int group = weight.format.group;
   for (int64_t m = 0; m < rows; m += kTile) {
     const Tile tile = TileAt(x, first + m);
     const int64_t unit = tile.unit(g);
+    Fn multiply = kByRows[tile.rows - 1];
+    if (!kUnsignedDot && tile.rows == kTile && (weight.structure->narrow || x.calm[unit])) {
+      multiply = MultiplyCalm;
+    }
     for (int p = 0; p < panels; ++p) {
-      kByRows[tile.rows - 1](w + p * kMaxGroup * kLanes, group, x.codes + unit * group,
-                             x.biases + unit, x.scales + unit, scales[p], weight.structure->shift,
-                             out + m * 2 * kLanes + p * kLanes);
+      multiply({w + p * kMaxGroup * kLanes, group, x.codes + unit * group, x.biases + unit,
+                x.scales + unit, scales[p], weight.structure->shift,
+                out + m * 2 * kLanes + p * kLanes});
     }
   }
 }

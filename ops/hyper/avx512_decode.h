@@ -314,13 +314,15 @@ inline void LoadPairs(const uint8_t* codes, __m512i& before, __m512i* lo, __m512
 
 // Asks for K lines that will be needed later. Into the second level: it has more outstanding misses
 // than the first, whose own prefetcher does the rest (measured: 1.2 to 1.3 times the bandwidth at
-// 4 bits). Addresses past the end do no harm.
+// 4 bits). Addresses past the end do no harm. Compilers leave the loads that follow where they are: moved
+// among the prefetches they cost 4 % of the speed at one row of 4 bits.
 template <int K>
 inline void Prefetch(const uint8_t* codes) {
 #pragma GCC unroll 8
   for (int d = 0; d < K; ++d) {
     _mm_prefetch(reinterpret_cast<const char*>(codes + d * kLine), _MM_HINT_T1);
   }
+  asm volatile("" ::: "memory");
 }
 
 // Decodes 32 weights of 16 rows; `before` is the dword before `codes` and becomes the last one.

@@ -67,7 +67,7 @@ struct Layout {
 //   int8   ((group * rows + T * tile) * g) + (t' / 4 * n + i) * 4 + t' mod 4, t' the position that the
 //          instruction set gives to weight t
 //   float  ((group * rows + T * tile) * g) + t * n + i
-// and its scale and bias at group * rows + T * tile + i.
+// and its scale and bias at group * rows + T * tile + i; what holds for a whole tile is at its first row.
 struct Activations {
   int64_t rows;
   int64_t groups;
@@ -77,6 +77,7 @@ struct Activations {
   const float* scales;   // precision 1
   const int32_t* biases; // precision 1: Layout::bias times the sum of the codes
   const float* values;   // precision 0
+  const bool* calm;      // precision 1: of tiles, what Isa::calm says, where that is given
 };
 
 // Work of one instruction set. All functions are re-entrant.
@@ -122,6 +123,10 @@ struct Isa {
 
   // The form for int8 products of at least kManyRows rows, where that is another one.
   const Isa* many_rows = nullptr;
+
+  // Whether 16 bits hold, for every row of a tile, the codes of a group times any entries of
+  // structured tables, summed up over four fours of positions.
+  bool (*calm)(const int8_t* placed, int count, int group) = nullptr;
 };
 
 // What the int8 products of a weight want of the activations.

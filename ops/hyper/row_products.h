@@ -65,10 +65,12 @@ class Prepared {
     const int64_t elements = rows * format.padded();
     const int64_t units = rows * format.groups;
     if (int8) {
-      scratch_.Reserve(elements + units * static_cast<int64_t>(sizeof(float) + sizeof(int32_t)));
+      static_assert(sizeof(float) == 4 && sizeof(bool) == 1);
+      scratch_.Reserve(elements + 9 * units);
       codes_ = scratch_.As<int8_t>(0);
       scales_ = scratch_.As<float>(elements);  // whole groups: a multiple of 32 bytes
-      biases_ = scratch_.As<int32_t>(elements + units * static_cast<int64_t>(sizeof(float)));
+      biases_ = scratch_.As<int32_t>(elements + 4 * units);
+      calm_ = scratch_.As<bool>(elements + 8 * units);
     } else {
       scratch_.Reserve(elements * static_cast<int64_t>(sizeof(float)));
       values_ = scratch_.As<float>(0);
@@ -80,7 +82,7 @@ class Prepared {
 
   Activations view() const {
     return {rows_,  format_.groups, format_.group, isa_.tile,
-            codes_, scales_,        biases_,       values_};
+            codes_, scales_,        biases_,       values_,   calm_};
   }
 
   void Run(int64_t piece) const {
@@ -126,7 +128,9 @@ class Prepared {
       scales_[unit + i] = isa_.quantize(rotated + i * group, group, codes + i * group, &sum);
       biases_[unit + i] = layout_.bias * sum;
     }
-    isa_.place(codes, count, group, layout_, codes_ + unit * group);
+    int8_t* placed = codes_ + unit * group;
+    isa_.place(codes, count, group, layout_, placed);
+    if (isa_.calm != nullptr) calm_[unit] = isa_.calm(placed, count, group);
   }
 
   const Isa& isa_;
@@ -140,6 +144,7 @@ class Prepared {
   int8_t* codes_ = nullptr;
   float* scales_ = nullptr;
   int32_t* biases_ = nullptr;
+  bool* calm_ = nullptr;
   float* values_ = nullptr;
 };
 

@@ -6,7 +6,6 @@ namespace onnxcomp::hyper {
 namespace {
 
 constexpr int kCells = 16;
-constexpr int kMaxEntry = 63;
 constexpr int kNarrowEntry = 31;
 // Turns that are tried before a table counts as one of a freer kind, or as unstructured.
 constexpr int kMaxTries = 1 << 14;

@@ -12,6 +12,8 @@
 
 namespace onnxcomp::hyper {
 
+constexpr int kMaxEntry = 63;  // largest u
+
 struct Structure {
   // How much of the table is free; each step saves kernels a look-up.
   enum Kind {

@@ -11,7 +11,13 @@ import functools
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, MaskLayout, count_kept, is_paired
+from onnxcomp.passes.codecs.sparse.format import (
+    MOST_KEPT,
+    MaskLayout,
+    block_of,
+    count_kept,
+    is_paired,
+)
 from onnxcomp.passes.ir.threads import in_threads
 from onnxcomp.passes.ir.traversal import default_opset, find_initializer
 from onnxcomp.passes.weight import DTYPES, WeightSite
@@ -49,5 +55,6 @@ def _marked(model: ir.Model, site: WeightSite) -> WeightSite:
         return site
     # In rows of a length that is no multiple of four, more than half may be kept.
     paired = kept <= 2 * site.rows * -(-site.length // 4)
-    paired = paired and is_paired(site.matrix(stored))
-    return dataclasses.replace(site, kept=kept, paired=paired)
+    matrix = site.matrix(stored)
+    paired = paired and is_paired(matrix)
+    return dataclasses.replace(site, kept=kept, paired=paired, block=block_of(matrix))

@@ -7,6 +7,7 @@ and the noise of the others. A change of logits that all words share is noise an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -111,6 +112,19 @@ class OutputDifference:
         }
         runs = [sum(own.get(n, 0.0) / total[n] for n in told if total[n]) for own in self._runs]
         return np.array(runs) * len(runs) / len(told)
+
+    def uncertainty(self) -> float:
+        """Standard error of the mean loss over that loss; infinite where one run was all.
+
+        Raises:
+            ModelError: No output says anything.
+        """
+        losses = self.losses()
+        if len(losses) < 2:
+            return math.inf
+        mean = float(losses.mean())
+        error = float(losses.std(ddof=1)) / math.sqrt(len(losses))
+        return error / mean if mean else 0.0
 
     def worst_noise(self) -> float:
         """Noise of the worst output.

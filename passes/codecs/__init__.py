@@ -11,8 +11,7 @@ from onnxcomp.passes.codecs.integer.codec import IntegerCodec
 from onnxcomp.passes.codecs.integer.dynamic import DynamicCodec
 from onnxcomp.passes.codecs.lowrank.family import LOWRANK_CODECS
 from onnxcomp.passes.codecs.registry import CodecRegistry
-from onnxcomp.passes.codecs.sparse.codec import SparseCodec
-from onnxcomp.passes.codecs.sparse.int_codec import SparseIntCodec
+from onnxcomp.passes.codecs.sparse.family import SPARSE_CODECS
 from onnxcomp.passes.codecs.winding.codec import WindingCodec
 
 __all__ = ["CODECS"]
@@ -27,8 +26,7 @@ CODECS = CodecRegistry(
         *LOWRANK_CODECS,
         WindingCodec(),
         HashCodec(),
-        SparseCodec(),
-        SparseIntCodec(),
+        *SPARSE_CODECS,
         ConstantCodec(),
     )
 )

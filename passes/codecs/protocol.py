@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 
 from onnxcomp.passes.codecs.bases import SharedBases, SharedValues
+from onnxcomp.passes.codecs.builder import Builder
 from onnxcomp.passes.codecs.load_memory import LoadMemory, SpecialBodies
 from onnxcomp.passes.codecs.params import DenseFallback, Params, Qualities
 from onnxcomp.passes.codecs.payload import Payload
@@ -63,38 +64,6 @@ class TensorLayout:
     def nbytes(self) -> int:
         """Bytes of the tensor."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
-
-
-class Builder(Protocol[V]):
-    """Makes initializers and nodes at the place of one use. `V` is the graph's value type."""
-
-    @property
-    def opset(self) -> int:
-        """Version of the default domain in the model."""
-        ...
-
-    def tensor(self, key: str) -> V:
-        """The initializer that holds ``payload.tensors[key]`` or ``payload.shared[key]``."""
-        ...
-
-    def constant(self, key: str, array: Array) -> V:
-        """A small initializer, stored once per model for each `key`."""
-        ...
-
-    def node(
-        self,
-        op_type: str,
-        inputs: Sequence[V],
-        attributes: Mapping[str, Attribute] | None = None,
-        *,
-        domain: str = "",
-    ) -> V:
-        """Add a node with one output before the use and return the output."""
-        ...
-
-    def outputs(self, op_type: str, inputs: Sequence[V], count: int) -> Sequence[V]:
-        """Add a node of the default domain with several outputs and return them."""
-        ...
 
 
 class Measure(Protocol):

@@ -202,8 +202,9 @@ class ByteOptions(Options):
     prune_experts: float | None = option(
         None, Number(above=0, metavar="N|SHARE"), "prune",
         "Take so many whole experts, or this share of them, out of each mixture of experts.",
-        "Those go that are chosen least on the data; without data, those with the least column of "
-        "the router. A router and the stacks that its indices pick from are found by themselves.",
+        "Those go that the outputs miss least on the data; without data, those with the least "
+        "column of the router. A router and the stacks that its indices pick from are found by "
+        "themselves.",
         key="experts", example="2",
     )  # fmt: skip
     prune_layers: int | None = option(
@@ -257,7 +258,8 @@ class ByteOptions(Options):
         None, Sparsity(), "prune",
         "Set this share of each weight of a product to zero, or all but 2 of every 4 elements.",
         "The smallest go. With data those go that matter least to the products, and the others "
-        "make up for them. The methods `sparse` and `sparse+int` store what is left.",
+        "make up for them. The methods `sparse`, `sparse+int` and `sparse+hyper` store what is "
+        "left.",
         example='"2:4"',
     )  # fmt: skip
 

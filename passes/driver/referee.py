@@ -59,12 +59,14 @@ def referee_of(
         return None if real is not None else Referee()
     if real is not None:
         judged, fitted = _halves(real) if run.calibrates else (real, real)
-        feeds = _pieces(prepared.model, judged)
+        pieces = small_pieces(prepared.model, judged, _PIECE)
         samples = Samples(fitted, run.calibration == "sequential") if run.calibrates else None
-        rehearsal = Rehearsal(prepared, settings, feeds, samples=samples, jobs=run.jobs)
+        rehearsal = Rehearsal(
+            prepared, settings, _some(pieces), all_feeds=pieces, samples=samples, jobs=run.jobs
+        )
         if rehearsal.estimates:
-            return Referee(rehearsal, _ESTIMATED, estimated=True)
-        return Referee(rehearsal)
+            return Referee(rehearsal, _ESTIMATED, estimated=True, longer=rehearsal.longer)
+        return Referee(rehearsal, longer=rehearsal.longer)
     words = _made_up_words(prepared, settings.seed)
     if words is None:
         return Referee()
@@ -79,9 +81,8 @@ def _halves(feeds: Sequence[Feed]) -> tuple[list[Feed], list[Feed]]:
     return judged, [f for n, f in enumerate(feeds) if n % _QUARTER != _QUARTER - 1]
 
 
-def _pieces(model: ir.Model, feeds: Sequence[Feed]) -> list[Feed]:
-    """Some of the real inputs, from all over them, in small pieces."""
-    feeds = small_pieces(model, feeds, _PIECE)
+def _some(feeds: Sequence[Feed]) -> list[Feed]:
+    """Some of the real inputs, from all over them."""
     size = max(1, max(array.size for array in feeds[0].values()))
     words = any(array.dtype.kind in "iu" and array.ndim > 1 for array in feeds[0].values())
     most = (_WORDS if words else _ELEMENTS) // size

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ _WORKERS = {
 
 # Name of the folder that payloads go through.
 _EXCHANGE = "exchange"
+
+# The threads on which Dask served workers of this machine that were started here.
+_SERVING: set[int] = set()
 
 
 @contextlib.contextmanager
@@ -112,6 +116,7 @@ def _client(distributed: Any, scheduler: str, folder: Path) -> Iterator[Any]:
         with uninterrupted():  # Dask takes long to end what is half begun
             cluster = local_cluster(distributed, folder)
             client = distributed.Client(cluster, set_as_default=False)
+            cluster.sync(_silence)
         cluster.scale(count or os.cpu_count() or 1)  # they start beside what comes next
         yield client
     finally:
@@ -160,6 +165,20 @@ def local_cluster(distributed: Any, folder: Path, count: int = 0) -> Any:
             silence_logs=logging.CRITICAL,
             preload=["onnxcomp.passes.encoding.cluster_tasks"],
         )
+
+
+async def _silence() -> None:
+    """Say nothing of workers that were started here, not even after their cluster has ended.
+
+    Dask silences its logs until a cluster is closed, and sees cut connections later than that.
+    """
+    _SERVING.add(threading.get_ident())
+    for handler in logging.getLogger("distributed").handlers:
+        handler.addFilter(_of_others)
+
+
+def _of_others(record: logging.LogRecord) -> bool:
+    return record.thread not in _SERVING
 
 
 def _end(client: Any, cluster: Any, others: Collection[Any]) -> None:

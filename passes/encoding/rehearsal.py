@@ -23,8 +23,9 @@ __all__ = ["Rehearsal"]
 
 log = logging.getLogger(__name__)
 
-# Weights of models that are calibrated for a trial: some seconds.
-_SMALL = 1 << 21
+# Weights of models that are calibrated for a trial: some seconds. There is time for more of the
+# plan that was chosen.
+_SMALL, _CHOSEN = 1 << 21, 1 << 23
 
 
 class Rehearsal:
@@ -34,6 +35,7 @@ class Rehearsal:
         prepared: The model and its weights; only read.
         settings: What is asked for.
         feeds: Inputs by name, to judge by.
+        all_feeds: Those of which `feeds` are some, for `longer`; None for no others.
         samples: Others that weights are encoded for; None where they are encoded by their values.
         jobs: Threads of the encoders.
     """
@@ -44,9 +46,11 @@ class Rehearsal:
         settings: Settings,
         feeds: Sequence[Feed],
         *,
+        all_feeds: Sequence[Feed] | None = None,
         samples: Samples | None = None,
         jobs: int = 1,
     ) -> None:
+        self._all = feeds if all_feeds is None else all_feeds
         self._prepared, self._feeds, self._samples, self._jobs = prepared, feeds, samples, jobs
         self._empty = Plan(prepared.source, settings, Budget(), {})
 
@@ -58,28 +62,43 @@ class Rehearsal:
 
     def __call__(self, picks: Sequence[Candidate]) -> OutputDifference | None:
         """What outputs lose with a plan; None where that cannot be measured."""
+        return self._measured(picks, self._feeds, _SMALL)
+
+    def longer(self, picks: Sequence[Candidate], count: int) -> OutputDifference | None:
+        """The same on so many of all inputs, from all over them, if there are as many.
+
+        Weights of models that are not very large are calibrated.
+        """
+        count = min(count, len(self._all))
+        feeds = [self._all[n * len(self._all) // count] for n in range(count)]
+        return self._measured(picks, feeds, _CHOSEN)
+
+    def _measured(
+        self, picks: Sequence[Candidate], feeds: Sequence[Feed], most: int
+    ) -> OutputDifference | None:
+        """What outputs lose; at most so many weights are calibrated, and none of more."""
         model = self._prepared.model
         try:
             codes = TrialCodes(
                 self._prepared,
                 picks,
                 calibrated=self._samples is not None,
-                encoded=self._as_planned(picks),
+                encoded=self._as_planned(picks, most),
                 feeds=None if self._samples is None else self._samples.feeds,
                 seed=self._empty.settings.seed,
                 jobs=self._jobs,
             )
-            found = paired_difference(model, codes.sites, self._feeds, codes.changes)
+            found = paired_difference(model, codes.sites, feeds, codes.changes)
             found.mean()  # says so where no output says anything
         except ModelError as error:
             log.info("plans are not compared: %s", error.message)
             return None
         return found
 
-    def _as_planned(self, picks: Sequence[Candidate]) -> list[EncodedWeight] | None:
-        """The weights of a small model as they will be calibrated; None for others."""
+    def _as_planned(self, picks: Sequence[Candidate], most: int) -> list[EncodedWeight] | None:
+        """The weights of a model as they will be calibrated; None where they are more."""
         size = sum(pick.site.size for pick in picks if pick.codec != "dense")
-        if self._samples is None or size > _SMALL:
+        if self._samples is None or size > most:
             return None
         policies = self._prepared.policies
         choices = {p.site.name: Choice.of(p, policies[p.site.name].mode) for p in picks}

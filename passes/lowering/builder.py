@@ -121,9 +121,16 @@ class GraphBuilder:
         given = [attribute(key, value) for key, value in (attributes or {}).items()]
         return self._added(domain, op_type, inputs, given, 1)[0]
 
-    def outputs(self, op_type: str, inputs: Sequence[ir.Value], count: int) -> Sequence[ir.Value]:
+    def outputs(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        count: int,
+        attributes: Mapping[str, Attribute] | None = None,
+    ) -> Sequence[ir.Value]:
         """Add a node of the default domain with several outputs and return them."""
-        return self._added("", op_type, inputs, [], count)
+        given = [attribute(key, value) for key, value in (attributes or {}).items()]
+        return self._added("", op_type, inputs, given, count)
 
     def _added(
         self,

@@ -171,9 +171,9 @@ class _Inliner:
     def replace(self, call: ir.Node) -> None:
         """Put the body in the place of one call."""
         mark = self._use(call)
-        site = next((self._owners[v.name] for v in call.inputs if v and v.name in self._owners), "")
-        whole = bool(site) and kind_of(call.op_type) == "weight"
-        body = weight_body(self._manifest[site], default_opset(self._model)) if whole else None
+        whole = kind_of(call.op_type) == "weight"
+        site, opset = self._first_owner(call.inputs[0]) if whole else "", default_opset(self._model)
+        body = weight_body(self._manifest[site], call.op_type, opset) if site else None
         body = body or self._model.functions[call.op_identifier()]
         result = self._body(body, self._inputs(call), call.attributes, call)
         producer = result.producer()
@@ -190,6 +190,17 @@ class _Inliner:
         producer.name = name
         if kind_of(call.op_type) == "weight":
             join_shapes(result)
+
+    def _first_owner(self, value: ir.Value | None) -> str:
+        """The weight whose codes a value consists of, or begins with."""
+        while value is not None and value.name not in self._owners:
+            producer = value.producer()
+            value = (
+                None
+                if producer is None or KEY not in producer.metadata_props
+                else producer.inputs[0]
+            )
+        return "" if value is None else self._owners[value.name or ""]
 
     def _use(self, call: ir.Node) -> tuple[list[object], list[ir.Value]] | None:
         """How to mark what takes the place of a product or a look-up."""

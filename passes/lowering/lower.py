@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.config.values import Functions
 from onnxcomp.passes.lowering.inline_bodies import inline_bodies, inline_expansions
+from onnxcomp.passes.lowering.joined_weights import join_weights
 from onnxcomp.passes.lowering.part_products import divide_products
 from onnxcomp.passes.lowering.rewrite import Placement, rewrite
 from onnxcomp.passes.lowering.row_parts import largest_part
@@ -44,6 +45,7 @@ def lower(
     if staged:
         divide_products(model, placements)
         stage_loading(model, placements)
+        join_weights(model, placements)
         inline_expansions(model)
     elif portable:
         inline_bodies(model, foldable=functions == "inline")

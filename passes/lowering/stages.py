@@ -57,7 +57,7 @@ LEAST = 16 << 20
 
 _KINDS: Mapping[str, Kind] = {
     "MatMul": "matmul", "Gather": "gather", "Experts": "experts", "Weight": "weight",
-    "Decode": "decode",
+    "Rows": "weight", "Decode": "decode",
 }  # fmt: skip
 
 
@@ -74,10 +74,17 @@ def _kind_of_call(call: ir.Node) -> Kind | None:
 
 
 def stages_of(needs: Sequence[LoadMemory]) -> list[int]:
-    """In which piece each of the weights is expanded, the least memory at the peak."""
+    """In which piece each of the weights is expanded.
+
+    As few pieces as keep to the memory that a dense model takes; the least memory at the peak,
+    where none do.
+    """
     if sum(need.kept for need in needs) < LEAST:
         return [0] * len(needs)
-    low, high = 0, sum(need.kept for need in needs)
+    high = sum(need.kept for need in needs)
+    # More pieces than this takes would cost time only: a dense model takes as much to load.
+    results = sum(need.result for need in needs if need.passes == 1)
+    low = min(high, LEAST + results)
     while low < high:
         limit = (low + high) // 2
         if max(_pieces(needs, limit)) < _MOST:
@@ -160,7 +167,7 @@ def stage_loading(model: ir.Model, placements: Sequence[Placement]) -> int:
     Returns:
         The number of pieces; 1 where nothing was changed.
     """
-    calls = calls_of(model, placements)
+    calls = sorted(calls_of(model, placements), key=_layout)
     stages = stages_of([in_passes(model, call.node, call.need) for call in calls])
     count = max(stages, default=0) + 1
     if count == 1 or (default_opset(model) or 0) < 8:
@@ -180,6 +187,12 @@ def stage_loading(model: ir.Model, placements: Sequence[Placement]) -> int:
         call.node.replace_input_with(call.waiting, made[value, stage])
     front.place()
     return count
+
+
+def _layout(call: Call) -> str:
+    """What weights that can be joined have in common, so that they come into one piece."""
+    value = call.node.inputs[call.waiting]
+    return "" if value is None or kind_of(call.node.op_type) != "weight" else value.name or ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -246,8 +259,16 @@ def _waiting_input(call: ir.Node, codec: Codec) -> int | None:
     if codec.pacing is None:
         return None
     start = shared_name(codec.pacing)
-    names = ["" if value is None else value.name or "" for value in call.inputs]
+    names = [_pacing_name(value) for value in call.inputs]
     return next((index for index, name in enumerate(names) if name.startswith(start)), None)
+
+
+def _pacing_name(value: ir.Value | None) -> str:
+    """The name of an input, whether it waits or not."""
+    producer = None if value is None else value.producer()
+    if producer is not None and STAGE_KEY in producer.metadata_props:
+        value = producer.inputs[0]
+    return "" if value is None else value.name or ""
 
 
 def _need(placement: Placement, kind: Kind, parts: int) -> LoadMemory:
@@ -309,15 +330,16 @@ def generalize(model: ir.Model) -> None:
             model.functions[domain, name, overload] = function
 
 
-def weight_body(record: ManifestEntry, opset: int | None) -> ir.Function | None:
-    """The definition that expands a whole weight best, where that is not the general one."""
+def weight_body(record: ManifestEntry, operator: str, opset: int | None) -> ir.Function | None:
+    """The definition that expands weights best, where that is not the general one."""
     recipe = record.recipe
     special = CODECS[recipe.codec].special if recipe.codec in CODECS else None
     if special is None or opset is None or not recipe.params:
         return None
     codec = CODECS[recipe.codec]
     params = typed_params(codec.params_type, recipe.params, codec.name)
-    body = special.weight(opset, record.site, params)
+    make = special.rows if operator.endswith("Rows") else special.weight
+    body = make(opset, record.site, params)
     return None if body is None else ir.serde.deserialize_function(body)
 
 

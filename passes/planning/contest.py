@@ -22,7 +22,7 @@ from onnxcomp.passes.planning.candidates import Candidate
 from onnxcomp.passes.planning.search_space import CandidateSet, equal_plans
 from onnxcomp.passes.planning.size_fitting import fit
 
-__all__ = ["Entry", "Judge", "Referee", "contest"]
+__all__ = ["Entry", "Judge", "LongJudge", "Referee", "contest", "expected_of"]
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,17 @@ _SURE = 2.0
 # What a plan loses, measured; None where that cannot be told.
 Judge = Callable[[Sequence[Candidate]], OutputDifference | None]
 
+# The same on so many inputs, if there are as many.
+LongJudge = Callable[[Sequence[Candidate], int], OutputDifference | None]
+
 _EQUAL, _TABLES = "equal", "equal, and a bit more for tables"
 
 # Share of the target that a plan near equal bits has to use to be the safe one.
 _USED = 0.97
+
+# Standard error of what is expected of the chosen plan, over the loss, and how many times as many
+# inputs as plans are compared on are run for it at most.
+_FINE, _MORE = 0.05, 16
 
 SizeOf = Callable[[Sequence[Candidate]], int]
 
@@ -50,11 +57,13 @@ class Referee:
             the judge's inputs are real and its codes those that will be written.
         estimated: Whether the judge's codes are not those that will be written: the safe plan then
             spends what is left on tables of look-ups, of which estimates think too well.
+        longer: Measures on a given number of inputs; None where there are no more of them.
     """
 
     judge: Judge | None = None
     margin: float = 0.0
     estimated: bool = False
+    longer: LongJudge | None = None
 
     @property
     def real(self) -> bool:
@@ -131,6 +140,24 @@ def contest(
     better = [entry for entry in ordered if _beats(entry, judged[0], referee.margin)]
     best = better[0] if better else judged[0]
     return [best, *(entry for entry in (judged[0], *ordered) if entry is not best)]
+
+
+def expected_of(entry: Entry, referee: Referee) -> OutputDifference | None:
+    """What a plan is expected to lose, by as many inputs as that takes.
+
+    Plans are compared input by input, and few inputs are enough for that. Their mean is less
+    certain: of a classifier's pictures a tenth make up most of the loss. What was estimated is
+    measured on as many at least.
+    """
+    found = entry.measured
+    if found is None or referee.longer is None:
+        return found
+    runs = len(found.losses())
+    wanted = math.ceil(runs * (found.uncertainty() / _FINE) ** 2) if runs > 1 else _MORE
+    if wanted <= runs and not referee.estimated:
+        return found
+    more = referee.longer(entry.picks, min(max(runs, wanted), _MORE * runs))
+    return found if more is None or len(more.losses()) < runs else more
 
 
 def _add(entries: list[Entry], entry: Entry) -> None:

@@ -96,6 +96,8 @@ class Plan:
             None where that was not measured.
         loss: Expected loss of the outputs: their divergence where they are distributions, the
             square of `error` elsewhere; None where that was not measured.
+        loss_error: Standard error of `loss`, by how much inputs differ; None where that is not
+            known.
         compared: Plans that were compared by a measured loss, the chosen one first.
         pruned: What pruning takes out before; None without pruning.
         division: Where pruning and codes share one budget: the divisions that were tried, this
@@ -112,6 +114,7 @@ class Plan:
     error: float | None = None
     slowdown: float | None = None
     loss: float | None = None
+    loss_error: float | None = None
     compared: tuple[Mapping[str, Any], ...] = ()
     pruned: PruneReport | None = None
     division: tuple[Mapping[str, Any], ...] = ()
@@ -128,7 +131,8 @@ class Plan:
                 hint=f"start from plan[{name!r}].with_(...)",
             )
         self.choices[name] = choice
-        self.bytes = self.portable_load_bytes = self.error = self.slowdown = self.loss = None
+        self.bytes = self.portable_load_bytes = self.error = self.slowdown = None
+        self.loss = self.loss_error = None
         self.compared = ()
 
     def __iter__(self) -> Iterator[Choice]:
@@ -182,6 +186,7 @@ class Plan:
             error=None,
             slowdown=None,
             loss=None,
+            loss_error=None,
             compared=(),
         )
 
@@ -195,7 +200,7 @@ class Plan:
             "bytes": self.bytes,
             "portable_load_bytes": self.portable_load_bytes,
             "error": None if self.error is None else float(f"{self.error:.4g}"),
-            **({} if self.loss is None else {"loss": float(f"{self.loss:.4g}")}),
+            **_rounded(loss=self.loss, loss_error=self.loss_error),
             "slowdown": None if self.slowdown is None else float(f"{self.slowdown:.4g}"),
             **({"compared": [dict(entry) for entry in self.compared]} if self.compared else {}),
             **({} if self.pruned is None else {"prune": self.pruned.to_json()}),
@@ -234,6 +239,7 @@ class Plan:
             error=values.get("error"),
             slowdown=values.get("slowdown"),
             loss=values.get("loss"),
+            loss_error=values.get("loss_error"),
             compared=tuple(values.get("compared", ())),
             pruned=None if pruned is None else PruneReport.from_json(pruned),
             division=tuple(values.get("division", ())),
@@ -285,8 +291,13 @@ class Plan:
 
 _PLAN_KEYS = frozenset(
     {"version", "source", "settings", "budget", "bytes", "portable_load_bytes", "error"}
-    | {"loss", "compared", "slowdown", "prune", "division", "sites", "skipped"}
+    | {"loss", "loss_error", "compared", "slowdown", "prune", "division", "sites", "skipped"}
 )
+
+
+def _rounded(**values: float | None) -> dict[str, float]:
+    """Numbers that are known, with four digits."""
+    return {name: float(f"{value:.4g}") for name, value in values.items() if value is not None}
 
 
 def _lines(values: Mapping[str, Any]) -> str:

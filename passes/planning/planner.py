@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 
 from onnxcomp.passes.analysis.prepared import Prepared
+from onnxcomp.passes.calibration.output_difference import OutputDifference
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.latency.model import Timing
 from onnxcomp.passes.planning.candidates import Candidate, Choice
-from onnxcomp.passes.planning.contest import Entry, Referee, contest
+from onnxcomp.passes.planning.contest import Entry, Referee, contest, expected_of
 from onnxcomp.passes.planning.error_model import Estimates
 from onnxcomp.passes.planning.explain import explain
 from onnxcomp.passes.planning.plan import Budget, Plan
@@ -80,8 +81,9 @@ def plan_from(
         equal = plans_of_bits(sets)
         entries = contest(sets, first, budget.bytes, size_of, referee, equal)
         picks, total = list(entries[0].picks), entries[0].bytes
-    real = referee is not None and referee.real
-    told = entries[0].measured if entries and real else None
+    told = None
+    if entries and referee is not None and referee.real:
+        told = expected_of(entries[0], referee)
     added = sum(pick.time for pick in picks)
     reasons = explain(sets, picks, budget)
     choices = {
@@ -98,10 +100,17 @@ def plan_from(
         portable_load_bytes=portable_load_bytes(prepared.sites, list(choices.values())),
         error=expected_error(sets, picks) if told is None else math.sqrt(told.mean().noise),
         loss=None if told is None else told.mean().loss,
+        loss_error=None if told is None else _standard_error(told),
         compared=tuple(entry.to_json() for entry in entries) if told is not None else (),
         slowdown=None if timing is None else max(0.0, 1.0 + added / timing.dense_seconds),
         pruned=prepared.pruned,
     )
+
+
+def _standard_error(told: OutputDifference) -> float | None:
+    """Standard error of the mean loss; None where one input was all."""
+    share = told.uncertainty()
+    return told.mean().loss * share if math.isfinite(share) else None
 
 
 def settle(plan: Plan, prepared: Prepared, *, name: str = "out.onnx") -> Plan:

@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onnxcomp.errors import UsageError
+from onnxcomp.runtime.package.archives import Archive, restore
+from onnxcomp.runtime.package.archives import write_archive as archive
 from onnxcomp.runtime.package.contents import Package, gather
 from onnxcomp.runtime.package.services import SERVICES, write_service
 
 if TYPE_CHECKING:
     from onnxcomp.runtime.stored_inputs import Data
 
-__all__ = ["KINDS", "Package", "package"]
+__all__ = ["KINDS", "Archive", "Package", "archive", "package", "restore"]
 
 PathLike = str | os.PathLike[str]
 

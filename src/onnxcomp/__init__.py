@@ -42,10 +42,11 @@ if TYPE_CHECKING:
     from onnxcomp.passes.report.report import Report
     from onnxcomp.runtime.clients.dropin import InferenceSession, patch_onnxruntime
     from onnxcomp.runtime.language.evaluation import evaluate_lm
-    from onnxcomp.runtime.package import Package, package
+    from onnxcomp.runtime.package import Archive, Package, archive, package, restore
     from onnxcomp.runtime.weight_sharing import share_weights
 
 __all__ = [
+    "Archive",
     "InferenceSession",
     "Package",
     "Plan",
@@ -55,6 +56,7 @@ __all__ = [
     "TargetMissedError",
     "__version__",
     "apply",
+    "archive",
     "doctor",
     "errors",
     "evaluate_lm",
@@ -70,6 +72,7 @@ __all__ = [
     "patch_onnxruntime",
     "plan",
     "register",
+    "restore",
     "retarget",
     "save",
     "share_weights",
@@ -79,6 +82,7 @@ __all__ = [
 
 # Public name -> module and name there.
 _HOMES = {
+    "Archive": ("runtime.package", "Archive"),
     "InferenceSession": ("runtime.clients.dropin", "InferenceSession"),
     "Package": ("runtime.package", "Package"),
     "Plan": ("passes.planning.plan", "Plan"),
@@ -87,6 +91,7 @@ _HOMES = {
     "Result": ("passes.driver.api", "Result"),
     "TargetMissedError": ("passes.driver.api", "TargetMissedError"),
     "apply": ("passes.driver.api", "apply"),
+    "archive": ("runtime.package", "archive"),
     "doctor": ("passes.report.doctor", "doctor"),
     "evaluate_lm": ("runtime.language.evaluation", "evaluate_lm"),
     "expand": ("passes.driver.api", "expand"),
@@ -101,6 +106,7 @@ _HOMES = {
     "patch_onnxruntime": ("runtime.clients.dropin", "patch_onnxruntime"),
     "plan": ("passes.driver.api", "plan"),
     "register": ("ops", "register"),
+    "restore": ("runtime.package", "restore"),
     "retarget": ("passes.driver.api", "retarget"),
     "save": ("passes.ir.model", "save"),
     "share_weights": ("runtime.weight_sharing", "share_weights"),

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcomp.cli.verdicts import remarks_of, speed_lines, warnings_of
+from onnxcomp.cli.verdicts import gain_lines, remarks_of, speed_lines, warnings_of
 from onnxcomp.passes.verification.clock import Clock
 from onnxcomp.passes.verification.fidelity import verify
 
@@ -50,6 +50,24 @@ def test_nothing_is_said_where_other_codes_would_not_help(suited: dict[str, Any]
     folded["sites"][0]["mode"] = "folded"
     assert not list(speed_lines(folded, "avx2"))
     assert not list(speed_lines(report(0.8), None))
+
+
+def gained(before: int, after: int, **asked: Any) -> list[str]:
+    """What is said of a file that stays mostly as it was, because of its integers."""
+    sites = [
+        {"method": "hyper", "reason": "asked for", "bytes_before": 9},
+        {"method": "dense", "reason": "", "bytes_before": 10},
+        {"method": "dense", "reason": "quantised already", "bytes_before": before - 19},
+    ]
+    ends = {"input": {"bytes": before}, "output": {"bytes": after}}
+    return list(gain_lines({"target": None, "prune": None, "sites": sites, **ends, **asked}))
+
+
+def test_a_result_that_is_hardly_smaller_is_said_to_be_no_gain() -> None:
+    (line,) = gained(1000, 996)
+    assert line.startswith("note: 0.4 % of the file is saved") and "(quantised already)" in line
+    assert gained(1000, 1010)[0].startswith("note: 0.0 % of the file is saved")
+    assert not gained(1000, 900) and not gained(1000, 996, target={"met": True})
 
 
 def test_a_clock_compares_runs_on_equal_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

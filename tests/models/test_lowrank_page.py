@@ -21,13 +21,14 @@ def test_the_recipe_of_the_page_runs() -> None:
     assert [type(layer).__name__ for layer in model] == ["Linear", "ReLU", "Linear"]  # type: ignore[attr-defined]
 
 
-def test_the_tables_of_the_page_are_those_of_the_result_files() -> None:
+@pytest.mark.parametrize("script", ["lowrank_tables", "sparse_tables"])
+def test_tables_of_pages_are_those_of_the_result_files(script: str) -> None:
     program = (
-        "import sys; sys.path.insert(0, 'benchmarks'); import lowrank_tables\n"
-        "text = lowrank_tables.PAGE.read_text(encoding='utf-8')\n"
-        "sys.exit(lowrank_tables.put_into(text) != text)"
+        f"import sys; sys.path.insert(0, 'benchmarks'); import {script}\n"
+        f"text = {script}.PAGE.read_text(encoding='utf-8')\n"
+        f"sys.exit({script}.put_into(text) != text)"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=PAGE.parents[1], capture_output=True, text=True
     )
-    assert run.returncode == 0, f"run benchmarks/lowrank_tables.py --write\n{run.stderr}"
+    assert run.returncode == 0, f"run benchmarks/{script}.py --write\n{run.stderr}"

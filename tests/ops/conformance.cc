@@ -5,11 +5,14 @@
 //
 // Prints one line for each set, with the number of cases; exits 1 at the first difference.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -147,6 +150,7 @@ struct Laid {
   std::vector<float> scales;
   std::vector<int32_t> biases;
   std::vector<float> values;
+  std::unique_ptr<bool[]> calm;
   Activations view{};
 
   Laid(const Isa& isa, const Weight& weight, const std::vector<float>& x, int64_t rows) {
@@ -156,6 +160,7 @@ struct Laid {
     values.resize(codes.size());
     scales.resize(units);
     biases.resize(units);
+    calm = std::make_unique<bool[]>(units);
     const Layout layout = LayoutOf(isa, weight);
     for (int64_t first = 0; first < rows; first += isa.tile) {
       const int64_t count = rows - first < isa.tile ? rows - first : isa.tile;
@@ -164,7 +169,7 @@ struct Laid {
       }
     }
     view = Activations{rows,         f.groups,      f.group,       isa.tile,
-                       codes.data(), scales.data(), biases.data(), values.data()};
+                       codes.data(), scales.data(), biases.data(), values.data(), calm.get()};
   }
 
  private:
@@ -184,7 +189,9 @@ struct Laid {
         values[static_cast<size_t>(unit * f.group + t * count + i)] = rotated[t];
       }
     }
-    isa.place(rounded, count, f.group, layout, codes.data() + unit * f.group);
+    int8_t* placed = codes.data() + unit * f.group;
+    isa.place(rounded, count, f.group, layout, placed);
+    if (isa.calm) calm[static_cast<size_t>(unit)] = isa.calm(placed, count, f.group);
   }
 };
 
@@ -251,12 +258,17 @@ bool Close(const std::vector<float>& a, const std::vector<float>& b, const Forma
   return true;
 }
 
-// Random rows, one of them zeros.
+// Random rows, one of them zeros; one rotates to a single value in each group.
 std::vector<float> RandomRows(const Format& f, int64_t rows, std::mt19937& random) {
   std::normal_distribution<float> normal;
   std::vector<float> x(static_cast<size_t>(rows * f.padded()));
   for (float& value : x) value = normal(random);
   for (int64_t t = 0; t < f.padded(); ++t) x[static_cast<size_t>((rows / 2) * f.padded() + t)] = 0;
+  if (rows > 4) {
+    for (int64_t t = 0; t < f.padded(); ++t) {
+      x[static_cast<size_t>((rows / 4) * f.padded() + t)] = t % f.group == 0 ? 1.0f : 0.0f;
+    }
+  }
   return x;
 }
 
@@ -338,10 +350,46 @@ void CompareRotations(const Isa& isa, std::mt19937& random) {
   }
 }
 
+// Isa::calm for codes of all sizes: on both sides of its bound, and for the largest codes.
+void CompareCalm(const Isa& isa, std::mt19937& random) {
+  if (isa.calm == nullptr) return;
+  const int most = std::numeric_limits<int16_t>::max() / kMaxEntry;
+  int found[2] = {};
+  for (int trial = 0; trial < 4000; ++trial) {
+    const int group = 32 << trial % 4;
+    const int scale = 1 + trial % 127;
+    const bool lean = trial % 3 == 0;
+    int8_t codes[4 * kMaxGroup];
+    int largest = 0;
+    for (int t = 0; t < 4 * group; ++t) {
+      const int code = static_cast<int>(random() % static_cast<unsigned>(2 * scale + 1)) - scale;
+      codes[t] = static_cast<int8_t>(lean ? -scale : code);
+    }
+    for (int t = 0; t < group; t += 16) {
+      for (int pair = 0; pair < 2 * isa.tile; ++pair) {
+        int above = 0;
+        int below = 0;
+        for (int v = 0; v < 8; ++v) {
+          const int code = codes[t * isa.tile + v / 2 * 4 * isa.tile + 2 * pair + v % 2];
+          (code > 0 ? above : below) += std::abs(code);
+        }
+        largest = std::max({largest, above, below});
+      }
+    }
+    const bool calm = isa.calm(codes, isa.tile, group);
+    ++found[calm];
+    if (calm != (largest <= most)) Differs(isa, {0, 0, group, 0, 0, kAny}, "calm", trial);
+  }
+  if (found[0] < 100 || found[1] < 100 || isa.calm(nullptr, isa.tile - 1, 32)) {
+    Differs(isa, {}, "calm", 0);
+  }
+}
+
 int Compare(const Isa& isa) {
   std::mt19937 random(7);
   CompareHalves(isa);
   CompareRotations(isa, random);
+  CompareCalm(isa, random);
   int cases = 0;
   for (int bits = 1; bits <= 6; ++bits) {
     for (int states : {6, 7, 8, 10, 12}) {

@@ -85,6 +85,7 @@ TILES = [
     ("MultiplyInt8<4>", 8, 3),
     ("MultiplyExact<4>", 8, 3),
     ("MultiplySmall<4>", 16, 3),
+    ("MultiplyCalm", 16, 2),
 ]
 
 

@@ -38,14 +38,14 @@ def window_matrix(body: Body) -> str:
     return body.node("Flatten", rows, axis=1)
 
 
-def pair_values(body: Body) -> str:
-    """Both weights of every state of a byte, (2^(L + 4), 2).
+def pair_values(body: Body, bits: int = BITS) -> str:
+    """Both weights of every window of two, (2^(L + bits), 2).
 
-    The first ends with the lower bits of the state, whatever the four bits above them are; the
-    second is what lies above the lowest four bits.
+    The first ends with the lower bits of the window, whatever the `bits` above them are; the
+    second is what lies above the lowest `bits`.
     """
-    first = body.node("Tile", body.cast("table", _FLOAT), body.ints(1 << BITS))
-    square = body.node("Reshape", first, body.ints(1 << BITS, -1))
+    first = body.node("Tile", body.cast("table", _FLOAT), body.ints(1 << bits))
+    square = body.node("Reshape", first, body.ints(1 << bits, -1))
     second = body.node("Flatten", body.node("Transpose", square, perm=[1, 0]), axis=0)
     rows = body.node("Concat", body.node("Flatten", first, axis=0), second, axis=0)
     return body.node("Transpose", rows, perm=[1, 0])

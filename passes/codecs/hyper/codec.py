@@ -458,8 +458,11 @@ class HyperCodec(Codec):
 
     @property
     def special(self) -> SpecialBodies:
-        """For weights of four bits, and for products that are most of a model."""
-        return SpecialBodies(_weight_body, _product_body)
+        """For weights of four bits, together too, and for products that are most of a model."""
+        from onnxcomp.passes.codecs.hyper import special_bodies
+
+        joining = special_bodies.HyperJoining()
+        return SpecialBodies(_weight_body, _product_body, _rows_body, joining)
 
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """What folding the portable body takes."""
@@ -475,16 +478,21 @@ class HyperCodec(Codec):
 
 
 def _weight_body(opset: int, site: WeightSite, params: Params) -> onnx.FunctionProto | None:
-    from onnxcomp.passes.codecs.hyper import byte_bodies
+    from onnxcomp.passes.codecs.hyper import special_bodies
 
-    by_byte = _geometry(site, HyperParams.of(params)).bits == byte_bodies.BITS
-    return byte_bodies.weight(opset) if by_byte else None
+    return special_bodies.weight(opset, _geometry(site, HyperParams.of(params)))
+
+
+def _rows_body(opset: int, site: WeightSite, params: Params) -> onnx.FunctionProto | None:
+    from onnxcomp.passes.codecs.hyper import special_bodies
+
+    return special_bodies.rows(opset, _geometry(site, HyperParams.of(params)))
 
 
 def _product_body(
     opset: int, payloads: Sequence[Payload], passes: int, types: frozenset[str]
 ) -> onnx.FunctionProto | None:
-    from onnxcomp.passes.codecs.hyper import part_bodies
+    from onnxcomp.passes.codecs.hyper import special_bodies
 
     layouts = [_stored_geometry(payload, _table_of(payload)) for payload in payloads]
-    return part_bodies.product(opset, layouts, passes, types)
+    return special_bodies.product(opset, layouts, passes, types)

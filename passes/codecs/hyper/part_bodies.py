@@ -8,7 +8,7 @@ first needed serves the next. Values are those of `bodies`, bit for bit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.passes.codecs.body import Body
 from onnxcomp.passes.codecs.hyper import bodies, byte_bodies
-from onnxcomp.passes.codecs.hyper.format import LANES, NODE_INPUTS, GroupLayout
+from onnxcomp.passes.codecs.hyper.format import NODE_INPUTS
 
-__all__ = ["MINIMUM_OPSET", "matmul", "product"]
+__all__ = ["MINIMUM_OPSET", "matmul"]
 
 # Concat takes the last axis by -1, and Slice takes ends that are computed.
 MINIMUM_OPSET = 11
@@ -29,27 +29,6 @@ _INT32 = int(TensorProto.INT32)
 # Name of float bytes (G, B, N) -> name of the groups of N rows without their scales, and the shape
 # that these are brought to.
 _Decode = Callable[[str], str]
-
-
-def product(
-    opset: int, layouts: Sequence[GroupLayout], passes: int, types: frozenset[str]
-) -> onnx.FunctionProto | None:
-    """The definition of products with these weights; None where the general one is as good.
-
-    Args:
-        opset: Version of the default domain in the model.
-        layouts: Sizes of the weights.
-        passes: In how many passes they are expanded.
-        types: Element types that the products compute in.
-    """
-    by_byte = all(layout.bits == byte_bodies.BITS for layout in layouts)
-    padded = any(layout.length % layout.group for layout in layouts)
-    if passes == 1 and by_byte:
-        cut = padded or any(layout.rows % LANES for layout in layouts)
-        return byte_bodies.matmul(opset, padded=cut, cast=types != {"float32"})
-    if passes == 1 or opset < MINIMUM_OPSET or any(each.panels < passes for each in layouts):
-        return None
-    return matmul(opset, passes, by_byte=by_byte, padded=padded)
 
 
 @functools.cache

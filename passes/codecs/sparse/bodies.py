@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
 from onnxcomp.passes.codecs.body import Body
 from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload
-from onnxcomp.passes.codecs.sparse.format import NODE_INPUTS
+from onnxcomp.passes.codecs.sparse.format import NODE_INPUTS, shared_keys
 from onnxcomp.passes.codecs.sparse.integers import INT_INPUTS
-from onnxcomp.passes.weight import DOMAIN, Attribute, Kind, WeightSite
+from onnxcomp.passes.codecs.sparse.masks import MaskForm
+from onnxcomp.passes.weight import DOMAIN, DTYPES, Attribute, Kind, WeightSite
 
 __all__ = [
     "LEAST_OPSET",
-    "emit",
+    "bits_of",
     "emit_integers",
+    "first_values",
     "functions",
     "int_functions",
     "int_load_memory",
     "load_memory",
+    "place",
 ]
 
 V = TypeVar("V")
@@ -31,6 +35,7 @@ LEAST_OPSET = 11
 
 _AXES_AS_INPUT = 18  # of ReduceMax
 _INT32, _BOOL = int(TensorProto.INT32), int(TensorProto.BOOL)
+_UINT8 = int(TensorProto.UINT8)
 
 # Bytes for each weight that the results of all nodes of the body take beside elements, how often
 # elements are copied, and bytes for each weight at a time.
@@ -100,13 +105,63 @@ def functions(opset: int) -> Sequence[onnx.FunctionProto]:
     return () if opset < LEAST_OPSET else (_weight(opset), _decode(opset))
 
 
-def emit(builder: Builder[V], site: WeightSite, payload: Payload, kind: Kind) -> V:
-    """Put a payload into the graph as one operator of spec.md section 3."""
-    roles = {key.split(".")[1]: key for key in payload.shared} | {k: k for k in payload.tensors}
-    inputs = [builder.tensor(roles[name]) for name in NODE_INPUTS]
+def place(builder: Builder[V], site: WeightSite, mask: V, values: V, kind: Kind) -> V:
+    """One operator of spec.md section 3, with what it reads as it is stored or as nodes made it."""
+    keys = shared_keys(site.rows, site.length)
+    inputs = [mask, values, *(builder.tensor(keys[name]) for name in NODE_INPUTS[2:])]
     attributes: dict[str, Attribute] = {"extent": (site.rows, site.length)}
     operator = "SparseDecode" if kind == "decode" else "SparseWeight"
     return builder.node(operator, inputs, attributes, domain=DOMAIN)
+
+
+def bits_of(builder: Builder[V], form: MaskForm, mask: V) -> V:
+    """Standard operators that make what operators read of a stored mask: `MaskForm.bits`."""
+    high, wide = form.block
+    width = -(-form.length // 8)
+    made = mask
+    if form.paired:
+        made = _bits_of_pairs(builder, mask)
+    elif wide > 1:
+        places = builder.node("Cast", [mask], {"to": _INT32})
+        spread = builder.tensor(f"sparse.spread.{wide}")
+        made = builder.node("Gather", [spread, places], {"axis": 0})
+    if made is not mask:
+        lines = builder.node("Reshape", [made, _ints(builder, 0, -1)])
+        limits = [_ints(builder, 0), _ints(builder, width), _ints(builder, 1)]
+        made = builder.node("Slice", [lines, *limits])
+    if form.paired or high == 1:
+        return made
+    apart = builder.node("Reshape", [made, _ints(builder, 0, 1, -1)])
+    again = builder.node("Expand", [apart, _ints(builder, form.rows // high, high, width)])
+    return builder.node("Reshape", [again, _ints(builder, form.rows, width)])
+
+
+def _bits_of_pairs(builder: Builder[V], mask: V) -> V:
+    """Three bytes of every two, ``(rows, B / 2, 3)``."""
+    pairs = builder.node(
+        "Reshape", [builder.node("Cast", [mask], {"to": _INT32}), _ints(builder, 0, -1, 2)]
+    )
+    parts = []
+    for at, key in enumerate(("sparse.first.12", "sparse.second.12")):
+        column = builder.constant(f"sparse.column.{at}", np.array(at, np.int64))
+        places = builder.node("Gather", [pairs, column], {"axis": 2})
+        parts.append(builder.node("Gather", [builder.tensor(key), places], {"axis": 0}))
+    return builder.node("Cast", [builder.node("Add", parts)], {"to": _UINT8})
+
+
+def _ints(builder: Builder[V], *numbers: int) -> V:
+    key = f"sparse.ints.{'.'.join(map(str, numbers))}"
+    return builder.constant(key, np.array(numbers, np.int64))
+
+
+def first_values(builder: Builder[V], site: WeightSite, matrix: V, count: int, size: int) -> V:
+    """What SparseWeight reads of a matrix: zero, and the first so many of its elements."""
+    flat = builder.node("Reshape", [matrix, _ints(builder, -1)])
+    if count < size:
+        limits = [_ints(builder, number) for number in (0, count, 0)]
+        flat = builder.node("Slice", [flat, *limits])
+    zero = builder.constant(f"sparse.zero.{site.dtype}", np.zeros(1, DTYPES[site.dtype]))
+    return builder.node("Concat", [zero, flat], {"axis": 0})
 
 
 def load_memory(site: WeightSite) -> LoadMemory:

@@ -1,15 +1,16 @@
 """The sparse codec: weights that were pruned without structure, bit for bit.
 
-Format: ops/sparse/spec.md. A mask has a bit for every element, and elements with no bit set are
-left out. How many are kept is found by `passes.analysis.zeros`, so that sizes are exact before
-anything is encoded.
+Format: ops/sparse/spec.md. A mask has a bit for every element, or for every block where elements
+are kept in blocks; those with no bit set are left out. How many are kept, and in which blocks, is
+found by `passes.analysis.zeros`, so that sizes are exact before anything is encoded.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx
@@ -18,12 +19,39 @@ from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.codecs.sparse import format as sparse_format
-from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, MaskLayout
-from onnxcomp.passes.weight import DTYPES, Array, Kind, WeightSite
+from onnxcomp.passes.codecs.sparse.format import MOST_KEPT
+from onnxcomp.passes.codecs.sparse.masks import BLOCK_SIDES, MaskForm, stored_form
+from onnxcomp.passes.weight import DTYPES, Array, Attribute, Kind, WeightSite
 
-__all__ = ["SparseCodec", "SparseParams"]
+__all__ = ["CodedZeros", "SparseCodec", "SparseParams"]
 
 V = TypeVar("V")
+
+
+class CodedZeros(Codec):
+    """A codec of weights with zeros whose other elements take fewer bits, in several sizes."""
+
+    @abc.abstractmethod
+    def _offered(self, site: WeightSite) -> Sequence[Params]:
+        """Settings from most to fewest bytes, those that make it no smaller among them."""
+
+    def refuse(self, site: WeightSite) -> str | None:
+        """Only weights with zeros, which analysis counts, that become smaller."""
+        refusal = site.refusal(self.name)
+        if refusal is not None:
+            return refusal
+        if site.kept is None:
+            return "too few of its elements are zero"
+        least = min(self.size(site, params) for params in self._offered(site))
+        if least < site.nbytes:
+            return None
+        return f"{site.rows} x {site.length} needs {least} bytes, {site.nbytes} dense"
+
+    def candidates(self, site: WeightSite) -> Sequence[Params]:
+        """Those that make it smaller."""
+        if self.refuse(site):
+            return []
+        return [params for params in self._offered(site) if self.size(site, params) < site.nbytes]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,13 +60,24 @@ class SparseParams(Params):
 
     Attributes:
         kept: Elements that are not zero, as many as the weight has; found when it is read.
+        high: Rows of a block that is kept as a whole or not at all; found as well.
+        wide: Columns of such a block.
     """
 
     kept: int = 0
+    high: int = 1
+    wide: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Parameters by name; without blocks where there are none, as in older files."""
+        found = dataclasses.asdict(self)
+        if (self.high, self.wide) == (1, 1):
+            del found["high"], found["wide"]
+        return found
 
 
-def _geometry(site: WeightSite, params: SparseParams) -> MaskLayout:
-    return MaskLayout(site.rows, site.length, params.kept, DTYPES[site.dtype].itemsize)
+def _form(site: WeightSite, params: SparseParams) -> MaskForm:
+    return MaskForm(site.rows, site.length, block=(params.high, params.wide))
 
 
 class SparseCodec(Codec):
@@ -61,26 +100,37 @@ class SparseCodec(Codec):
         sparse = SparseParams.of(params)
         if not 0 <= sparse.kept <= MOST_KEPT:
             raise UsageError(f"sparse: kept={sparse.kept}", hint=f"0 to {MOST_KEPT} elements")
+        if sparse.high not in BLOCK_SIDES or sparse.wide not in BLOCK_SIDES:
+            raise UsageError(
+                f"sparse: blocks of {sparse.high} x {sparse.wide}",
+                hint=f"sides are {', '.join(map(str, BLOCK_SIDES))}",
+            )
 
     def candidates(self, site: WeightSite) -> Sequence[SparseParams]:
         """The weight as it is, without its zeros."""
-        return [] if self.refuse(site) or site.kept is None else [SparseParams(site.kept)]
+        if self.refuse(site) or site.kept is None:
+            return []
+        plain, blocks = SparseParams(site.kept), SparseParams(site.kept, *site.block)
+        return [min(plain, blocks, key=lambda params: self.size(site, params))]
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """Mask and values of spec.md section 1."""
-        geometry = _geometry(site, SparseParams.of(params))
+        sparse = SparseParams.of(params)
         return {
-            "mask": TensorLayout(geometry.mask_shape, np.dtype(np.uint8)),
-            "values": TensorLayout(geometry.values_shape, DTYPES[site.dtype]),
+            "mask": TensorLayout(_form(site, sparse).shape, np.dtype(np.uint8)),
+            "values": TensorLayout((1 + sparse.kept,), DTYPES[site.dtype]),
         }
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
         """Constants of the portable body."""
-        return sparse_format.shared_tensors(site.rows, site.length)
+        form = _form(site, SparseParams.of(params))
+        return {**sparse_format.shared_tensors(site.rows, site.length), **form.shared()}
 
-    def size(self, site: WeightSite, params: Params) -> int:
-        """Bytes of mask and values, exactly."""
-        return _geometry(site, SparseParams.of(params)).nbytes
+    def attributes(self, site: WeightSite, params: Params) -> Mapping[str, Attribute]:
+        """The blocks, where there are any."""
+        sparse = SparseParams.of(params)
+        block = (sparse.high, sparse.wide)
+        return {} if block == (1, 1) else {"block": block}
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """Zero."""
@@ -92,18 +142,22 @@ class SparseCodec(Codec):
         """Store ``(rows, length)`` without changing a bit.
 
         Raises:
-            ModelError: The weight has more or fewer elements that are not zero than was planned.
+            ModelError: The weight has other elements that are not zero than were planned.
         """
-        planned = SparseParams.of(params).kept
+        sparse = SparseParams.of(params)
         tensors = sparse_format.pack(np.asarray(weight, DTYPES[site.dtype]))
         found = len(tensors["values"]) - 1
-        if found != planned:
-            raise ModelError(f"{found} elements are not zero, {planned} were planned")
-        return Payload(tensors, self.shared(site, params))
+        if found != sparse.kept:
+            raise ModelError(f"{found} elements are not zero, {sparse.kept} were planned")
+        stored = _form(site, sparse).pack_bits(tensors["mask"])
+        tensors["mask"] = stored
+        return Payload(tensors, self.shared(site, params), self.attributes(site, params))
 
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """The weight in float32, ``(rows, length)``."""
-        restored = sparse_format.decode(payload.tensors, (site.rows, site.length))
+        bits = stored_form(site, payload).bits(payload.tensors["mask"])
+        tensors = {"mask": bits, "values": payload.tensors["values"]}
+        restored = sparse_format.decode(tensors, (site.rows, site.length))
         return restored.astype(np.float32, copy=False)
 
     def emit(
@@ -114,7 +168,8 @@ class SparseCodec(Codec):
 
         if kind not in ("weight", "decode"):
             raise UsageError(f"the codec sparse has no {kind}")
-        return bodies.emit(builder, site, payload, kind)
+        mask = bodies.bits_of(builder, stored_form(site, payload), builder.tensor("mask"))
+        return bodies.place(builder, site, mask, builder.tensor("values"), kind)
 
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """What folding the portable body takes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ __all__ = [
     "MOST_KEPT",
     "NODE_INPUTS",
     "MaskLayout",
+    "block_of",
     "count_kept",
     "decode",
     "is_paired",
@@ -28,6 +30,9 @@ NODE_INPUTS = ("mask", "values", "ranks", "extent")
 
 # The portable body counts in int32.
 MOST_KEPT = 2**31 - 2
+
+# The largest side of a block.
+_WIDEST = 32
 
 # Elements of a weight that are looked at together: bounds the memory beside it.
 _PIECE = 1 << 18
@@ -95,6 +100,28 @@ def is_paired(weight: Array) -> bool:
         if fours.sum(axis=2).max(initial=0) > 2:
             return False
     return True
+
+
+def block_of(weight: Array) -> tuple[int, int]:
+    """Rows and columns of the largest blocks of ``(rows, length)`` that are kept whole or not.
+
+    Sides are powers of two up to 32 that divide those of the weight.
+    """
+    high, wide = (math.gcd(side, _WIDEST) for side in weight.shape)
+    step = max(1, _row_pieces(weight).step // _WIDEST) * _WIDEST
+    for row in range(0, len(weight), step):
+        kept = is_kept(weight[row : row + step])
+        while wide > 1 and not _alike(kept.reshape(len(kept), -1, wide), 2):
+            wide //= 2
+        while high > 1 and not _alike(kept.reshape(-1, high, kept.shape[1]), 1):
+            high //= 2
+        if high == wide == 1:
+            break
+    return high, wide
+
+
+def _alike(parts: Array, axis: int) -> bool:
+    return bool((parts == parts.take([0], axis)).all())
 
 
 def pack(weight: Array) -> dict[str, Array]:

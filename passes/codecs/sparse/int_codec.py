@@ -16,8 +16,9 @@ import onnx
 
 from onnxcomp.errors import ModelError, UsageError
 from onnxcomp.passes.codecs.params import Params
-from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
+from onnxcomp.passes.codecs.protocol import Builder, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.codecs.sparse import integers
+from onnxcomp.passes.codecs.sparse.codec import CodedZeros
 from onnxcomp.passes.codecs.sparse.format import MOST_KEPT, count_kept, is_kept
 from onnxcomp.passes.codecs.sparse.integers import ANY, BITS, GROUPS, PAIRED, IntLayout
 from onnxcomp.passes.weight import Array, Attribute, Kind, Stats, WeightSite, picked_rows
@@ -109,7 +110,7 @@ def _error(weight: Array, bits: int, group: int) -> float:
     return math.sqrt(noise / power) if power > 0.0 else 0.0
 
 
-class SparseIntCodec(Codec):
+class SparseIntCodec(CodedZeros):
     """SparseIntMatMul, SparseIntDecode and SparseIntWeight of ops/sparse/spec.md."""
 
     name: ClassVar[str] = "sparse+int"
@@ -117,18 +118,6 @@ class SparseIntCodec(Codec):
     params_type: ClassVar[type[Params]] = SparseIntParams
     width: ClassVar[str | None] = "bits"
     measures_rows: ClassVar[bool] = True
-
-    def refuse(self, site: WeightSite) -> str | None:
-        """Only weights with zeros, which analysis counts, that become smaller."""
-        refusal = site.refusal(self.name)
-        if refusal is not None:
-            return refusal
-        if site.kept is None:
-            return "too few of its elements are zero"
-        least = min(self.size(site, params) for params in self._offered(site))
-        if least < site.nbytes:
-            return None
-        return f"{site.rows} x {site.length} needs {least} bytes, {site.nbytes} dense"
 
     def check(self, params: Params) -> None:
         """Raise `UsageError` when the parameters are out of range."""
@@ -152,12 +141,6 @@ class SparseIntCodec(Codec):
                 forms.append(dataclasses.replace(forms[0], paired=1))
             found.append(min(forms, key=lambda params: self.size(site, params)))
         return found
-
-    def candidates(self, site: WeightSite) -> Sequence[SparseIntParams]:
-        """8 and 4 bits."""
-        if self.refuse(site):
-            return []
-        return [params for params in self._offered(site) if self.size(site, params) < site.nbytes]
 
     def layout(self, site: WeightSite, params: Params) -> Mapping[str, TensorLayout]:
         """Mask, codes and scales of spec.md section 4."""

@@ -24,6 +24,7 @@ __all__ = [
     "paired_ranks",
     "shared_keys",
     "shared_tensors",
+    "two_of_four",
 ]
 
 # Names of the inputs of every operator after activations, in the order of spec.md section 6.
@@ -158,14 +159,14 @@ def encode(weight: Array, held: Array, scales: Array, layout: IntLayout) -> dict
     rounded = np.clip(np.rint(scaled), -most, most).astype(np.int64)
     wide = _padded(held, layout)
     if layout.paired:  # behind the last column, and in groups with fewer elements, any two
-        wide = _filled(wide, layout)
+        wide = two_of_four(wide)
     codes = np.concatenate([np.zeros(1, np.int64), _padded(rounded * held, layout)[wide]])
     return {"mask": _mask(wide, layout), "codes": _pack(codes, layout.bits), "scales": scales}
 
 
-def _filled(held: Array, layout: IntLayout) -> Array:
-    """Two of every four elements: those that are held, then the first ones."""
-    fours = held.reshape(layout.rows, -1, 4)
+def two_of_four(held: Array) -> Array:
+    """Two of every four elements ``(rows, columns)``: those that are held, then the first ones."""
+    fours = held.reshape(len(held), -1, 4)
     order = np.argsort(~fours, axis=-1, kind="stable")[..., :2]
     result = np.zeros_like(fours)
     np.put_along_axis(result, order, True, axis=-1)

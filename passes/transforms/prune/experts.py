@@ -5,8 +5,9 @@ that are read through Gather with the indices that TopK gives. Without experts A
 
     R -> R[:, kept]      its offset b -> b[kept]      W -> W[kept] for each stack
 
-What is left is chosen as before: indices are those of the smaller router. Experts go that are
-chosen least on the calibration data; without data, those with the least column of the router.
+What is left is chosen as before: indices are those of the smaller router. Experts go that the
+outputs miss least on the calibration data, see `expert_losses`; in models too large for that, those
+that are chosen least; without data, those with the least column of the router.
 Visits the main graph. Every router of stacks that stays as it is has a reason.
 """
 
@@ -28,6 +29,7 @@ from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import shape_of
 from onnxcomp.passes.ir.traversal import is_default_domain
 from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
+from onnxcomp.passes.transforms.prune.expert_losses import Contest, can_measure, least_missed
 from onnxcomp.passes.weight import Array, Feed
 
 __all__ = ["Mixture", "PruneExperts", "mixtures"]
@@ -72,7 +74,7 @@ class Mixture:
 
 
 class PruneExperts(GraphPass):
-    """Fewer experts in the place of those that are chosen least."""
+    """Mixtures without the experts that the outputs miss least."""
 
     name: ClassVar[str] = "prune_experts"
     requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
@@ -92,10 +94,8 @@ class PruneExperts(GraphPass):
         for mixture in found:
             if mixture.reason is not None:
                 log.warning("experts of %s stay: %s", mixture.label, mixture.reason)
-        scores = _scores(model, ready, list(context.feeds() or ()))
         notes = []
-        for mixture, score in zip(ready, scores, strict=True):
-            gone = _removed(mixture, score, asked)
+        for mixture, gone in zip(ready, _removed(model, ready, context, asked), strict=True):
             if len(gone):
                 notes.append(_cut(mixture, gone))
                 log.warning("%s", notes[-1])
@@ -121,10 +121,19 @@ def mixtures(model: ir.Model) -> Iterator[Mixture]:
             reason = reason or problem or _shared(parts, node, router)
         else:
             reason = "no stack is picked by its indices" + (f": {reason}" if reason else "")
-        k = None if node.inputs[1] is None else constant(node.inputs[1])
-        chosen = 0 if k is None else int(np.ravel(k.numpy())[0])
+        chosen = _chosen(node.inputs[1])
         reason = reason or (None if chosen else "how many are chosen is not constant")
         yield Mixture(node, _experts(router), chosen, parts, router, reason)
+
+
+def _chosen(value: ir.Value | None) -> int:
+    """The number that TopK reads, a scalar in a new shape as exporters write it; 0 if unknown."""
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in _MOVES:
+            break
+        value = producer.inputs[0]
+    found = None if value is None else constant(value)
+    return 0 if found is None else int(np.ravel(found.numpy())[0])
 
 
 def _picked(indices: ir.Value) -> Iterator[tuple[int, ...]]:
@@ -139,14 +148,33 @@ def _picked(indices: ir.Value) -> Iterator[tuple[int, ...]]:
 
 
 def _experts(router: ir.Value) -> int:
-    tensor, (user, _) = router.const_value, next(iter(router.uses()))
-    assert tensor is not None
-    return int(shape_of(tensor)[_column_axis(user)])
+    assert router.const_value is not None
+    return int(shape_of(router.const_value)[_column_axis(router)])
 
 
-def _column_axis(product: ir.Node) -> int:
-    turned = product.op_type == "Gemm" and product.attributes.get_int("transB", 0) == 1
+def _column_axis(router: ir.Value) -> int:
+    (node, _) = next(iter(router.uses()))
+    product = _product(router)
+    turned = node is not product
+    turned ^= product.op_type == "Gemm" and product.attributes.get_int("transB", 0) == 1
     return 0 if turned else 1
+
+
+def _product(router: ir.Value) -> ir.Node:
+    """The product that reads a router's weight, as it is or turned."""
+    (node, _) = next(iter(router.uses()))
+    return next(iter(node.outputs[0].uses()))[0] if node.op_type == "Transpose" else node
+
+
+def _weight_of(product: ir.Node) -> ir.Value | None:
+    """The weight of a product that nobody else reads, as it is or turned; a matrix."""
+    value = product.inputs[1]
+    turning = None if value is None else value.producer()
+    if value is not None and turning is not None and turning.op_type == "Transpose":
+        value = turning.inputs[0] if len(value.uses()) == 1 else None
+    if value is None or value.const_value is None or len(value.uses()) != 1:
+        return None
+    return value if len(shape_of(value.const_value)) == 2 else None
 
 
 def _router(node: ir.Node) -> tuple[dict[ir.Value, int], ir.Value | None, str | None]:
@@ -159,12 +187,10 @@ def _router(node: ir.Node) -> tuple[dict[ir.Value, int], ir.Value | None, str | 
             others = ", ".join(sorted(readers - set(_READERS))) or "the model's caller"
             problem = problem or f"its scores are also read by {others}"
         if producer.op_type in ("MatMul", "Gemm"):
-            weight = producer.inputs[1]
-            if weight is None or weight.const_value is None or len(weight.uses()) != 1:
+            weight = _weight_of(producer)
+            if weight is None:
                 return parts, None, None
-            if len(shape_of(weight.const_value)) != 2:
-                return parts, None, None
-            parts[weight] = _column_axis(producer)
+            parts[weight] = _column_axis(weight)
             offset = producer.inputs[2] if len(producer.inputs) > 2 else None
             if offset is not None:
                 parts[offset] = -1
@@ -273,14 +299,46 @@ def _column_norms(mixture: Mixture) -> Array:
     return np.asarray(np.linalg.norm(weight, axis=1))
 
 
-def _removed(mixture: Mixture, scores: Array, asked: float) -> Array:
-    """Experts that go: at least as many stay as a token gets."""
+def _removed(
+    model: ir.Model, ready: Sequence[Mixture], context: Context, asked: float
+) -> list[Array]:
+    """Experts that go, of each mixture."""
+    feeds = list(context.feeds() or ())
+    orders = [np.argsort(own, kind="stable") for own in _scores(model, ready, feeds)]
+    counts = [_count(mixture, asked) for mixture in ready]
+    if not feeds or not any(counts):
+        return [order[:count] for order, count in zip(orders, counts, strict=True)]
+    if not can_measure(model):
+        log.warning("experts go by how often they are chosen: the model is too large to measure")
+        return [order[:count] for order, count in zip(orders, counts, strict=True)]
+    contests = [
+        Contest(_name(mixture.node.inputs[0]), _scored(mixture), order.tolist(), count)
+        for mixture, order, count in zip(ready, orders, counts, strict=True)
+    ]
+    found = least_missed(model, contests, feeds)
+    for mixture, (_, loss) in zip(ready, found, strict=True):
+        log.info("%s without its experts: loss of outputs %.3g", mixture.label, loss)
+    return [np.array(gone, np.int64) for gone, _ in found]
+
+
+def _name(value: ir.Value | None) -> str:
+    return "" if value is None else value.name or ""
+
+
+def _scored(mixture: Mixture) -> str:
+    """The value of a router's product."""
+    assert mixture.router is not None
+    return _name(_product(mixture.router).outputs[0])
+
+
+def _count(mixture: Mixture, asked: float) -> int:
+    """How many experts go: at least as many stay as a token gets."""
     count = math.floor(asked * mixture.experts) if asked < 1 else int(asked)
     most = mixture.experts - max(mixture.chosen, 1)
     if count > most:
         log.warning("%s loses %d experts, not %d: a token gets %d of %d",
                     mixture.label, most, count, mixture.chosen, mixture.experts)  # fmt: skip
-    return np.argsort(scores, kind="stable")[: min(count, most)]
+    return min(count, most)
 
 
 def _cut(mixture: Mixture, gone: Array) -> str:

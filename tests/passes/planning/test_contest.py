@@ -9,7 +9,7 @@ import pytest
 from onnxcomp.passes.calibration.output_difference import OutputDifference
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.planning.candidates import Candidate
-from onnxcomp.passes.planning.contest import Entry, Referee, contest
+from onnxcomp.passes.planning.contest import Entry, Referee, contest, expected_of
 from onnxcomp.passes.planning.search_space import CandidateSet
 from onnxcomp.passes.planning.size_fitting import fit
 from onnxcomp.passes.planning.solver import plans_of_bits
@@ -158,3 +158,56 @@ def test_a_bit_more_for_the_table_of_look_ups_is_tried() -> None:
         referee = Referee(judge(others(factor)), 0.2, estimated=True)
         best = contest(sets, first, target, size, referee, plans_of_bits(sets))[0]
         assert (bits(best.picks) == [4, 3, 3, 3]) == wins
+
+
+def differences(losses: Sequence[float]) -> OutputDifference:
+    found = OutputDifference({})
+    for loss in losses:
+        found.add({"y": np.ones(1)}, {"y": np.array([1.0 + np.sqrt(loss)])})
+    return found
+
+
+def expected(
+    first: Sequence[float], everything: Sequence[float]
+) -> tuple[list[int], OutputDifference | None]:
+    """How many inputs were asked for, and what is expected of a plan by `expected_of`."""
+    asked: list[int] = []
+
+    def longer(picks: Sequence[Candidate], count: int) -> OutputDifference:
+        del picks
+        asked.append(count)
+        return differences(everything[: min(count, len(everything))])
+
+    entry = Entry("plan", [], 0, differences(first))
+    return asked, expected_of(entry, Referee(lambda _: None, longer=longer))
+
+
+def test_as_many_inputs_are_run_as_the_mean_takes() -> None:
+    rng = np.random.default_rng(3)
+    heavy = rng.pareto(3.0, 4000) + 1e-3  # few inputs make up most of it
+    (count,), found = expected(heavy[:64], heavy)
+    assert 64 < count <= 16 * 64
+    assert found is not None and len(found.losses()) == count
+    assert found.mean().loss == pytest.approx(heavy[:count].mean())
+    assert found.uncertainty() < differences(heavy[:64]).uncertainty()
+    even = 1 + 0.1 * rng.standard_normal(64)
+    asked, found = expected(even, heavy)
+    assert asked == [] and found is not None and len(found.losses()) == 64
+
+
+def test_inputs_that_there_are_no_more_of_change_nothing() -> None:
+    heavy = np.random.default_rng(3).pareto(2.0, 20) + 1e-3
+    (count,), found = expected(heavy, heavy)
+    assert count > 20 and found is not None and len(found.losses()) == 20
+    (count,), found = expected(heavy[:1], heavy)
+    assert count == 16 and found is not None and len(found.losses()) == 16
+    entry = Entry("plan", [], 0, None)
+    assert expected_of(entry, Referee(lambda _: None, longer=lambda *_: None)) is None
+
+
+def test_the_standard_error_is_that_of_the_mean() -> None:
+    losses = np.random.default_rng(4).random(50)
+    error = losses.std(ddof=1) / np.sqrt(50) / losses.mean()
+    assert differences(losses).uncertainty() == pytest.approx(error)
+    assert differences([0.5]).uncertainty() == np.inf
+    assert differences([0.0, 0.0]).uncertainty() == 0.0

@@ -239,16 +239,19 @@ def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path:
     assert errors[1] < 0.9 * errors[0]
     assert plan.error == pytest.approx(errors[1], rel=0.1)
     assert plan.loss == pytest.approx(errors[1] ** 2, rel=0.2)
+    assert plan.loss is not None and 0.0 < (plan.loss_error or 0.0) < plan.loss
+    assert plan.to_json()["loss_error"] == pytest.approx(plan.loss_error, rel=1e-3)
     losses = {entry["plan"]: entry["loss"] for entry in plan.compared}
     assert losses["expected best"] == min(losses.values()) < 0.5 * losses["equal"]
-    assert not blind.compared and blind.loss is None
+    assert not blind.compared and blind.loss is None and blind.loss_error is None
 
 
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize(("small", "chosen"), [(True, True), (False, True), (False, False)])
 def test_a_plan_expects_what_calibrated_codes_lose(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool, chosen: bool
 ) -> None:
     monkeypatch.setattr(rehearsal, "_SMALL", 1 << 21 if small else 0)
+    monkeypatch.setattr(rehearsal, "_CHOSEN", 1 << 21 if chosen else 0)
     x = np.random.default_rng(8).standard_normal((16, 64, 256)).astype(np.float32)
     inputs = [{"x": part, "yes": np.array(True)} for part in x]
     path = tmp_path / "out.onnx"

@@ -6,10 +6,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.passes.codecs import CODECS
-from onnxcomp.passes.codecs.hyper import byte_bodies, part_bodies
+from onnxcomp.passes.codecs.hyper import byte_bodies, pair_bodies, part_bodies
 from onnxcomp.passes.codecs.hyper import format as hyper_format
 from onnxcomp.passes.codecs.hyper.bodies import functions
 from onnxcomp.passes.codecs.hyper.codec import HyperParams
+from onnxcomp.passes.codecs.hyper.tables import WINDINGS
 from onnxcomp.passes.codecs.protocol import Payload
 from onnxcomp.passes.weight import DOMAIN, WeightSite
 
@@ -87,6 +88,27 @@ def test_two_weights_of_a_byte_are_looked_up_at_once(opset, sizes):
         check(byte_bodies.matmul(opset, padded=False, cast=False), sizes, opset)
 
 
+@pytest.mark.parametrize(("bits", "state_bits"), [k for k in WINDINGS if sum(k) <= 14])
+def test_two_weights_of_any_bits_are_looked_up_at_once(bits, state_bits):
+    assert pair_bodies.suits(12, bits, state_bits) and not pair_bodies.suits(11, bits, state_bits)
+    for number, sizes in enumerate([(128, 37, 200), (32, 16, 64), (256, 33, 300), (64, 48, 128)]):
+        opset, layout = (12, 17, 21)[number % 3], (bits, state_bits, *sizes)
+        product = pair_bodies.matmul(opset, bits, state_bits, padded=True, cast=True)
+        check(product, layout, opset)
+        if sizes[1] % 16 == sizes[2] % sizes[0] == 0:
+            product = pair_bodies.matmul(opset, bits, state_bits, padded=False, cast=False)
+            check(product, layout, opset)
+
+
+def test_windows_of_two_have_to_fit_into_a_float():
+    assert not any(pair_bodies.suits(21, *k) for k in [(6, 12), (6, 10), (5, 10), (4, 12), (3, 12)])
+    for bits, state_bits in WINDINGS:
+        first = [(2 * pair + 1) * bits - state_bits for pair in range(4)]
+        spans = [(start + bits + state_bits + 7) // 8 - start // 8 for start in first]
+        if pair_bodies.suits(21, bits, state_bits):
+            assert max(spans) <= 3
+
+
 @pytest.mark.parametrize("sizes", FOUR_BITS + OTHERS)
 @pytest.mark.parametrize("opset", [11, 18])
 def test_parts_of_a_product_are_the_product(opset, sizes):
@@ -115,6 +137,10 @@ def test_a_codec_has_them_where_they_fit():
     alone = part_bodies.matmul(17, 4, by_byte=True, padded=False)
     assert special.product(17, payloads[:1], 4, types) is alone
     assert special.product(17, payloads, 1, types) is None
+    pairs = pair_bodies.matmul(17, 4, 7, padded=False, cast=False)
+    assert special.product(17, payloads[:1], 1, types) is pairs
+    assert special.rows(17, site(64, 128), HyperParams(bits=5)) is pair_bodies.rows(17, 5, 7)
+    assert special.rows(11, site(64, 128), HyperParams(bits=5)) is None
     short = byte_bodies.matmul(9, padded=False, cast=False)
     assert special.product(9, payloads[:1], 1, types) is short
     assert special.product(9, payloads[:1], 1, types | {"float16"}) is not short

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import load
 from onnxcomp.passes.transforms.canonicalize import canonicalize
+from onnxcomp.passes.transforms.prune.expert_losses import Contest, least_missed
 from onnxcomp.passes.transforms.prune.experts import mixtures
 from onnxcomp.passes.weight import Array
 
@@ -120,6 +122,60 @@ def test_what_is_left_chooses_as_if_the_others_were_absent(tmp_path: Path) -> No
     (feed,) = inputs(1)
     wanted = run(model_of(given=absent), feed)
     np.testing.assert_allclose(run(out, feed), wanted, rtol=1e-4, atol=1e-5)
+
+
+def without(given: dict[str, Array], gone: tuple[int, int]) -> onnx.ModelProto:
+    """The model with experts that are never chosen."""
+    offset = given["offset"].copy()
+    offset[list(gone)] = -60
+    return model_of(given={**given, "offset": offset})
+
+
+def test_experts_go_by_what_the_outputs_lose_and_not_by_how_often_they_are_chosen() -> None:
+    given, feeds = weights(), inputs()
+    # Expert 0 is chosen least, and gives most.
+    given["offset"] = np.array([-1.5, 0, 0, 0, 0, 1], np.float32)
+    given["down"][0] *= 60
+    chosen = [np.argsort(feed["x"] @ given["gate"].T + given["offset"])[:, -2:] for feed in feeds]
+    order = np.argsort(np.bincount(np.ravel(chosen), minlength=EXPERTS))
+    assert order[0] == 0
+    dense = [run(model_of(given=given), feed) for feed in feeds]
+    power = sum(float(np.square(exact).sum()) for exact in dense)
+    losses = {
+        gone: sum(
+            float(np.square(run(without(given, gone), feed) - exact).sum()) / power
+            for feed, exact in zip(feeds, dense, strict=True)
+        )
+        for gone in itertools.combinations_with_replacement(range(EXPERTS), 2)
+    }
+    model = load(model_of(given=given))
+    canonicalize(model)
+    (mixture,) = mixtures(model)
+    contest = Contest(mixture.node.inputs[0].name, "r", order.tolist(), 2)
+    ((gone, loss),) = least_missed(model, [contest], feeds)
+    assert gone[0] == min(range(EXPERTS), key=lambda expert: losses[expert, expert]) != 0
+    assert loss == pytest.approx(losses[min(gone), max(gone)], rel=1e-3)
+
+
+def test_weight_and_count_may_be_in_another_shape_as_exporters_leave_them(tmp_path: Path) -> None:
+    text = GATED.replace(
+        "r = Gemm <transB = 1> (x, gate, offset)",
+        "g = Transpose <perm = [1, 0]> (gate) w = MatMul (x, g) r = Add (w, offset)",
+    )
+    scalar = "one = Constant <value_ints = [1]> () two = Constant <value_int = 2> ()"
+    text = text.replace("v, i = TopK", f"{scalar} n = Reshape (two, one) v, i = TopK")
+    text = text.replace("(p, k)", "(p, n)").replace("one = Constant <value_ints = [1]> ()\n", "")
+    out = pruned(tmp_path, model_of(text), prune_experts=2, data=inputs())
+    assert shapes(out)["gate"] == (EXPERTS - 2, WIDTH)
+    (feed,) = inputs(1)
+    np.testing.assert_allclose(run(out, feed), run(model_of(text), feed), rtol=1e-4, atol=1e-5)
+
+
+def test_scores_in_half_precision_are_measured_as_well(tmp_path: Path) -> None:
+    half = "r16 = Cast <to = 10> (r) p16 = Softmax <axis = -1> (r16) p = Cast <to = 1> (p16)"
+    text = GATED.replace("p = Softmax <axis = -1> (r)", half)
+    out = pruned(tmp_path, model_of(text), prune_experts=2, data=inputs())
+    assert shapes(out)["gate"] == (EXPERTS - 2, WIDTH)
 
 
 def test_without_data_the_least_columns_of_the_router_go(
