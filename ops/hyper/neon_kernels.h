@@ -255,7 +255,8 @@ void Place(const int8_t* codes, int count, int group, const Layout& layout, int8
   const uint8x16x2_t order = vld1q_u8_x2(layout.order);
   for (int t = 0; t < group; t += 32, codes += 32, out += 32 * count) {
     int8x16x2_t rows[kTile];
-    for (int i = 0; i < count; ++i) rows[i] = Moved(codes + i * group, order);
+    rows[0] = Moved(codes, order);  // there is a row at least
+    for (int i = 1; i < count; ++i) rows[i] = Moved(codes + i * group, order);
     for (int half = 0; half < 2; ++half) {
       auto* target = reinterpret_cast<int32_t*>(out + 16 * count * half);
       const int32x4_t first = Dwords(rows[0].val[half]);

@@ -7,7 +7,7 @@ namespace {
 class Moments {
  public:
   explicit Moments(const MomentsTask& task)
-      : task_(task), left_(kBlock * kStride), right_(kBlock * kDepth), part_(kBlock * kLanes) {}
+      : task_(task), left_(kBlock * kStride), right_(kBlock * kDepth), part_(kPanels * kBlock * kLanes) {}
 
   bool ok() const { return left_.get() && right_.get() && part_.get(); }
 
@@ -21,13 +21,17 @@ class Moments {
       const int depth = int(std::min<int64_t>(kDepth, task_.count - first));
       read_left(first, depth, row, rows);
       read_right(first, depth, column, columns);
-      for (int start = 0; start < columns; start += kLanes)
-        add(row, rows, depth, column + start, start, std::min(kLanes, columns - start));
+      int start = 0;
+      for (; start + (kPanels - 1) * kLanes < columns; start += kPanels * kLanes)
+        add<kPanels>(row, rows, depth, column, start, columns);
+      for (; start < columns; start += kLanes) add<1>(row, rows, depth, column, start, columns);
     }
     return true;
   }
 
  private:
+  // Panels of sixteen columns that are worked on together: their sums are kept in registers.
+  static constexpr int kPanels = kWidest == 16 ? 3 : 1;
   // Distance of rows, no power of two: those would share a few places of a cache.
   static constexpr int kStride = kDepth + 16;
 
@@ -56,14 +60,21 @@ class Moments {
     }
   }
 
-  void add(int64_t row, int rows, int depth, int64_t column, int start, int lanes) {
+  // Some panels, the last of which may be cut off.
+  template <int Panels>
+  void add(int64_t row, int rows, int depth, int64_t column, int start, int columns) {
     float* part = part_.get();
-    const int padded = (rows + kLanes - 1) / kLanes * kLanes;
-    multiply(left_.get(), kStride, padded, depth, right_.get() + start * kDepth, part);
-    for (int r = 0; r < rows; ++r) {
-      double* sum = task_.sum + (row + r) * task_.columns + column;
-      for (int lane = 0; lane < lanes; ++lane) sum[lane] += part[r * kLanes + lane];
-    }
+    for (int r = 0; r < rows; r += kTile)
+      multiply_rows<kTile, Panels>(left_.get() + r * kStride, kStride, depth,
+                                   right_.get() + start * kDepth, part + r * kLanes,
+                                   kLanes * kDepth, kBlock * kLanes);
+    for (int r = 0; r < rows; ++r)
+      for (int panel = 0; panel < Panels; ++panel) {
+        const int first = start + panel * kLanes, lanes = std::min(kLanes, columns - first);
+        double* sum = task_.sum + (row + r) * task_.columns + column + first;
+        const float* more = part + (panel * kBlock + r) * kLanes;
+        for (int lane = 0; lane < lanes; ++lane) sum[lane] += more[lane];
+      }
   }
 
   const MomentsTask& task_;

@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.passes.codecs.body import Body
-from onnxcomp.passes.codecs.hyper import bodies, byte_bodies
+from onnxcomp.passes.codecs.hyper import bodies, byte_bodies, pair_bodies
 from onnxcomp.passes.codecs.hyper.format import NODE_INPUTS
 
 __all__ = ["MINIMUM_OPSET", "matmul"]
@@ -26,13 +26,18 @@ MINIMUM_OPSET = 11
 _FLOAT = int(TensorProto.FLOAT)
 _INT32 = int(TensorProto.INT32)
 
-# Name of float bytes (G, B, N) -> name of the groups of N rows without their scales, and the shape
-# that these are brought to.
+# Name of the bytes -> name of the groups of N rows without their scales.
 _Decode = Callable[[str], str]
+
+# Where the axes of codes go, and which entries of `blocks` are the shape of the bytes then.
+_ROWS = [0, 3, 1, 2, 4], (0, 1, 2)  # (N, G, B)
+_COLUMNS = [1, 2, 4, 0, 3], (1, 2, 0)  # (G, B, N)
 
 
 @functools.cache
-def matmul(opset: int, count: int, *, by_byte: bool, padded: bool) -> onnx.FunctionProto:
+def matmul(
+    opset: int, count: int, *, by_byte: bool, padded: bool, pairs: tuple[int, int] | None = None
+) -> onnx.FunctionProto:
     """HyperMatMul: x (..., length) -> (..., rows), as products with parts of the rows.
 
     Args:
@@ -40,11 +45,16 @@ def matmul(opset: int, count: int, *, by_byte: bool, padded: bool) -> onnx.Funct
         count: Parts; weights have as many panels at least.
         by_byte: Whether all weights have `byte_bodies.BITS` bits.
         padded: Whether the length of a weight is padded. Cutting takes a copy.
+        pairs: Bits of all weights, and of their states, where `pair_bodies` suits them.
     """
     body = Body(opset)
     x = body.cast("x", _FLOAT)
-    decode, columns = (_by_byte if by_byte else _one_by_one)(body)
-    shape = body.node("Gather", "blocks", body.ints(1, 2, 0), axis=0)
+    axes, sizes = _COLUMNS if pairs is None else _ROWS
+    if pairs is None:
+        decode, columns = (_by_byte if by_byte else _one_by_one)(body)
+    else:
+        decode, columns = _in_pairs(body, *pairs)
+    shape = body.node("Gather", "blocks", body.ints(*sizes), axis=0)
     panels = body.node("Gather", body.node("Shape", "codes"), body.ints(0), axis=0)
     ends = body.node("Mul", panels, body.ints(*range(count + 1)))
     ends = body.node("Div", ends, body.ints(count))
@@ -54,8 +64,8 @@ def matmul(opset: int, count: int, *, by_byte: bool, padded: bool) -> onnx.Funct
         codes, scales = (
             body.node("Slice", tensor, *bounds, body.ints(0)) for tensor in ("codes", "scales")
         )
-        octets = body.node("Transpose", codes, perm=[1, 2, 4, 0, 3])
-        groups = decode(body.cast(body.node("Reshape", octets, target), _FLOAT))
+        octets = body.node("Transpose", codes, perm=axes)
+        groups = decode(body.node("Reshape", octets, target))
         factors = body.node("Transpose", scales, perm=[1, 3, 0, 2])
         factors = body.cast(body.node("Reshape", factors, columns), _FLOAT)
         matrix = body.node("Flatten", body.node("Mul", groups, factors), axis=2)
@@ -71,6 +81,13 @@ def matmul(opset: int, count: int, *, by_byte: bool, padded: bool) -> onnx.Funct
     return body.finish("HyperMatMul", ["x", *NODE_INPUTS], attributes)
 
 
+def _in_pairs(body: Body, bits: int, state_bits: int) -> tuple[_Decode, str]:
+    """Groups are (G, g, N)."""
+    pairs = pair_bodies.Pairs(body, bits, state_bits)
+    columns = body.ints(0, 0, -1)
+    return lambda octets: pairs.decode(octets, "nghp,jhp->gjn"), columns
+
+
 def _by_byte(body: Body) -> tuple[_Decode, str]:
     """Groups are (G, g, N, 1)."""
     windows = body.node("Transpose", byte_bodies.window_matrix(body), perm=[1, 0])
@@ -78,7 +95,8 @@ def _by_byte(body: Body) -> tuple[_Decode, str]:
     values = byte_bodies.pair_values(body)
 
     def decode(octets: str) -> str:
-        states = body.cast(body.node("MatMul", windows, octets), _INT32)
+        found = body.node("MatMul", windows, body.cast(octets, _FLOAT))
+        states = body.cast(found, _INT32)
         return body.node("Conv", body.node("Gather", values, states, axis=0), filters)
 
     return decode, body.ints(0, 0, -1, 1)
@@ -90,7 +108,8 @@ def _one_by_one(body: Body) -> tuple[_Decode, str]:
     rotation = body.node("Transpose", bodies.rotation_matrix(body), perm=[1, 0])
 
     def decode(octets: str) -> str:
-        values = bodies.look_up(body, body.node("MatMul", windows, octets))
+        states = body.node("MatMul", windows, body.cast(octets, _FLOAT))
+        values = bodies.look_up(body, states)
         return body.node("MatMul", rotation, values)
 
     return decode, body.ints(0, 0, -1)

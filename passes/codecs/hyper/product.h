@@ -52,31 +52,35 @@ using Floats = Wide<kWidest>::Floats;
 constexpr int kParts = kLanes / kWidest;
 constexpr int kTile = kWidest / 2;
 
-// out[r] = sum_k matrix[r][k] x[k], in the order of k.
-template <int Rows>
-void multiply_rows(const float* matrix, int64_t stride, int depth, const float* x, float* out) {
-  Floats sum[Rows][kParts];
+// out[r] = sum_k matrix[r][k] x[k], in the order of k; for several x at a time, `x_stride` apart,
+// whose results are `out_stride` apart.
+template <int Rows, int Panels = 1>
+void multiply_rows(const float* matrix, int64_t stride, int depth, const float* x, float* out,
+                   int64_t x_stride = 0, int64_t out_stride = 0) {
+  constexpr int kVectors = Panels * kParts;
+  Floats sum[Rows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p) sum[r][p] = Floats{};
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Floats{};
   for (int k = 0; k < depth; ++k) {
-    Floats now[kParts];
+    Floats now[kVectors];
 #pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p)
-      now[p] = Wide<kWidest>::floats(x + k * kLanes + p * kWidest);
+    for (int v = 0; v < kVectors; ++v)
+      now[v] = Wide<kWidest>::floats(x + v / kParts * x_stride + k * kLanes + v % kParts * kWidest);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       const Floats factor = matrix[r * stride + k] - Floats{};
 #pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p) sum[r][p] += factor * now[p];
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * now[v];
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-    for (int p = 0; p < kParts; ++p)
-      Wide<kWidest>::floats(out + r * kLanes + p * kWidest) = sum[r][p];
+    for (int v = 0; v < kVectors; ++v)
+      Wide<kWidest>::floats(out + v / kParts * out_stride + r * kLanes + v % kParts * kWidest) =
+          sum[r][v];
 }
 
 // The product of a matrix whose rows, a multiple of sixteen, are `stride` apart.

@@ -51,4 +51,5 @@ def product(
         or any(each.panels < passes for each in layouts)
     ):
         return None
-    return part_bodies.matmul(opset, passes, by_byte=by_byte, padded=padded)
+    pairs = sizes if paired else None
+    return part_bodies.matmul(opset, passes, by_byte=by_byte, padded=padded, pairs=pairs)

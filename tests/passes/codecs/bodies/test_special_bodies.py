@@ -117,6 +117,9 @@ def test_parts_of_a_product_are_the_product(opset, sizes):
     count = min(3, hyper_format.GroupLayout(*sizes).panels)
     check(part_bodies.matmul(opset, count, by_byte=by_byte, padded=padded), sizes, opset)
     check(part_bodies.matmul(opset, count, by_byte=False, padded=True), sizes, opset)
+    if pair_bodies.suits(opset, *sizes[:2]):
+        pairs = part_bodies.matmul(opset, count, by_byte=by_byte, padded=padded, pairs=sizes[:2])
+        check(pairs, sizes, opset)
 
 
 def test_a_codec_has_them_where_they_fit():
@@ -132,9 +135,9 @@ def test_a_codec_has_them_where_they_fit():
     assert (
         special.product(10, payloads, 2, types) is special.product(17, payloads, 5, types) is None
     )
-    mixed = part_bodies.matmul(17, 4, by_byte=False, padded=True)
+    mixed = part_bodies.matmul(17, 4, by_byte=False, padded=True, pairs=None)
     assert special.product(17, payloads, 4, types) is mixed
-    alone = part_bodies.matmul(17, 4, by_byte=True, padded=False)
+    alone = part_bodies.matmul(17, 4, by_byte=True, padded=False, pairs=(4, 7))
     assert special.product(17, payloads[:1], 4, types) is alone
     assert special.product(17, payloads, 1, types) is None
     pairs = pair_bodies.matmul(17, 4, 7, padded=False, cast=False)
