@@ -371,6 +371,7 @@ class Stats:
         means: Means of the same vectors, where the products are of one convolution; else None.
         outputs: How the loss of the model's outputs curves by the products, float64
             ``(rows, rows)``; None where that is not known.
+        last: Whether nobody reads `gram` behind this weight: an encoder may change it.
     """
 
     site: WeightSite
@@ -383,6 +384,7 @@ class Stats:
     frequencies: Array | None = None
     means: Means | None = None
     outputs: Array | None = None
+    last: bool = False
 
     def without_reference(self) -> Stats:
         """What is known without the reference model."""

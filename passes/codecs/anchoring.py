@@ -31,7 +31,7 @@ _KEPT = 1 << 27
 
 
 def objective(
-    weight: Array, stats: Stats, dtype: npt.DTypeLike = np.float64
+    weight: Array, stats: Stats, dtype: npt.DTypeLike = np.float64, *, in_place: bool = False
 ) -> tuple[Array, Array]:
     """What an encoder comes close to, and what errors of it cost.
 
@@ -41,12 +41,13 @@ def objective(
         weight: ``(rows, length)``.
         stats: Moments of the inputs.
         dtype: Type of the moments that come out.
+        in_place: Whether those of the statistics may be changed for it.
 
     Returns:
         The target, `anchored`; positive definite moments ``(length, length)``.
     """
     target = anchored(np.asarray(weight, np.float32), stats)
-    moments = damped(stats, dtype)
+    moments = damped(stats, dtype, in_place=in_place)
     if stats.frequencies is not None:
         moments = with_weight_error(moments, weight)
     return target, moments

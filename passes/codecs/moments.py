@@ -38,11 +38,16 @@ LOOK_UPS = 0.05
 _CHUNK = 1 << 20
 
 
-def damped(stats: Stats, dtype: npt.DTypeLike = np.float64) -> Array:
+def damped(stats: Stats, dtype: npt.DTypeLike = np.float64, *, in_place: bool = False) -> Array:
     """``G`` with enough added to its diagonal to be inverted: ``(length, length)``.
 
     The addition is `DAMPING` of the mean diagonal, more where there are few input vectors. A
     column whose input is always zero has only that: its weights are free.
+
+    Args:
+        stats: Moments of the inputs.
+        dtype: Type of the result.
+        in_place: Whether the moments may be changed for it.
 
     Returns:
         A positive definite matrix; the identity for inputs that are all zero.
@@ -51,7 +56,7 @@ def damped(stats: Stats, dtype: npt.DTypeLike = np.float64) -> Array:
     if mean <= 0.0:
         return np.eye(length, dtype=dtype)
     scarcity = max(1.0, ENOUGH * length / max(1, stats.tokens))
-    return raised(stats.gram, mean * min(1.0, DAMPING * scarcity), dtype)
+    return raised(stats.gram, mean * min(1.0, DAMPING * scarcity), dtype, copy=not in_place)
 
 
 def mean_diagonal(square: Array) -> float:
@@ -59,9 +64,11 @@ def mean_diagonal(square: Array) -> float:
     return float(np.trace(square, dtype=np.float64)) / len(square)
 
 
-def raised(square: Array, amount: float, dtype: npt.DTypeLike | None = None) -> Array:
-    """A copy of a square matrix, of some type, with so much added to its diagonal."""
-    found = np.array(square, dtype)
+def raised(
+    square: Array, amount: float, dtype: npt.DTypeLike | None = None, *, copy: bool = True
+) -> Array:
+    """A square matrix, of some type, with so much added to its diagonal; a copy if wanted."""
+    found = np.array(square, dtype) if copy else np.require(square, dtype, "W")
     diagonal = np.arange(len(found))
     found[diagonal, diagonal] += amount
     return found

@@ -92,7 +92,9 @@ def encode_calibrated(
             for site in sites:
                 read = functools.partial(read_weight, model, site)
                 codec = None if codecs is None else codecs.get(site.name)
-                own = dataclasses.replace(stats, outputs=curvature.get(site.name))
+                own = dataclasses.replace(
+                    stats, outputs=curvature.get(site.name), last=site == sites[-1]
+                )
                 yield fitted(read, plain(site), own, offsets[site.name], codec=codec, threads=jobs)
 
         fit = here if there is None else there.fit

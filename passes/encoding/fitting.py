@@ -43,7 +43,8 @@ def fitted(
     """
     site, choice = plain.site, plain.choice
     codec = CODECS[choice.codec] if codec is None else codec
-    own = usable(dataclasses.replace(stats, site=site), calibration_of(site, choice))
+    last = stats.last and codec.fallback is None  # which is encoded for them as well
+    own = usable(dataclasses.replace(stats, site=site, last=last), calibration_of(site, choice))
     encoded = _better(read(), own, plain, codec, offset, threads)
     return with_fallback(encoded, read, own, threads=threads)
 

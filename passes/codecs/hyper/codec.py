@@ -390,7 +390,7 @@ class HyperCodec(Codec):
             ModelError: Values too large for float16 scales.
         """
         geometry = _geometry(site, HyperParams.of(params))
-        target, moments = objective(weight, stats, np.float32)
+        target, moments = objective(weight, stats, np.float32, in_place=stats.last)
         together = _together(site, geometry)
         if together > 1:  # each of these rows has errors of its own, of the same inputs
             target = target.reshape(site.rows // together, -1)

@@ -171,7 +171,7 @@ class HyperLowRankCodec(Codec):
     ) -> Payload:
         """The same for inputs with the moments of `stats`."""
         weight = np.asarray(weight, np.float32)
-        own = stats.without_reference()
+        own = dataclasses.replace(stats.without_reference(), last=False)
         base = _HYPER.encode_calibrated(_whole(site), weight, _base(params), own, threads=threads)
         missing = fitting_target(weight, stats, damped(stats)) - _HYPER.decode(_whole(site), base)
         repair = _REPAIR.encode_calibrated(

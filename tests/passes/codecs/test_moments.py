@@ -9,7 +9,7 @@ import pytest
 
 from onnxcomp.passes.codecs.anchoring import anchored
 from onnxcomp.passes.codecs.held_out import HeldOut, held_out_error
-from onnxcomp.passes.codecs.moments import mean_shift
+from onnxcomp.passes.codecs.moments import damped, mean_shift
 from onnxcomp.passes.weight import (
     Held,
     HeldMoments,
@@ -232,3 +232,16 @@ def test_an_equal_weight_has_no_error_but_that_of_its_inputs(weight: Array, pair
     error = held_out_error(weight, weight.copy(), stats)
     assert error is not None
     assert (error > 0.1) if paired else (error == 0.0)
+
+
+def test_moments_that_nobody_reads_later_are_damped_where_they_are() -> None:
+    gram = np.eye(LENGTH, dtype=np.float32) + np.float32(0.25)
+    stats = Stats(site(), TOKENS, gram.copy(), np.zeros(LENGTH))
+    copied = damped(stats, np.float32)
+    assert np.array_equal(stats.gram, gram)
+    assert not np.array_equal(copied, gram)
+    changed = damped(stats, np.float32, in_place=True)
+    assert np.array_equal(changed, copied)
+    assert np.shares_memory(changed, stats.gram)
+    stats.gram.flags.writeable = False
+    assert not np.shares_memory(damped(stats, np.float32, in_place=True), stats.gram)
