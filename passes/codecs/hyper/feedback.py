@@ -7,9 +7,8 @@ the inputs. Rows are independent, and so are the codes of different groups.
    are still to come, where it costs least (`metric`). Within a group the trellis search does the
    same from weight to weight (`survivors`), in the rotated domain and around the cycle.
 2. The scales of a row, given its codes, are a linear least-squares problem.
-3. A sweep over the groups searches each again, from the codes that it has, for what its error
-   should be, given all others. A row keeps its codes where new ones are no better. Then the scales
-   once more.
+3. A sweep over the groups encodes each again for what its error should be, given all others. A row
+   keeps its old codes where new ones are worse. Then the scales once more.
 
 What follows in numpy is the definition. The native encoder, which is some hundred times as fast,
 gives the same bytes: values are float32, products of matrices are summed in the order of their
@@ -19,7 +18,6 @@ columns, and sums over a group or a row are float64.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,7 +28,6 @@ from onnxcomp.passes.codecs.hyper import viterbi as hyper_viterbi
 from onnxcomp.passes.codecs.hyper.format import LANES, GroupLayout
 from onnxcomp.passes.codecs.hyper.metric import Metric
 from onnxcomp.passes.codecs.hyper.structured import Code, code
-from onnxcomp.passes.codecs.hyper.survivors import Prices
 from onnxcomp.passes.weight import Array
 
 __all__ = ["SWEEPS", "Coder", "encode"]
@@ -132,26 +129,20 @@ def _half(scale: Array) -> Array:
 
 
 class _Group:
-    """One group of some rows, encoded for its cost from codes on that it has."""
+    """One group of some rows: encoded plainly, then for its cost, then with the best scale."""
 
-    def __init__(
-        self, target: Array, coder: Coder, cost: Array, path: Array, scales: Array
-    ) -> None:
+    def __init__(self, target: Array, coder: Coder, cost: Array) -> None:
         self.target, self.coder, self.cost = target, coder, cost
+        count = len(target)
+        geometry = coder.geometry(*target.shape)
+        table, reach, passes, _ = coder.code
+        codes, scales = hyper_viterbi.encode(target, geometry, table, reach, passes=passes)
         self.pulled = _product(target, cost)
         self.rotated = hyper_viterbi.rotated(target)
-        self.path, self.scales = path.copy(), scales.copy()
+        self.path = hyper_format.states(codes, coder.state_bits, coder.group)[:count, 0]
+        self.scales = scales.reshape(-1)[:count].astype(np.float64)
         self.shapes = self._shapes(self.path)
         self.costs = self._costs(self.shapes, _product(self.shapes, cost), self.scales)
-
-    @classmethod
-    def plain(cls, target: Array, coder: Coder, cost: Array) -> _Group:
-        """One that has the plain codes of its target."""
-        count, geometry = len(target), coder.geometry(*target.shape)
-        table, reach, passes, _ = coder.code
-        codes, packed = hyper_viterbi.encode(target, geometry, table, reach, passes=passes)
-        path = hyper_format.states(codes, coder.state_bits, coder.group)[:count, 0]
-        return cls(target, coder, cost, path, packed.reshape(-1)[:count].astype(np.float64))
 
     def _shapes(self, path: Array) -> Array:
         """Weights for scales of 1, exact in float32."""
@@ -165,7 +156,7 @@ class _Group:
         pulled = self.pulled - scales[:, None] * moved
         return _plus_products(np.zeros(len(error)), pulled, error)
 
-    def refine(self, search: Prices) -> None:
+    def refine(self, search: hyper_survivors.Prices) -> None:
         """Search anew for the cost, with the stem at the start as it is; keep what is better."""
         coder, group = self.coder, self.coder.group
         order = (search.start + np.arange(group)) % group
@@ -208,6 +199,13 @@ class _Rows:
     def _columns(self, index: int) -> slice:
         return slice(index * self.metric.group, (index + 1) * self.metric.group)
 
+    def _search(self, target: Array, index: int, *, ahead: bool) -> _Group:
+        cost = self.metric.ahead if ahead else self.metric.alone
+        found = _Group(target, self.coder, cost[index])
+        for search in self.metric.searches(index, ahead=ahead):
+            found.refine(search)
+        return found
+
     def _asked(self, matrix: Array, index: int, end: int) -> Array:
         """What the errors of the groups before `end` ask of one group."""
         total = np.zeros((len(self.weight), self.metric.group), np.float32)
@@ -217,29 +215,28 @@ class _Rows:
 
     def feed_forward(self) -> None:
         """Encode the groups in order, each with the errors of those before it carried into it."""
+        everyone = np.ones(len(self.weight), bool)
         for index in range(self.metric.groups):
             target = self._asked(self.metric.behind, index, index)
             target += self.weight[:, self._columns(index)]
-            found = _Group.plain(target, self.coder, self.metric.ahead[index])
-            self._take(index, found, self.metric.searches(index, ahead=True))
+            self._take(index, self._search(target, index, ahead=True), everyone)
 
     def sweep(self) -> None:
-        """Search each group again for its best error given the other groups."""
+        """Encode each group again for its best error given the other groups."""
         for index in range(self.metric.groups):
             columns = self._columns(index)
             slope = self._asked(self.metric.moments, index, self.metric.groups)
             # How far the group is from where its part of the objective vanishes.
             gap = _product(slope, self.metric.inverse[index])
+            before = _plus_products(np.zeros(len(gap)), slope, gap)
             target = (self.weight[:, columns] - self.errors[:, columns]) + gap
-            own = self.paths[:, index], self.scales[:, index]
-            found = _Group(target, self.coder, self.metric.alone[index], *own)
-            self._take(index, found, self.metric.searches(index, ahead=False))
+            found = self._search(target, index, ahead=False)
+            self._take(index, found, found.costs < before)
 
-    def _take(self, index: int, found: _Group, searches: Sequence[Prices]) -> None:
-        for search in searches:
-            found.refine(search)
-        self.paths[:, index], self.scales[:, index] = found.path, found.scales
-        self.shapes[:, self._columns(index)] = found.shapes
+    def _take(self, index: int, found: _Group, rows: Array) -> None:
+        self.paths[rows, index] = found.path[rows]
+        self.scales[rows, index] = found.scales[rows]
+        self.shapes[rows, self._columns(index)] = found.shapes[rows]
         self._set_errors(index)
 
     def _set_errors(self, index: int) -> None:

@@ -52,34 +52,22 @@ class GroupSearch {
   float* targets() { return plain_.targets(); }
   const Block& found() const { return best_; }
 
-  // From the plain codes on. Returns false when a scale does not fit float16.
+  // Returns false when a scale does not fit float16.
   bool run(const GroupCost& cost) {
     if (!plain_.run()) return false;
-    std::memcpy(best_.path, plain_.path(), size_ * sizeof(uint16_t));
-    for (int lane = 0; lane < kLanes; ++lane) best_.scale[lane] = from_half(plain_.scales()[lane]);
-    look_up(best_);
-    improve(cost);
-    return true;
-  }
-
-  // From given codes on, [t][lane], which may stay.
-  void run(const GroupCost& cost, const uint16_t* path, const float* shape, const double* scale) {
-    std::memcpy(best_.path, path, size_ * sizeof(uint16_t));
-    std::memcpy(best_.shape, shape, size_ * sizeof(float));
-    std::memcpy(best_.scale, scale, sizeof best_.scale);
-    improve(cost);
-  }
-
- private:
-  void improve(const GroupCost& cost) {
     multiply(cost.moments, group_, group_, group_, targets(), pulled_);
     std::memcpy(rotated_, targets(), size_ * sizeof(float));
     rotate(rotated_, group_);
+    std::memcpy(best_.path, plain_.path(), size_ * sizeof(uint16_t));
+    for (int lane = 0; lane < kLanes; ++lane) best_.scale[lane] = from_half(plain_.scales()[lane]);
+    look_up(best_);
     multiply(cost.moments, group_, group_, group_, best_.shape, product_);
     judge(best_);
     for (int start = 0; start < kStarts; ++start) refine(cost, start);
+    return true;
   }
 
+ private:
   void look_up(Block& block) const {
     const int8_t* table = task_.plain.table;
     for (size_t i = 0; i < size_; ++i) block.shape[i] = float(table[block.path[i]]) * 0x1p-12f;
@@ -115,7 +103,7 @@ class GroupSearch {
       best_.scale[lane] = trial_.scale[lane];
       best_.cost[lane] = trial_.cost[lane];
     }
-    take(better);
+    take(trial_, better, group_, best_.path, best_.shape);
   }
 
   void search(const GroupCost& cost, int start, int first, int lane) {
@@ -141,17 +129,20 @@ class GroupSearch {
     }
   }
 
-  // Copy the lanes of the trial where `mask` is all ones.
-  void take(const uint32_t* mask) {
-    for (int t = 0; t < group_; ++t)
+ public:
+  // Copy the lanes where `mask` is all ones.
+  static void take(const Block& from, const uint32_t* mask, int group, uint16_t* path,
+                   float* shape) {
+    for (int t = 0; t < group; ++t)
       for (int lane = 0; lane < kLanes; ++lane) {
         const int i = t * kLanes + lane;
         const auto low = static_cast<uint16_t>(mask[lane]);
-        best_.path[i] = static_cast<uint16_t>((trial_.path[i] & low) | (best_.path[i] & ~low));
-        best_.shape[i] = mask[lane] ? trial_.shape[i] : best_.shape[i];
+        path[i] = static_cast<uint16_t>((from.path[i] & low) | (path[i] & ~low));
+        shape[i] = mask[lane] ? from.shape[i] : shape[i];
       }
   }
 
+ private:
   const FeedbackTask& task_;
   const int group_;
   const size_t size_;
@@ -193,7 +184,7 @@ class Panel {
     if (!feed_forward()) return false;
     for (int sweep = 0; sweep < task_.sweeps; ++sweep) {
       refit();
-      this->sweep();
+      if (!this->sweep()) return false;
     }
     refit();
     store(panel);
@@ -229,32 +220,38 @@ class Panel {
       add_to(sum_, weight_ + at(group), group_);
       std::memcpy(search_.targets(), sum_, size_t(group_) * kLanes * sizeof(float));
       if (!search_.run(task_.cost(group, true))) return false;
-      take(group);
+      uint32_t all[kLanes];
+      std::fill(all, all + kLanes, 0xFFFFFFFF);
+      take(group, all);
     }
     return true;
   }
 
-  // Search each group again, from the codes that it has, for its best error given the other groups.
-  void sweep() {
+  // Encode each group again for its best error given the other groups.
+  bool sweep() {
     for (int group = 0; group < groups_; ++group) {
       gather_errors(task_.moments, group, groups_);
-      // How far the group is from where its part of the objective vanishes.
       multiply(task_.inverse + group * task_.square(), group_, group_, group_, sum_, gap_);
+      double before[kLanes] = {};
+      add_products(sum_, gap_, group_, before);
       for (int i = 0; i < group_ * kLanes; ++i) {
         const float decoded = weight_[at(group) + i] - error_[at(group) + i];
         search_.targets()[i] = decoded + gap_[i];
       }
-      search_.run(task_.cost(group, false), paths_.get() + at(group), shape_ + at(group),
-                  scale_ + group * kLanes);
-      take(group);
+      if (!search_.run(task_.cost(group, false))) return false;
+      uint32_t better[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        better[lane] = search_.found().cost[lane] < before[lane] ? 0xFFFFFFFF : 0;
+      take(group, better);
     }
+    return true;
   }
 
-  void take(int group) {
+  void take(int group, const uint32_t* lanes) {
     const Block& found = search_.found();
-    std::memcpy(paths_.get() + at(group), found.path, size_t(group_) * kLanes * sizeof(uint16_t));
-    std::memcpy(shape_ + at(group), found.shape, size_t(group_) * kLanes * sizeof(float));
-    std::memcpy(scale_ + group * kLanes, found.scale, sizeof found.scale);
+    GroupSearch::take(found, lanes, group_, paths_.get() + at(group), shape_ + at(group));
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (lanes[lane]) scale_[group * kLanes + lane] = found.scale[lane];
     set_errors(group);
   }
 
