@@ -32,6 +32,10 @@ __all__ = ["join_weights"]
 _SHARE = 8
 _LEAST = 4 << 20
 
+# So few weights that are so small together, in float32, take fewer bytes of the graph one by one,
+# and load in no time.
+_FEW, _SMALL = 2, 1 << 20
+
 # From this opset on, Split takes its sizes as an input.
 _SIZES_AS_INPUT = 13
 
@@ -97,7 +101,7 @@ def join_weights(model: ir.Model, placements: Sequence[Placement]) -> int:
     joined = 0
     pool = InitializerPool(model, default_opset(model) or 0)
     for members in alike.values():
-        for some in _portions(members, limit):
+        for some in filter(_is_worth_it, _portions(members, limit)):
             _join(some, pool)
             joined += len(some)
     return joined
@@ -122,6 +126,10 @@ def _portions(members: Sequence[_Member], limit: int) -> Iterator[list[_Member]]
             portion = []
         portion.append(member)
     yield from [portion] if portion else []
+
+
+def _is_worth_it(members: Sequence[_Member]) -> bool:
+    return len(members) > _FEW or sum(member.nbytes for member in members) > _SMALL
 
 
 def _join(members: Sequence[_Member], pool: InitializerPool) -> None:

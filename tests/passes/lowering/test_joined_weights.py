@@ -38,6 +38,7 @@ def convolutions(tools, opset):
 @pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("opset", [8, 12, 13, 21])
 def test_weights_together_are_what_they_are_alone(tools, monkeypatch, opset, pieces):
+    monkeypatch.setattr(joined_weights, "_SMALL", 0)
     if pieces > 1:
         monkeypatch.setattr("onnxcomp.passes.lowering.stages.LEAST", 1 << 14)
     proto = convolutions(tools, opset)
@@ -61,6 +62,7 @@ def test_weights_together_are_what_they_are_alone(tools, monkeypatch, opset, pie
 
 def test_what_is_joined_has_a_limit(tools, monkeypatch):
     monkeypatch.setattr(joined_weights, "_LEAST", 0)
+    monkeypatch.setattr(joined_weights, "_SMALL", 0)
     proto = convolutions(tools, 17)
     model, found = placed(proto)
     lower(model, found)
@@ -70,6 +72,15 @@ def test_what_is_joined_has_a_limit(tools, monkeypatch):
     alone, found = placed(proto)
     rewrite(alone, found)
     np.testing.assert_array_equal(ran(tools, model, x), ran(tools, alone, x))
+
+
+def test_few_small_weights_stay_alone(tools):
+    """They would take more of the graph together."""
+    text = "g (float[2, 64] x) => (float[2, 64] y) { h = MatMul (x, w) y = MatMul (h, v) }"
+    proto = tools.build(text, {"w": tools.weight(64, 64), "v": tools.weight(64, 64, seed=1)})
+    model, found = placed(proto)
+    lower(model, found)
+    assert operators(model)["MatMul"] > 2 and not operators(model)["Split"]
 
 
 def test_padded_columns_are_cut_off(tools):
