@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from bench_matmul import cpu_name
@@ -135,9 +136,9 @@ class Division:
         _clear(ledger)
         for own in ledgers:
             own.remove(removed(steps))
-        found = (*(own.removed for own in ledgers), sum(step.loss for step in steps))
+        flops, time = (own.removed for own in ledgers)
         _clear(*ledgers)
-        return found  # type: ignore[return-value]
+        return flops, time, sum(step.loss for step in steps)
 
 
 def _clear(*ledgers: Ledger) -> None:
@@ -150,8 +151,11 @@ def rows_of(case: Any, feed: Mapping[str, Any]) -> list[dict[str, float]]:
     division = Division(product_times(case, feed))
     model = load(case.path)
     canonicalize(model)
-    pruning.Ledger, choose.merge = division.ledger, division.merge  # type: ignore[assignment,misc]
-    with contextlib.suppress(StepsKnownError):
+    with (
+        mock.patch.object(pruning, "Ledger", division.ledger),
+        mock.patch.object(choose, "merge", division.merge),
+        contextlib.suppress(StepsKnownError),
+    ):
         pruning.prune(model, PruneOptions(target_flops=1 - SHARES[-1]), feeds=case.feeds)
     return [{name: round(value, 5) for name, value in row.items()} for row in division.rows]
 

@@ -7,11 +7,10 @@ python benchmarks/lowrank_tables.py --write    puts them into docs/lowrank.md
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from page_parts import ROOT, markdown, read
+from page_parts import ROOT, markdown, read, show_or_write
 
 __all__ = ["mean_of_seeds", "put_into", "tables"]
 
@@ -155,11 +154,5 @@ def put_into(text: str) -> str:
     return f"{head}{BEGIN}{''.join(tables())}{END}{tail}"
 
 
-def main() -> None:
-    print("".join(tables()))
-    if "--write" in sys.argv:
-        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    show_or_write("".join(tables()), PAGE, put_into)

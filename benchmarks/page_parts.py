@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "ROOT", "decibels", "markdown", "read", "share"]
+__all__ = ["RESULTS", "ROOT", "decibels", "markdown", "read", "share", "show_or_write"]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,3 +34,11 @@ def decibels(value: float | None) -> str:
 def share(value: float | None) -> str:
     """A share in percent; empty where there is none."""
     return "" if value is None else f"{100 * value:.1f} %"
+
+
+def show_or_write(tables: str, page: Path, put_into: Callable[[str], str]) -> None:
+    """What a script of one page does: print its tables, or put them there with ``--write``."""
+    if "--write" in sys.argv[1:]:
+        page.write_text(put_into(page.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(tables)

@@ -7,10 +7,9 @@ python benchmarks/sharing_tables.py --write    puts them into docs/sharing.md
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 
-from page_parts import RESULTS, ROOT, markdown, read, share
+from page_parts import RESULTS, ROOT, markdown, read, share, show_or_write
 
 __all__ = ["put_into", "tables"]
 
@@ -116,7 +115,4 @@ def put_into(text: str) -> str:
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv[1:]:
-        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(tables())
+    show_or_write(tables(), PAGE, put_into)

@@ -7,11 +7,10 @@ python benchmarks/sparse_tables.py --write    puts it into docs/codecs.md
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from page_parts import ROOT, markdown, read
+from page_parts import ROOT, markdown, read, show_or_write
 
 __all__ = ["PAGE", "put_into", "tables"]
 
@@ -71,7 +70,4 @@ def put_into(text: str) -> str:
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv[1:]:
-        PAGE.write_text(put_into(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print(tables())
+    show_or_write(tables(), PAGE, put_into)

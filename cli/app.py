@@ -98,6 +98,7 @@ def interruptions() -> Iterator[list[Interruption]]:
             raise raised[-1]
 
     def dropped(lost: Any) -> None:
+        """Raise a signal once more that cut in where errors are dropped."""
         nonlocal last
         if not isinstance(lost.exc_value, Interruption):
             hook(lost)

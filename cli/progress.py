@@ -62,6 +62,7 @@ def _lines(title: str, unit: str) -> Iterator[Progress]:
         text[0] = f"now: {activity_text(what, done, total, item)}"
 
     def repeat() -> None:
+        """Say what is going on when it changes, and now and then when it does not."""
         said, silent = "", 0
         while not ended.wait(_PAUSE):
             silent += 1

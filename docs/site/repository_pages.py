@@ -46,6 +46,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     source = SOURCES.get(here, f"docs/{here}")
 
     def replace(link: re.Match[str]) -> str:
+        """A link as the site has it."""
         if "://" in link["target"]:
             return link[0]
         place = posixpath.normpath(posixpath.join(posixpath.dirname(source), link["target"]))

@@ -57,6 +57,7 @@ struct Layout {
   uint8_t order[32];             // weight at each position; what follows repeats it
   bool moved;                    // positions are not the order of weights
   int32_t bias;                  // what the sum of the codes of a group is multiplied by
+  bool calm;                     // products ask where activations are calm: see Isa::calm
 };
 
 // Rotated rows of activations, laid out for a product.

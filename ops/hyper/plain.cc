@@ -97,6 +97,7 @@ Layout LayoutOf(const Isa& isa, const Weight& weight) {
     if (position < 32) layout.order[position] = static_cast<uint8_t>(t);
   }
   layout.bias = isa.bias(weight);
+  layout.calm = isa.calm != nullptr && weight.structure != nullptr && !weight.structure->narrow;
   return layout;
 }
 

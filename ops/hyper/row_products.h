@@ -130,7 +130,7 @@ class Prepared {
     }
     int8_t* placed = codes_ + unit * group;
     isa_.place(codes, count, group, layout_, placed);
-    if (isa_.calm != nullptr) calm_[unit] = isa_.calm(placed, count, group);
+    if (layout_.calm) calm_[unit] = isa_.calm(placed, count, group);
   }
 
   const Isa& isa_;

@@ -207,6 +207,7 @@ def _in_stages(
     draws = min(_DRAWS, len(feeds))
 
     def trials(site: WeightSite) -> list[Trial]:
+        """A weight with noise of its own for each draw, on the inputs of that draw."""
         weight = read_weight(model, site)
         noisy = [
             Trial(site, functools.partial(block_noise, weight, rng), slice(draw, None, draws))

@@ -26,9 +26,6 @@ ANCHOR_DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0)
 # Rows of a weight by which that is chosen.
 _ANCHOR_ROWS = 256
 
-# Bytes of factors that are kept while it is.
-_KEPT = 1 << 27
-
 
 def objective(
     weight: Array, stats: Stats, dtype: npt.DTypeLike = np.float64, *, in_place: bool = False
@@ -70,11 +67,10 @@ def anchored(weight: Array, stats: Stats) -> Array:
     """
     if (stats.drift is None and stats.lack is None) or mean_diagonal(stats.gram) <= 0.0:
         return weight
-    factors = _Factors(stats.gram)
-    damping = _anchor_damping(weight, stats, factors)
+    damping = _anchor_damping(weight, stats)
     if damping is None:
         return weight
-    target = _change(weight, stats, factors.of(damping))
+    target = _change(weight, stats, damping)
     target += weight
     return target
 
@@ -95,30 +91,7 @@ def lacking(weight: Array, stats: Stats) -> Array | None:
     return found if stats.lack is None else found + stats.lack
 
 
-class _Factors:
-    """Factors of moments with some of the mean diagonal added: the last ones, where they are small.
-
-    Args:
-        gram: The moments.
-    """
-
-    def __init__(self, gram: Array) -> None:
-        self._gram, self._most = gram, _KEPT // max(1, 4 * gram.size)
-        self._known: dict[float, Array] = {}
-
-    def of(self, damping: float) -> Array:
-        """The factor for a share of the mean diagonal, float32."""
-        factor = self._known.pop(damping, None)
-        if factor is None:
-            factor = raised(self._gram, mean_diagonal(self._gram) * damping, np.float32)
-            factorize(factor)
-        self._known[damping] = factor
-        while len(self._known) > self._most:
-            del self._known[next(iter(self._known))]
-        return factor
-
-
-def _anchor_damping(weight: Array, stats: Stats, factors: _Factors) -> float | None:
+def _anchor_damping(weight: Array, stats: Stats) -> float | None:
     """The best of `ANCHOR_DAMPINGS`, by some rows; None where the weight itself does better."""
     some = slice(None, None, -(-len(weight) // _ANCHOR_ROWS))
     weight, stats = weight[some], stats.of_rows(some)
@@ -130,7 +103,7 @@ def _anchor_damping(weight: Array, stats: Stats, factors: _Factors) -> float | N
 
     def error(index: int) -> float:
         if index not in errors:
-            target = weight + _change(weight, stats, factors.of(ANCHOR_DAMPINGS[index]))
+            target = weight + _change(weight, stats, ANCHOR_DAMPINGS[index])
             errors[index] = judge.error(target) or 0.0
         return errors[index]
 
@@ -143,12 +116,14 @@ def _anchor_damping(weight: Array, stats: Stats, factors: _Factors) -> float | N
     return ANCHOR_DAMPINGS[best] if error(best) < none else None
 
 
-def _change(weight: Array, stats: Stats, factor: Array) -> Array:
+def _change(weight: Array, stats: Stats, damping: float) -> Array:
     """What is added to a weight for the errors before it: float32 ``(rows, length)``.
 
-    Beside the statistics and the factor it holds one matrix of ``length^2`` where there are more
-    rows than columns.
+    Beside the statistics it holds one matrix of ``length^2``, the factor, and another one where
+    there are more rows than columns.
     """
+    factor = raised(stats.gram, mean_diagonal(stats.gram) * damping, np.float32)
+    factorize(factor)
     if stats.drift is None or len(weight) < len(factor):
         change = lacking(weight, stats)
         assert change is not None

@@ -64,9 +64,9 @@ def referee_of(
         rehearsal = Rehearsal(
             prepared, settings, _some(pieces), all_feeds=pieces, samples=samples, jobs=run.jobs
         )
-        if rehearsal.estimates:
-            return Referee(rehearsal, _ESTIMATED, estimated=True, longer=rehearsal.longer)
-        return Referee(rehearsal, longer=rehearsal.longer)
+        estimated = rehearsal.estimates
+        margin = _ESTIMATED if estimated else 0.0
+        return Referee(rehearsal, margin, estimated=estimated, longer=rehearsal.longer)
     words = _made_up_words(prepared, settings.seed)
     if words is None:
         return Referee()

@@ -89,6 +89,7 @@ def encode_calibrated(
             return tables.encoded(read, alone(site), order.reasons.get(site.name, ""), threads=jobs)
 
         def here(sites: Sequence[WeightSite], stats: Stats) -> Generator[EncodedWeight, None, None]:
+            """Encode the weights of a group here; the last one may change its moments."""
             for site in sites:
                 read = functools.partial(read_weight, model, site)
                 codec = None if codecs is None else codecs.get(site.name)

@@ -71,6 +71,7 @@ def add_loss(
     references: dict[str, str] = {}
 
     def compare(value: ir.Value, kind: OutputKind, share: float) -> None:
+        """Add a term for an output, and its gradient."""
         name = names.value(f"{REFERENCE}{value.name}")
         wanted = ir.Value(name=name, type=value.type, shape=value.shape)
         model.graph.inputs.append(wanted)

@@ -88,6 +88,7 @@ def _normalisation(centred: bool) -> Rule:
     """Rule of layer normalisation (centred) and of that by the root of the mean square."""
 
     def rule(step: Step, index: int) -> ir.Value:
+        """What reaches the input, the scale or the offset."""
         tape = step.tape
         if index == 2:
             return tape.like(step.gradient, step.x(2))

@@ -36,6 +36,7 @@ def content_hash(model: ir.Model) -> str:
     """
 
     def hashed(tensor: ir.TensorProtocol, name: str | None) -> onnx.TensorProto:
+        """A tensor with a hash in the place of its bytes."""
         if isinstance(tensor, ir.StringTensor):
             return tensor_proto(tensor, name)
         activity("comparing with earlier runs", item=name or "")

@@ -206,6 +206,7 @@ def _arrangements(group: Sequence[_Weight], order: Sequence[_Weight]) -> Iterato
     steps = itertools.count()
 
     def extend(placed: tuple[_Weight, ...], tiles: int, missing: int) -> Iterator[_Arrangement]:
+        """Arrangements that begin with those placed; so many weights with ids are missing."""
         if next(steps) > _STEPS:
             return
         rest = [weight for weight in order if all(weight is not other for other in placed)]

@@ -289,6 +289,7 @@ def _remember_bindings(cls: Any) -> None:
     """Have IOBinding remember what inputs are bound to; they are read when a session runs."""
 
     def wrap(name: str, source: Callable[..., tuple[str, Any]]) -> None:
+        """Have one method note the input that it binds."""
         original = getattr(cls, name)
 
         @functools.wraps(original)

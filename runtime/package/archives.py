@@ -144,6 +144,8 @@ def restore(archive: PathLike, output: PathLike) -> Archive:
 def _restored(file: IO[bytes], header: Mapping[str, Any], output: Path) -> Archive:
     files = header["files"]
     streams = _checked(header["streams"], [entry["bytes"] for entry in files.values()])
+    if header["model"] not in files:
+        raise damaged("its model is not in it")
     for name in files:
         _check_name(name)
     with staged(Path(os.path.abspath(output)), force=False) as folder:

@@ -18,7 +18,15 @@ from onnxcomp.passes.codecs.body import Body
 from onnxcomp.passes.codecs.hyper.bodies import rotation_matrix
 from onnxcomp.passes.codecs.hyper.format import NODE_INPUTS
 
-__all__ = ["BITS", "filters", "matmul", "pair_values", "weight", "window_matrix"]
+__all__ = [
+    "BITS",
+    "filters",
+    "finished_product",
+    "matmul",
+    "pair_values",
+    "weight",
+    "window_matrix",
+]
 
 # Bits per weight that fill bytes in pairs.
 BITS = 4
@@ -81,6 +89,18 @@ def matmul(opset: int, *, padded: bool, cast: bool) -> onnx.FunctionProto:
     factors = body.cast(body.node("Reshape", factors, body.ints(0, 0, -1, 1)), _FLOAT)
     scaled = body.node("Mul", body.node("Conv", pairs, filters(body)), factors)
     matrix = body.node("Flatten", scaled, axis=2)
+    return finished_product(body, matrix, padded=padded, cast=cast)
+
+
+def finished_product(body: Body, matrix: str, *, padded: bool, cast: bool) -> onnx.FunctionProto:
+    """HyperMatMul, once its weight is there.
+
+    Args:
+        body: The body.
+        matrix: Name of the weight, float32 (length, rows), padded to whole groups and panels.
+        padded: Whether it is. A node less for each product counts.
+        cast: Whether products compute in other types than float32.
+    """
     if padded:
         matrix = body.crop(matrix, (1, 0), "extent", "extent")
     product = body.node("MatMul", body.cast("x", _FLOAT) if cast else "x", matrix)

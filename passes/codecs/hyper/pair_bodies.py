@@ -139,10 +139,4 @@ def matmul(
     factors = body.node("Transpose", "scales", perm=[1, 3, 0, 2])
     factors = body.cast(body.node("Reshape", factors, body.ints(0, 0, -1)), _FLOAT)
     matrix = body.node("Flatten", body.node("Mul", groups, factors), axis=2)
-    if padded:
-        matrix = body.crop(matrix, (1, 0), "extent", "extent")
-    product = body.node("MatMul", body.cast("x", _FLOAT) if cast else "x", matrix)
-    if cast:
-        body.node("Cast", product, refs={"to": ("dtype", onnx.AttributeProto.INT)})
-    attributes = ["extent", "group", "dtype", "precision"]
-    return body.finish("HyperMatMul", ["x", *NODE_INPUTS], attributes)
+    return byte_bodies.finished_product(body, matrix, padded=padded, cast=cast)

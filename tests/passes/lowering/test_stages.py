@@ -132,7 +132,8 @@ def test_loading_takes_less_memory(tools, tmp_path):
         path = tmp_path / "model.onnx"
         path.write_bytes(tools.proto_of(model).SerializeToString())
         command = [sys.executable, "-c", LOADER, str(path)]
-        peaks.append(int(subprocess.run(command, capture_output=True, check=True).stdout))
+        runs = [subprocess.run(command, capture_output=True, check=True) for _ in range(3)]
+        peaks.append(min(int(run.stdout) for run in runs))  # the system adds to some
         stage_loading(model, placements)
     assert peaks[1] < 0.7 * peaks[0]
 
