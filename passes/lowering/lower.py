@@ -8,6 +8,8 @@ import onnx_ir as ir
 
 from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.config.values import Functions
+from onnxcomp.passes.ir.manifest import compressed_tensors, shared_name
+from onnxcomp.passes.ir.traversal import remove_initializer
 from onnxcomp.passes.lowering.inline_bodies import inline_bodies, inline_expansions
 from onnxcomp.passes.lowering.joined_weights import join_weights
 from onnxcomp.passes.lowering.part_products import divide_products
@@ -49,3 +51,16 @@ def lower(
         inline_expansions(model)
     elif portable:
         inline_bodies(model, foldable=functions == "inline")
+    _drop_constants(model)
+
+
+def _drop_constants(model: ir.Model) -> None:
+    """Take constants of ours away that nobody reads: ONNX Runtime warns of each.
+
+    Shapes are joined after nodes were made for them. What the manifest lists is read by that.
+    """
+    listed = compressed_tensors(model)
+    for name, value in list(model.graph.initializers.items()):
+        ours = name.startswith(shared_name("")) and name not in listed
+        if ours and not value.uses() and not value.is_graph_output():
+            remove_initializer(value)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tests.passes.lowering.test_row_parts import operators, placed, ran
 
+from onnxcomp.passes.ir.manifest import compressed_tensors
 from onnxcomp.passes.lowering import joined_weights
 from onnxcomp.passes.lowering.expand import expand
 from onnxcomp.passes.lowering.lower import lower
@@ -58,6 +59,16 @@ def test_weights_together_are_what_they_are_alone(tools, monkeypatch, opset, pie
     assert operators(model) == {"Conv": len(SHAPES)}
     expand(alone)
     np.testing.assert_array_equal(ran(tools, model, x), ran(tools, alone, x))
+
+
+def test_no_constant_is_left_that_nobody_reads(tools, monkeypatch):
+    """ONNX Runtime would warn of each when a session is created."""
+    monkeypatch.setattr(joined_weights, "_SMALL", 0)
+    model, found = placed(convolutions(tools, 17))
+    lower(model, found)
+    assert operators(model)["Split"]
+    left = {name for name, value in model.graph.initializers.items() if not value.uses()}
+    assert left <= compressed_tensors(model)
 
 
 def test_what_is_joined_has_a_limit(tools, monkeypatch):
