@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, Literal
 
 import click
@@ -181,9 +182,9 @@ def with_terminal(
     def command(
         *args: Any, as_json: bool, quiet: bool, verbose: bool, debug: bool, **kw: Any
     ) -> None:
-        if verbose or debug:
-            show_log(logging.DEBUG if debug else logging.INFO)
-        function(Terminal(as_json, quiet, verbose), *args, **kw)
+        level = logging.DEBUG if debug else logging.INFO
+        with shown_log(level) if verbose or debug else contextlib.nullcontext():
+            function(Terminal(as_json, quiet, verbose), *args, **kw)
 
     options = (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
@@ -196,11 +197,17 @@ def with_terminal(
     return command
 
 
-def show_log(level: int) -> None:
-    """Send the log of the package to stderr."""
+@contextlib.contextmanager
+def shown_log(level: int) -> Iterator[None]:
+    """Send the log of the package to stderr; the logger is as before afterwards."""
     logger = logging.getLogger("onnxcomp")
+    before = logger.level
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     logger.setLevel(level)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-        logger.addHandler(handler)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,11 +1,13 @@
 """The frame of the command line: help, suggestions, exit codes, where output goes."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
@@ -124,6 +126,16 @@ def test_debug_shows_the_traceback(failing: list[BaseException]) -> None:
     code, _, err = run("codecs", "--debug")
     assert code == 1
     assert "Traceback" in err
+
+
+def test_the_log_is_shown_while_a_command_runs_and_no_longer(demo_model_path: Path) -> None:
+    logger = logging.getLogger("onnxcomp")
+    before = (logger.level, list(logger.handlers))
+    for _ in range(2):
+        code, _, err = run("plan", str(demo_model_path), "--verbose")
+        assert code == 0
+        assert err.count("onnxcomp.passes.transforms.pass_manager: canonicalize") == 1
+    assert (logger.level, list(logger.handlers)) == before
 
 
 def test_with_json_an_error_is_one_json_object_on_stdout(failing: list[BaseException]) -> None:
