@@ -44,6 +44,7 @@ from read_speed import Reader
 from onnxcomp.ops import register
 from onnxcomp.passes.codecs.hyper import format as hyper_format
 from onnxcomp.passes.codecs.hyper.structured import state_bits_of
+from onnxcomp.runtime.machine import can_run
 
 RESULTS = Path(__file__).parent / "results"
 BEST_ISA = os.environ.get("ONNXCOMP_ISA", "")  # the best one where it is empty
@@ -142,7 +143,7 @@ def hyper_product(
 
 
 def variants(wanted: str) -> dict[str, Variant]:
-    """Variants by name; `wanted` is a comma-separated list of beginnings of names, or empty."""
+    """Variants by name that run here; `wanted`: beginnings of names with commas, or empty."""
     result = {
         "fp32": Variant(float_product),
         "nbits4-b128": Variant(nbits_product(4, 128)),
@@ -174,6 +175,7 @@ def variants(wanted: str) -> dict[str, Variant]:
         name: variant
         for name, variant in result.items()
         if not kept or name == "fp32" or any(name.startswith(part) for part in kept)
+        if not variant.isa or can_run(variant.isa)
     }
 
 
