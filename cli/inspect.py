@@ -151,12 +151,13 @@ def show_difference(terminal: Terminal, difference: Difference) -> None:
 
 def verdict(found: Inspection) -> str:
     """One line: how much there is, and how much of it can be compressed."""
-    text = (
-        f"{bytes_text(found.bytes)}, {len(found.sites)} weights of {bytes_text(found.site_bytes)}"
-    )
+    count = len(found.sites)
+    noun = "weight" if count == 1 else "weights"
+    text = f"{bytes_text(found.bytes)}, {count} {noun} of {bytes_text(found.site_bytes)}"
     text += " can be compressed"
     if found.compressed:
         before = sum(weight.bytes_before for weight in found.compressed)
         after = sum(weight.bytes_after for weight in found.compressed)
-        text += f"; {len(found.compressed)} are: {bytes_text(before)} -> {bytes_text(after)}"
+        verb = "is" if len(found.compressed) == 1 else "are"
+        text += f"; {len(found.compressed)} {verb}: {bytes_text(before)} -> {bytes_text(after)}"
     return text
