@@ -56,9 +56,10 @@ def _of_bits(pick: Candidate, policy: Policy, bits: int) -> str:
         return "expected to be the fastest form that is no less accurate"
     if own < bits:
         return f"nothing with {bits} bits is smaller than the weight"
+    more = f"{own - bits} more bit{'s' if own - bits > 1 else ''}"
     if pick.site.filters_input:
-        return f"{own - bits} more bits than others: it filters an input of the model"
-    return f"{own - bits} more bits than others: small, and all that follows sees its error"
+        return f"{more} than others: it filters an input of the model"
+    return f"{more} than others: small, and all that follows sees its error"
 
 
 def _of_bytes(candidates: CandidateSet, pick: Candidate, noise: float | None) -> str:

@@ -40,7 +40,7 @@ def words(pick: Candidate, budget: Budget, rule: Rule | None = None, **known: fl
 def test_equal_bits_say_so_and_say_who_has_more() -> None:
     budget = Budget(bits=3)
     assert words(candidate(3, 0.125), budget) == "3 bits for all weights"
-    assert words(candidate(4, 0.06), budget).startswith("1 more bits than others: small")
+    assert words(candidate(4, 0.06), budget).startswith("1 more bit than others: small")
     raw = candidate(4, 0.06, site(filters_input=True))
     assert "it filters an input" in words(raw, budget)
     rule = parse_rule("w:bits=4")
