@@ -75,14 +75,30 @@ def products() -> Iterator[str]:
 def structured_products() -> Iterator[str]:
     """Speed of one product with a structured table."""
     results = read("matmul_avx2")
-    records = results["records"]
     yield (
         "Speed of one product with a 4096x4096 weight, by rows of activations, against float32\n"
         f"in ONNX Runtime {results['onnxruntime']} (1.00): {machine_text(results)}\n"
         "ONNX Runtime is kept to AVX2 as well (`benchmarks/mask_cpuid`); `structured` are the\n"
         "tables for such machines: `benchmarks/bench_matmul.py`.\n"
     )
-    every = [row for row in records if row["length"] == row["rows"] == 4096]
+    yield from square_products("matmul_avx2")
+    real = read("matmul_avx2_zen4")
+    yield f"The same on a machine that has no AVX-512: {machine_text(real)}\n"
+    yield from square_products("matmul_avx2_zen4")
+    wide = read("matmul_avx512")
+    yield (
+        f"The same with AVX-512, where windings are the default: {machine_text(wide)}\n"
+        "Weights by length and rows, and rows of activations.\n"
+    )
+    cells = [(*shape, m) for shape in ((4096, 4096), (768, 3072)) for m in (1, 4, 16, 128)]
+    columns = ("product", *(f"{length}x{rows}, {m}" for length, rows, m in cells))
+    yield markdown(columns, speed_rows(wide["records"], cells))
+
+
+def square_products(name: str) -> Iterator[str]:
+    """Products of one file with a weight of 4096x4096."""
+    results = read(name)
+    every = [row for row in results["records"] if row["length"] == row["rows"] == 4096]
     square = [row for row in every if row["of_one_thread"] is None]
     heights = sorted({row["m"] for row in square})
     cells = [(4096, 4096, m) for m in heights]
@@ -94,17 +110,9 @@ def structured_products() -> Iterator[str]:
         f"{bar['what']}: {bar['found']:.2f} where {bar['must']} was the goal" for bar in missed
     ]
     yield (
-        f"Of {len(results['bars'])} goals (`bars` in `results/matmul_avx2.json`), missed:\n"
+        f"Of {len(results['bars'])} goals (`bars` in `results/{name}.json`), missed:\n"
         f"{'; '.join(texts) or 'none'}.\n"
     )
-    wide = read("matmul_avx512")
-    yield (
-        f"The same with AVX-512, where windings are the default: {machine_text(wide)}\n"
-        "Weights by length and rows, and rows of activations.\n"
-    )
-    cells = [(*shape, m) for shape in ((4096, 4096), (768, 3072)) for m in (1, 4, 16, 128)]
-    columns = ("product", *(f"{length}x{rows}, {m}" for length, rows, m in cells))
-    yield markdown(columns, speed_rows(wide["records"], cells))
 
 
 def of_memory(records: Sequence[Any]) -> Iterator[str]:
