@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.config.values import Functions
-from onnxcomp.passes.ir.manifest import compressed_tensors, shared_name
+from onnxcomp.passes.ir.manifest import (
+    ManifestEntry,
+    compressed_tensors,
+    read_manifest,
+    shared_name,
+    write_manifest,
+)
 from onnxcomp.passes.ir.traversal import remove_initializer
 from onnxcomp.passes.lowering.inline_bodies import inline_bodies, inline_expansions
 from onnxcomp.passes.lowering.joined_weights import join_weights
@@ -51,16 +59,36 @@ def lower(
         inline_expansions(model)
     elif portable:
         inline_bodies(model, foldable=functions == "inline")
-    _drop_constants(model)
+    joined = {
+        shared_name(key)
+        for placement in placements
+        if placement.codec.special is not None
+        for key in placement.payload.shared
+    }
+    _drop_constants(model, joined)
 
 
-def _drop_constants(model: ir.Model) -> None:
+def _drop_constants(model: ir.Model, joined: AbstractSet[str]) -> None:
     """Take constants of ours away that nobody reads: ONNX Runtime warns of each.
 
     Shapes are joined after nodes were made for them. What the manifest lists is read by that.
+
+    Args:
+        model: The model.
+        joined: Names of what the manifest lists for codecs that join weights. Nodes that expand
+            several weights do not cut each, and what is left unread is no part of decoding.
     """
-    listed = compressed_tensors(model)
+    listed, dropped = compressed_tensors(model) - joined, set()
     for name, value in list(model.graph.initializers.items()):
         ours = name.startswith(shared_name("")) and name not in listed
         if ours and not value.uses() and not value.is_graph_output():
             remove_initializer(value)
+            dropped.add(name)
+    if dropped & joined:
+        write_manifest(model, {k: _without(v, dropped) for k, v in read_manifest(model).items()})
+
+
+def _without(entry: ManifestEntry, names: AbstractSet[str]) -> ManifestEntry:
+    """An entry that does not list these shared tensors."""
+    kept = [key for key in entry.recipe.shared if shared_name(key) not in names]
+    return dataclasses.replace(entry, recipe=dataclasses.replace(entry.recipe, shared=kept))

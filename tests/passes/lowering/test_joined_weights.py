@@ -67,8 +67,10 @@ def test_no_constant_is_left_that_nobody_reads(tools, monkeypatch):
     model, found = placed(convolutions(tools, 17))
     lower(model, found)
     assert operators(model)["Split"]
-    left = {name for name, value in model.graph.initializers.items() if not value.uses()}
-    assert left <= compressed_tensors(model)
+    assert all(value.uses() for value in model.graph.initializers.values())
+    assert compressed_tensors(model) <= model.graph.initializers.keys()
+    expand(model)
+    assert operators(model) == {"Conv": len(SHAPES)}
 
 
 def test_what_is_joined_has_a_limit(tools, monkeypatch):
