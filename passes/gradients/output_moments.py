@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.cache_outputs import without_caches
+from onnxcomp.passes.calibration.filed_values import filed, let_go
+from onnxcomp.passes.calibration.second_moments import add_products, mirror
+from onnxcomp.passes.calibration.sensitivity import small_pieces
 from onnxcomp.passes.gradients.backward import backward, with_shapes
 from onnxcomp.passes.gradients.curvature import curvature_seeds
 from onnxcomp.passes.gradients.lean_session import lean_session
@@ -26,6 +29,7 @@ from onnxcomp.passes.gradients.tape import Tape
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 from onnxcomp.runtime.activity import activity
+from onnxcomp.runtime.clients.patching import return_freed_memory
 
 __all__ = ["Curvature", "look_up_moments", "output_moments"]
 
@@ -36,6 +40,10 @@ _WIDEST = 4096
 
 # Bytes of initializers above which a model is not looked at: its activations stay for the way back.
 _LARGEST = 1 << 30
+
+# Bytes of vectors that come back from samples which run together, that are held before they are
+# summed up, and of sums that are not in files. What a run takes besides is in proportion to them.
+_HELD = 1 << 28
 
 
 @dataclasses.dataclass(slots=True)
@@ -112,10 +120,16 @@ def _moments(
         return [{} for _ in parts]
     with tempfile.TemporaryDirectory(dir=folder) as place:
         try:
-            return _measured(model, able, need, parts, Path(place))
+            pieces = [_cut(model, feeds, sum(widths.values())) for feeds in parts]
+            return _measured(model, able, need, pieces, Path(place))
         except ModelError as error:
             log.info("the curvature of the loss is not known: %s", error.message)
             return [{} for _ in parts]
+
+
+def _cut(model: ir.Model, feeds: Sequence[Feed], width: int) -> Sequence[Feed]:
+    """Inputs for which vectors of so many elements in all, for each of theirs, are not too much."""
+    return small_pieces(model, feeds, max(1, _HELD // (4 * width))) if feeds else feeds
 
 
 def _measured(
@@ -132,30 +146,79 @@ def _measured(
     session = lean_session(save(differentiated, folder / "curvature.onnx").files[0])
     count, done, found = sum(map(len, parts)), 0, []
     for feeds in parts:
-        totals: dict[str, Curvature] = {}
+        sums = _Sums({site.name: width for site, width in widths.items()}, folder)
         for feed in feeds:
             activity("looking at the loss", done, count, "inputs")
             done += 1
             results = run_session(session, feed)
-            for name, (site, vectors) in names.items():
-                total = totals.setdefault(site, Curvature(np.zeros(results[name].shape), 0))
-                total.moments += results[name].astype(np.float64) / len(feeds)
-                total.vectors += int(results[vectors])
-        found.append({name: total for name, total in totals.items() if _known(total.moments)})
+            sums.add((site, results.pop(name)) for name, site in names.items())
+        found.append(sums.means(len(feeds)))
+    del session
+    return_freed_memory()
     return found
+
+
+class _Sums:
+    """Sums of ``g g^T``, of all weights at once.
+
+    Vectors are held until they are many, so that few of them do not touch all of the sums. Where
+    the sums of all weights are large, they lie in files.
+
+    Args:
+        widths: Of vectors, by name of the weight.
+        folder: Where the files lie.
+    """
+
+    def __init__(self, widths: Mapping[str, int], folder: Path) -> None:
+        self._widths, self._folder = widths, folder
+        self._large = sum(8 * width * width for width in widths.values()) > _HELD
+        self._held: dict[str, list[Array]] = {}
+        self._bytes = 0
+        self._totals: dict[str, Curvature] = {}
+
+    def add(self, found: Iterable[tuple[str, Array]]) -> None:
+        """Take in vectors ``(n, width)`` by name; a name may come several times."""
+        for name, vectors in found:
+            self._held.setdefault(name, []).append(vectors)
+            self._bytes += vectors.nbytes
+        if self._bytes > _HELD:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        for name in list(self._held):
+            vectors = np.concatenate(self._held.pop(name))
+            total = self._totals.get(name) or self._totals.setdefault(name, self._zeros(name))
+            with np.errstate(over="ignore", invalid="ignore"):
+                add_products(total.moments, vectors, vectors, lower=True)
+            total.vectors += len(vectors)
+            let_go(total.moments)
+        self._bytes = 0
+
+    def _zeros(self, name: str) -> Curvature:
+        moments = np.zeros((self._widths[name],) * 2)
+        return Curvature(filed(moments, self._folder) if self._large else moments, 0)
+
+    def means(self, count: int) -> dict[str, Curvature]:
+        """Means over so many inputs, of those weights that the loss feels at all."""
+        self._sum_up()
+        for name, total in list(self._totals.items()):
+            total.moments /= count
+            mirror(total.moments)
+            if not _known(total.moments):
+                del self._totals[name]
+            let_go(total.moments)
+        return self._totals
 
 
 def _known(total: Array) -> bool:
     return bool(np.isfinite(total).all()) and float(np.trace(total)) > 0.0
 
 
-def _differentiate(
-    model: ir.Model, widths: Mapping[WeightSite, int], need: str
-) -> dict[str, tuple[str, str]]:
-    """Make sums of ``g g^T``, and numbers of vectors, the only outputs.
+def _differentiate(model: ir.Model, widths: Mapping[WeightSite, int], need: str) -> dict[str, str]:
+    """Make the gradients by products of weights, vectors ``(n, width)``, the only outputs.
 
     Returns:
-        By name of a sum the weight, and the name of the number.
+        By name of an output the weight.
     """
     graph = model.graph
     with_shapes(model)
@@ -174,9 +237,7 @@ def _differentiate(
     for number, (value, gradient) in enumerate(gradients.items()):
         site = results[value]
         flat = tape.node("Reshape", [gradient, tape.integers(-1, widths[site])])
-        moments = tape.product(flat, flat, left=True)
-        vectors = tape.node("Gather", [tape.shape(flat), tape.constant(np.array(0, np.int64))])
-        moments.name, vectors.name = f"curvature/{number}", f"vectors/{number}"
-        names[moments.name] = site.name, vectors.name
-        graph.outputs.extend([moments, vectors])
+        flat.name = f"gradients/{number}"
+        names[flat.name] = site.name
+        graph.outputs.append(flat)
     return names

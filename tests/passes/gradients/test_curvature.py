@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.passes.analysis.weight_sites import find_sites
+from onnxcomp.passes.gradients import output_moments as own
 from onnxcomp.passes.gradients.curvature import curvature_seeds
 from onnxcomp.passes.gradients.lean_session import lean_session
 from onnxcomp.passes.gradients.output_moments import look_up_moments, output_moments
@@ -61,7 +62,7 @@ def test_seeds_have_the_curvature_of_the_loss(kind: str, tmp_path: Any) -> None:
     assert not np.array_equal(again, found)
 
 
-def test_products_have_the_curvature_behind_them() -> None:
+def test_products_have_the_curvature_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     first = (rng.standard_normal((WIDTH, WIDTH)) / 5).astype(np.float32)
     second = (rng.standard_normal((WIDTH, WORDS)) / 5).astype(np.float32)
@@ -85,6 +86,9 @@ def test_products_have_the_curvature_behind_them() -> None:
     assert found["first"] == pytest.approx(inner, abs=0.1 * float(inner.max()))
     again = output_moments(model, sites, feeds)
     assert all(np.array_equal(found[name], again[name]) for name in found)
+    monkeypatch.setattr(own, "_HELD", 100_000)  # samples apart, and sums in files
+    apart = output_moments(model, sites, feeds)
+    assert apart["first"] == pytest.approx(inner, abs=0.1 * float(inner.max()))
 
 
 def test_a_model_without_a_way_back_tells_nothing() -> None:
