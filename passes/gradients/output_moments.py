@@ -8,22 +8,20 @@ Of a table whose rows are looked up, ``H`` is that by the rows, and an error cos
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.cache_outputs import without_caches
-from onnxcomp.passes.calibration.filed_values import filed, let_go
-from onnxcomp.passes.calibration.second_moments import add_products, mirror
 from onnxcomp.passes.calibration.sensitivity import small_pieces
+from onnxcomp.passes.gradients import gradient_sums
 from onnxcomp.passes.gradients.backward import backward, with_shapes
 from onnxcomp.passes.gradients.curvature import curvature_seeds
+from onnxcomp.passes.gradients.gradient_sums import Curvature, GradientSums
 from onnxcomp.passes.gradients.lean_session import lean_session
 from onnxcomp.passes.gradients.tape import Tape
 from onnxcomp.passes.ir.model import copy_model, save
@@ -40,23 +38,6 @@ _WIDEST = 4096
 
 # Bytes of initializers above which a model is not looked at: its activations stay for the way back.
 _LARGEST = 1 << 30
-
-# Bytes of vectors that come back from samples which run together, that are held before they are
-# summed up, and of sums that are not in files. What a run takes besides is in proportion to them.
-_HELD = 1 << 28
-
-
-@dataclasses.dataclass(slots=True)
-class Curvature:
-    """The curvature of the loss by vectors of one kind.
-
-    Attributes:
-        moments: Mean over inputs of the sums of ``g g^T``, float64 ``(width, width)``.
-        vectors: How many vectors were looked at.
-    """
-
-    moments: Array
-    vectors: int
 
 
 def output_moments(
@@ -129,7 +110,7 @@ def _moments(
 
 def _cut(model: ir.Model, feeds: Sequence[Feed], width: int) -> Sequence[Feed]:
     """Inputs for which vectors of so many elements in all, for each of theirs, are not too much."""
-    return small_pieces(model, feeds, max(1, _HELD // (4 * width))) if feeds else feeds
+    return small_pieces(model, feeds, max(1, gradient_sums.HELD // (4 * width))) if feeds else feeds
 
 
 def _measured(
@@ -146,7 +127,7 @@ def _measured(
     session = lean_session(save(differentiated, folder / "curvature.onnx").files[0])
     count, done, found = sum(map(len, parts)), 0, []
     for feeds in parts:
-        sums = _Sums({site.name: width for site, width in widths.items()}, folder)
+        sums = GradientSums({site.name: width for site, width in widths.items()}, folder)
         for feed in feeds:
             activity("looking at the loss", done, count, "inputs")
             done += 1
@@ -156,62 +137,6 @@ def _measured(
     del session
     return_freed_memory()
     return found
-
-
-class _Sums:
-    """Sums of ``g g^T``, of all weights at once.
-
-    Vectors are held until they are many, so that few of them do not touch all of the sums. Where
-    the sums of all weights are large, they lie in files.
-
-    Args:
-        widths: Of vectors, by name of the weight.
-        folder: Where the files lie.
-    """
-
-    def __init__(self, widths: Mapping[str, int], folder: Path) -> None:
-        self._widths, self._folder = widths, folder
-        self._large = sum(8 * width * width for width in widths.values()) > _HELD
-        self._held: dict[str, list[Array]] = {}
-        self._bytes = 0
-        self._totals: dict[str, Curvature] = {}
-
-    def add(self, found: Iterable[tuple[str, Array]]) -> None:
-        """Take in vectors ``(n, width)`` by name; a name may come several times."""
-        for name, vectors in found:
-            self._held.setdefault(name, []).append(vectors)
-            self._bytes += vectors.nbytes
-        if self._bytes > _HELD:
-            self._sum_up()
-
-    def _sum_up(self) -> None:
-        for name in list(self._held):
-            vectors = np.concatenate(self._held.pop(name))
-            total = self._totals.get(name) or self._totals.setdefault(name, self._zeros(name))
-            with np.errstate(over="ignore", invalid="ignore"):
-                add_products(total.moments, vectors, vectors, lower=True)
-            total.vectors += len(vectors)
-            let_go(total.moments)
-        self._bytes = 0
-
-    def _zeros(self, name: str) -> Curvature:
-        moments = np.zeros((self._widths[name],) * 2)
-        return Curvature(filed(moments, self._folder) if self._large else moments, 0)
-
-    def means(self, count: int) -> dict[str, Curvature]:
-        """Means over so many inputs, of those weights that the loss feels at all."""
-        self._sum_up()
-        for name, total in list(self._totals.items()):
-            total.moments /= count
-            mirror(total.moments)
-            if not _known(total.moments):
-                del self._totals[name]
-            let_go(total.moments)
-        return self._totals
-
-
-def _known(total: Array) -> bool:
-    return bool(np.isfinite(total).all()) and float(np.trace(total)) > 0.0
 
 
 def _differentiate(model: ir.Model, widths: Mapping[WeightSite, int], need: str) -> dict[str, str]:

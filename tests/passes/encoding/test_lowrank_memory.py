@@ -29,8 +29,8 @@ import re, resource, sys
 sys.path[:0] = {paths!r}
 import test_lowrank_memory as own
 from onnxcomp.passes.encoding import tuning
-from onnxcomp.passes.gradients import output_moments
-tuning._HELD = output_moments._HELD = 1 << 22
+from onnxcomp.passes.gradients import gradient_sums, output_moments
+tuning._HELD = gradient_sums.HELD = 1 << 22
 def memory():
     return int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 for path in sys.argv[2:]:
