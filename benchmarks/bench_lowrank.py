@@ -49,6 +49,7 @@ from onnxcomp.passes.encoding import samples
 from onnxcomp.passes.planning import observed
 from onnxcomp.passes.planning.candidates import Choice
 from onnxcomp.passes.planning.plan import Plan
+from onnxcomp.runtime.memory import peak_rss
 
 Array = npt.NDArray[Any]
 NAME = "lowrank"
@@ -183,17 +184,18 @@ def compile_row(
 def measure(
     judge: Judge, model: Path, method: str, kept: float, widest: int, data: Any
 ) -> dict[str, Any]:
-    """One row: bytes, seconds and quality."""
+    """One row: bytes, seconds, quality, and the peak of the process' memory until then."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.onnx"
         start = time.process_time()
         result = compile_row(model, path, method, kept, widest, data)
         seconds = time.process_time() - start
+        peak = peak_rss()
         quality = {name: round(value, 5) for name, value in judge(path).items()}
     row = {"method": method, "kept": kept, "bytes": result.report.output.bytes}
     taken = [site.method for site in result.report.sites if site.method in CODED]
     row |= {"taken": {name: taken.count(name) for name in set(taken)}} if taken else {}
-    return {**row, "cpu_seconds": round(seconds, 1), **quality}
+    return {**row, "cpu_seconds": round(seconds, 1), "peak_rss_bytes": peak, **quality}
 
 
 def recorded() -> dict[str, Any]:

@@ -177,9 +177,10 @@ def main() -> None:
             case = MobileNet(options.data, 0)
             feed = case.feeds[0]
         found[name] = rows_of(case, feed)
-        write_results(NAME, {**found, "processor": cpu_name()})
+        found["processors"] = {**found.get("processors", {}), name: cpu_name()}
+        write_results(NAME, found)
     for name, rows in found.items():
-        if name != "processor":
+        if name != "processors":
             print(name)
             print_table(list(rows[0]), [list(row.values()) for row in rows])
 

@@ -154,9 +154,9 @@ def narrow(plan: Plan, most: int) -> nn.Module:
     return plan.build(low)
 
 
-def roasted(model: nn.Module, ratio: int) -> nn.Module:
+def roasted(model: nn.Module, ratio: int, include: str | None = None) -> nn.Module:
     """Hashed tiles, plain gradients; `std` taken for the bound of uniform entries."""
-    share(model, ratio, scaling="none", map="roast")
+    share(model, ratio, include=include, scaling="none", map="roast")
     for memory in (m for m in model.modules() if isinstance(m, SharedMemory)):
         nn.init.uniform_(memory.values, -memory.std, memory.std)
     return model

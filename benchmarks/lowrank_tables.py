@@ -71,7 +71,7 @@ def sentences(rows: list[Mapping[str, Any]]) -> str:
 
 
 def smollm2(rows: list[Mapping[str, Any]]) -> str:
-    """Divergence and likeliest tokens of SmolLM2-135M."""
+    """Divergence and likeliest tokens of SmolLM2-135M, and memory where it was measured."""
     order = list(WORDS)
     cells = [
         (
@@ -80,10 +80,12 @@ def smollm2(rows: list[Mapping[str, Any]]) -> str:
             f"{row['bytes'] / 1e6:.0f} MB",
             f"{row['kl']:.4f}",
             f"{row['agreement']:.1%}",
+            f"{row['peak_rss_bytes'] / 1e9:.1f} GB" if "peak_rss_bytes" in row else "",
         )
         for row in sorted(rows, key=lambda row: (-row["kept"], order.index(row["method"])))
     ]
-    return markdown(("factors", "weights", "file", "KL divergence", "same token"), cells)
+    columns = ("factors", "weights", "file", "KL divergence", "same token", "peak of memory")
+    return markdown(columns, cells)
 
 
 def speed(rows: list[Mapping[str, Any]]) -> str:

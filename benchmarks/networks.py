@@ -18,16 +18,22 @@ __all__ = [
     "FULL",
     "NETWORKS",
     "Recipe",
+    "SmallLM",
+    "SmallViT",
     "Split",
     "cifar10",
     "digits",
     "mnist",
     "perceptron",
     "resnet20",
+    "shakespeare",
     "small_perceptron",
     "small_vgg",
     "vgg11",
 ]
+
+# Different characters of the text that `shakespeare` reads.
+CHARACTERS = 65
 
 # CIFAR-10 mean and standard deviation, as torchvision's recipes have them.
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -89,6 +95,25 @@ def cifar10(folder: Path, count: int) -> Split:
     return Split(*train, *_jpegs(folder / "cifar10" / "cifar10_test_jpegbytes.npz", 3000))
 
 
+def shakespeare(folder: Path, count: int, context: int = 64) -> Split:
+    """Windows of a text, and for each place of them the character that comes next.
+
+    The last tenth of the text is judged by, up to 1,000 windows that do not overlap.
+    """
+    text = (folder / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
+    known = {character: number for number, character in enumerate(sorted(set(text)))}
+    assert len(known) == CHARACTERS
+    numbers = torch.tensor([known[character] for character in text])
+    cut = len(numbers) * 9 // 10
+    starts = torch.randint(
+        0, cut - context - 1, (count,), generator=torch.Generator().manual_seed(0)
+    )
+    ends = torch.arange(cut, len(numbers) - context - 1, context)[:1000]
+    places = torch.arange(context)
+    train, test = starts[:, None] + places, ends[:, None] + places
+    return Split(numbers[train], numbers[train + 1], numbers[test], numbers[test + 1])
+
+
 def perceptron() -> nn.Module:
     """784 - 256 - 256 - 10."""
     return nn.Sequential(
@@ -135,9 +160,9 @@ def small_cnn() -> nn.Module:
 class _Encoder(nn.Module):
     """Attention and MLP, both after a norm."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.read, self.write = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
@@ -145,8 +170,9 @@ class _Encoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, tokens, width = x.shape
         split = self.read(self.norms[0](x)).reshape(batch, tokens, 3, self.heads, -1)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
+        parts = split.permute(2, 0, 3, 1, 4)
+        query, key, value = parts[0], parts[1], parts[2]
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.write(mixed.transpose(1, 2).reshape(batch, tokens, width))
         return x + self.down(functional.gelu(self.up(self.norms[1](x))))
 
@@ -162,9 +188,29 @@ class SmallViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores of classes."""
         x = self.patches(x).flatten(2).transpose(1, 2) + self.places
         scores: torch.Tensor = self.head(self.norm(self.layers(x)).mean(1))
         return scores
+
+
+class SmallLM(nn.Module):
+    """Predicts the next character; a table of characters is the head, too."""
+
+    def __init__(
+        self, width: int = 64, layers: int = 3, characters: int = CHARACTERS, context: int = 64
+    ) -> None:
+        super().__init__()
+        self.table = nn.Embedding(characters, width)
+        nn.init.normal_(self.table.weight, std=0.02)
+        self.places = nn.Parameter(0.02 * torch.randn(1, context, width))
+        self.layers = nn.Sequential(*(_Encoder(width, 4, causal=True) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of what comes next, for each place."""
+        x = self.norm(self.layers(self.table(x) + self.places))
+        return functional.linear(x, self.table.weight)
 
 
 class _Residual(nn.Module):

@@ -70,10 +70,12 @@ def _divided_by_time() -> Iterator[str]:
         for key_of, name in names.items()
         for row in results.get(key_of, ())
     ]
+    own = {key: processor for key, processor in results["processors"].items() if key in names}
+    processors = ", ".join(f"{names[key]}: {processor}" for key, processor in own.items())
     yield (
         "What products take less when layers are weighed by FLOPs, as they are, and at the same\n"
         "measured loss when they are weighed by the time that each takes in the dense model,\n"
-        f"before anything is fitted; one thread of an {results['processor']}\n"
+        f"before anything is fitted; one thread ({processors})\n"
         "(`benchmarks/bench_prune_time.py`). Layers stay weighed by FLOPs: time adds too little\n"
         "for results that depend on the machine.\n"
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 from curves import Line, Panel, draw
 from page_parts import ROOT, markdown, read
+from sharing_tables import rivals
 
 __all__ = ["PAGE", "PICTURES", "put_into"]
 
@@ -120,6 +121,11 @@ def sharing() -> str:
         ]
         cells.append((label, *values))
     return markdown(("weights", *(f"{network}, {ratio}x" for network, ratio in columns)), cells)
+
+
+def transformers() -> str:
+    """Transformers trained with fewer numbers, in several ways."""
+    return rivals("trained")
 
 
 def stored() -> str:
@@ -268,7 +274,17 @@ PICTURES: dict[str, Callable[[], str]] = {
 }
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (codes, small_models, sharing, stored, linear, pruning, decoding, factors)
+    for table in (
+        codes,
+        small_models,
+        sharing,
+        transformers,
+        stored,
+        linear,
+        pruning,
+        decoding,
+        factors,
+    )
 }
 
 

@@ -103,4 +103,7 @@ def _observed(
         curvature = {}
     for group, stats in calibration:
         for site in group:
-            yield site, dataclasses.replace(stats, site=site, outputs=curvature.get(site.name))
+            yield (
+                site,
+                dataclasses.replace(stats, site=site, outputs=curvature.pop(site.name, None)),
+            )

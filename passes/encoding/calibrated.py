@@ -94,7 +94,7 @@ def encode_calibrated(
                 read = functools.partial(read_weight, model, site)
                 codec = None if codecs is None else codecs.get(site.name)
                 own = dataclasses.replace(
-                    stats, outputs=curvature.get(site.name), last=site == sites[-1]
+                    stats, outputs=curvature.pop(site.name, None), last=site == sites[-1]
                 )
                 yield fitted(read, plain(site), own, offsets[site.name], codec=codec, threads=jobs)
 

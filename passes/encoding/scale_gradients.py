@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.offsets import apply_shift
 from onnxcomp.passes.gradients.backward import backward, with_shapes
-from onnxcomp.passes.gradients.lean_session import lean_session
+from onnxcomp.passes.gradients.lean_session import lean_session, run_into
 from onnxcomp.passes.gradients.loss import Loss, add_loss
 from onnxcomp.passes.gradients.tape import Tape
 from onnxcomp.passes.ir.manifest import own_name, shared_name
@@ -99,12 +99,18 @@ class ScaleGradients:
             value.name: value.shape for value in self._dense.get_inputs()
         }
 
-    def __call__(self, feed: Feed, weights: Mapping[str, Array]) -> tuple[float, dict[str, Array]]:
+    def __call__(
+        self,
+        feed: Feed,
+        weights: Mapping[str, Array],
+        into: Mapping[str, Array] | None = None,
+    ) -> tuple[float, dict[str, Array]]:
         """Loss and gradients for one input.
 
         Args:
             feed: The input.
             weights: By name, decoded weights as they are stored, and tensors of factors, float32.
+            into: Arrays to put gradients by tensors of factors into, by name; None for new ones.
 
         Returns:
             The loss, and by name gradients by the logarithms of scales, ``(rows, groups)``, and
@@ -114,7 +120,9 @@ class ScaleGradients:
 
         dense = run_session(self._dense, feed)
         exact = {new: dense[name] for name, new in self._references.items()}
-        found = run_session(self._session, {**feed, **exact, **weights})
+        del dense
+        room = {f"{_GRADIENT}{name}": array for name, array in (into or {}).items()}
+        found = run_into(self._session, {**feed, **exact, **weights}, room)
         loss = float(found.pop(_LOSS))
         return loss, {name.removeprefix(_GRADIENT): array for name, array in found.items()}
 

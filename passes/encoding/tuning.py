@@ -14,13 +14,14 @@ import dataclasses
 import logging
 import math
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.weight_sites import read_weight
+from onnxcomp.passes.calibration.filed_values import filed, let_go
 from onnxcomp.passes.calibration.perturbation import stored_form
 from onnxcomp.passes.calibration.statistics import HELD_OUT, split_batches
 from onnxcomp.passes.codecs import CODECS
@@ -53,6 +54,9 @@ _MOST = 64
 # Bytes of initializers above which a model is not tuned: it is in memory twice.
 _LARGEST = 1 << 30
 
+# Bytes of factors from which on they, their gradients and the steps' running means lie in files.
+_HELD = 1 << 26
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tuned:
@@ -73,20 +77,25 @@ class _Adam:
     """The steps of numbers on their way.
 
     Args:
-        shape: Of the numbers.
+        mean: Zeros, which become the running mean of gradients.
+        square: Zeros, which become that of their squares.
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        # Running means of gradients and of their squares.
-        self._mean, self._square = (np.zeros(shape) for _ in range(2))
+    def __init__(self, mean: Array, square: Array) -> None:
+        self._mean, self._square = mean, square
 
     def move(self, gradient: Array, rate: float, number: int) -> Array:
         """What to add for a gradient, the number of the step being counted from 1."""
         first, second = _MEMORY
-        self._mean = first * self._mean + (1 - first) * gradient
-        self._square = second * self._square + (1 - second) * np.square(gradient)
+        self._mean *= first
+        self._mean += (1 - first) * gradient
+        self._square *= second
+        self._square += (1 - second) * np.square(gradient)
         root = np.sqrt(self._square / (1 - second**number))
-        return np.asarray(-rate * (self._mean / (1 - first**number)) / (root + 1e-12))
+        step = np.asarray(-rate * (self._mean / (1 - first**number)) / (root + 1e-12))
+        let_go(self._mean)
+        let_go(self._square)
+        return step
 
 
 class _Scales:
@@ -106,7 +115,8 @@ class _Scales:
         self._start = scaling.read(site, payload).astype(np.float64)
         self.groups = Groups(site, scaling.width(site, payload), self._start.shape[1])
         # Logarithms of factors.
-        self._way, self._adam = np.zeros(self._start.shape), _Adam(self._start.shape)
+        shape = self._start.shape
+        self._way, self._adam = np.zeros(shape), _Adam(np.zeros(shape), np.zeros(shape))
 
     def step(self, gradient: Array, part: float, number: int) -> None:
         """One step of Adam.
@@ -136,19 +146,27 @@ class _Scales:
 class _Tensor:
     """A stored tensor on its way; several weights may read it.
 
+    Args:
+        array: The tensor as it is stored.
+        kept: Gives the place of an array that is only read and changed in steps.
+
     Attributes:
-        value: The tensor as it is now, float32.
+        value: The tensor as it is now, float32, changed in place.
+        gradient: Room for its gradient.
     """
 
-    def __init__(self, array: Array) -> None:
-        self.value = np.array(array, np.float32)
+    def __init__(self, array: Array, kept: Callable[[Array], Array]) -> None:
+        self.value = kept(np.array(array, np.float32))
         self._size = float(np.sqrt(np.mean(np.square(self.value, dtype=np.float64))))
-        self._adam = _Adam(self.value.shape)
+        zeros = np.zeros(array.shape, np.float32)
+        self.gradient = kept(zeros.copy())
+        self._adam = _Adam(kept(zeros.copy()), kept(zeros.copy()))
 
     def step(self, gradient: Array, part: float, number: int) -> None:
         """One step of Adam, as large as a part of the tensor's root mean square."""
-        move = self._adam.move(gradient, FACTOR_RATE * part * self._size, number)
-        self.value = (self.value + move).astype(np.float32)
+        self.value += self._adam.move(gradient, FACTOR_RATE * part * self._size, number)
+        let_go(self.value)
+        let_go(gradient)
 
 
 def tune(
@@ -190,7 +208,8 @@ def tune(
         used, held = _pieces(feeds, run)
         if not held:
             return None
-        moving: dict[str, _Scales | _Tensor] = {**scales, **_tensors(list(factored.values()))}
+        stored = _tensors(list(factored.values()), Path(place))
+        moving: dict[str, _Scales | _Tensor] = {**scales, **stored}
         before = _loss(run, held, moving)
         _descend(run, used, moving, passes)
         after = _loss(run, held, moving)
@@ -248,12 +267,17 @@ def _decoded(
     ]
 
 
-def _tensors(factored: Sequence[Placement]) -> dict[str, _Tensor]:
-    """What weights are stored in, by name of the initializer."""
+def _tensors(factored: Sequence[Placement], folder: Path) -> dict[str, _Tensor]:
+    """What weights are stored in, by name of the initializer; in files where it is much."""
     found: dict[str, Array] = {}
     for placement in factored:
         found |= stored_tensors(placement)
-    return {name: _Tensor(array) for name, array in found.items()}
+    large = 4 * sum(array.size for array in found.values()) > _HELD
+
+    def kept(array: Array) -> Array:
+        return filed(array, folder) if large else array
+
+    return {name: _Tensor(array, kept) for name, array in found.items()}
 
 
 def _changed(placement: Placement, moving: Mapping[str, _Scales | _Tensor]) -> Payload:
@@ -277,11 +301,15 @@ def _values(moving: Mapping[str, _Scales | _Tensor]) -> dict[str, Array]:
     return {name: part.value for name, part in moving.items()}
 
 
+def _room(moving: Mapping[str, _Scales | _Tensor]) -> dict[str, Array]:
+    return {name: part.gradient for name, part in moving.items() if isinstance(part, _Tensor)}
+
+
 def _loss(
     run: ScaleGradients, feeds: Sequence[Feed], moving: Mapping[str, _Scales | _Tensor]
 ) -> float:
     """Mean loss over inputs."""
-    return float(np.mean([run(feed, _values(moving))[0] for feed in feeds]))
+    return float(np.mean([run(feed, _values(moving), _room(moving))[0] for feed in feeds]))
 
 
 def _descend(
@@ -298,7 +326,7 @@ def _descend(
             part = 0.5 * (1.0 + math.cos(math.pi * number / steps))
             activity("tuning", number, steps, "inputs")
             number += 1
-            _, gradients = run(feeds[index], _values(moving))
+            _, gradients = run(feeds[index], _values(moving), _room(moving))
             for name, gradient in gradients.items():
                 if np.isfinite(gradient).all():
                     moving[name].step(gradient, part, number)

@@ -8,24 +8,26 @@ Of a table whose rows are looked up, ``H`` is that by the rows, and an error cos
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.passes.analysis.cache_outputs import without_caches
+from onnxcomp.passes.calibration.sensitivity import small_pieces
+from onnxcomp.passes.gradients import gradient_sums
 from onnxcomp.passes.gradients.backward import backward, with_shapes
 from onnxcomp.passes.gradients.curvature import curvature_seeds
+from onnxcomp.passes.gradients.gradient_sums import Curvature, GradientSums
 from onnxcomp.passes.gradients.lean_session import lean_session
 from onnxcomp.passes.gradients.tape import Tape
 from onnxcomp.passes.ir.model import copy_model, save
 from onnxcomp.passes.weight import Array, Feed, WeightSite
 from onnxcomp.runtime.activity import activity
+from onnxcomp.runtime.clients.patching import return_freed_memory
 
 __all__ = ["Curvature", "look_up_moments", "output_moments"]
 
@@ -36,19 +38,6 @@ _WIDEST = 4096
 
 # Bytes of initializers above which a model is not looked at: its activations stay for the way back.
 _LARGEST = 1 << 30
-
-
-@dataclasses.dataclass(slots=True)
-class Curvature:
-    """The curvature of the loss by vectors of one kind.
-
-    Attributes:
-        moments: Mean over inputs of the sums of ``g g^T``, float64 ``(width, width)``.
-        vectors: How many vectors were looked at.
-    """
-
-    moments: Array
-    vectors: int
 
 
 def output_moments(
@@ -112,10 +101,16 @@ def _moments(
         return [{} for _ in parts]
     with tempfile.TemporaryDirectory(dir=folder) as place:
         try:
-            return _measured(model, able, need, parts, Path(place))
+            pieces = [_cut(model, feeds, sum(widths.values())) for feeds in parts]
+            return _measured(model, able, need, pieces, Path(place))
         except ModelError as error:
             log.info("the curvature of the loss is not known: %s", error.message)
             return [{} for _ in parts]
+
+
+def _cut(model: ir.Model, feeds: Sequence[Feed], width: int) -> Sequence[Feed]:
+    """Inputs for which vectors of so many elements in all, for each of theirs, are not too much."""
+    return small_pieces(model, feeds, max(1, gradient_sums.HELD // (4 * width))) if feeds else feeds
 
 
 def _measured(
@@ -132,30 +127,23 @@ def _measured(
     session = lean_session(save(differentiated, folder / "curvature.onnx").files[0])
     count, done, found = sum(map(len, parts)), 0, []
     for feeds in parts:
-        totals: dict[str, Curvature] = {}
+        sums = GradientSums({site.name: width for site, width in widths.items()}, folder)
         for feed in feeds:
             activity("looking at the loss", done, count, "inputs")
             done += 1
             results = run_session(session, feed)
-            for name, (site, vectors) in names.items():
-                total = totals.setdefault(site, Curvature(np.zeros(results[name].shape), 0))
-                total.moments += results[name].astype(np.float64) / len(feeds)
-                total.vectors += int(results[vectors])
-        found.append({name: total for name, total in totals.items() if _known(total.moments)})
+            sums.add((site, results.pop(name)) for name, site in names.items())
+        found.append(sums.means(len(feeds)))
+    del session
+    return_freed_memory()
     return found
 
 
-def _known(total: Array) -> bool:
-    return bool(np.isfinite(total).all()) and float(np.trace(total)) > 0.0
-
-
-def _differentiate(
-    model: ir.Model, widths: Mapping[WeightSite, int], need: str
-) -> dict[str, tuple[str, str]]:
-    """Make sums of ``g g^T``, and numbers of vectors, the only outputs.
+def _differentiate(model: ir.Model, widths: Mapping[WeightSite, int], need: str) -> dict[str, str]:
+    """Make the gradients by products of weights, vectors ``(n, width)``, the only outputs.
 
     Returns:
-        By name of a sum the weight, and the name of the number.
+        By name of an output the weight.
     """
     graph = model.graph
     with_shapes(model)
@@ -174,9 +162,7 @@ def _differentiate(
     for number, (value, gradient) in enumerate(gradients.items()):
         site = results[value]
         flat = tape.node("Reshape", [gradient, tape.integers(-1, widths[site])])
-        moments = tape.product(flat, flat, left=True)
-        vectors = tape.node("Gather", [tape.shape(flat), tape.constant(np.array(0, np.int64))])
-        moments.name, vectors.name = f"curvature/{number}", f"vectors/{number}"
-        names[moments.name] = site.name, vectors.name
-        graph.outputs.extend([moments, vectors])
+        flat.name = f"gradients/{number}"
+        names[flat.name] = site.name
+        graph.outputs.append(flat)
     return names

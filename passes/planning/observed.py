@@ -34,7 +34,8 @@ def observed(prepared: Prepared, known: Measurements) -> Iterator[tuple[WeightSi
         return
     curvature = _curvature(prepared, known)
     for stats in collect(model, feeds, able):
-        outputs = curvature.get(stats.site.name)
+        # What is in files goes with the last who looks at it.
+        outputs = curvature.pop(stats.site.name, None)
         yield stats.site, dataclasses.replace(stats, outputs=outputs)
 
 

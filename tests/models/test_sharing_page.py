@@ -46,11 +46,12 @@ def test_the_tables_are_those_of_the_result_files() -> None:
     assert found.returncode == 0, f"run benchmarks/sharing_tables.py --write\n{found.stderr}"
 
 
-def test_the_picture_is_that_of_the_result_file() -> None:
+@pytest.mark.parametrize("name", ["sharing_training", "sharing_rivals"])
+def test_the_pictures_are_those_of_the_result_files(name: str) -> None:
     found = run(
-        "import json, pathlib, bench_sharing_training as b\n"
-        "rows = json.loads((b.RESULTS / 'sharing_training.json').read_text())['rows']\n"
-        "picture = pathlib.Path('docs/sharing_training.svg').read_text(encoding='utf-8')\n"
+        f"import json, pathlib, bench_{name} as b\n"
+        f"rows = json.loads((b.RESULTS / '{name}.json').read_text())['rows']\n"
+        f"picture = pathlib.Path('docs/{name}.svg').read_text(encoding='utf-8')\n"
         "sys.exit(b.picture(rows) != picture)"
     )
-    assert found.returncode == 0, f"run bench_sharing_training.py --draw\n{found.stderr}"
+    assert found.returncode == 0, f"run bench_{name}.py --draw\n{found.stderr}"

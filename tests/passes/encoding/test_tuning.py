@@ -150,7 +150,7 @@ def test_gradients_are_those_of_factors(path: Path, tmp_path: Path) -> None:
     model, weights = factored(path)
     placements = list(tuning._all_factored(weights).values())
     run = ScaleGradients(model, [], [], tmp_path, (), placements)
-    stored = {n: part.value for n, part in tuning._tensors(placements).items()}
+    stored = {n: part.value for n, part in tuning._tensors(placements, tmp_path).items()}
     feed, rng = samples(1)[0], np.random.default_rng(2)
     _, gradients = run(feed, stored)
     assert set(gradients) == set(stored)
@@ -174,3 +174,15 @@ def test_factors_change_and_the_loss_falls(path: Path) -> None:
             assert after.payload.tensors[key].dtype == np.float32
             assert not np.array_equal(after.payload.tensors[key], array)
         assert after.error > before.error  # by values nothing is better than where it began
+
+
+def test_factors_in_files_become_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, weights = factored(path)
+    found = []
+    for held in (1 << 26, 0):
+        monkeypatch.setattr(tuning, "_HELD", held)
+        tuned = tuning.tune(model, weights, samples(), 2)
+        assert tuned is not None
+        found.append([part.payload.tensors for part in tuned.weights if part.payload])
+    for here, there in zip(*found, strict=True):
+        assert all(np.array_equal(array, there[key]) for key, array in here.items())

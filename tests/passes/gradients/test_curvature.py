@@ -1,5 +1,6 @@
 """Random seeds have the curvature of the loss, and what comes back to products is their share."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxcomp.passes.analysis.weight_sites import find_sites
+from onnxcomp.passes.gradients import gradient_sums
 from onnxcomp.passes.gradients.curvature import curvature_seeds
+from onnxcomp.passes.gradients.gradient_sums import GradientSums
 from onnxcomp.passes.gradients.lean_session import lean_session
 from onnxcomp.passes.gradients.output_moments import look_up_moments, output_moments
 from onnxcomp.passes.gradients.tape import Tape
@@ -61,7 +64,7 @@ def test_seeds_have_the_curvature_of_the_loss(kind: str, tmp_path: Any) -> None:
     assert not np.array_equal(again, found)
 
 
-def test_products_have_the_curvature_behind_them() -> None:
+def test_products_have_the_curvature_behind_them(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     first = (rng.standard_normal((WIDTH, WIDTH)) / 5).astype(np.float32)
     second = (rng.standard_normal((WIDTH, WORDS)) / 5).astype(np.float32)
@@ -85,6 +88,9 @@ def test_products_have_the_curvature_behind_them() -> None:
     assert found["first"] == pytest.approx(inner, abs=0.1 * float(inner.max()))
     again = output_moments(model, sites, feeds)
     assert all(np.array_equal(found[name], again[name]) for name in found)
+    monkeypatch.setattr(gradient_sums, "HELD", 100_000)  # fewer samples together
+    apart = output_moments(model, sites, feeds)
+    assert apart["first"] == pytest.approx(inner, abs=0.1 * float(inner.max()))
 
 
 def test_a_model_without_a_way_back_tells_nothing() -> None:
@@ -127,3 +133,18 @@ def test_look_ups_have_the_curvature_behind_them() -> None:
         wanted = share * weight @ weight.T
         error = np.abs(found["table"].moments - wanted).max()
         assert error < 0.15 * float(wanted.max())
+
+
+def test_sums_in_files_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = [rng.standard_normal((n, WIDTH)).astype(np.float32) for n in (7, 50, 3)]
+    exact = sum(v.astype(np.float64).T @ v for v in vectors) / 2
+    for held in (1 << 28, 1):
+        monkeypatch.setattr(gradient_sums, "HELD", held)
+        sums = GradientSums({"a": WIDTH, "none": WORDS}, tmp_path)
+        for part in vectors:
+            sums.add([("a", part), ("none", np.zeros((2, WORDS), np.float32))])
+        found = sums.means(2)
+        assert set(found) == {"a"}
+        assert found["a"].vectors == 60
+        assert found["a"].moments == pytest.approx(exact, rel=1e-5, abs=1e-4)
