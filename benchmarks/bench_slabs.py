@@ -32,8 +32,8 @@ Array = npt.NDArray[Any]
 
 GROUP = 128
 
-# Signal to noise of codes of normal weights by bits, in decibels (docs/numbers.md).
-SNR = {1: 5.3, 2: 11.2, 3: 17.0, 4: 22.7, 5: 28.6}
+# Signal to noise of the default codes of normal weights by bits, in decibels.
+SNR = {1: 5.5, 2: 11.2, 3: 17.0, 4: 22.7, 5: 28.2}
 
 DAMPING = 0.01
 
@@ -97,9 +97,8 @@ def gain_of(error: Array, bits: int) -> tuple[float, float]:
     less = ranked[::-1] * (noise[bits - 1] - noise[bits])
     half = len(error) // 2
     steps = np.maximum(more[:half] - less[:half], 0.0)
-    return 1.0 - steps.sum() / (error.sum() * noise[bits]), 2.0 * np.count_nonzero(steps) / len(
-        error
-    )
+    gain = steps.sum() / (error.sum() * noise[bits])
+    return 1.0 - gain, 2.0 * np.count_nonzero(steps) / len(error)
 
 
 def measure(path: Path, data: Path) -> Iterator[dict[str, Any]]:
