@@ -349,11 +349,31 @@ def _near(results: Sequence[Mapping[str, Any]]) -> str:
     near, close = (sum(abs(at - 1) <= part for at in found) for part in (0.15, 0.25))
     far = len(found) - close
     unsure = sum(_by_chance(at) for row in results for at in row["equal_bytes"])
+    known = [at for row in results for at in row["equal_bytes"] if at.get("expected_loss_error")]
+    stated = sum(_in_interval(at) for at in known)
+    both = sum(_in_interval(at, at.get("measured_loss_error") or 0.0) for at in known)
     return (
         f"Of {len(found)} plans {near} lose within 15 % of what was expected, {close} within\n"
         f"25 %. Of the other {far}, {unsure} differ by less than two standard errors\n"
-        "of the difference."
+        f"of the difference. {stated} of the {len(known)} whose standard error is recorded lie\n"
+        "within the interval that they state (two standard errors of the logarithm of the\n"
+        f"expected loss), {both} where the standard error of the measurement widens it."
     )
+
+
+def _in_interval(at: Mapping[str, Any], error: float = 0.0) -> bool:
+    """Whether what a plan lost lies within the interval that it states.
+
+    Args:
+        at: Of one plan.
+        error: Standard error of what was measured, which widens the interval.
+    """
+    expected, measured = at["expected_loss"], at["mixed_with_inputs_loss"]
+    variances = [
+        math.log1p((at["expected_loss_error"] / expected) ** 2),
+        math.log1p((error / measured) ** 2),
+    ]
+    return bool(abs(math.log(measured / expected)) <= 2.0 * math.sqrt(sum(variances)))
 
 
 def _by_chance(at: Mapping[str, Any]) -> bool:

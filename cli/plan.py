@@ -115,6 +115,9 @@ def plan_verdict(plan: Plan) -> str:
         text += f", {bytes_text(plan.portable_load_bytes)} of memory to load without the library"
     if plan.error is not None:
         text += f", expected error {100 * plan.error:.2f} %"
+    if plan.loss_interval is not None:
+        low, high = plan.loss_interval
+        text += f", expected loss {plan.loss:.3g} ({low:.3g} to {high:.3g})"
     text = ", ".join([text, *prune_text(None if plan.pruned is None else plan.pruned.to_json())])
     wanted = plan.budget.bytes
     if wanted is None:

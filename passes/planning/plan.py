@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -153,6 +154,19 @@ class Plan:
     def ratio(self) -> float | None:
         """Bytes of the input over bytes of the output."""
         return None if not self.bytes else self.source.bytes / self.bytes
+
+    @property
+    def loss_interval(self) -> tuple[float, float] | None:
+        """Where `loss` lies with many inputs of this kind; None where that is not known.
+
+        Two standard errors of its logarithm to either side: losses are positive, and few inputs
+        that lose much make large ones more likely than a symmetric interval says. It tells the
+        chance among inputs alone, not what a plan is wrong about.
+        """
+        if not self.loss or self.loss_error is None:
+            return None
+        factor = math.exp(2.0 * math.sqrt(math.log1p((self.loss_error / self.loss) ** 2)))
+        return self.loss / factor, self.loss * factor
 
     def settle(self, sites: Sequence[WeightSite], estimator: Estimator | None = None) -> Plan:
         """A copy whose bytes and errors are those of the codecs on these sites.

@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 
 import onnxcomp as oc
 from onnxcomp.cli.app import main
+from onnxcomp.cli.plan import plan_verdict
 from onnxcomp.cli.plots import scatter
 from onnxcomp.passes.analysis.weight_sites import read_weight
 from onnxcomp.passes.calibration.perturbation import Probe
@@ -241,9 +242,17 @@ def test_bytes_go_where_the_outputs_need_them(model: Path, data: Path, tmp_path:
     assert plan.loss == pytest.approx(errors[1] ** 2, rel=0.2)
     assert plan.loss is not None and 0.0 < (plan.loss_error or 0.0) < plan.loss
     assert plan.to_json()["loss_error"] == pytest.approx(plan.loss_error, rel=1e-3)
+    low, high = plan.loss_interval or (0.0, 0.0)
+    assert low * high == pytest.approx(plan.loss**2)
+    assert low < errors[1] ** 2 < high
+    assert f"({low:.3g} to {high:.3g})" in plan_verdict(plan)
+    assert "expected loss" not in plan_verdict(blind)
+    unsure = dataclasses.replace(plan, loss=0.02, loss_error=0.02)
+    assert unsure.loss_interval == pytest.approx((0.02 / 5.287, 0.02 * 5.287), rel=1e-3)
     losses = {entry["plan"]: entry["loss"] for entry in plan.compared}
     assert losses["expected best"] == min(losses.values()) < 0.5 * losses["equal"]
     assert not blind.compared and blind.loss is None and blind.loss_error is None
+    assert blind.loss_interval is None
 
 
 @pytest.mark.parametrize(("small", "chosen"), [(True, True), (False, True), (False, False)])
