@@ -18,7 +18,14 @@ from onnxcomp.cli.options import (
 from onnxcomp.cli.progress import progress
 from onnxcomp.cli.prune import prune_text, show_division, show_pruned
 from onnxcomp.cli.terminal import Terminal, bytes_text, with_terminal
-from onnxcomp.cli.verdicts import gain_lines, judged_text, remarks_of, speed_lines, warnings_of
+from onnxcomp.cli.verdicts import (
+    code_remarks,
+    gain_lines,
+    judged_text,
+    remarks_of,
+    speed_lines,
+    warnings_of,
+)
 from onnxcomp.passes.config.options import OptimizeOptions
 
 if TYPE_CHECKING:
@@ -69,8 +76,7 @@ def command(
 
         write_page(result.report.to_json(), report)
     show_result(terminal, result)
-    remarks = remarks_of(result.report.verify, judged=result.report.evaluation is not None)
-    lines = [*remarks, verdict(result), *last_lines(result)]
+    lines = [*first_lines(result), verdict(result), *last_lines(result)]
     terminal.finish(result.report.to_json(), "\n".join(lines))
     if failure is not None:
         click.echo(f"error: {failure.message}\nhint: {failure.hint}", err=True)
@@ -117,14 +123,24 @@ def verdict(result: Result) -> str:
     return ", ".join(parts)
 
 
+def first_lines(result: Result) -> list[str]:
+    """What is good to know before the verdict."""
+    from onnxcomp.runtime.machine import current_isa, look, target_of
+
+    report = result.report
+    lines = [*remarks_of(report.verify, judged=report.evaluation is not None)]
+    if result.path is not None:
+        lines += code_remarks(report.to_json(), target_of(current_isa(look())))
+    return lines
+
+
 def last_lines(result: Result) -> list[str]:
     """What must not be missed: a large loss, and a target that was not met."""
     from onnxcomp.passes.report.form import INLINED
-    from onnxcomp.runtime.machine import current_isa, look, target_of
 
     report, lines = result.report, warnings_of(result.report.verify)
     if result.path is not None:
-        lines += speed_lines(report.to_json(), target_of(current_isa(look())))
+        lines += speed_lines(report.to_json())
         lines += gain_lines(report.to_json())
     if report.config["functions"] != "local" and result.path is not None:
         lines.append(f"note: {INLINED}")

@@ -8,7 +8,14 @@ from typing import Any
 
 from onnxcomp.cli.terminal import percent_text
 
-__all__ = ["gain_lines", "judged_text", "remarks_of", "speed_lines", "warnings_of"]
+__all__ = [
+    "code_remarks",
+    "gain_lines",
+    "judged_text",
+    "remarks_of",
+    "speed_lines",
+    "warnings_of",
+]
 
 # Relative L2 difference of an output from which on a result is hardly of use: -6 dB of noise.
 FAR = 0.5
@@ -63,21 +70,28 @@ def gain_lines(report: Mapping[str, Any]) -> Iterable[str]:
     )
 
 
-def speed_lines(report: Mapping[str, Any], machine: str | None) -> Iterable[str]:
-    """What makes a result faster, where it was slower than the original or other codes suit better.
+def speed_lines(report: Mapping[str, Any]) -> Iterable[str]:
+    """What makes a result faster that was slower than the original.
+
+    Args:
+        report: JSON of a run.
+    """
+    factor = (report["verify"] or {}).get("slowdown") or 0.0
+    if factor > _SLOW and report["config"].get("max_slowdown") is None:
+        yield (
+            f"warning: it ran {factor:.1f} times as long as the original on these inputs: "
+            "--max-slowdown 1 takes int8 or dense weights where codes are slow"
+        )
+
+
+def code_remarks(report: Mapping[str, Any], machine: str | None) -> Iterable[str]:
+    """That other codes suit this machine better, said before the verdict.
 
     Args:
         report: JSON of a run.
         machine: The class of this machine, a value of the option `target`; None where no kernel is
             fast.
     """
-    factor = (report["verify"] or {}).get("slowdown") or 0.0
-    slow = factor > _SLOW and report["config"].get("max_slowdown") is None
-    if slow:
-        yield (
-            f"warning: it ran {factor:.1f} times as long as the original on these inputs: "
-            "--max-slowdown 1 takes int8 or dense weights where codes are slow"
-        )
     named = report["config"].get("target", "any") != "any"
     if machine in ("avx2", "neon") and not named and any(map(_multiplied, report["sites"])):
         yield f"note: other codes run up to 2.5 times as fast on this processor: --target {machine}"

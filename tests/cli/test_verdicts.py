@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxcomp.cli.verdicts import gain_lines, remarks_of, speed_lines, warnings_of
+from onnxcomp.cli.verdicts import code_remarks, gain_lines, remarks_of, speed_lines, warnings_of
 from onnxcomp.passes.verification.clock import Clock
 from onnxcomp.passes.verification.fidelity import verify
 
@@ -22,16 +22,16 @@ def report(slowdown: float | None, params: dict[str, Any] = USUAL, **config: Any
 
 
 def test_a_slow_result_is_warned_of_with_what_helps() -> None:
-    (line,) = speed_lines(report(1.4), "avx512")
+    (line,) = speed_lines(report(1.4))
     assert line.startswith("warning: it ran 1.4 times as long") and "--max-slowdown 1" in line
     for quiet in (report(1.1), report(None), report(1.4, max_slowdown=2.0)):
-        assert not list(speed_lines(quiet, "avx512"))
+        assert not list(speed_lines(quiet))
 
 
 def test_codes_that_suit_the_machine_are_named() -> None:
-    (line,) = speed_lines(report(0.8), "avx2")
+    (line,) = code_remarks(report(0.8), "avx2")
     assert line.endswith("--target avx2")
-    (line,) = speed_lines(report(None), "neon")
+    (line,) = code_remarks(report(None), "neon")
     assert line.endswith("--target neon")
 
 
@@ -45,11 +45,11 @@ def test_codes_that_suit_the_machine_are_named() -> None:
     ],
 )
 def test_nothing_is_said_where_other_codes_would_not_help(suited: dict[str, Any]) -> None:
-    assert not list(speed_lines(suited, "avx2"))
+    assert not list(code_remarks(suited, "avx2"))
     folded = report(0.8)
     folded["sites"][0]["mode"] = "folded"
-    assert not list(speed_lines(folded, "avx2"))
-    assert not list(speed_lines(report(0.8), None))
+    assert not list(code_remarks(folded, "avx2"))
+    assert not list(code_remarks(report(0.8), None))
 
 
 def gained(before: int, after: int, **asked: Any) -> list[str]:

@@ -22,6 +22,7 @@ from onnxcomp.passes.codecs.hash import bodies as hash_bodies
 from onnxcomp.passes.codecs.hash import format as hash_format
 from onnxcomp.passes.codecs.hash.format import ChunkLayout, Sharing
 from onnxcomp.passes.weight import DOMAIN
+from onnxcomp.runtime.machine import can_run
 
 Array = npt.NDArray[Any]
 
@@ -178,6 +179,8 @@ def test_bodies_are_right_in_every_opset(opset: int) -> None:
 def test_products_are_those_of_the_dense_weight(
     isa: str, memory: type, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not can_run(isa):
+        pytest.skip(f"this machine has no {isa}")
     monkeypatch.setenv("ONNXCOMP_ISA", isa)
     for case in (
         make_case(50, 300, slots=9, memory=memory, base=3),
@@ -186,10 +189,7 @@ def test_products_are_those_of_the_dense_weight(
         dense = case.dense().astype(np.float64)
         x = np.random.default_rng(count).standard_normal((count, dense.shape[1]))
         x = x.astype(np.float32)
-        try:
-            kernel, _ = forms_of("HashMatMul", case, x)
-        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            pytest.skip(f"this machine has no {isa}: {error}")
+        kernel, _ = forms_of("HashMatMul", case, x)
         expected = x @ dense.T
         bound = 1e-5 * (np.abs(x) @ np.abs(dense).T)
         assert (np.abs(kernel - expected) <= bound).all()
@@ -221,13 +221,9 @@ def test_int8_products_have_the_same_bits_on_every_instruction_set(
     x = np.random.default_rng(count).standard_normal((count, 300)).astype(np.float32)
     x[0, 128:256] = 0
     expected = int8_product(case, x)
-    for isa in ISAS:
+    for isa in filter(can_run, ISAS):
         monkeypatch.setenv("ONNXCOMP_ISA", isa)
-        try:
-            kernel, _ = forms_of("HashMatMul", case, x, precision=1)
-        except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as error:
-            assert isa != "plain", error
-            continue
+        kernel, _ = forms_of("HashMatMul", case, x, precision=1)
         assert np.array_equal(kernel, expected), isa
 
 
