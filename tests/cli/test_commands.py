@@ -17,6 +17,8 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxcomp.runtime.machine import can_run
+
 Run = Callable[..., Any]  # gives an Answer: code, out, err, json, verdict
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +45,18 @@ def test_optimize_writes_a_smaller_verified_model(
     for name in ("table", "up", "down"):
         assert re.search(rf"^{name} .* hyper ", answer.out, re.MULTILINE)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.onnx"]
+
+
+@pytest.mark.skipif(not can_run("avx2"), reason="this processor has no AVX2")
+def test_codes_that_suit_the_processor_are_named_before_the_verdict(
+    onnxcomp: Run, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONNXCOMP_ISA", "avx2")
+    answer = onnxcomp("optimize", small_model, "-o", tmp_path / "small.onnx")
+    assert answer.code == 0, answer.err
+    note = answer.out.index("note: other codes run")
+    assert note < answer.out.index(answer.verdict)
+    assert answer.verdict.endswith("runs; loss not judged (inputs made up)")
 
 
 def test_the_result_of_optimize_follows_its_schema(
