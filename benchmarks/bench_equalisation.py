@@ -49,9 +49,10 @@ def of_transformer(path: Path, data: Path) -> Array:
     sums = moments(model, set(readers), real_inputs(path, data))
     total = np.zeros(len(POWERS))
     for name, weights in readers.items():
-        moment = sums[name] + DAMPING * np.mean(np.diag(sums[name])) * np.eye(len(sums[name]))
+        moment = sums[name]
+        second = np.diag(moment) + DAMPING * np.mean(np.diag(moment))
         power = np.sum([np.square(weight).sum(axis=1) for weight in weights], axis=0)
-        for index, square in enumerate(squares(np.diag(moment), power)):
+        for index, square in enumerate(squares(second, power)):
             scale = np.sqrt(square)
             left = left_over(moment / np.outer(scale, scale), np.arange(len(moment)))
             for weight in weights:

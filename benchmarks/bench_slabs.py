@@ -14,6 +14,7 @@ Groups are rotated as the codes rotate them.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
+from bench_hyper_quality import coded, sample
 from onnx import numpy_helper
 from planner_inputs import real_inputs
 from results import print_table, write_results
 
+from onnxcomp.passes.codecs.hyper.codec import HyperParams
 from onnxcomp.passes.codecs.hyper.viterbi import rotated
 
 Array = npt.NDArray[Any]
 
 GROUP = 128
-
-# Signal to noise of the default codes of normal weights by bits, in decibels.
-SNR = {1: 5.5, 2: 11.2, 3: 17.0, 4: 22.7, 5: 28.2}
 
 DAMPING = 0.01
 
@@ -89,9 +89,17 @@ def ordered(moment: Array, order: str) -> Array:
     return inputs.reshape(-1)
 
 
+@functools.cache
+def noise_of(bits: int) -> float:
+    """Relative squared error of the default codes of normal weights."""
+    weight = sample("normal", 1 << 20)
+    restored, _ = coded(weight, "hyper", HyperParams(bits))
+    return float(np.square(restored - weight).sum() / np.square(weight).sum())
+
+
 def gain_of(error: Array, bits: int) -> tuple[float, float]:
     """Error with one bit more or less over that with equal bits, and the share that moves."""
-    noise = {k: 10.0 ** (-snr / 10.0) for k, snr in SNR.items()}
+    noise = {k: noise_of(k) for k in (bits - 1, bits, bits + 1)}
     ranked = np.sort(error)[::-1]
     more = ranked * (noise[bits] - noise[bits + 1])
     less = ranked[::-1] * (noise[bits - 1] - noise[bits])

@@ -91,13 +91,19 @@ def whole_models() -> Iterator[str]:
         yield f"{goals}{'; '.join(texts) or 'none'}.\n"
 
 
+def machine_name(results: Mapping[str, Any]) -> str:
+    """The processor, and that it has AVX2 only where it was not made so by a mask."""
+    real = results["isa"].startswith("avx2") and "masking" not in results["cpu"]
+    return f"{results['cpu']}, which has AVX2 only" if real else str(results["cpu"])
+
+
 def class_text(results: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """Which machine, and how busy it was."""
     loads = [row["load_average"] for row in records]
     threads = records[0]["threads"]
     unit = "One thread" if threads == 1 else "Two threads"
     return (
-        f"{unit} of an {results['cpu']}, two processors with a load of {min(loads):.0f} to\n"
+        f"{unit} of an {machine_name(results)}, two processors with a load of {min(loads):.0f} to\n"
         f"{max(loads):.0f}; ONNX Runtime {results['environment']['onnxruntime']}.\n"
     )
 
@@ -144,7 +150,7 @@ def headline_latency() -> Iterator[str]:
             if case in records
         ]
         yield (
-            f"Times as fast as float32 on an {results['cpu']}, one thread\n"
+            f"Times as fast as float32 on an {machine_name(results)}, one thread\n"
             f"({target}; `benchmarks/bench_latency.py`):\n"
         )
         columns = ("model and inputs", "dynamic int8", "MatMulNBits int4", "4 bits", "2 bits")

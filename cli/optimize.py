@@ -128,7 +128,7 @@ def first_lines(result: Result) -> list[str]:
     from onnxcomp.runtime.machine import current_isa, look, target_of
 
     report = result.report
-    lines = [*remarks_of(report.verify, judged=report.evaluation is not None)]
+    lines = remarks_of(report.verify, judged=report.evaluation is not None)
     if result.path is not None:
         lines += code_remarks(report.to_json(), target_of(current_isa(look())))
     return lines
