@@ -12,7 +12,7 @@ from onnxcomp.cli.verdicts import code_remarks, gain_lines, remarks_of, speed_li
 from onnxcomp.passes.verification.clock import Clock
 from onnxcomp.passes.verification.fidelity import verify
 
-SITE = {"method": "hyper", "mode": "fused", "uses": ["MatMul"]}
+SITE = {"method": "hyper", "mode": "fused", "uses": ["MatMul"], "bytes_before": 4000}
 USUAL = {"bits": 4, "state_bits": 7, "group": 128}
 
 
@@ -50,6 +50,11 @@ def test_nothing_is_said_where_other_codes_would_not_help(suited: dict[str, Any]
     folded["sites"][0]["mode"] = "folded"
     assert not list(code_remarks(folded, "avx2"))
     assert not list(code_remarks(report(0.8), None))
+    mostly = report(0.8)
+    mostly["sites"].append({**SITE, "params": USUAL, "uses": ["Conv"], "mode": "folded"})
+    assert not list(code_remarks(mostly, "avx2"))
+    mostly["sites"][0]["bytes_before"] = 5000
+    assert list(code_remarks(mostly, "avx2"))
 
 
 def gained(before: int, after: int, **asked: Any) -> list[str]:

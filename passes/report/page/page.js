@@ -100,8 +100,8 @@ function network() {
   const measured = shown.filter((site) => site.output_error > 0);
   const values = [...shown.map((s) => decibels(s.weight_error)), ...measured.map((s) => decibels(s.output_error))];
   const index = new Map(shown.map((site, number) => [site, number + 1]));
-  return section("Signal-to-noise ratio through the network",
-    "Weights in the order of the model, higher is better." + (measured.length ? " Filled: its products on held-out inputs; rings: the weight itself." : ""),
+  return section("Signal-to-noise ratio of every weight",
+    "Weights in the order of the file, higher is better." + (measured.length ? " Filled: its products on held-out inputs; rings: the weight itself." : ""),
     plot({
       xs: [1, Math.max(2, shown.length)], ys: values, xText: String, yText: (v) => v + " dB", xTitle: "weight", yTitle: "",
     }, (x, y) => [
