@@ -14,7 +14,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["CLASSIFIERS", "REAL", "Batches", "Feed", "cifar_feeds", "speech_frames"]
+__all__ = [
+    "CLASSIFIERS",
+    "REAL",
+    "Array",
+    "Batches",
+    "Feed",
+    "cifar_feeds",
+    "file_bytes",
+    "frames_of",
+    "speech",
+    "speech_frames",
+]
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
@@ -92,19 +103,27 @@ def mnist(data: Path, count: int = 2000) -> Batches:
         yield {"Input3": pixels[number]}, np.array([labels[number]])
 
 
+def file_bytes(content: bytes) -> Array:
+    """What magika reads of a file ``(1, 2048)``: first and last 1,024 bytes, padded with 256.
+
+    White space at both ends is stripped before.
+    """
+    first, last = content[:4096].lstrip()[:1024], content[-4096:].rstrip()[-1024:]
+    tokens = np.full((1, 2048), 256, np.int32)
+    tokens[0, : len(first)] = np.frombuffer(first, np.uint8)
+    tokens[0, 2048 - len(last) :] = np.frombuffer(last, np.uint8)
+    return tokens
+
+
 def magika(data: Path) -> Batches:
-    """First and last 1,024 bytes, white space stripped, padded with 256."""
+    """The files that its authors test with."""
     folder = data / "eval" / "magika"
     kinds = json.loads((folder / "config.min.json").read_text())["target_labels_space"]
     for path in sorted(file for file in (folder / "basic").rglob("*") if file.is_file()):
         content = path.read_bytes()
         if len(content) < 8:  # decided by rule, not by the model
             continue
-        first, last = content[:4096].lstrip()[:1024], content[-4096:].rstrip()[-1024:]
-        tokens = np.full((1, 2048), 256, np.int32)
-        tokens[0, : len(first)] = np.frombuffer(first, np.uint8)
-        tokens[0, 2048 - len(last) :] = np.frombuffer(last, np.uint8)
-        yield {"bytes": tokens}, np.array([kinds.index(path.parent.name)])
+        yield {"bytes": file_bytes(content)}, np.array([kinds.index(path.parent.name)])
 
 
 def language_model(data: Path, windows: int = 40) -> Batches:
@@ -162,13 +181,23 @@ def text_bytes(data: Path) -> Iterator[Feed]:
         yield {"input": content[None, start : start + 200]}
 
 
-def speech_frames(data: Path) -> Iterator[Array]:
-    """Frames of 512 samples of speech at 16 kHz, with the 64 samples before them ``(1, 576)``."""
+def speech(data: Path) -> Array:
+    """A minute of speech at 16 kHz ``(samples,)`` float32, -1 to 1."""
     with wave.open(str(data / "eval" / "silero" / "test.wav")) as file:
         raw = np.frombuffer(file.readframes(file.getnframes()), np.int16)
-    samples = np.concatenate([np.zeros(64, np.float32), raw.astype(np.float32) / 32768])
-    for start in range(0, len(raw) - 511, 512):
+    return raw.astype(np.float32) / 32768
+
+
+def frames_of(sound: Array) -> Iterator[Array]:
+    """Frames of 512 samples, with the 64 samples before them ``(1, 576)``."""
+    samples = np.concatenate([np.zeros(64, np.float32), sound])
+    for start in range(0, len(sound) - 511, 512):
         yield samples[None, start : start + 576]
+
+
+def speech_frames(data: Path) -> Iterator[Array]:
+    """Frames of the recording."""
+    yield from frames_of(speech(data))
 
 
 IMAGENET_MEAN, IMAGENET_STD = 255 * CIFAR_MEAN, 255 * CIFAR_STD

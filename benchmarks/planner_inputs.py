@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
-from inputs import CLASSIFIERS, Feed, speech_frames
+from inputs import CLASSIFIERS, Array, Feed, file_bytes, frames_of, speech
 
 __all__ = ["MODELS", "real_inputs", "write_halves"]
 
 # Inputs of texts in each half, and samples in one input.
 _COUNT, _BATCH = 24, 8
+
+# Files of one suffix.
+_FILES = 24
 
 MODELS = (
     "resnet20_cifar10",
@@ -25,15 +29,32 @@ MODELS = (
 )
 
 
+def _recordings(data: Path) -> list[Array]:
+    """The recording, quieter, and with noise of 20 and 10 dB below it, white and brown."""
+    sound = speech(data)
+    rng = np.random.default_rng(0)
+    white = rng.standard_normal(len(sound))
+    brown = np.cumsum(rng.standard_normal(len(sound)))
+    brown -= np.convolve(brown, np.full(1600, 1 / 1600), "same")  # no drift below 10 Hz
+    loudness = np.sqrt(np.mean(sound.astype(np.float64) ** 2))
+    found = [sound, sound / 4]
+    for noise, decibels in ((white, 20), (white, 10), (brown, 20), (brown, 10)):
+        scale = loudness * 10 ** (-decibels / 20) / np.sqrt(np.mean(noise**2))
+        found.append((sound + scale * noise).astype(np.float32))
+    return found
+
+
 def _speech(data: Path, model: Path) -> list[Feed]:
-    """The frames of a recording, with the state that the original has there, in batches."""
+    """Frames of recordings, with the state that the original has there, in batches."""
     session = onnxruntime.InferenceSession(model)
-    state, rate = np.zeros((2, 1, 128), np.float32), np.array(16000)
+    rate = np.array(16000)
     frames, states = [], []
-    for frame in speech_frames(data):
-        frames.append(frame)
-        states.append(state)
-        _, state = session.run(None, {"input": frame, "state": state, "sr": rate})
+    for sound in _recordings(data):
+        state = np.zeros((2, 1, 128), np.float32)
+        for frame in frames_of(sound):
+            frames.append(frame)
+            states.append(state)
+            _, state = session.run(None, {"input": frame, "state": state, "sr": rate})
     starts = range(0, len(frames), _BATCH)
     return [
         {
@@ -42,6 +63,28 @@ def _speech(data: Path, model: Path) -> list[Feed]:
             "sr": rate,
         }
         for start in starts
+    ]
+
+
+def _files(data: Path, model: Path) -> list[Feed]:
+    """Files that magika's authors test with, and files of this system, of every suffix some.
+
+    A few files make up most of what is lost, so many are needed.
+    """
+    del model
+    by_suffix: dict[str, list[Path]] = {}
+    for root in (Path(sys.base_prefix) / "lib", Path("/usr/share"), Path(sys.prefix)):
+        for path in sorted(root.rglob("*.*")):
+            if path.is_file() and not path.is_symlink() and path.stat().st_size >= 8:
+                by_suffix.setdefault(path.suffix, []).append(path)
+    rows = [feed["bytes"] for feed, _ in CLASSIFIERS["magika_standard_v3_3"](data)]
+    for paths in by_suffix.values():
+        chosen = paths[:: max(1, len(paths) // _FILES)][:_FILES]
+        rows += [file_bytes(path.read_bytes()) for path in chosen]
+    order = np.random.default_rng(0).permutation(len(rows))
+    return [
+        {"bytes": np.concatenate([rows[i] for i in order[start : start + _BATCH]])}
+        for start in range(0, len(rows), _BATCH)
     ]
 
 
@@ -75,9 +118,10 @@ def _classified(data: Path, model: Path) -> list[Feed]:
 
 
 def real_inputs(model: Path, data: Path) -> list[Feed]:
-    """Real inputs of a model: some tens of texts, hundreds of pictures and frames of sound."""
+    """Real inputs of a model: tens of texts, hundreds of pictures, thousands of files."""
     special: dict[str, Any] = {
         "silero_vad": _speech,
+        "magika_standard_v3_3": _files,
         "minilm_l6_v2_embed": _sentences,
         "tinyllama_ref": _text,
     }

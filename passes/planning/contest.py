@@ -40,9 +40,9 @@ _EQUAL, _TABLES = "equal", "equal, and a bit more for tables"
 # Share of the target that a plan near equal bits has to use to be the safe one.
 _USED = 0.97
 
-# Standard error of what is expected of the chosen plan, over the loss, and how many times as many
-# inputs as plans are compared on are run for it at most.
-_FINE, _MORE = 0.05, 16
+# Standard error of what is expected of the chosen plan, over the loss; how many times as many
+# inputs as before are run for it, and how often at most: few tell badly how many it takes.
+_FINE, _MORE, _ROUNDS = 0.05, 16, 2
 
 SizeOf = Callable[[Sequence[Candidate]], int]
 
@@ -129,6 +129,9 @@ def contest(
     entries: list[Entry] = []
     for entry in (safe, *near, *_fitted("mixed", sets, target, size_of), first):
         _add(entries, entry)
+    known = [_settings(entry.picks) for entry in entries]
+    by_size = _fitted("mixed by size", _by_size(sets), target, size_of)
+    entries += [entry for entry in by_size if _settings(entry.picks) not in known]
     if len(entries) == 1 and not referee.real:
         return entries
     judged = [dataclasses.replace(own, measured=referee.judge(own.picks)) for own in entries]
@@ -149,15 +152,19 @@ def expected_of(entry: Entry, referee: Referee) -> OutputDifference | None:
     certain: of a classifier's pictures a tenth make up most of the loss. What was estimated is
     measured on as many at least.
     """
-    found = entry.measured
+    found, estimated = entry.measured, referee.estimated
     if found is None or referee.longer is None:
         return found
-    runs = len(found.losses())
-    wanted = math.ceil(runs * (found.uncertainty() / _FINE) ** 2) if runs > 1 else _MORE
-    if wanted <= runs and not referee.estimated:
-        return found
-    more = referee.longer(entry.picks, min(max(runs, wanted), _MORE * runs))
-    return found if more is None or len(more.losses()) < runs else more
+    for _ in range(_ROUNDS):
+        runs = len(found.losses())
+        wanted = math.ceil(runs * (found.uncertainty() / _FINE) ** 2) if runs > 1 else _MORE
+        if wanted <= runs and not estimated:
+            break
+        more = referee.longer(entry.picks, min(max(runs, wanted), _MORE * runs))
+        if more is None or len(more.losses()) < runs + (not estimated):
+            break
+        found, estimated = more, False
+    return found
 
 
 def _add(entries: list[Entry], entry: Entry) -> None:
@@ -203,16 +210,20 @@ def _around_equal(
     near = _near(sets, best.picks, equal)
     if near is None:
         return [best]
-    by_size = [dataclasses.replace(own, sensitivity=None, scale=None) for own in near]
     found: list[Entry] = []
     for entry in (
-        *_fitted("equal, and a bit more by size", by_size, target, size_of),
+        *_fitted("equal, and a bit more by size", _by_size(near), target, size_of),
         *_fitted("equal, and a bit more where it helps", near, target, size_of),
         *_for_tables(near, target, size_of),
         best,
     ):
         _add(found, entry)
     return found
+
+
+def _by_size(sets: Sequence[CandidateSet]) -> list[CandidateSet]:
+    """The sets without what was measured."""
+    return [dataclasses.replace(own, sensitivity=None, scale=None) for own in sets]
 
 
 def _fitted(

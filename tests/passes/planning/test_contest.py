@@ -85,6 +85,22 @@ def test_equal_bits_win_where_expectations_are_wrong() -> None:
     assert bits(best.picks) == [3, 3, 3, 3]
 
 
+def test_the_plan_without_measurements_wins_where_these_mislead() -> None:
+    sets = [
+        dataclasses.replace(own, prior=prior)
+        for own, prior in zip(weights(sensitivities=(1, 1, 1, 60)), (60, 1, 1, 1), strict=True)
+    ]
+    target = 4 * 3 * 2**14
+    first = Entry("expected best", *fit(sets, target, size))
+
+    def reversed_(found: list[int]) -> Sequence[float]:
+        return [true(found[::-1])] * RUNS
+
+    best = contest(sets, first, target, size, Referee(judge(reversed_)), plans_of_bits(sets))[0]
+    assert best.name == "mixed by size"
+    assert bits(best.picks)[0] > 3 > min(bits(best.picks))
+
+
 def test_a_gain_that_is_chance_is_none() -> None:
     rng = np.random.default_rng(1)
 
@@ -185,22 +201,31 @@ def expected(
 def test_as_many_inputs_are_run_as_the_mean_takes() -> None:
     rng = np.random.default_rng(3)
     heavy = rng.pareto(3.0, 4000) + 1e-3  # few inputs make up most of it
-    (count,), found = expected(heavy[:64], heavy)
-    assert 64 < count <= 16 * 64
-    assert found is not None and len(found.losses()) == count
-    assert found.mean().loss == pytest.approx(heavy[:count].mean())
+    asked, found = expected(heavy[:64], heavy)
+    assert 64 < asked[0] <= 16 * 64 and asked == sorted(asked)
+    assert found is not None and len(found.losses()) == asked[-1]
+    assert found.mean().loss == pytest.approx(heavy[: asked[-1]].mean())
     assert found.uncertainty() < differences(heavy[:64]).uncertainty()
     even = 1 + 0.1 * rng.standard_normal(64)
     asked, found = expected(even, heavy)
     assert asked == [] and found is not None and len(found.losses()) == 64
 
 
+def test_few_inputs_are_asked_twice_how_many_it_takes() -> None:
+    # Of the first eight none is one of those that make up most of it.
+    losses = np.tile(np.r_[np.full(31, 1.0), 100.0], 40)
+    wavering = np.tile([0.4, 1.6], 4)
+    asked, found = expected(wavering, losses)
+    assert len(asked) == 2 and 8 < asked[0] <= 8 * 16 < asked[1] <= 8 * 16 * 16
+    assert found is not None and found.mean().loss == pytest.approx(losses.mean(), rel=0.1)
+
+
 def test_inputs_that_there_are_no_more_of_change_nothing() -> None:
     heavy = np.random.default_rng(3).pareto(2.0, 20) + 1e-3
     (count,), found = expected(heavy, heavy)
     assert count > 20 and found is not None and len(found.losses()) == 20
-    (count,), found = expected(heavy[:1], heavy)
-    assert count == 16 and found is not None and len(found.losses()) == 16
+    (count, _), found = expected(heavy[:1], heavy)
+    assert count == 16 and found is not None and len(found.losses()) == 20
     entry = Entry("plan", [], 0, None)
     assert expected_of(entry, Referee(lambda _: None, longer=lambda *_: None)) is None
 
