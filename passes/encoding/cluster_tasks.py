@@ -7,6 +7,7 @@ through a folder that the client shares as well, or through the network where it
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import platform
 import secrets
@@ -23,6 +24,7 @@ from onnxcomp.passes.calibration.blas_threads import use_blas_threads
 from onnxcomp.passes.codecs import CODECS
 from onnxcomp.passes.encoding.by_values import encode_matrix
 from onnxcomp.passes.encoding.encoded import EncodedWeight
+from onnxcomp.passes.encoding.parcels import Parcel
 from onnxcomp.passes.encoding.payload_cache import PayloadCache, code_version, payload_of
 from onnxcomp.passes.ir.tensors import MappedTensor, shape_of
 from onnxcomp.passes.planning.candidates import Choice
@@ -46,6 +48,8 @@ __all__ = [
     "look_around",
     "versions",
 ]
+
+log = logging.getLogger(__name__)
 
 _RUNTIME = "ONNX Runtime"
 
@@ -233,9 +237,9 @@ class Answer:
         error: As in `EncodedWeight`.
         reason: As there.
         note: As there.
-        tensors: Tensors of the payload; None where it is in the exchange, or there is none.
+        tensors: Tensors of the payload, or the file in the exchange that has them; None where there
+            is no payload.
         attributes: Attributes of the payload.
-        key: Of the payload in the exchange; empty where it is not there.
         output_error: As in `EncodedWeight`.
         shift: As there.
     """
@@ -244,31 +248,50 @@ class Answer:
     error: float
     reason: str
     note: str
-    tensors: Mapping[str, Array] | None = None
+    tensors: Mapping[str, Array] | Parcel | None = None
     attributes: Mapping[str, Attribute] = dataclasses.field(default_factory=dict)
-    key: str = ""
     output_error: float | None = None
     shift: Shift | None = None
 
-    def encoded(
-        self, site: WeightSite, choice: Choice, exchange: PayloadCache
-    ) -> EncodedWeight | None:
+    def encoded(self, site: WeightSite, choice: Choice) -> EncodedWeight:
         """The weight on the client's side; its file in the exchange is removed.
 
-        Returns:
-            The weight; None where its file is not there or not whole.
+        Raises:
+            OSError: That file is not there, or not whole.
         """
-        payload, codec = None, CODECS[choice.codec]
-        if self.key:
-            payload = exchange.get(self.key, site, codec, choice.params)
-            if payload is None:
-                return None
-            exchange.path(self.key).unlink(missing_ok=True)
-        elif self.tensors is not None:
-            payload = payload_of(self.tensors, self.attributes, site, codec, choice.params)
+        payload = None
+        if self.tensors is not None:
+            tensors = opened(self.tensors) if isinstance(self.tensors, Parcel) else self.tensors
+            codec = CODECS[choice.codec]
+            payload = payload_of(tensors, self.attributes, site, codec, choice.params)
         return EncodedWeight(
             site, choice, payload, self.error, self.reason, self.output_error, self.note, self.shift
         )
+
+    def packed(self, folder: str) -> Answer:
+        """The same with a large payload in a file.
+
+        Args:
+            folder: Takes the file.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        tensors = self.tensors
+        if not isinstance(tensors, Mapping):
+            return self
+        if sum(tensor.nbytes for tensor in tensors.values()) <= SMALL:
+            return self
+        path = Path(folder, f"{secrets.token_hex(16)}.payload")
+        return dataclasses.replace(self, tensors=Parcel.packed(path, [tensors]))
+
+
+def opened(parcel: Parcel) -> dict[str, Array]:
+    """The tensors in a file of the exchange, mapped; it goes away with them."""
+    (tensors,) = parcel.opened()
+    parcel.remove()
+    found: dict[str, Array] = tensors
+    return found
 
 
 def encode_batch(batch: Batch) -> list[Answer] | CompressionError:
@@ -326,12 +349,15 @@ def answer_of(encoded: EncodedWeight, exchange: Place) -> Answer:
     payload = encoded.payload
     if payload is None:
         return answer
-    if payload.nbytes > SMALL and exchange.seen:
-        key = secrets.token_hex(16)
-        if PayloadCache(exchange.folder, make=False).put(key, payload):
-            return dataclasses.replace(answer, key=key)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in payload.tensors.items()}
-    return dataclasses.replace(answer, tensors=tensors, attributes=dict(payload.attributes))
+    answer = dataclasses.replace(answer, tensors=tensors, attributes=dict(payload.attributes))
+    if not exchange.seen:
+        return answer
+    try:
+        return answer.packed(exchange.folder)
+    except OSError as error:  # a full disk, say: the network may do
+        log.warning("%s cannot be written: %s", exchange.folder, error)
+        return answer
 
 
 def dask_setup(worker: Any) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import logging
 import os
-import secrets
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,6 @@ import onnx_ir as ir
 from onnxcomp.errors import CompressionError
 from onnxcomp.passes.encoding.cluster_tasks import SMALL, Answer, FilePart, Item, Place
 from onnxcomp.passes.encoding.encoded import EncodedWeight
-from onnxcomp.passes.encoding.payload_cache import PayloadCache
 from onnxcomp.passes.ir.tensors import MappedTensor
 from onnxcomp.passes.ir.traversal import initializers
 from onnxcomp.passes.planning.plan import Plan
@@ -23,8 +20,7 @@ from onnxcomp.passes.weight import Array, WeightSite
 
 __all__ = ["Weights"]
 
-# How often a file that a worker wrote is looked for, and seconds between looks.
-_TRIES, _PAUSE = 20, 0.5
+log = logging.getLogger(__name__)
 
 
 class Weights:
@@ -41,7 +37,6 @@ class Weights:
         self._plan, self._folder, self._shared = plan, exchange.folder, shared
         self._values = initializers(model)
         self._files: dict[str, os.stat_result] = {}
-        self._exchange = PayloadCache(exchange.folder, make=False)
 
     def item(self, site: WeightSite) -> Item:
         """What workers are told of a weight."""
@@ -72,13 +67,11 @@ class Weights:
 
     def kept(self, answer: Answer) -> Answer:
         """An answer that takes little memory: a large payload goes to a file."""
-        size = sum(tensor.nbytes for tensor in (answer.tensors or {}).values())
-        if answer.tensors is None or size <= SMALL:
+        try:
+            return answer.packed(self._folder)
+        except OSError as error:
+            log.warning("payloads stay in memory: %s", error)
             return answer
-        key = secrets.token_hex(16)
-        if not self._exchange.put_tensors(key, answer.tensors, answer.attributes):
-            return answer
-        return dataclasses.replace(answer, tensors=None, attributes={}, key=key)
 
     def encoded(self, site: WeightSite, answer: Answer) -> EncodedWeight:
         """A weight from what a worker has said of it; its file in the exchange is removed.
@@ -86,12 +79,11 @@ class Weights:
         Raises:
             CompressionError: That file is not there.
         """
-        for _ in range(_TRIES):
-            found = answer.encoded(site, self._plan[site.name], self._exchange)
-            if found is not None:
-                return found
-            time.sleep(_PAUSE)  # folders of networks may lag behind
-        raise CompressionError(
-            f"what a worker wrote of {site.name!r} is not in {self._folder}",
-            hint="put the output into a folder that workers do not see, or look at its file system",
-        )
+        try:
+            return answer.encoded(site, self._plan[site.name])
+        except OSError as error:
+            raise CompressionError(
+                f"what a worker wrote of {site.name!r} is not in {self._folder}: {error}",
+                hint="put the output into a folder that workers do not see, or look at its file "
+                "system",
+            ) from error

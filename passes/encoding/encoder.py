@@ -76,11 +76,16 @@ class _Spill:
         mapped: Array = np.empty(0, np.uint8)
         if self._end:
             mapped = np.memmap(self._file, np.uint8, mode="r", shape=(self._end,))
-            self._file.close()
+        self._file.close()
         return {
             name: {key: _view(mapped, *place) for key, place in places.items()}
             for name, places in self._places.items()
         }
+
+    def left(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the file where an error ends the work."""
+        if kind is not None:
+            self._file.close()
 
 
 def _view(mapped: Array, offset: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
@@ -123,7 +128,8 @@ def encode(
     )
     total = sum(site.nbytes for site in work)
     large = sum(plan[site.name].bytes or 0 for site in work) > SPILL_BYTES
-    spill = _Spill(folder) if large else None
+    # What workers give is mapped from files, each of which counts as an open one.
+    spill = _Spill(folder) if large or workers is not None else None
     done = 0
     found: dict[str, EncodedWeight] = {}
 
@@ -137,6 +143,8 @@ def encode(
             progress(done + waiting, total, at)
 
     with contextlib.ExitStack() as stack:
+        if spill is not None:
+            stack.push(spill.left)
         encoder: Plain = plain
         if not values.alone:
             workers = None  # what weights share is found here
