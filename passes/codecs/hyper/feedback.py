@@ -12,7 +12,7 @@ the inputs. Rows are independent, and so are the codes of different groups.
 
 What follows in numpy is the definition. The native encoder, which is some hundred times as fast,
 gives the same bytes: values are float32, products of matrices are summed in the order of their
-columns, and sums over a group or a row are float64.
+columns, each with one rounding, and sums over a group or a row are float64.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from onnxcomp.passes.codecs.hyper import native
 from onnxcomp.passes.codecs.hyper import survivors as hyper_survivors
 from onnxcomp.passes.codecs.hyper import viterbi as hyper_viterbi
 from onnxcomp.passes.codecs.hyper.format import LANES, GroupLayout
+from onnxcomp.passes.codecs.hyper.fused import fused
 from onnxcomp.passes.codecs.hyper.metric import Metric
 from onnxcomp.passes.codecs.hyper.structured import Code, code
 from onnxcomp.passes.weight import Array
@@ -112,7 +113,7 @@ def _product(x: Array, matrix: Array) -> Array:
     """``x @ matrix.T`` in float32, summed in the order of the columns."""
     total = np.zeros((len(x), len(matrix)), np.float32)
     for column in range(x.shape[1]):
-        total += x[:, column, None] * matrix[None, :, column]
+        total = fused(x[:, column, None], matrix[None, :, column], total)
     return total
 
 
