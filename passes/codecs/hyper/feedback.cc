@@ -2,8 +2,8 @@
 // with the same bytes.
 //
 // One job is sixteen rows of the whole weight, so the result does not depend on the number of
-// threads. Sums have one fixed order, and no multiplication is fused with an addition, so it does
-// not depend on the instruction set either.
+// threads. Sums have one fixed order, and each product is added with one rounding, so it does not
+// depend on the instruction set either.
 
 #include <cmath>
 #include <exception>
@@ -143,7 +143,7 @@ struct Kernels {
 #undef ONNXCOMP_ISA
 
 #ifdef ONNXCOMP_X86
-ONNXCOMP_TARGET("avx2")
+ONNXCOMP_TARGET(ONNXCOMP_AVX2_SETS)
 #define ONNXCOMP_ISA feedback_avx2
 #define ONNXCOMP_AVX2
 #include "product.h"

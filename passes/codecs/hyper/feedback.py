@@ -12,7 +12,7 @@ the inputs. Rows are independent, and so are the codes of different groups.
 
 What follows in numpy is the definition. The native encoder, which is some hundred times as fast,
 gives the same bytes: values are float32, products of matrices are summed in the order of their
-columns, and sums over a group or a row are float64.
+columns, each with one rounding, and sums over a group or a row are float64.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from onnxcomp.passes.codecs.hyper import native
 from onnxcomp.passes.codecs.hyper import survivors as hyper_survivors
 from onnxcomp.passes.codecs.hyper import viterbi as hyper_viterbi
 from onnxcomp.passes.codecs.hyper.format import LANES, GroupLayout
+from onnxcomp.passes.codecs.hyper.fused import fused
 from onnxcomp.passes.codecs.hyper.metric import Metric
 from onnxcomp.passes.codecs.hyper.structured import Code, code
 from onnxcomp.passes.weight import Array
@@ -112,7 +113,7 @@ def _product(x: Array, matrix: Array) -> Array:
     """``x @ matrix.T`` in float32, summed in the order of the columns."""
     total = np.zeros((len(x), len(matrix)), np.float32)
     for column in range(x.shape[1]):
-        total += x[:, column, None] * matrix[None, :, column]
+        total = fused(x[:, column, None], matrix[None, :, column], total)
     return total
 
 
@@ -193,6 +194,10 @@ class _Rows:
         self.weight[:, : self.length] = weight
         self.shapes = np.zeros_like(self.weight)
         self.errors = np.zeros_like(self.weight)
+        self.wanted = np.zeros_like(self.weight)
+        # By two groups what one asks by the moments of the other one, for a scale of 1: before a
+        # sweep comes to the earlier group, what the later one asks of it, and then the reverse.
+        self.asked: dict[tuple[int, int], Array] = {}
         self.paths = np.zeros((count, metric.groups, metric.group), np.uint16)
         self.scales = np.zeros((count, metric.groups))
 
@@ -206,18 +211,37 @@ class _Rows:
             found.refine(search)
         return found
 
-    def _asked(self, matrix: Array, index: int, end: int) -> Array:
-        """What the errors of the groups before `end` ask of one group."""
+    def _gathered(self, columns: Array, matrix: Array, index: int, end: int) -> Array:
+        """What columns of the groups before `end` ask of one group."""
         total = np.zeros((len(self.weight), self.metric.group), np.float32)
         for other in map(self._columns, range(end)):
-            total += _product(self.errors[:, other], matrix[self._columns(index), other])
+            total += _product(columns[:, other], matrix[self._columns(index), other])
         return total
+
+    def _ask(self, origin: int, of: int) -> Array:
+        """What the shapes of one group ask of another one."""
+        one, other = self._columns(origin), self._columns(of)
+        return _product(self.shapes[:, one], self.metric.moments[other, one])
+
+    def ask_earlier(self) -> None:
+        """Find what shapes ask of the groups before theirs, and of their own."""
+        for later in range(self.metric.groups):
+            for earlier in range(later + 1):
+                self.asked[earlier, later] = self._ask(later, earlier)
+
+    def _slope(self, index: int) -> Array:
+        """The slope of the objective by the errors of a group that a sweep has come to."""
+        found = self.wanted[:, self._columns(index)].copy()
+        for other in range(self.metric.groups):
+            scales = self.scales[:, other, None].astype(np.float32)
+            found -= scales * self.asked[min(index, other), max(index, other)]
+        return found
 
     def feed_forward(self) -> None:
         """Encode the groups in order, each with the errors of those before it carried into it."""
         everyone = np.ones(len(self.weight), bool)
         for index in range(self.metric.groups):
-            target = self._asked(self.metric.behind, index, index)
+            target = self._gathered(self.errors, self.metric.behind, index, index)
             target += self.weight[:, self._columns(index)]
             self._take(index, self._search(target, index, ahead=True), everyone)
 
@@ -225,13 +249,15 @@ class _Rows:
         """Encode each group again for its best error given the other groups."""
         for index in range(self.metric.groups):
             columns = self._columns(index)
-            slope = self._asked(self.metric.moments, index, self.metric.groups)
+            slope = self._slope(index)
             # How far the group is from where its part of the objective vanishes.
             gap = _product(slope, self.metric.inverse[index])
             before = _plus_products(np.zeros(len(gap)), slope, gap)
             target = (self.weight[:, columns] - self.errors[:, columns]) + gap
             found = self._search(target, index, ahead=False)
             self._take(index, found, found.costs < before)
+            for later in range(index, self.metric.groups):
+                self.asked[index, later] = self._ask(index, later)
 
     def _take(self, index: int, found: _Group, rows: Array) -> None:
         self.paths[rows, index] = found.path[rows]
@@ -245,9 +271,13 @@ class _Rows:
         self.errors[:, columns] = self.weight[:, columns] - self.shapes[:, columns] * scales
         self.errors[:, self.length :] = 0
 
-    def refit(self) -> None:
-        """Give each row the scales that suit its codes best."""
-        system, right = self._system()
+    def refit(self, *, swept: bool) -> None:
+        """Give each row the scales that suit its codes best.
+
+        Args:
+            swept: Whether a sweep has come to all groups.
+        """
+        system, right = self._system(swept)
         fitted = _half(_solved(system, right))
         valid = np.asarray(((fitted >= 0) & (fitted <= _LARGEST)).all(axis=1))
         fitted = np.where(valid[:, None], fitted, 0.0)
@@ -262,18 +292,17 @@ class _Rows:
         for index in range(self.metric.groups):
             self._set_errors(index)
 
-    def _system(self) -> tuple[Array, Array]:
+    def _system(self, swept: bool) -> tuple[Array, Array]:
         """The normal equations: ``(rows, G, G)``, of which the lower half is set; ``(rows, G)``."""
         count, groups = len(self.weight), self.metric.groups
         system, right = np.zeros((count, groups, groups)), np.zeros((count, groups))
+        nothing = np.zeros(count)
         for i in range(groups):
-            for j in range(groups):
-                one, other = self._columns(i), self._columns(j)
-                moved = _product(self.shapes[:, one], self.metric.moments[other, one])
-                if j <= i:
-                    nothing = np.zeros(count)
-                    system[:, i, j] = _plus_products(nothing, moved, self.shapes[:, other])
-                right[:, i] = _plus_products(right[:, i], moved, self.weight[:, other])
+            own = self.shapes[:, self._columns(i)]
+            for j in range(i + 1):
+                other = own if swept else self.shapes[:, self._columns(j)]
+                system[:, i, j] = _plus_products(nothing, self.asked[j, i], other)
+            right[:, i] = _plus_products(nothing, self.wanted[:, self._columns(i)], own)
         for i in range(groups):  # a group of zeros keeps its scale
             empty = ~(system[:, i, i] > 0)
             system[empty, i, i], right[empty, i] = 1.0, self.scales[empty, i]
@@ -282,10 +311,17 @@ class _Rows:
     def run(self) -> tuple[Array, Array]:
         """All stages."""
         self.feed_forward()
-        for _ in range(SWEEPS):
-            self.refit()
+        groups, moments = self.metric.groups, self.metric.moments
+        for index in range(groups):
+            found = self._gathered(self.weight, moments, index, groups)
+            self.wanted[:, self._columns(index)] = found
+        self.ask_earlier()
+        self.refit(swept=False)
+        for sweep in range(SWEEPS):
+            if sweep > 0:
+                self.ask_earlier()
             self.sweep()
-        self.refit()
+            self.refit(swept=True)
         symbols = (self.paths >> (self.coder.state_bits - self.coder.bits)).astype(np.uint8)
         codes = hyper_format.pack(symbols, self.coder.bits)
         return codes, hyper_format.pack_scales(self.scales.astype(np.float16))

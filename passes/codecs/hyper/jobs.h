@@ -106,6 +106,24 @@ inline float from_half(uint16_t half) {
   return value;
 }
 
+// a b + c with one rounding, for processors without an instruction for it: the product is exact, and
+// the sum is rounded to its odd neighbour before it is rounded to a float, as fused.py says.
+inline float fused(float a, float b, float c) {
+#ifdef __FP_FAST_FMAF
+  return __builtin_fmaf(a, b, c);
+#else
+  const double product = double(a) * double(b), more = double(c), total = product + more;
+  const double moved = total - product, error = (product - (total - moved)) + (more - moved);
+  int64_t bits;
+  std::memcpy(&bits, &total, sizeof bits);
+  const int64_t step = (error > 0) == (total > 0) ? 1 : -1;
+  bits += (error > 0 || error < 0) && (bits & 1) == 0 ? step : 0;
+  double odd;
+  std::memcpy(&odd, &bits, sizeof odd);
+  return static_cast<float>(odd);
+#endif
+}
+
 // Cache-line aligned array; empty when memory is short.
 template <class T>
 class Aligned {

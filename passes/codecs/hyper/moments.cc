@@ -38,7 +38,7 @@ struct MomentsTask {
 #undef ONNXCOMP_ISA
 
 #ifdef ONNXCOMP_X86
-ONNXCOMP_TARGET("avx2")
+ONNXCOMP_TARGET(ONNXCOMP_AVX2_SETS)
 #define ONNXCOMP_ISA moments_avx2
 #define ONNXCOMP_AVX2
 #include "product.h"

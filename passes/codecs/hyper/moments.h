@@ -35,9 +35,13 @@ class Moments {
   // Distance of rows, no power of two: those would share a few places of a cache.
   static constexpr int kStride = kDepth + 16;
 
-  // [row][t], sixteen rows at a time.
+  // Rows that are worked on together.
+  static constexpr int kRows = kWidest == 8 ? 6 : kTile;
+
+  // [row][t], sixteen rows at a time; those that are worked on with the last one are zeros.
   void read_left(int64_t first, int depth, int64_t row, int rows) {
-    for (int start = 0; start < rows; start += kLanes) {
+    const int end = std::min(kBlock, (rows + kRows - 1) / kRows * kRows);
+    for (int start = 0; start < end; start += kLanes) {
       const int used = std::min(kLanes, rows - start);
       float* to = left_.get() + start * kStride;
       for (int t = 0; t < depth; ++t) {
@@ -64,8 +68,8 @@ class Moments {
   template <int Panels>
   void add(int64_t row, int rows, int depth, int64_t column, int start, int columns) {
     float* part = part_.get();
-    for (int r = 0; r < rows; r += kTile)
-      multiply_rows<kTile, Panels>(left_.get() + r * kStride, kStride, depth,
+    for (int r = 0; r < rows; r += kRows)
+      multiply_rows<kRows, Panels>(left_.get() + r * kStride, kStride, depth,
                                    right_.get() + start * kDepth, part + r * kLanes,
                                    kLanes * kDepth, kBlock * kLanes);
     for (int r = 0; r < rows; ++r)

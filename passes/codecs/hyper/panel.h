@@ -166,27 +166,35 @@ class Panel {
         groups_(int(task.format.groups())),
         size_(size_t(task.columns) * kLanes),
         search_(task),
-        floats_(size_ * 3 + 3 * size_t(group_) * kLanes),
+        floats_(size_ * 4 + 3 * size_t(group_) * kLanes),
+        asked_(at(groups_ * (groups_ + 1) / 2)),
         paths_(size_),
         doubles_(size_t(groups_ + 4) * groups_ * kLanes) {
     float* f = floats_.get();
-    weight_ = f, shape_ = f + size_, error_ = f + 2 * size_, sum_ = f + 3 * size_;
+    weight_ = f, shape_ = f + size_, error_ = f + 2 * size_;
+    wanted_ = f + 3 * size_, sum_ = f + 4 * size_;
     gap_ = sum_ + group_ * kLanes, part_ = gap_ + group_ * kLanes;
     system_ = doubles_.get(), right_ = system_ + groups_ * groups_ * kLanes;
     scale_ = right_ + groups_ * kLanes, fitted_ = scale_ + groups_ * kLanes;
     diagonal_ = fitted_ + groups_ * kLanes;
   }
 
-  bool ok() const { return search_.ok() && floats_.get() && paths_.get() && doubles_.get(); }
+  bool ok() const {
+    return search_.ok() && floats_.get() && asked_.get() && paths_.get() && doubles_.get();
+  }
 
   bool run(int64_t panel) {
     load(panel);
     if (!feed_forward()) return false;
+    for (int group = 0; group < groups_; ++group)
+      gather(task_.moments, weight_, group, groups_, wanted_ + at(group));
+    ask_earlier();
+    refit(false);
     for (int sweep = 0; sweep < task_.sweeps; ++sweep) {
-      refit();
+      if (sweep > 0) ask_earlier();
       if (!this->sweep()) return false;
+      refit(true);
     }
-    refit();
     store(panel);
     return true;
   }
@@ -203,20 +211,52 @@ class Panel {
         weight_[t * kLanes + lane] = task_.weight[(row + lane) * length + t];
   }
 
-  // sum_ = what errors of groups from `first` on ask of one group, by a matrix of all columns.
-  void gather_errors(const float* matrix, int group, int end) {
-    std::fill(sum_, sum_ + group_ * kLanes, 0.0f);
+  // What columns of the groups before `end` ask of one group, by a matrix of all columns.
+  void gather(const float* matrix, const float* columns, int group, int end, float* sum) {
+    std::fill(sum, sum + group_ * kLanes, 0.0f);
     for (int other = 0; other < end; ++other) {
       multiply(task_.block(matrix, group, 0) + int64_t{other} * group_, task_.columns, group_, group_,
-               error_ + at(other), part_);
-      add_to(sum_, part_, group_);
+               columns + at(other), part_);
+      add_to(sum, part_, group_);
+    }
+  }
+
+  // What a shape asks by the moments, of one of two groups, by the shape of the other one. Before a
+  // sweep comes to the earlier group that is what the later one asks of it, and then the reverse: so
+  // each product of a shape is found once.
+  float* asked(int earlier, int later) const {
+    return asked_.get() + at(later * (later + 1) / 2 + earlier);
+  }
+
+  void ask(int from, int of, float* found) const {
+    multiply(task_.block(task_.moments, of, 0) + int64_t{from} * group_, task_.columns, group_,
+             group_, shape_ + at(from), found);
+  }
+
+  // What shapes ask of the groups before theirs, and of their own.
+  void ask_earlier() {
+    for (int later = 0; later < groups_; ++later)
+      for (int earlier = 0; earlier <= later; ++earlier) ask(later, earlier, asked(earlier, later));
+  }
+
+  // sum_ = the slope of the objective by the errors of a group that a sweep has come to.
+  void find_slope(int group) {
+    std::memcpy(sum_, wanted_ + at(group), size_t(group_) * kLanes * sizeof(float));
+    for (int other = 0; other < groups_; ++other) {
+      const float* part = asked(std::min(group, other), std::max(group, other));
+      float scale[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        scale[lane] = static_cast<float>(scale_[other * kLanes + lane]);
+      for (int t = 0; t < group_; ++t)
+        for (int lane = 0; lane < kLanes; ++lane)
+          sum_[t * kLanes + lane] -= scale[lane] * part[t * kLanes + lane];
     }
   }
 
   // Encode the groups in order, each with the errors of those before it carried into it.
   bool feed_forward() {
     for (int group = 0; group < groups_; ++group) {
-      gather_errors(task_.behind, group, group);
+      gather(task_.behind, error_, group, group, sum_);
       add_to(sum_, weight_ + at(group), group_);
       std::memcpy(search_.targets(), sum_, size_t(group_) * kLanes * sizeof(float));
       if (!search_.run(task_.cost(group, true))) return false;
@@ -230,7 +270,7 @@ class Panel {
   // Encode each group again for its best error given the other groups.
   bool sweep() {
     for (int group = 0; group < groups_; ++group) {
-      gather_errors(task_.moments, group, groups_);
+      find_slope(group);
       multiply(task_.inverse + group * task_.square(), group_, group_, group_, sum_, gap_);
       double before[kLanes] = {};
       add_products(sum_, gap_, group_, before);
@@ -243,6 +283,7 @@ class Panel {
       for (int lane = 0; lane < kLanes; ++lane)
         better[lane] = search_.found().cost[lane] < before[lane] ? 0xFFFFFFFF : 0;
       take(group, better);
+      for (int later = group; later < groups_; ++later) ask(group, later, asked(group, later));
     }
     return true;
   }
@@ -266,16 +307,15 @@ class Panel {
     std::fill(error_ + at(group) + width * kLanes, error_ + at(group + 1), 0.0f);
   }
 
-  // Give each row the scales that suit its codes best: a linear least-squares problem.
-  void refit() {
+  // Give each row the scales that suit its codes best: a linear least-squares problem. `swept` tells
+  // whether a sweep has come to all groups.
+  void refit(bool swept) {
     std::fill(system_, scale_, 0.0);
-    for (int i = 0; i < groups_; ++i)
-      for (int j = 0; j < groups_; ++j) {
-        multiply(task_.block(task_.moments, j, 0) + int64_t{i} * group_, task_.columns, group_, group_,
-                 shape_ + at(i), part_);
-        if (j <= i) add_products(part_, shape_ + at(j), group_, system(i, j));
-        add_products(part_, weight_ + at(j), group_, right_ + i * kLanes);
-      }
+    for (int i = 0; i < groups_; ++i) {
+      for (int j = 0; j <= i; ++j)
+        add_products(asked(j, i), shape_ + at(swept ? i : j), group_, system(i, j));
+      add_products(wanted_ + at(i), shape_ + at(i), group_, right_ + i * kLanes);
+    }
     for (int i = 0; i < groups_; ++i)
       for (int lane = 0; lane < kLanes; ++lane)
         if (!(system(i, i)[lane] > 0)) {  // a group of zeros keeps its scale
@@ -360,10 +400,10 @@ class Panel {
   const int group_, groups_;
   const size_t size_;
   GroupSearch search_;
-  Aligned<float> floats_;
+  Aligned<float> floats_, asked_;
   Aligned<uint16_t> paths_;
   Aligned<double> doubles_;
-  float *weight_, *shape_, *error_, *sum_, *gap_, *part_;
+  float *weight_, *shape_, *error_, *wanted_, *sum_, *gap_, *part_;
   double *system_, *right_, *scale_, *fitted_, *diagonal_;
 };
 

@@ -91,7 +91,8 @@ class SurvivorTrellis {
         const Floats error = V::floats(errors(t) + s);
         const float* behind = pull(t) + block;
 #pragma GCC unroll 8
-        for (int i = 0; i < kSurvivorBlock; ++i) moved[i] += error * behind[i];
+        for (int i = 0; i < kSurvivorBlock; ++i)
+          moved[i] = V::fused(error, behind[i] - Floats{}, moved[i]);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kSurvivorBlock; ++i) V::floats(window + i * kStems + s) = moved[i];
@@ -150,7 +151,7 @@ class SurvivorTrellis {
           const int branch = chain * kChained + i;
           const Floats here = V::floats(search_.values + branch * kStems + s);
           const Floats error = branch_of(wanted, branch, s) - here;
-          const Floats total = branch_of(costs, branch, s) + price * (error * error);
+          const Floats total = V::fused(price, error * error, branch_of(costs, branch, s));
           if (i == 0) {
             least[chain] = total, value[chain] = here, index[chain] = Ints{} + branch;
           } else {
@@ -187,7 +188,8 @@ class SurvivorTrellis {
       float* moved = next + later * kStems;
       gather<kStems>(now + later * kStems, predecessors(i), moved);
       for (int s = 0; s < kStems; s += W)
-        V::floats(moved + s) += V::floats(error + s) * behind[later];
+        V::floats(moved + s) =
+            V::fused(V::floats(error + s), behind[later] - Floats{}, V::floats(moved + s));
     }
   }
 
@@ -204,12 +206,15 @@ class SurvivorTrellis {
     const int first = shared_, end = block + kSurvivorBlock;
     while (shared_ < end && common(shared_)) ++shared_;
     constexpr int kStep = kWidest < kSurvivorBlock ? kWidest : kSurvivorBlock;
-    using Loose = typename Wide<kStep>::Loose;
+    using Step = Wide<kStep>;
+    using Loose = typename Step::Loose;
+    using Some = typename Step::Floats;
     for (int t = end; t < search_.group; t += kStep) {
-      Loose moved = *reinterpret_cast<const Loose*>(memory_.common + t);
+      Some moved = (Some) * reinterpret_cast<const Loose*>(memory_.common + t);
       for (int k = first; k < shared_; ++k)
-        moved += errors(k)[0] * *reinterpret_cast<const Loose*>(pull(k) + t);
-      *reinterpret_cast<Loose*>(memory_.common + t) = moved;
+        moved = Step::fused(errors(k)[0] - Some{},
+                            (Some) * reinterpret_cast<const Loose*>(pull(k) + t), moved);
+      *reinterpret_cast<Loose*>(memory_.common + t) = (Loose)moved;
     }
   }
 

@@ -5,8 +5,8 @@ The plain search (`hyper_viterbi`) weighs the errors ``e`` of a group alike. Her
 the cost of a path is a sum over its weights, ``d_t (e_t + sum_{s < t} e_s U_st)^2``: each weight is
 judged against a target that the errors before it have moved. Every survivor of the search keeps
 the targets its own past has led to (per-survivor processing: Raheli, Polydoros and Tzou, IEEE
-Trans. Communications 43, 1995). All is float32 in a fixed order, so that native code gives equal
-bits.
+Trans. Communications 43, 1995). All is float32 in a fixed order, and products are added with one
+rounding, so that native code gives equal bits.
 
 Names: states, stems and branches are those of `hyper_viterbi`.
 """
@@ -17,6 +17,7 @@ import dataclasses
 
 import numpy as np
 
+from onnxcomp.passes.codecs.hyper.fused import fused
 from onnxcomp.passes.weight import Array
 
 __all__ = ["Prices", "search"]
@@ -98,7 +99,7 @@ def _search(targets: Array, stems: Array, prices: Prices, table: Array, bits: in
     history = np.empty((group, count, kept), np.uint8)
     for t in range(group):
         error = moved[:, origin, t] - values
-        total = cost[:, origin] + prices.prices[t] * (error * error)
+        total = fused(prices.prices[t], error * error, cost[:, origin])
         total = total.reshape(count, kept, -1)
         branch = total.argmin(axis=2)
         cost = total.min(axis=2)
@@ -106,7 +107,8 @@ def _search(targets: Array, stems: Array, prices: Prices, table: Array, bits: in
         state = first_state + branch
         made = targets[:, t, None] - values[state]
         moved = moved[rows[:, None], state & (kept - 1)]
-        moved[:, :, t + 1 :] += made[:, :, None] * prices.pull[t, t + 1 :]
+        behind = moved[:, :, t + 1 :]
+        behind[:] = fused(made[:, :, None], prices.pull[t, t + 1 :], behind)
     path = np.empty((count, group), np.uint16)
     stem = np.asarray(stems)
     for t in range(group - 1, -1, -1):
