@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from onnxcomp import __version__
+from onnxcomp import __version__, light_imports
 from onnxcomp.cli.streams import prepare_streams
 from onnxcomp.errors import CompressionError
 
@@ -155,6 +155,7 @@ class App(click.Group):
     ) -> None:
         """Run and exit with the code of the error tree."""
         words = list(sys.argv[1:] if args is None else args)
+        light_imports.install()
         prepare_streams()
         stdout = sys.stdout
         # What other libraries log is no output of ours; see --debug.

@@ -31,6 +31,7 @@ _PASSES = _PLANNING | {"encoding", "driver"} | _BESIDE
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "version": frozenset(),
+    "light_imports": frozenset(),
     "plugins": frozenset({"errors"}),
     "ops": frozenset({"errors", "version"}),
     "runtime": frozenset({"errors", "version", "ops"}),
@@ -45,7 +46,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "gradients": _CALIBRATION,
     "latency": _CALIBRATION,
     "planning": _PLANNING,
-    "encoding": _PLANNING,
+    "encoding": _PLANNING | {"light_imports"},
     "transforms": _CALIBRATION | {"gradients"},
     "verification": _CALIBRATION,
     "report": _CALIBRATION | {"transforms"},
@@ -54,7 +55,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "models": _PASSES,
     # models: gives `--distill` its trainer, which needs torch and is loaded when it is asked for.
     "onnxcomp": _PASSES | {"models"},
-    "cli": _PASSES | {"models", "onnxcomp"},
+    "cli": _PASSES | {"models", "onnxcomp", "light_imports"},
     "__main__": frozenset({"cli"}),
 }
 # The one module of models/ that the command line imports: it needs numpy only.

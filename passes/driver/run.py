@@ -14,7 +14,6 @@ from onnxcomp.errors import UsageError
 from onnxcomp.passes.config.options import Progress
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.config.values import CalibrationMode
-from onnxcomp.passes.encoding.cluster_connection import connected
 from onnxcomp.passes.encoding.encoder import Workers
 from onnxcomp.passes.verification.user_metric import Evaluation
 from onnxcomp.runtime.activity import activity
@@ -88,6 +87,12 @@ class Run:
         Args:
             folder: Of this run; gone after it.
         """
+        if self.scheduler is None:
+            yield self
+            return
+        # Clusters take long to import, and few runs have one.
+        from onnxcomp.passes.encoding.cluster_connection import connected
+
         with connected(self.scheduler, folder) as cluster:
             yield dataclasses.replace(self, workers=cluster)
 

@@ -52,8 +52,8 @@ _SERVING: set[int] = set()
 
 
 @contextlib.contextmanager
-def connected(scheduler: str | None, folder: Path) -> Iterator[Cluster | None]:
-    """The cluster that a run asks for; None where it asks for none.
+def connected(scheduler: str, folder: Path) -> Iterator[Cluster]:
+    """The cluster that a run asks for.
 
     Workers that are started here end with the block, and so do tasks that are not done.
 
@@ -65,9 +65,6 @@ def connected(scheduler: str | None, folder: Path) -> Iterator[Cluster | None]:
         RuntimeMissingError: Dask is not installed.
         UsageError: There is no such scheduler, it has no workers, or their versions differ.
     """
-    if scheduler is None:
-        yield None
-        return
     distributed = _distributed()
     activity("looking for workers")
     place = folder / _EXCHANGE
@@ -163,7 +160,7 @@ def local_cluster(distributed: Any, folder: Path, count: int = 0) -> Any:
             memory_limit=0,  # encoding is bounded by the largest weight; a limit would only stop it
             local_directory=str(folder),
             silence_logs=logging.CRITICAL,
-            preload=["onnxcomp.passes.encoding.cluster_tasks"],
+            preload=["onnxcomp.passes.encoding.local_worker"],
         )
 
 

@@ -17,22 +17,20 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.constant_arguments import constant, integers
 from onnxcomp.passes.calibration.segmented_run import Chain
-from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.ir.tensors import shape_of
 from onnxcomp.passes.ir.traversal import is_default_domain
-from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
+from onnxcomp.passes.transforms.pass_manager import Context
 from onnxcomp.passes.transforms.prune.expert_losses import Contest, can_measure, least_missed
 from onnxcomp.passes.weight import Array, Feed
 
-__all__ = ["Mixture", "PruneExperts", "mixtures"]
+__all__ = ["Mixture", "mixtures", "prune_experts"]
 
 log = logging.getLogger(__name__)
 
@@ -73,33 +71,23 @@ class Mixture:
         return named.name or ""
 
 
-class PruneExperts(GraphPass):
-    """Mixtures without the experts that the outputs miss least."""
-
-    name: ClassVar[str] = "prune_experts"
-    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
-
-    def wanted(self, settings: Settings) -> bool:
-        """Where a number or a share is given."""
-        return settings.prune_experts is not None
-
-    def run(self, model: ir.Model, context: Context) -> Change:
-        """Change the model in place."""
-        asked = context.settings.prune_experts
-        assert asked is not None
-        found = list(mixtures(model))
-        if not found:
-            log.warning("--prune-experts found no router with stacks of experts")
-        ready = [mixture for mixture in found if mixture.reason is None]
-        for mixture in found:
-            if mixture.reason is not None:
-                log.warning("experts of %s stay: %s", mixture.label, mixture.reason)
-        notes = []
-        for mixture, gone in zip(ready, _removed(model, ready, context, asked), strict=True):
-            if len(gone):
-                notes.append(_cut(mixture, gone))
-                log.warning("%s", notes[-1])
-        return Change(len(notes), tuple(notes))
+def prune_experts(model: ir.Model, context: Context) -> Change:
+    """Take experts out of the mixtures of a model, in place: those that the outputs miss least."""
+    asked = context.settings.prune_experts
+    assert asked is not None
+    found = list(mixtures(model))
+    if not found:
+        log.warning("--prune-experts found no router with stacks of experts")
+    ready = [mixture for mixture in found if mixture.reason is None]
+    for mixture in found:
+        if mixture.reason is not None:
+            log.warning("experts of %s stay: %s", mixture.label, mixture.reason)
+    notes = []
+    for mixture, gone in zip(ready, _removed(model, ready, context, asked), strict=True):
+        if len(gone):
+            notes.append(_cut(mixture, gone))
+            log.warning("%s", notes[-1])
+    return Change(len(notes), tuple(notes))
 
 
 def mixtures(model: ir.Model) -> Iterator[Mixture]:

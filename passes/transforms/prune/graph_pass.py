@@ -1,4 +1,7 @@
-"""Pruning as one of the passes that run before weights are looked for."""
+"""Pruning as passes that run before weights are looked for.
+
+What they do is imported when one of them runs: few models are pruned, and it is a lot.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,6 @@ from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
 from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
-from onnxcomp.passes.transforms.prune.experts import PruneExperts
-from onnxcomp.passes.transforms.prune.layers import PruneLayers
-from onnxcomp.passes.transforms.prune.options import PruneOptions
-from onnxcomp.passes.transforms.prune.pruning import prune
 
 __all__ = ["Prune", "PruneChange", "PruneExperts", "PruneLayers"]
 
@@ -42,6 +41,9 @@ class Prune(GraphPass):
 
     def run(self, model: ir.Model, context: Context) -> PruneChange:
         """``W1 (n, k), W2 (m, n) -> W1[K], W2'[:, K]``: see `pruning`."""
+        from onnxcomp.passes.transforms.prune.options import PruneOptions
+        from onnxcomp.passes.transforms.prune.pruning import prune
+
         settings = context.settings
         options = PruneOptions(
             ratio=settings.prune_ratio,
@@ -54,6 +56,45 @@ class Prune(GraphPass):
         )
         report = prune(model, options, feeds=context.feeds() or ())
         return PruneChange(len(report.groups), tuple(_notes(report)), report=report)
+
+
+class PruneExperts(GraphPass):
+    """Mixtures without the experts that the outputs miss least."""
+
+    name: ClassVar[str] = "prune_experts"
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+
+    def wanted(self, settings: Settings) -> bool:
+        """Where a number or a share is given."""
+        return settings.prune_experts is not None
+
+    def run(self, model: ir.Model, context: Context) -> Change:
+        """``W (e, ...) -> W[kept]``: see `experts`."""
+        from onnxcomp.passes.transforms.prune.experts import prune_experts
+
+        return prune_experts(model, context)
+
+
+class PruneLayers(GraphPass):
+    """Residual branches that the outputs miss least go."""
+
+    name: ClassVar[str] = "prune_layers"
+    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
+
+    def wanted(self, settings: Settings) -> bool:
+        """Where a number is given."""
+        return settings.prune_layers is not None
+
+    def run(self, model: ir.Model, context: Context) -> Change:
+        """``x + f(x) -> x``: see `layers`.
+
+        Raises:
+            UsageError: There are no calibration inputs.
+            ModelError: The model does not run on them.
+        """
+        from onnxcomp.passes.transforms.prune.layers import prune_layers
+
+        return prune_layers(model, context)
 
 
 def _notes(report: PruneReport) -> list[str]:

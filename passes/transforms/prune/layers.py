@@ -13,14 +13,12 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import UsageError
 from onnxcomp.passes.calibration.segmented_run import read_values
-from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change, copy_model
 from onnxcomp.passes.ir.traversal import (
     Names,
@@ -29,12 +27,12 @@ from onnxcomp.passes.ir.traversal import (
     remove_dead,
     remove_initializer,
 )
-from onnxcomp.passes.transforms.pass_manager import Context, GraphPass
+from onnxcomp.passes.transforms.pass_manager import Context
 from onnxcomp.passes.transforms.prune.observed_shapes import observe_shapes
 from onnxcomp.passes.transforms.prune.output_loss import OutputLoss
 from onnxcomp.passes.weight import Feed
 
-__all__ = ["Branch", "PruneLayers", "branches"]
+__all__ = ["Branch", "branches", "prune_layers"]
 
 log = logging.getLogger(__name__)
 
@@ -72,42 +70,32 @@ class Branch:
         return value
 
 
-class PruneLayers(GraphPass):
-    """Residual branches that the outputs miss least go."""
+def prune_layers(model: ir.Model, context: Context) -> Change:
+    """Take the branches out of a model, in place, that the outputs miss least.
 
-    name: ClassVar[str] = "prune_layers"
-    requires: ClassVar[tuple[str, ...]] = ("canonicalize",)
-
-    def wanted(self, settings: Settings) -> bool:
-        """Where a number is given."""
-        return settings.prune_layers is not None
-
-    def run(self, model: ir.Model, context: Context) -> Change:
-        """Change the model in place.
-
-        Raises:
-            UsageError: There are no calibration inputs.
-            ModelError: The model does not run on them.
-        """
-        feeds = context.feeds()
-        if not feeds:
-            raise UsageError(
-                "whole layers go by what the outputs lose, and there are no inputs to see it on",
-                hint="give --data",
-            )
-        found = list(branches(model, feeds[0]))
-        if not found:
-            log.warning("--prune-layers found no residual branch that could go")
-            return Change(0, ())
-        asked = context.settings.prune_layers or 0
-        notes = []
-        for branch, loss in _chosen(model, found, feeds, asked):
-            notes.append(f"the branch that ends in {branch.name} goes: loss of outputs {loss:.3g}")
-            log.warning("%s", notes[-1])
-            _cut(model, branch)
-        if len(notes) < asked:
-            log.warning("%d branches can go, %d were asked for", len(notes), asked)
-        return Change(len(notes), tuple(notes))
+    Raises:
+        UsageError: There are no calibration inputs.
+        ModelError: The model does not run on them.
+    """
+    feeds = context.feeds()
+    if not feeds:
+        raise UsageError(
+            "whole layers go by what the outputs lose, and there are no inputs to see it on",
+            hint="give --data",
+        )
+    found = list(branches(model, feeds[0]))
+    if not found:
+        log.warning("--prune-layers found no residual branch that could go")
+        return Change(0, ())
+    asked = context.settings.prune_layers or 0
+    notes = []
+    for branch, loss in _chosen(model, found, feeds, asked):
+        notes.append(f"the branch that ends in {branch.name} goes: loss of outputs {loss:.3g}")
+        log.warning("%s", notes[-1])
+        _cut(model, branch)
+    if len(notes) < asked:
+        log.warning("%d branches can go, %d were asked for", len(notes), asked)
+    return Change(len(notes), tuple(notes))
 
 
 def branches(model: ir.Model, feed: Feed) -> Iterator[Branch]:

@@ -16,7 +16,8 @@ from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import load, save
 from onnxcomp.passes.transforms.canonicalize import canonicalize
 from onnxcomp.passes.transforms.pass_manager import Context
-from onnxcomp.passes.transforms.prune.layers import PruneLayers, branches
+from onnxcomp.passes.transforms.prune.graph_pass import PruneLayers
+from onnxcomp.passes.transforms.prune.layers import branches
 from onnxcomp.runtime.evaluate import run_model
 
 from .graphs import Draft
