@@ -21,6 +21,8 @@ using namespace hyper;
 constexpr float kFar = 1e30f;
 // Weights for which the targets of all survivors are moved at once.
 constexpr int kSurvivorBlock = 8;
+// Rows that are searched in step.
+constexpr int kTogether = 2;
 // Searches of a group: from its first weight and from its middle.
 constexpr int kStarts = 2;
 
@@ -47,7 +49,8 @@ struct SurvivorMemory {
   int32_t* origins;       // 2
 };
 
-using SearchSurvivors = void (*)(const SurvivorSearch& search, const SurvivorMemory& memory);
+using SearchSurvivors = void (*)(const SurvivorSearch* searches, const SurvivorMemory* memories,
+                                 int count);
 
 class SurvivorSpace {
  public:
@@ -193,7 +196,7 @@ class Searcher {
     search.stem = task_.stems[row];
     search.targets += row * search.group;
     search.path += row * search.group;
-    task_.run(search, space_.memory());
+    task_.run(&search, &space_.memory(), 1);
     return true;
   }
 

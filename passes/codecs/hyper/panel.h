@@ -34,10 +34,10 @@ class GroupSearch {
         size_(size_t(group_) * kLanes),
         stems_(1 << (task.format.state_bits - task.format.bits)),
         plain_(task.format, task.plain),
-        space_(group_, stems_),
+        spaces_{{group_, stems_}, {group_, stems_}},
         values_(task.plain.table, task.format.bits, task.format.state_bits),
-        floats_(size_ * 5 + group_),
-        paths_(size_ * 2 + group_) {
+        floats_(size_ * 5 + kTogether * group_),
+        paths_(size_ * 2 + kTogether * group_) {
     float* f = floats_.get();
     pulled_ = f, rotated_ = f + size_, product_ = f + 2 * size_;
     best_.shape = f + 3 * size_, trial_.shape = f + 4 * size_, wanted_ = f + 5 * size_;
@@ -45,7 +45,8 @@ class GroupSearch {
   }
 
   bool ok() const {
-    return plain_.ok() && space_.ok() && values_.get() && floats_.get() && paths_.get();
+    const bool room = std::all_of(spaces_, spaces_ + kTogether, [](auto& one) { return one.ok(); });
+    return room && plain_.ok() && values_.get() && floats_.get() && paths_.get();
   }
 
   // Where the weights go: [t][lane], zeros in the padding.
@@ -90,7 +91,7 @@ class GroupSearch {
 
   void refine(const GroupCost& cost, int start) {
     const int first = start * group_ / kStarts;
-    for (int lane = 0; lane < kLanes; ++lane) search(cost, start, first, lane);
+    for (int lane = 0; lane < kLanes; lane += kTogether) search(cost, start, first, lane);
     look_up(trial_);
     multiply(cost.moments, group_, group_, group_, trial_.shape, product_);
     fit();
@@ -106,15 +107,25 @@ class GroupSearch {
     take(trial_, better, group_, best_.path, best_.shape);
   }
 
+  // Some rows from a lane on.
   void search(const GroupCost& cost, int start, int first, int lane) {
-    const double scale = best_.scale[lane];
-    const float factor = scale > 0 ? static_cast<float>(4096.0 / (group_ * scale)) : 0.0f;
+    SurvivorSearch searches[kTogether];
+    SurvivorMemory memories[kTogether];
+    for (int n = 0; n < kTogether; ++n) {
+      const double scale = best_.scale[lane + n];
+      const float factor = scale > 0 ? static_cast<float>(4096.0 / (group_ * scale)) : 0.0f;
+      float* wanted = wanted_ + n * group_;
+      for (int t = 0; t < group_; ++t)
+        wanted[t] = rotated_[(first + t) % group_ * kLanes + lane + n] * factor;
+      const uint16_t last = best_.path[(first + group_ - 1) % group_ * kLanes + lane + n];
+      searches[n] = {group_, last >> task_.format.bits, wanted, cost.pull[start],
+                     cost.prices[start], values_.get(), row_ + n * group_};
+      memories[n] = spaces_[n].memory();
+    }
+    task_.search(searches, memories, kTogether);
     for (int t = 0; t < group_; ++t)
-      wanted_[t] = rotated_[(first + t) % group_ * kLanes + lane] * factor;
-    const int stem = best_.path[(first + group_ - 1) % group_ * kLanes + lane] >> task_.format.bits;
-    task_.search({group_, stem, wanted_, cost.pull[start], cost.prices[start], values_.get(), row_},
-                 space_.memory());
-    for (int t = 0; t < group_; ++t) trial_.path[(first + t) % group_ * kLanes + lane] = row_[t];
+      for (int n = 0; n < kTogether; ++n)
+        trial_.path[(first + t) % group_ * kLanes + lane + n] = row_[n * group_ + t];
   }
 
   // The scales with the least cost, rounded to float16.
@@ -148,7 +159,7 @@ class GroupSearch {
   const size_t size_;
   const int stems_;
   BlockEncoder plain_;
-  SurvivorSpace space_;
+  SurvivorSpace spaces_[kTogether];
   BranchValues values_;
   Aligned<float> floats_;
   Aligned<uint16_t> paths_;

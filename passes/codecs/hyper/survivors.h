@@ -41,8 +41,18 @@ class SurvivorTrellis {
   static constexpr int kStems = 1 << (L - K);
   static constexpr int kBranches = 1 << K;
 
-  static void run(const SurvivorSearch& search, const SurvivorMemory& memory) {
-    SurvivorTrellis(search, memory).run();
+  // Searches with the same costs, in step: a weight of one waits for the one before it, and the
+  // processor works on the other search meanwhile.
+  static void run(const SurvivorSearch* searches, const SurvivorMemory* memories, int count) {
+    int first = 0;
+    for (; first + 1 < count; first += 2) {
+      SurvivorTrellis two[2] = {{searches[first], memories[first]},
+                                {searches[first + 1], memories[first + 1]}};
+      run(two);
+    }
+    if (first == count) return;
+    SurvivorTrellis one[1] = {{searches[first], memories[first]}};
+    run(one);
   }
 
  private:
@@ -59,30 +69,38 @@ class SurvivorTrellis {
   SurvivorTrellis(const SurvivorSearch& search, const SurvivorMemory& memory)
       : search_(search), memory_(memory) {}
 
-  void run() {
-    const int group = search_.group;
-    std::memcpy(memory_.common, search_.targets, sizeof(float) * size_t(group));
+  template <int Count>
+  static void run(SurvivorTrellis (&all)[Count]) {
+    const int group = all[0].search_.group;
+    for (SurvivorTrellis& one : all) one.start();
+    for (int block = 0; block < group; block += kSurvivorBlock) {
+      for (SurvivorTrellis& one : all) one.open(block);
+      for (int i = 0; i < kSurvivorBlock; ++i)
+        for (SurvivorTrellis& one : all) one.step(block, i);
+      if (block + kSurvivorBlock < group)
+        for (SurvivorTrellis& one : all) one.close(block);
+    }
+    for (SurvivorTrellis& one : all) one.trace();
+  }
+
+  void start() {
+    std::memcpy(memory_.common, search_.targets, sizeof(float) * size_t(search_.group));
     for (int stem = 0; stem < kStems; ++stem)
       memory_.costs[stem] = stem == search_.stem ? 0.0f : kFar;
-    shared_ = 0;
-    float *now = memory_.windows, *next = now + kSurvivorBlock * kStems;
-    for (int block = 0; block < group; block += kSurvivorBlock) {
-      open(block, now);
-      for (int i = 0; i < kSurvivorBlock; ++i) {
-        step(block + i, now + i * kStems);
-        carry(block, i, now, next);
-        std::swap(now, next);
-      }
-      if (block + kSurvivorBlock < group) close(block);
-    }
-    trace();
+    now_ = memory_.windows, next_ = now_ + kSurvivorBlock * kStems;
+  }
+
+  void step(int block, int i) {
+    reach(block + i, now_ + i * kStems);
+    carry(block, i, now_, next_);
+    std::swap(now_, next_);
   }
 
   float* errors(int t) const { return memory_.errors + size_t(t) * kStems; }
   const float* pull(int t) const { return search_.pull + size_t(t) * search_.group; }
 
   // Targets of a block, moved by all errors before it.
-  void open(int block, float* window) {
+  void open(int block) {
     for (int s = 0; s < kStems; s += W) {
       Floats moved[kSurvivorBlock];
 #pragma GCC unroll 8
@@ -95,7 +113,7 @@ class SurvivorTrellis {
           moved[i] = V::fused(error, behind[i] - Floats{}, moved[i]);
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < kSurvivorBlock; ++i) V::floats(window + i * kStems + s) = moved[i];
+      for (int i = 0; i < kSurvivorBlock; ++i) V::floats(now_ + i * kStems + s) = moved[i];
     }
   }
 
@@ -135,7 +153,7 @@ class SurvivorTrellis {
   }
 
   // One weight: the cheapest way to each stem, and the error that it makes.
-  void step(int t, const float* window) {
+  void reach(int t, const float* window) {
     const float* costs = arranged(memory_.costs, memory_.arranged);
     const float* wanted = arranged(window, memory_.arranged + kStems);
     const Floats price = search_.prices[t] - Floats{};
@@ -245,6 +263,7 @@ class SurvivorTrellis {
 
   const SurvivorSearch& search_;
   const SurvivorMemory& memory_;
+  float *now_ = nullptr, *next_ = nullptr;  // targets of the survivors in a block
   int shared_ = 0;  // errors of the weights before this one are in `common`
 };
 
