@@ -44,6 +44,12 @@ def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
             moved = [norm for norm in pruned["norms"] if norm["used"] != "stored"]
             text += f", statistics of {len(moved)} of {len(pruned['norms'])} normalisations too"
         terminal.say(text)
+        searched = pruned.get("searched")
+        if searched is not None:
+            terminal.say(
+                f"{searched['tried']} other divisions between layers were tried: loss on inputs "
+                f"set aside {searched['before']:.3g} -> {searched['after']:.3g}"
+            )
         tuned = pruned.get("tuned")
         if tuned is not None and tuned["passes"]:
             terminal.say(

@@ -8,7 +8,7 @@ from typing import Any
 
 from onnxcomp.errors import UsageError
 
-__all__ = ["Cost", "FitReport", "GroupReport", "PruneReport", "TuningReport"]
+__all__ = ["Cost", "FitReport", "GroupReport", "PruneReport", "SearchReport", "TuningReport"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +69,21 @@ class FitReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SearchReport:
+    """What other divisions of the budget between layers were worth.
+
+    Attributes:
+        before: Loss of the outputs on inputs that were set aside, by the first division.
+        after: The same by the best one; equal where none was better.
+        tried: How many others the model was fitted to.
+    """
+
+    before: float
+    after: float
+    tried: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TuningReport:
     """What tuning all weights together found.
 
@@ -101,6 +116,7 @@ class PruneReport:
         inputs: Inputs and outputs whose shape changed: name, shape before, shape after.
         kept: Weights that keep their channels, with the first reason.
         tuned: What tuning found; None where nothing was tuned.
+        searched: What the search between layers found; None where there was none.
     """
 
     asked: float
@@ -116,6 +132,7 @@ class PruneReport:
     inputs: tuple[tuple[str, str, str], ...]
     kept: tuple[tuple[str, str], ...]
     tuned: TuningReport | None = None
+    searched: SearchReport | None = None
 
     @property
     def met(self) -> bool:
@@ -136,6 +153,7 @@ class PruneReport:
         ]
         found["kept"] = [{"name": name, "reason": reason} for name, reason in self.kept]
         found["tuned"] = None if self.tuned is None else dataclasses.asdict(self.tuned)
+        found["searched"] = None if self.searched is None else dataclasses.asdict(self.searched)
         found["met"] = self.met
         return found
 
@@ -160,6 +178,8 @@ class PruneReport:
             plain["kept"] = tuple((x["name"], x["reason"]) for x in plain["kept"])
             if plain.get("tuned") is not None:
                 plain["tuned"] = TuningReport(**plain["tuned"])
+            if plain.get("searched") is not None:
+                plain["searched"] = SearchReport(**plain["searched"])
             return cls(**plain)
         except (KeyError, TypeError) as error:
             raise UsageError(

@@ -194,6 +194,13 @@ class ByteOptions(Options):
         "What decides which channels go; obs by default, magnitude without data.",
         key="score", example="obs",
     )  # fmt: skip
+    prune_search: int | None = option(
+        None, Number(whole=True, least=1, metavar="N"), "prune",
+        "Try up to N other ways to divide what goes between the layers, and keep the one whose "
+        "outputs lose least on the data.",
+        "Each takes as long as the fits of one pruned model.",
+        key="search", example="24",
+    )  # fmt: skip
     prune_caches: bool | None = option(
         None, Flag(), "prune",
         "Let pruning change the shapes of inputs and outputs that hold a KV cache.",

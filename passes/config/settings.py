@@ -56,7 +56,14 @@ class Settings(ByteOptions):
                 f"functions is {self.functions!r}, but portable is false",
                 hint="inlined definitions are what makes a model portable: leave portable out",
             )
-        if not shares and not self.divide and (self.prune_score or self.prune_caches):
+        ways = (self.prune_score, self.prune_search, self.prune_caches)
+        if self.divide and self.prune_search:
+            raise UsageError(
+                "divisions between layers are tried for one share, and a size is to decide it",
+                hint="run it without --prune-search, then with the share that it finds: "
+                "--prune-ratio 0.2",
+            )
+        if not shares and not self.divide and any(ways):
             raise UsageError("a way to prune is given, but not how much", hint=_HOW_MUCH)
 
     @property

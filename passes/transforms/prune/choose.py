@@ -30,10 +30,23 @@ from onnxcomp.passes.transforms.prune.select import (
 )
 from onnxcomp.passes.weight import Array
 
-__all__ = ["Numerical", "by_obs", "by_rank"]
+__all__ = ["Choice", "Numerical", "by_obs", "by_rank"]
 
 # Where losses are measured on the way of a sequence of steps.
 _PLACES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """Steps that reach a share, and what they were chosen from.
+
+    Attributes:
+        steps: In the order in which they were taken.
+        sequences: All steps of each cluster, in their order; none where a budget was not divided.
+    """
+
+    steps: Sequence[Step]
+    sequences: Sequence[Sequence[Step]] = ()
 
 
 def by_obs(
@@ -47,7 +60,7 @@ def by_obs(
     *,
     least: float,
     round_to: int,
-) -> list[list[Step]]:
+) -> list[Choice]:
     """One knapsack over all groups by loss for what is saved.
 
     A loss is relative to the power of what is read next: behind a residual that of the sum, not
@@ -91,11 +104,13 @@ def by_obs(
                     del found[name]
                     known.pop(name, None)
     if measured is None:
-        return [merge([*local, *more], ledger, share)]
+        return [Choice(merge([*local, *more], ledger, share), [*local, *more])]
     positions = (measured.without_positions(steps) for steps in more)
-    by_outputs = merge([*sequences, *positions], ledger, share, trim=True)
-    ledger.restore(removed(by_outputs))
-    return [by_outputs, merge([*local, *more], ledger, share, trim=True)]
+    choices = []
+    for every in ([*sequences, *positions], [*local, *more]):
+        ledger.clear()
+        choices.append(Choice(merge(every, ledger, share, trim=True), every))
+    return choices
 
 
 def _watch(

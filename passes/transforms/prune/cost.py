@@ -149,6 +149,10 @@ class Ledger:
         """Put classes back."""
         self._set(classes, gone=False)
 
+    def clear(self) -> None:
+        """Put everything back."""
+        self.restore(np.flatnonzero(self.gone).tolist())
+
     def _set(self, classes: Iterable[int], *, gone: bool) -> None:
         own = set(classes)
         self.gone[list(own)] = gone

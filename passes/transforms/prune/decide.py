@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxcomp.passes.analysis.prune_report import GroupReport
 from onnxcomp.passes.transforms.prune.axes import Analysis
-from onnxcomp.passes.transforms.prune.choose import by_obs, by_rank
+from onnxcomp.passes.transforms.prune.choose import Choice, by_obs, by_rank
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.cost import Ledger
 from onnxcomp.passes.transforms.prune.groups import Groups
@@ -18,10 +18,44 @@ from onnxcomp.passes.transforms.prune.measured import measuring
 from onnxcomp.passes.transforms.prune.observe import moments
 from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.qk_products import qk_steps
-from onnxcomp.passes.transforms.prune.select import Step, group_reports, removed
+from onnxcomp.passes.transforms.prune.select import Step, group_reports, merge, removed
 from onnxcomp.passes.weight import Array, Feed
 
-__all__ = ["Decision", "decide"]
+__all__ = ["Decision", "Division", "decide"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Division:
+    """A budget that can be divided between layers in other ways.
+
+    Attributes:
+        sequences: All steps of each cluster of groups, in the order in which they go.
+        groups: What may go.
+        ledger: Knows what is saved; nothing goes, before and after.
+        share: What is to be saved.
+    """
+
+    sequences: Sequence[Sequence[Step]]
+    groups: Groups
+    ledger: Ledger
+    share: float
+
+    def decision(self, scales: Sequence[float]) -> Decision:
+        """What goes where the losses of each sequence count so many times what they did."""
+        scaled = [
+            [dataclasses.replace(step, loss=scale * step.loss) for step in steps]
+            for steps, scale in zip(self.sequences, scales, strict=True)
+        ]
+        steps = merge(scaled, self.ledger, self.share, trim=True)
+        self.ledger.clear()
+        return _decision(steps, self.groups, self.ledger, self)
+
+    def spent(self, decision: Decision) -> list[float]:
+        """What a decision takes from each sequence."""
+        return [
+            sum(step.cost for step in steps if step.classes <= decision.classes)
+            for steps in self.sequences
+        ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,12 +67,14 @@ class Decision:
         classes: The classes of atoms that they take.
         groups: Groups that lose something.
         gone: The same classes as ``gone[class]``.
+        division: The budget it comes from; None where it was not divided.
     """
 
     steps: tuple[Step, ...]
     classes: frozenset[int]
     groups: tuple[GroupReport, ...]
     gone: Array
+    division: Division | None = None
 
 
 def decide(
@@ -68,14 +104,23 @@ def decide(
         ModelError: ONNX Runtime cannot run the model.
     """
     found: dict[frozenset[int], Decision] = {}
-    for steps in _ways(analysis, groups, consumers, ledger, options, feeds, folder):
-        classes = removed(steps)
-        gone = np.zeros_like(ledger.gone)
-        gone[list(classes)] = True
-        own = Decision(tuple(steps), classes, group_reports(groups, steps), gone)
-        found.setdefault(classes, own)
-    ledger.restore(np.flatnonzero(ledger.gone).tolist())
+    for choice in _ways(analysis, groups, consumers, ledger, options, feeds, folder):
+        division = None
+        if choice.sequences:
+            division = Division(choice.sequences, groups, ledger, options.share)
+        own = _decision(choice.steps, groups, ledger, division)
+        found.setdefault(own.classes, own)
+    ledger.clear()
     return tuple(found.values())
+
+
+def _decision(
+    steps: Sequence[Step], groups: Groups, ledger: Ledger, division: Division | None
+) -> Decision:
+    classes = removed(steps)
+    gone = np.zeros_like(ledger.gone)
+    gone[list(classes)] = True
+    return Decision(tuple(steps), classes, group_reports(groups, steps), gone, division)
 
 
 def _ways(
@@ -86,7 +131,7 @@ def _ways(
     options: PruneOptions,
     feeds: Sequence[Feed],
     folder: Path | None,
-) -> list[list[Step]]:
+) -> list[Choice]:
     common = {"least": options.least, "round_to": options.round_to}
     needed = _touched(consumers, groups)
     share = options.share
@@ -116,7 +161,7 @@ def _ways(
         analysis, groups.groups, needed, found, ledger, share, score, options.numerical,
         uniform=uniform, least=options.least, round_to=options.round_to,
     )  # fmt: skip
-    return [steps]
+    return [Choice(steps)]
 
 
 def _touched(consumers: Sequence[Consumer], groups: Groups) -> list[Consumer]:

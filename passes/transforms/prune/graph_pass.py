@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxcomp.errors import UsageError
 from onnxcomp.passes.analysis.prune_report import PruneReport
 from onnxcomp.passes.config.settings import Settings
 from onnxcomp.passes.ir.model import Change
@@ -40,21 +41,33 @@ class Prune(GraphPass):
         return settings.prune_ratio is not None or settings.target_flops is not None
 
     def run(self, model: ir.Model, context: Context) -> PruneChange:
-        """``W1 (n, k), W2 (m, n) -> W1[K], W2'[:, K]``: see `pruning`."""
+        """``W1 (n, k), W2 (m, n) -> W1[K], W2'[:, K]``: see `pruning`.
+
+        Raises:
+            UsageError: A search is asked for and there are no calibration inputs.
+            ModelError: The model does not run on them.
+        """
         from onnxcomp.passes.transforms.prune.options import PruneOptions
         from onnxcomp.passes.transforms.prune.pruning import prune
 
-        settings = context.settings
+        settings, feeds = context.settings, context.feeds() or ()
+        if settings.prune_search and not feeds:
+            raise UsageError(
+                "divisions of a budget are compared by what the outputs lose, and there are no "
+                "inputs to see it on",
+                hint="give --data, or leave --prune-search out",
+            )
         options = PruneOptions(
             ratio=settings.prune_ratio,
             target_flops=settings.target_flops,
             score=settings.prune_score or "obs",
+            search=settings.prune_search or 0,
             caches=bool(settings.prune_caches),
             freeze_inputs=settings.freeze_inputs,
             include=settings.include,
             exclude=settings.exclude,
         )
-        report = prune(model, options, feeds=context.feeds() or ())
+        report = prune(model, options, feeds=feeds)
         return PruneChange(len(report.groups), tuple(_notes(report)), report=report)
 
 

@@ -26,6 +26,7 @@ class PruneOptions:
         compensate: "fit" to fit what stays, "bias" for biases only, "none".
         behind: Whether layers behind pruned ones are fitted, too.
         measure: Whether losses of layers are scaled to those of the outputs, which are measured.
+        search: How many other divisions of the budget between layers are tried, at most.
         tune: Whether all that is left is tuned together, where that is within reach.
         numerical: How the score of this name is read.
         least: Share of each group that always stays.
@@ -43,6 +44,7 @@ class PruneOptions:
     compensate: Literal["fit", "bias", "none"] = "fit"
     behind: bool = True
     measure: bool = True
+    search: int = 0
     tune: bool = True
     numerical: Numerical = Numerical()  # noqa: RUF009
     least: float = 0.1
@@ -63,6 +65,11 @@ class PruneOptions:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < 1.0:
                 raise UsageError(f"{name} is {value}", hint="it is a share between 0 and 1")
+        if self.search and (self.score, self.compensate) != ("obs", "fit"):
+            raise UsageError(
+                f"other divisions of a budget are tried with the score obs, not {self.score}",
+                hint="leave --prune-search or --prune-score out",
+            )
         if self.score not in SCORES:
             raise UsageError(f"score {self.score!r} is unknown", hint=f"one of {', '.join(SCORES)}")
 

@@ -92,6 +92,7 @@ def prune(
         inputs=changed,
         kept=groups.kept,
         tuned=tuned,
+        searched=made_up.searched,
     )
 
 

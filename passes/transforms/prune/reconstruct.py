@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxcomp.passes.analysis.prune_report import FitReport, TuningReport
+from onnxcomp.passes.analysis.prune_report import FitReport, SearchReport, TuningReport
 from onnxcomp.passes.gradients.weight_gradients import Part
 from onnxcomp.passes.ir.model import copy_model
 from onnxcomp.passes.transforms.prune.axes import Analysis
@@ -34,6 +34,7 @@ class Reconstruction:
         reference: The dense model.
         values: What products that lose columns make; see `handed_on`.
         effort: How much tuning is worth its time; None for no tuning.
+        searched: What other divisions of the budget were worth; None where none was tried.
     """
 
     decision: Decision
@@ -42,6 +43,7 @@ class Reconstruction:
     reference: ir.Model | None = None
     values: Mapping[str, Part] = dataclasses.field(default_factory=dict)
     effort: Effort | None = None
+    searched: SearchReport | None = None
 
     def tune(
         self,
@@ -95,8 +97,8 @@ def fit(
         flops = measure(analysis.model, analysis.seen).flops
         effort = Effort.within_reach(feeds, flops, analysis.seen.elements)
         reference = copy_model(analysis.model)
-    best = best_trial(analysis, consumers, decisions, options, feeds, folder)
+    best, searched = best_trial(analysis, consumers, decisions, options, feeds, folder)
     for value, tensor in best.changed.items():
         value.const_value = tensor
     values = handed_on(analysis, consumers, best.decision.gone)
-    return Reconstruction(best.decision, *best.reports, reference, values, effort)
+    return Reconstruction(best.decision, *best.reports, reference, values, effort, searched)

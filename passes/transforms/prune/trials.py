@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxcomp.passes.analysis.prune_report import FitReport
+from onnxcomp.passes.analysis.prune_report import FitReport, SearchReport
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.consumers import Consumer
 from onnxcomp.passes.transforms.prune.decide import Decision
@@ -23,6 +23,7 @@ from onnxcomp.passes.transforms.prune.observe import masked_members
 from onnxcomp.passes.transforms.prune.options import PruneOptions
 from onnxcomp.passes.transforms.prune.output_loss import OutputLoss
 from onnxcomp.passes.transforms.prune.qk_products import silenced
+from onnxcomp.passes.transforms.prune.search import search
 from onnxcomp.passes.weight import Array, Feed
 
 __all__ = ["Trial", "best_trial"]
@@ -55,8 +56,10 @@ def best_trial(
     options: PruneOptions,
     feeds: Sequence[Feed],
     folder: Path | None = None,
-) -> Trial:
+) -> tuple[Trial, SearchReport | None]:
     """Fit the model to each decision, and keep the one whose outputs lose least.
+
+    Other divisions of its budget are tried from there, as many as options say.
 
     Args:
         analysis: Of the model, which is as before in the end.
@@ -66,13 +69,25 @@ def best_trial(
         feeds: Calibration data. Outputs are compared on inputs that fits set aside.
         folder: Where pieces of the model are written.
 
+    Returns:
+        The best trial, and what the search for it found; None where there was no search.
+
     Raises:
         ModelError: ONNX Runtime cannot run the model.
     """
     trials = [_trial(analysis, consumers, own, options, feeds, folder) for own in decisions]
-    if len(trials) == 1:
-        return trials[0]
-    return min(trials, key=_losses(analysis, trials, feeds, folder).__getitem__)
+    if len(trials) == 1 and not options.search:
+        return trials[0], None
+    losses = _losses(analysis, trials, feeds, folder)
+    best = min(trials, key=losses.__getitem__)
+    if not options.search:
+        return best, None
+
+    def attempt(decision: Decision) -> tuple[Trial, float]:
+        own = _trial(analysis, consumers, decision, options, feeds, folder)
+        return own, _losses(analysis, [own], feeds, folder)[own]
+
+    return search(best.decision, best, losses[best], attempt, options.search)
 
 
 def _trial(

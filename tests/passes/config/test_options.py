@@ -138,7 +138,7 @@ def test_the_order_of_settings_in_plans_is_published() -> None:
     ]  # fmt: skip
     unset = {"bits", "ratio", "target_size", "max_error", "max_slowdown", "divide"}
     unset |= {"prune_ratio", "target_flops", "prune_score", "prune_caches", "logits_to_keep"}
-    unset |= {"sparsity", "prune_experts", "prune_layers"}
+    unset |= {"sparsity", "prune_experts", "prune_layers", "prune_search"}
     names = {field.name for field in dataclasses.fields(Settings)} - unset
     assert len(names) == 18
 

@@ -328,9 +328,9 @@ def test_few_vectors_do_not_promise_what_others_do_not_keep() -> None:
     assert all(sums.held is not None for sums in known.values())
     ledger = Ledger(analysis, groups)
     seen = [(consumer, known[consumer.name]) for consumer in consumers]
-    (steps,) = by_obs(groups.groups, consumers, seen, ledger, 0.99, least=0.2, round_to=8)
+    (choice,) = by_obs(groups.groups, consumers, seen, ledger, 0.99, least=0.2, round_to=8)
     for consumer in consumers:
-        own = [step for step in steps if consumer.columns(_gone(ledger, step)).size]
+        own = [step for step in choice.steps if consumer.columns(_gone(ledger, step)).size]
         weight = consumer.matrix(consumer.weight.const_value.numpy())  # type: ignore[union-attr]
         gone = consumer.columns(ledger.gone)
         sums = known[consumer.name]
