@@ -1,11 +1,12 @@
-"""What each step of calibration brings: loss and compile time, one step more from row to row.
+"""What each step of calibration brings, one step more from row to row, and what rivals lose.
 
     python benchmarks/bench_quality.py --data FOLDER [--smollm2 FOLDER] [--minilm MINILM.onnx]
         [--models language_model] [--bits 4,3,2] [--ratios 10] [--only REGEX] [--again]
 
 FOLDER is laid out as for the other benchmarks. Rows of `--ratios` have plans for a size. Steps that
-the compiler always takes are left out by replacing what they are done with. All rows of a model and
-of as many bits have the same bytes.
+the compiler always takes are left out by replacing what they are done with. All steps of a model
+and of as many bits have the same bytes. Rivals round the same tensors to as many bits
+(rival_forms.py), GPTQ with the same inputs.
 Times are CPU seconds of the whole run, with all threads. Rows that the JSON has already are not
 measured again unless `--again` asks for it; it is written after every row.
 """
@@ -25,8 +26,17 @@ from typing import Any
 from unittest import mock
 
 import bench_hyper_models
-from judges import TRAINING_PAIRS, DecoderModel, Judge, LabelledImages, SentenceModel
+from judges import (
+    TRAINING_PAIRS,
+    DecoderModel,
+    Detector,
+    Judge,
+    LabelledImages,
+    SentenceModel,
+    SpeechModel,
+)
 from results import RESULTS, print_table, write_results
+from rival_forms import RIVALS, Rivals
 
 import onnxcomp
 from onnxcomp.passes.calibration import statistics
@@ -71,6 +81,11 @@ def judge_of(name: str, options: argparse.Namespace) -> Judge:
     """The judge of one model."""
     if name == "resnet20":
         return LabelledImages(options.data / "models" / "resnet20_cifar10.onnx", options.data)
+    if name == "silero":
+        return SpeechModel(options.data / "models" / "silero_vad.onnx", options.data)
+    if name == "yolox":
+        model = options.data / "models" / "yolox_nano.onnx"
+        return Detector(model, options.data, options.images)
     if name == "minilm" and options.minilm is not None:
         return SentenceModel(options.minilm, options.data, pairs=options.pairs)
     if name != "smollm2":
@@ -97,17 +112,33 @@ def measured(judge: Judge, data: Path, goal: Mapping[str, int], step: str) -> di
     return {**goal, "step": step, "bytes": size, "cpu_seconds": round(seconds, 1), **found}
 
 
+def rival(judge: Judge, rivals: Rivals, bits: int, name: str) -> dict[str, Any]:
+    """One row of a rival."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "form.onnx"
+        size, seconds = rivals.write(name, bits, path)
+        found = judge(path)
+    return {"bits": bits, "step": name, "bytes": size, "cpu_seconds": round(seconds, 1), **found}
+
+
 def rows_of(name: str, options: argparse.Namespace, known: list[dict[str, Any]]) -> Iterator[Any]:
     """All rows of a model, whenever one more has been measured."""
     judge = judge_of(name, options)
     kept = {_key(row): row for row in known}
     goals = [{"bits": bits} for bits in map(int, filter(None, options.bits.split(",")))]
     goals += [{"ratio": ratio} for ratio in map(int, filter(None, options.ratios.split(",")))]
-    for goal, step in itertools.product(goals, STEPS):
+    rivals: Rivals | None = None
+    for goal, step in itertools.product(goals, (*STEPS, *RIVALS)):
         key = _key({**goal, "step": step})
         if not re.search(options.only, step) or (key in kept and not options.again):
             continue
-        kept[key] = measured(judge, options.data, goal, step)
+        if step in STEPS:
+            kept[key] = measured(judge, options.data, goal, step)
+        elif "bits" in goal:
+            rivals = rivals or Rivals(judge.model, judge.calibration(options.data))
+            kept[key] = rival(judge, rivals, goal["bits"], step)
+        else:
+            continue
         print(kept[key], flush=True)
         yield judge.loss, sorted(kept.values(), key=_key)
     if kept:
@@ -116,7 +147,7 @@ def rows_of(name: str, options: argparse.Namespace, known: list[dict[str, Any]])
 
 def _key(row: Mapping[str, Any]) -> tuple[int, int, int]:
     """A row's place in the table."""
-    return row.get("ratio", 0), -row.get("bits", 0), list(STEPS).index(row["step"])
+    return row.get("ratio", 0), -row.get("bits", 0), [*STEPS, *RIVALS].index(row["step"])
 
 
 def show(name: str, loss: str, rows: list[dict[str, Any]]) -> None:
@@ -155,10 +186,10 @@ def main() -> None:
     for name in options.models.split(","):
         found = results.setdefault(name, {"rows": []})
         for loss, rows in rows_of(name, options, found["rows"]):
-            image = name in bench_hyper_models.IMAGE_MODELS
+            image = name in (*bench_hyper_models.IMAGE_MODELS, "yolox")
             judged = {"images": options.images} if image else {"windows": options.windows}
             judged = {"pairs": options.pairs} if name == "minilm" else judged
-            judged = {} if name == "resnet20" else judged
+            judged = {} if name in ("resnet20", "silero") else judged
             found |= {**judged, "loss": loss, "rows": rows}
             write_results("quality", results)
 

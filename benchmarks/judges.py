@@ -12,21 +12,25 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 from bench_minilm import embed, make_batches, quality, read_pairs
-from inputs import CLASSIFIERS, cifar_feeds
+from inputs import CLASSIFIERS, cifar_feeds, pictures
 from llm_texts import calibration_feeds, unspaced
+from planner_inputs import real_inputs
 from tokenizers import Tokenizer
 
 import onnxcomp
 from onnxcomp.passes.calibration.statistics import split_batches
+from onnxcomp.passes.verification.detections import DetectionAgreement
 
 __all__ = [
     "TRAINING_PAIRS",
     "DecoderModel",
+    "Detector",
     "ImageModel",
     "Judge",
     "LabelledImages",
     "LanguageModel",
     "SentenceModel",
+    "SpeechModel",
 ]
 
 Feeds = Sequence[dict[str, npt.NDArray[Any]]]
@@ -270,3 +274,82 @@ class LabelledImages:
     def calibration(self, data: Path) -> Feeds:
         """Training images, which are stored in a random order."""
         return [feed for feed, _ in cifar_feeds(data, "train", self._images)]
+
+
+class SpeechModel:
+    """Judges forms of Silero by the frames of a recording, each with the original's state.
+
+    Every other batch of frames calibrates.
+
+    Args:
+        model: The dense model.
+        data: Folder of the data.
+    """
+
+    loss = "kl"
+
+    def __init__(self, model: Path, data: Path) -> None:
+        self.model = model
+        feeds = real_inputs(model, data)
+        self._kept, self._judged = feeds[::2], feeds[1::2]
+        self._dense = self._chances(onnxruntime.InferenceSession(model))
+
+    def _chances(self, session: Any) -> Array:
+        found = [session.run(None, feed)[0].reshape(-1) for feed in self._judged]
+        return np.clip(np.concatenate(found).astype(np.float64), 1e-6, 1 - 1e-6)
+
+    def __call__(self, path: Path) -> dict[str, float]:
+        """Divergence of the chances of speech, and share of frames with another decision."""
+        dense, found = self._dense, self._chances(onnxcomp.InferenceSession(path))
+        divergence = dense * np.log(dense / found) + (1 - dense) * np.log((1 - dense) / (1 - found))
+        other = float(((dense > 0.5) != (found > 0.5)).mean())
+        return {"kl": float(divergence.mean()), "disagreement": other}
+
+    def calibration(self, data: Path) -> Feeds:
+        """The batches kept."""
+        return self._kept
+
+
+class Detector:
+    """Judges forms of YOLOX-Nano by the dense model's detections on photographs.
+
+    Args:
+        model: The dense model.
+        data: Folder of the data.
+        images: Photographs to judge by; as many others as for a classifier calibrate.
+    """
+
+    loss = "missed"
+
+    def __init__(self, model: Path, data: Path, images: int) -> None:
+        self.model = model
+        every = [
+            {"images": np.ascontiguousarray(image[:, ::-1])}
+            for image in pictures(data, 416, 416, images * HELD // (HELD - 1))
+        ]
+        self._kept = every[::HELD]
+        self._judged = [feed for number, feed in enumerate(every) if number % HELD]
+        self._dense = self._outputs(onnxruntime.InferenceSession(model))
+
+    def _outputs(self, session: Any) -> list[Array]:
+        return [np.asarray(session.run(None, feed)[0]) for feed in self._judged]
+
+    def __call__(self, path: Path) -> dict[str, float]:
+        """Shares of detections that are not found again, and of those that are new."""
+        agreement = DetectionAgreement()
+        pairs = zip(self._dense, self._outputs(onnxcomp.InferenceSession(path)), strict=True)
+        for dense, found in pairs:
+            agreement.add({"output": dense}, {"output": found})
+        seen = agreement.result()
+        if seen is None:
+            raise SystemExit(f"{self.model.name}: nothing is detected")
+        missed, added = seen.reference - seen.found, seen.added
+        return {
+            "detections": seen.reference,
+            "missed": missed / seen.reference,
+            "added": added / seen.reference,
+        }
+
+    def calibration(self, data: Path) -> Feeds:
+        """The photographs kept."""
+        return self._kept

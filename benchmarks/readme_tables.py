@@ -27,7 +27,7 @@ from latency_tables import (
 from llm_tables import chosen_rows, every_row
 from page_parts import ROOT, decibels, markdown, read, share
 from pruning_tables import pruning
-from quality_tables import calibration_steps, deep_convolutions, other_models
+from quality_tables import calibration_steps, deep_convolutions, other_models, rivals
 from scale_tables import large_models
 from serving_tables import services, sessions
 from size_loss_picture import PICTURE, draw
@@ -399,6 +399,7 @@ ALL: Sections = {
     "A real language model": every_row,
     "Steps of calibration": calibration_steps,
     "Calibration of other models": other_models,
+    "Rivals": rivals,
     "A language model": language_model,
     "Weights": restored,
     "Products": products,
