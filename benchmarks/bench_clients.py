@@ -2,6 +2,8 @@
 
     python benchmarks/bench_clients.py --environments FOLDER [--only NAME ...]
 
+    python benchmarks/bench_clients.py --environments FOLDER --all
+
 Every client is installed from PyPI into an environment of its own below FOLDER, which must lie
 outside of the project; onnxcomp is not installed there. Then, for each setting:
 
@@ -15,7 +17,9 @@ Printed and written to ``results/clients.json``: size of all models; share of an
 of the dense models, on inputs that were not recorded; share that is right, where that is known; CPU
 seconds and bytes to open the pipeline. Words and captchas are rendered, photographs and speech come
 from $ONNXCOMP_DATA; clients that need it are skipped without. With ``--only`` the rows of other
-clients stay what they were, with ``--settings`` those of other settings of the same versions.
+clients stay what they were, with ``--settings`` those of other settings of the same versions. With
+``--all`` engines, libraries of the hub and model servers follow, each by its own script and with
+environments below FOLDER, and one table of all clients is printed.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from client_summary import COLUMNS
+from client_summary import rows as summary_rows
 from environments import installed, own_variables
 from results import RESULTS, print_table, write_results
 
@@ -78,6 +84,10 @@ LIST = (
     Client(
         "faster-whisper", "run_faster_whisper.py", "frames of 32 ms",
         ("faster_whisper/assets/silero_vad*.onnx",), data=True,
+    ),
+    Client(
+        "silero-vad", "run_silero_vad.py", "frames of 32 ms",
+        ("silero_vad/data/silero_vad.onnx",), ("torch", "onnxruntime"), data=True,
     ),
     Client(
         "basic-pitch", "run_basic_pitch.py", "piece of music (notes)",
@@ -216,7 +226,7 @@ def same(answers: Sequence[Any], wanted: Sequence[Any]) -> float:
     """Share of answers that are those of the dense models; of boxes, see `found_again`."""
     if wanted and isinstance(wanted[0], list):
         return found_again(answers, wanted)
-    return sum(a == b for a, b in zip(answers, wanted, strict=True)) / len(wanted)
+    return sum(bool(a == b) for a, b in zip(answers, wanted, strict=True)) / len(wanted)
 
 
 def found_again(answers: Sequence[Any], wanted: Sequence[Any]) -> float:
@@ -237,7 +247,7 @@ def overlap(a: Sequence[Any], b: Sequence[Any]) -> float:
     width = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     height = min(a[2] + a[4], b[2] + b[4]) - max(a[2], b[2])
     both = max(width, 0) * max(height, 0)
-    return both / max(1e-9, a[3] * a[4] + b[3] * b[4] - both)
+    return float(both / max(1e-9, a[3] * a[4] + b[3] * b[4] - both))
 
 
 def judged(result: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
@@ -334,12 +344,28 @@ def stored_rows() -> dict[str, dict[str, Any]]:
     return {row["client"]: row for row in rows}
 
 
+def others(folder: Path) -> None:
+    """Run the benchmarks of engines, libraries of the hub and servers; then show all clients."""
+    scripts = {
+        "bench_engines.py": (os.environ["ONNXCOMP_MINILM"], "--environments", folder / "engines"),
+        "bench_hub.py": ("--home", folder / "hub"),
+        "bench_services.py": ("--home", folder / "services"),
+    }
+    for name, words in scripts.items():
+        command = [sys.executable, Path(__file__).with_name(name), *words]
+        subprocess.run([str(word) for word in command], check=True)
+    print_table(COLUMNS, list(summary_rows()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--environments", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=[c.name for c in LIST])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--all", action="store_true", help="Engines, hub and servers, too.")
     options = parser.parse_args()
+    if options.all and not os.environ.get("ONNXCOMP_MINILM"):
+        parser.error("--all needs the model that ONNXCOMP_MINILM names")
     folder = options.environments.resolve()
     if folder.is_relative_to(ROOT):
         raise SystemExit(f"{folder} lies in the project: name one outside of it")
@@ -354,6 +380,8 @@ def main() -> None:
             ordered = [rows[each.name] for each in LIST if each.name in rows]
             write_results("clients", {"rows": ordered})
         show([stored_rows()[client.name]])
+    if options.all:
+        others(folder)
 
 
 if __name__ == "__main__":

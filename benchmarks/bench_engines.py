@@ -2,9 +2,10 @@
 
     python benchmarks/bench_engines.py MINILM.onnx --environments FOLDER [--only NAME ...]
 
-Every engine and tool is installed from PyPI into an environment of its own below FOLDER, which must
-lie outside of the project. The error is that of the first output against the dense model's in ONNX
-Runtime for the dense model, and against the functions' form there for the others.
+Every engine and tool is installed from PyPI or npm into an environment of its own below FOLDER,
+which must lie outside of the project. The error is that of the first output against the dense
+model's in ONNX Runtime for the dense model, and against the functions' form there for the others.
+Engines that take a library of operators run the functions' form with it, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from environments import installed, own_variables, version_of
+from environments import InstallError, installed, installed_by_npm, own_variables, version_of
 from results import compile_model, print_table, write_results
 
 import onnxcomp
+from onnxcomp.ops import library_path
 from onnxcomp.runtime.machine import look
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +35,7 @@ SCRIPTS = Path(__file__).parent / "clients" / "engines"
 RESULTS = Path(__file__).parent / "results" / "engines.json"
 MARK = "RESULT "
 SECONDS = 600
+LIBRARY = "functions, with the library"
 
 # Options of `onnxcomp optimize` for each form; None for the model as it is.
 FORMS: dict[str, tuple[str, ...] | None] = {
@@ -48,27 +52,36 @@ class Engine:
 
     Attributes:
         name: What it is called.
-        packages: What pip is told to install; the first one's version is reported.
+        packages: What pip, or npm for a script of Node, is told to install; the first one's
+            version is reported.
         script: Runs it, in `SCRIPTS`.
         line: The line of code that opens a model.
+        library: Whether it takes a library of operators.
     """
 
     name: str
     packages: tuple[str, ...]
     script: str
     line: str
+    library: bool = False
 
 
 _RUNTIME = 'onnxruntime.InferenceSession("m.onnx")'
 ENGINES = (
-    Engine("onnxruntime-1.18", ("onnxruntime==1.18.1", "numpy<2"), "run_onnxruntime.py", _RUNTIME),
-    Engine("onnxruntime-1.24", ("onnxruntime==1.24.1",), "run_onnxruntime.py", _RUNTIME),
-    Engine("onnxruntime", ("onnxruntime",), "run_onnxruntime.py", _RUNTIME),
+    Engine(
+        "onnxruntime-1.18", ("onnxruntime==1.18.1", "numpy<2"), "run_onnxruntime.py", _RUNTIME, True
+    ),
+    Engine("onnxruntime-1.24", ("onnxruntime==1.24.1",), "run_onnxruntime.py", _RUNTIME, True),
+    Engine("onnxruntime", ("onnxruntime",), "run_onnxruntime.py", _RUNTIME, True),
+    Engine(
+        "onnxruntime-node", ("onnxruntime-node",), "run_onnxruntime_node.mjs",
+        'InferenceSession.create("m.onnx")',
+    ),
     Engine("onnx", ("onnx",), "run_onnx.py", 'ReferenceEvaluator("m.onnx")'),
     Engine("openvino", ("openvino", "numpy"), "run_openvino.py", 'Core().compile_model("m.onnx")'),
     Engine("tract", ("tract", "numpy"), "run_tract.py", 'tract.onnx().load("m.onnx")'),
     Engine("mnn", ("mnn", "numpy"), "run_mnn.py", "mnnconvert -f ONNX --modelFile m.onnx ..."),
-)
+)  # fmt: skip
 
 # Tools that write a model, and what they are told: `{0}` is the input, `{1}` the output.
 _SAVE = (
@@ -87,30 +100,43 @@ TOOLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def _done(python: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def _done(
+    program: Path, *words: str, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """A program of an engine's environment, run to its end."""
     return subprocess.run(
-        [str(python), *words],
+        [str(program), *words],
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
-        env=own_variables(python),
+        env=own_variables(program),
+        cwd=folder,
     )
 
 
-def run(python: Path, script: str, model: Path, feeds: Path) -> dict[str, Any]:
+def run(engine: Engine, place: Path, model: Path, feeds: Path, *more: str) -> dict[str, Any]:
     """What an engine makes of a model; ``failed`` where it does not run it."""
+    node = engine.script.endswith(".mjs")
+    program = Path(shutil.which("node") or "node") if node else place / "bin" / "python"
+    inputs = feeds.with_suffix(".json") if node else feeds
+    words = (str(SCRIPTS / engine.script), str(model), str(inputs), *more)
     try:
-        done = _done(python, str(SCRIPTS / script), str(model), str(feeds))
+        done = _done(program, *words, folder=place)
     except subprocess.TimeoutExpired:
         return {"failed": f"no result within {SECONDS} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if lines:
         result: dict[str, Any] = json.loads(lines[-1][len(MARK) :])
         return result
-    said = [line.strip() for line in done.stderr.splitlines() if "Hyper" in line or "rror" in line]
-    return {"failed": (said or [f"exit code {done.returncode}"])[-1][:200]}
+    return {"failed": reason(done.stderr.splitlines()) or f"exit code {done.returncode}"}
+
+
+def reason(lines: Sequence[str]) -> str:
+    """The line that says why a model was refused: one that names an operator, or an error."""
+    named = [line.strip() for line in lines if "Hyper" in line or "Unimplemented" in line]
+    said = [line.strip() for line in lines if "rror" in line and "::" not in line]
+    return (named or said or [""])[-1].lstrip("-[]0123456789: ")[:200]
 
 
 def prepared(model: Path, folder: Path) -> dict[str, tuple[Path, Path]]:
@@ -126,7 +152,13 @@ def prepared(model: Path, folder: Path) -> dict[str, tuple[Path, Path]]:
             compile_model(model, path, *options, "--no-verify", "--external-data", "never")
         reference = path if options is None else folder / "functions.onnx"
         session = onnxruntime.InferenceSession(reference, providers=["CPUExecutionProvider"])
-        np.savez(path.with_suffix(".npz"), wanted=session.run(None, feeds)[0], **feeds)
+        arrays = {**feeds, "wanted": session.run(None, feeds)[0]}
+        np.savez(path.with_suffix(".npz"), **arrays)
+        texts = {
+            key: {"type": str(a.dtype), "dims": a.shape, "data": a.ravel().tolist()}
+            for key, a in arrays.items()
+        }
+        path.with_suffix(".json").write_text(json.dumps(texts), encoding="utf-8")
         found[name] = path, path.with_suffix(".npz")
     return found
 
@@ -144,11 +176,21 @@ def rewritten(python: Path, words: Sequence[str], model: Path, output: Path) -> 
 
 def tried(engine: Engine, place: Path, files: Mapping[str, tuple[Path, Path]]) -> dict[str, Any]:
     """What an engine makes of every form."""
-    python = installed(place / engine.name, engine.packages)
-    version = version_of(python, engine.packages[0].split("==")[0])
-    forms = {name: run(python, engine.script, *file) for name, file in files.items()}
+    home = place / engine.name
+    package = engine.packages[0].split("==")[0]
+    try:
+        if engine.script.endswith(".mjs"):
+            version = installed_by_npm(home, package)
+        else:
+            version = version_of(installed(home, engine.packages), package)
+    except InstallError as error:
+        return {"line": engine.line, "failed": str(error)}
+    row = {"version": version, "line": engine.line}
+    forms = {name: run(engine, home, *file) for name, file in files.items()}
+    if engine.library:
+        forms[LIBRARY] = run(engine, home, *files["functions"], str(library_path()))
     print(engine.name, version, forms, file=sys.stderr, flush=True)
-    return {"version": version, "line": engine.line, "forms": forms}
+    return {**row, "forms": forms}
 
 
 def folded(
@@ -195,14 +237,18 @@ def main() -> None:
             if not options.only or name in options.only:
                 tools[name] = folded(name, place, files, Path(folder) / "rewritten.onnx")
                 write_results("engines", document)
+    columns = (*FORMS, LIBRARY)
     rows = [
-        (name, row["version"], *(_cell(row["forms"][form]) for form in FORMS))
+        (name, row.get("version", "-"), *(_cell(row, form) for form in columns))
         for name, row in engines.items()
     ]
-    print_table(("engine", "version", *FORMS), rows)
+    print_table(("engine", "version", *columns), rows)
 
 
-def _cell(result: dict[str, Any]) -> str:
+def _cell(row: Mapping[str, Any], form: str) -> str:
+    result = row if "failed" in row else row["forms"].get(form)
+    if result is None:
+        return "-"
     if "failed" in result:
         return f"no: {result['failed'][:50]}"
     return f"{result['error']:.1e}, {result['load_s']:.2f} s, {result['peak_bytes'] / 1e6:.0f} MB"

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from environments import InstallError, installed, own_variables, version_of
+from environments import InstallError, installed, installed_by_npm, own_variables, version_of
 from onnx import TensorProto, helper
 from results import write_results
 
@@ -159,15 +159,9 @@ def in_python(name: str, code: str, home: Path, folder: Path, wanted: np.ndarray
 def in_node(code: str, home: Path, folder: Path, wanted: np.ndarray) -> dict[str, Any]:
     """transformers.js, which has no way to the operator library."""
     place = home / "node"
-    if not (place / "node_modules").is_dir():
-        place.mkdir(parents=True, exist_ok=True)
-        install = ["npm", "install", "--ignore-scripts", "--prefix", str(place)]
-        command = [*install, "@huggingface/transformers"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    about = place / "node_modules" / "@huggingface" / "transformers" / "package.json"
+    version = installed_by_npm(place, "@huggingface/transformers")
     program = place / "snippet.mjs"
     program.write_text(f"{code}\n{TAILS[NODE]}\n", encoding="utf-8")
-    version = json.loads(about.read_text(encoding="utf-8"))["version"]
     return {"version": version, "portable": run(["node", str(program)], folder, wanted)}
 
 
@@ -197,9 +191,6 @@ def main() -> None:
                     row = in_python(library, codes[library], home, folder, wanted)
             except InstallError as error:
                 row = {"failed": str(error)}
-            except (OSError, subprocess.CalledProcessError) as error:  # of npm
-                text = str(getattr(error, "stderr", None) or error).strip()
-                row = {"failed": f"does not install: {text[-300:]}"}
             rows.append({"library": library, **row})
             print(json.dumps(rows[-1]), flush=True)
     if not options.only:

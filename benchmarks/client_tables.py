@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from client_summary import LIBRARY, engine_name
 from page_parts import markdown, read, share
 
 __all__ = ["clients", "elsewhere", "hub"]
@@ -114,26 +115,30 @@ def _loading() -> Iterator[str]:
 def _engines() -> Iterator[str]:
     """Which engine runs which form of a file."""
     found = read("engines")
-    forms = list(found["bytes"])
+    sizes = {form: f"{form}, {size / 1e6:.1f} MB" for form, size in found["bytes"].items()}
+    forms = [*sizes, LIBRARY]
     yield "## Other engines\n"
     yield (
         f"MiniLM at 4 bits, one thread, {found['processor']}, without the operator\n"
-        "library. Each cell: relative error of the output, CPU seconds to load, and memory at the\n"
-        "peak while loading; `benchmarks/bench_engines.py` installs and runs them.\n"
+        "library but for the last column. Each cell: relative error of the output, CPU seconds\n"
+        "to load, and memory at the peak while loading; `benchmarks/bench_engines.py` installs\n"
+        "and runs them. With the library, activations are rounded to int8.\n"
     )
-    sizes = [f"{form}, {found['bytes'][form] / 1e6:.1f} MB" for form in forms]
     rows = [
         (
-            f"{name.partition('-')[0]} {row['version']}",
+            f"{engine_name(name)} {row.get('version', 'not installed')}",
             f"`{row['line']}`",
-            *(_loaded(row["forms"][form]) for form in forms),
+            *(_loaded(row, form) for form in forms),
         )
         for name, row in found["engines"].items()
     ]
-    yield markdown(("engine", "line of code", *sizes), rows)
+    yield markdown(("engine", "line of code", *sizes.values(), LIBRARY), rows)
 
 
-def _loaded(result: dict[str, Any]) -> str:
+def _loaded(row: dict[str, Any], form: str) -> str:
+    result = row if "failed" in row else row["forms"].get(form)
+    if result is None:
+        return ""
     if "failed" in result:
         return "refused"
     error, peak = result["error"], result["peak_bytes"] / 1e6

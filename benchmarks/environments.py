@@ -1,4 +1,4 @@
-"""Virtual environments of other packages, filled by pip; onnxcomp is not among them."""
+"""Environments of other packages, filled by pip or npm; onnxcomp is not among them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["InstallError", "installed", "own_variables", "version_of"]
+__all__ = ["InstallError", "installed", "installed_by_npm", "own_variables", "version_of"]
 
 
 class InstallError(Exception):
@@ -39,6 +39,25 @@ def installed(place: Path, *installs: Sequence[str]) -> Path:
                 raise InstallError(f"{place.name} does not install: {run.stderr.strip()[-300:]}")
         done.write_text(wanted, encoding="utf-8")
     return python
+
+
+def installed_by_npm(place: Path, package: str) -> str:
+    """Install a package of npm where it is not yet, without scripts of it, and return its version.
+
+    Raises:
+        InstallError: It cannot be installed.
+    """
+    about = place / "node_modules" / package / "package.json"
+    if not about.is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "install", "--ignore-scripts", "--prefix", str(place), package]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = str(getattr(error, "stderr", None) or error).strip()
+            raise InstallError(f"{package} does not install: {said[-300:]}") from error
+    version: str = json.loads(about.read_text(encoding="utf-8"))["version"]
+    return version
 
 
 def own_variables(python: Path | None = None) -> dict[str, str]:

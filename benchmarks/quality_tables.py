@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -161,7 +162,7 @@ def _curves(model: str) -> dict[str, _Curve]:
 def _at(curve: _Curve, size: int) -> float:
     """The loss at so many bytes: its logarithm is taken to be straight between two sizes."""
     points = sorted(curve.values())
-    pairs = list(zip(points, points[1:], strict=False))
+    pairs = list(itertools.pairwise(points))
     (near, first), (far, last) = next((p for p in pairs if size <= p[1][0]), pairs[-1])
     if min(first, last) <= 0.0:
         return last if size >= far else first
@@ -216,9 +217,9 @@ def rivals() -> Iterator[str]:
         "Files and what they lose against the dense model, on inputs that nothing was calibrated\n"
         "with: divergence of predictions (KL), the share of images that get another class, or of\n"
         "boxes that are not found again. All methods store the same tensors, tables and filters\n"
-        "too. Bytes of rivals are counted with packed codes, a float16 scale and a zero point for\n"
-        "each block of 128 weights of a row, which is less than the operators of ONNX Runtime take\n"
-        "(`benchmarks/bench_quality.py`).\n"
+        "too. Bytes of rivals are counted with packed codes, a float16 scale and a zero point\n"
+        "for each block of 128 weights of a row, which is less than the operators of ONNX\n"
+        "Runtime take (`benchmarks/bench_quality.py`).\n"
     )
     cells = [
         [f"{model.name}, {model.words}", name, *(_cell(model, curve.get(b)) for b in _BITS)]
@@ -228,9 +229,9 @@ def rivals() -> Iterator[str]:
     yield markdown(("model, loss", "method", *(f"{bits} bits" for bits in _BITS)), cells)
     yield (
         "The best rival, and how many times as much it loses as onnxcomp at the bytes of the\n"
-        "rival, which are read off between the sizes above and those of plans for a size, or along\n"
-        "the same line below the smallest of them; below 1 the rival is better. Without data, and\n"
-        "with calibration inputs, where GPTQ takes part.\n"
+        "rival, which are read off between the sizes above and those of plans for a size, or\n"
+        "along the same line below the smallest of them; below 1 the rival is better. Without\n"
+        "data, and with calibration inputs, where GPTQ takes part.\n"
     )
     table, beaten = [], []
     for key, model in known.items():

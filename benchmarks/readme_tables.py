@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from archive_tables import archives
+from client_summary import summary
 from client_tables import clients, elsewhere, hub
 from export_tables import exports
 from latency_tables import (
@@ -426,6 +427,7 @@ PAGES: Mapping[Path, Sections] = {
     ROOT / "docs" / "language_models.md": {"": chosen_rows},
     ROOT / "docs" / "numbers.md": ALL,
     ROOT / "docs" / "clients.md": {
+        "All clients that were run": summary,
         "Libraries around the hub": hub,
         "": elsewhere,
     },
