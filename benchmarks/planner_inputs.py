@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from inputs import CLASSIFIERS, Array, Feed, file_bytes, frames_of, speech
+from inputs import CLASSIFIERS, Array, Feed, cifar_feeds, file_bytes, frames_of, speech
 
 __all__ = ["MODELS", "real_inputs", "write_halves"]
 
@@ -108,6 +108,14 @@ def _text(data: Path, model: Path) -> list[Feed]:
     return [{name: row[None].astype(np.int64)} for row in rows]
 
 
+def _images(data: Path, model: Path) -> list[Feed]:
+    """All test images of CIFAR-10, whose file is sorted by class, in mixed order."""
+    del model
+    pixels = np.concatenate([feed["input"] for feed, _ in cifar_feeds(data, "test")])
+    pixels = pixels[np.random.default_rng(0).permutation(len(pixels))]
+    return [{"input": pixels[start : start + _BATCH]} for start in range(0, len(pixels), _BATCH)]
+
+
 def _classified(data: Path, model: Path) -> list[Feed]:
     """All inputs of a classifier: a tenth of them make up most of what it loses."""
     return [
@@ -120,6 +128,7 @@ def _classified(data: Path, model: Path) -> list[Feed]:
 def real_inputs(model: Path, data: Path) -> list[Feed]:
     """Real inputs of a model: tens of texts, hundreds of pictures, thousands of files."""
     special: dict[str, Any] = {
+        "resnet20_cifar10": _images,
         "silero_vad": _speech,
         "magika_standard_v3_3": _files,
         "minilm_l6_v2_embed": _sentences,

@@ -139,6 +139,7 @@ def contest(
         log.info("plan %s: %d bytes, loss %.4g", entry.name, entry.bytes, entry.loss)
     if any(entry.measured is None for entry in judged):
         return [safe if referee.margin else first]
+    judged = _on_more(judged, referee)
     ordered = sorted(judged[1:], key=lambda entry: entry.loss)
     better = [entry for entry in ordered if _beats(entry, judged[0], referee.margin)]
     best = better[0] if better else judged[0]
@@ -167,6 +168,33 @@ def expected_of(entry: Entry, referee: Referee) -> OutputDifference | None:
     return found
 
 
+def _on_more(judged: list[Entry], referee: Referee) -> list[Entry]:
+    """The plans, two of them measured on more inputs where few leave open which one is better.
+
+    Those are the safe one and the best other one, on as many inputs as it takes if the gain is what
+    it seems to be, and half more.
+    """
+    safe, margin = judged[0], referee.margin
+    others = [entry for entry in judged[1:] if entry.loss < safe.loss]
+    if not others or referee.longer is None or any(_beats(own, safe, margin) for own in others):
+        return judged
+    best = min(others, key=lambda entry: entry.loss)
+    runs, gain, error = _gain(best, safe)
+    gain -= margin * safe.loss
+    if gain <= 0 or referee.estimated:
+        return judged
+    wanted = math.ceil(1.5 * runs * (_SURE * error / gain) ** 2) if runs > 1 else _MORE
+    count = min(max(wanted, runs + 1), _MORE * runs)
+    found = {}
+    for entry in (safe, best):
+        more = referee.longer(entry.picks, count)
+        if more is None or len(more.losses()) <= runs:
+            return judged
+        found[entry.name] = dataclasses.replace(entry, measured=more)
+        log.info("plan %s, on more inputs: loss %.4g", entry.name, found[entry.name].loss)
+    return [found.get(entry.name, entry) for entry in judged]
+
+
 def _add(entries: list[Entry], entry: Entry) -> None:
     """Add a plan; one that is there already gets its name."""
     for number, other in enumerate(entries):
@@ -181,16 +209,27 @@ def _settings(picks: Sequence[Candidate]) -> list[object]:
 
 
 def _beats(entry: Entry, safe: Entry, margin: float) -> bool:
-    """Whether a plan is better than the safe one by more than the margin and chance."""
+    """Whether a plan is better than the safe one by more than the margin and chance.
+
+    Plans are compared input by input: they have to be measured on the same ones.
+    """
     if entry.measured is None or safe.measured is None or not entry.loss < safe.loss:
+        return False
+    if len(entry.measured.losses()) != len(safe.measured.losses()):
         return False
     if not math.isfinite(safe.loss):
         return True
+    runs, gain, error = _gain(entry, safe)
+    return runs > 1 and gain > margin * safe.loss + _SURE * error
+
+
+def _gain(entry: Entry, safe: Entry) -> tuple[int, float, float]:
+    """Over how many inputs a plan is better than another one, by how much, and standard error."""
+    assert entry.measured is not None and safe.measured is not None
     gains = safe.measured.losses() - entry.measured.losses()
-    if len(gains) < 2:
-        return False
-    error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
-    return float(np.mean(gains)) > margin * safe.loss + _SURE * error
+    runs = len(gains)
+    error = float(gains.std(ddof=1)) / math.sqrt(runs) if runs > 1 else math.inf
+    return runs, float(np.mean(gains)), error
 
 
 def _around_equal(

@@ -111,6 +111,32 @@ def test_a_gain_that_is_chance_is_none() -> None:
     assert run(noisy)[0].name == "equal"
 
 
+@pytest.mark.parametrize("real", [True, False])
+def test_a_gain_that_few_inputs_do_not_show_is_looked_for_on_more(real: bool) -> None:
+    sets = weights(sensitivities=(1.0, 1.0, 1.0, 60.0))
+    target = 4 * 3 * 2**14
+    first = Entry("expected best", *fit(sets, target, size))
+    asked: list[int] = []
+
+    def losses(picks: Sequence[Candidate], count: int) -> OutputDifference:
+        found = bits(picks)
+        equal = len(set(found)) == 1
+        gain = 0.1 if real or count == RUNS else -0.1
+        mean = 1.0 if equal else 1.0 - gain if found[-1] > 3 else 2.0
+        return differences([mean + (0.0 if equal else 0.3 * (-1) ** n) for n in range(count)])
+
+    def longer(picks: Sequence[Candidate], count: int) -> OutputDifference:
+        asked.append(count)
+        return losses(picks, count)
+
+    referee = Referee(lambda picks: losses(picks, RUNS), longer=longer)
+    best, *others = contest(sets, first, target, size, referee, plans_of_bits(sets))
+    assert asked == [asked[0]] * 2 and RUNS < asked[0] <= 16 * RUNS
+    assert (best.name != "equal") == real
+    assert best.loss == pytest.approx(0.9 if real else 1.0, rel=0.05)
+    assert others[0].loss == pytest.approx(1.0 if real else 1.1, rel=0.05)
+
+
 @pytest.mark.parametrize(("margin", "wins"), [(0.1, True), (0.95, False)])
 def test_inputs_that_are_made_up_have_to_say_more(margin: float, wins: bool) -> None:
     best = run(lambda found: [true(found)] * RUNS, margin)[0]
