@@ -6,7 +6,8 @@
 The language model (lm/tinyllama_ref.onnx) loses 10 to 50 % of the parameters of its blocks; judged
 by the Kullback-Leibler divergence of its predictions from the dense model's on held-out books and
 Shakespeare. ResNet20 and MobileNetV2 lose 20 to 50 % of their FLOPs; judged by accuracy. No labels
-are used. `obs fit` is the default; `obs local` measures no losses of outputs and tunes nothing.
+are used. `obs fit` is the default; `obs local` measures no losses of outputs and tunes nothing;
+`obs search` tries other divisions between layers.
 With other scores those layers are fitted that lose columns, as published.
 `lowrank` is the language model with factors of as many parameters, fitted as published (`even`: the
 same share of every weight) or with ranks by the planner; `division` gives one size to pruning and
@@ -56,6 +57,9 @@ WINDOWS = 12
 SCORES = ("obs", "numerical", "wanda", "flap", "magnitude")
 PARTS = "language,lowrank,division,resnet,mobilenet,latency,decode"
 RATIOS = (0.2, 0.5, 0.1, 0.3)
+
+# Divisions between layers that a search tries.
+SEARCH = 16
 
 
 def session(path: Path, *, profile: str = "") -> onnxruntime.InferenceSession:
@@ -224,6 +228,7 @@ def image_jobs() -> Iterator[tuple[str, PruneOptions]]:
                 tune=how == "fit",
             )
             yield f"{share} {score} {how}", options
+        yield f"{share} obs search", PruneOptions(target_flops=share, search=SEARCH)
 
 
 def record(key: str, row: Row) -> None:

@@ -47,8 +47,8 @@ def show_pruned(terminal: Terminal, pruned: Mapping[str, Any]) -> None:
         searched = pruned.get("searched")
         if searched is not None:
             terminal.say(
-                f"{searched['tried']} other divisions between layers were tried: loss on inputs "
-                f"set aside {searched['before']:.3g} -> {searched['after']:.3g}"
+                f"{searched['tried']} other divisions between layers were tried: loss of the "
+                f"outputs {searched['before']:.3g} -> {searched['after']:.3g}"
             )
         tuned = pruned.get("tuned")
         if tuned is not None and tuned["passes"]:

@@ -93,11 +93,14 @@ class Constant:
         reason: In words for people.
         form: The smallest exact form.
         values: Distinct values, where the form is a table.
+        transform: Whether it is a transform that products apply: dense, and none of its values
+            matters more than others, so that rounding it does what rounding a weight does.
     """
 
     reason: str
     form: ConstantForm
     values: int = 0
+    transform: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

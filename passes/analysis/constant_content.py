@@ -15,7 +15,13 @@ import numpy as np
 
 from onnxcomp.passes.weight import Array, picked_rows
 
-__all__ = ["computed_content", "distinct", "may_be", "product_content", "sample"]
+__all__ = ["TRANSFORMS", "computed_content", "distinct", "may_be", "product_content", "sample"]
+
+_FOURIER, _WAVELETS = "rows of a Fourier transform", "sines under a window"
+_TRANSFORM = "an orthogonal transform"
+
+# What `product_content` says of dense matrices that a signal is multiplied by.
+TRANSFORMS = frozenset((_FOURIER, _WAVELETS, _TRANSFORM))
 
 # Distinct values of a tensor that is computed with element by element. 256 is what a byte indexes;
 # learned positions in bfloat16, the coarsest that are met, have some four thousand.
@@ -102,11 +108,11 @@ def product_content(weight: Array) -> str:
     if not found and (_sequence(rows) or _sequence(columns)):
         found = "sequences that follow a rule"
     if not found and (_is_fourier(rows) or _is_fourier(columns)):
-        found = "rows of a Fourier transform"
+        found = _FOURIER
     if not found and (_is_wavelets(rows) or _is_wavelets(columns)):
-        found = "sines under a window"
+        found = _WAVELETS
     if not found and len(weight) == weight.shape[1] and _is_orthogonal(rows):
-        found = "an orthogonal transform"
+        found = _TRANSFORM
     return found or _bands(weight)
 
 

@@ -30,6 +30,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.constant_content import (
+    TRANSFORMS,
     computed_content,
     distinct,
     may_be,
@@ -158,7 +159,8 @@ def _marked(model: ir.Model, site: WeightSite, opset: int, graphs: _Graphs) -> W
     kept = {"table": f"stored as {values} values and indices", "range": "stored as its two ends"}
     stored = kept.get(form, "stored in half precision" if form == "half" else "as it is")
     reason = f"{EXACT}: {content}, read by {', '.join(role.operators[:3])}; {stored}, bit for bit"
-    return dataclasses.replace(site, constant=Constant(reason, form, values))
+    transform = product and content in TRANSFORMS
+    return dataclasses.replace(site, constant=Constant(reason, form, values, transform))
 
 
 def _content(weight: Array, role: _Role) -> str:

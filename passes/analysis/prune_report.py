@@ -73,7 +73,7 @@ class SearchReport:
     """What other divisions of the budget between layers were worth.
 
     Attributes:
-        before: Loss of the outputs on inputs that were set aside, by the first division.
+        before: Loss of the outputs on the calibration inputs, by the first division.
         after: The same by the best one; equal where none was better.
         tried: How many others the model was fitted to.
     """

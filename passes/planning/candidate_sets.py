@@ -9,7 +9,7 @@ from onnxcomp.passes.analysis.prepared import Prepared
 from onnxcomp.passes.ir.threads import in_threads
 from onnxcomp.passes.planning.candidates import Estimator
 from onnxcomp.passes.planning.error_model import Estimates
-from onnxcomp.passes.planning.exact import exact_forms, exact_halves
+from onnxcomp.passes.planning.exact import exact_forms, exact_halves, with_rounding
 from onnxcomp.passes.planning.families import with_families
 from onnxcomp.passes.planning.measurements import Measurements
 from onnxcomp.passes.planning.observed import observed
@@ -64,8 +64,16 @@ def _candidate_set(
     site: WeightSite, prepared: Prepared, known: Measurements, estimates: Estimates
 ) -> CandidateSet:
     exact = exact_forms(site, prepared.policies[site.name])
-    if exact is not None:
+    if exact is None:
+        return _weight_set(site, prepared, known, estimates)
+    if not any(option.codec == "constant" or option.codec == "dense" for option in exact.options):
         return exact
+    return with_rounding(exact, _weight_set(site, prepared, known, estimates))
+
+
+def _weight_set(
+    site: WeightSite, prepared: Prepared, known: Measurements, estimates: Estimates
+) -> CandidateSet:
     policy = with_rank(prepared.policies[site.name], site, estimates.energies)
     estimator: Estimator = estimates
     if policy.exact_half:

@@ -27,6 +27,10 @@ from onnxcomp.passes.planning.solver import (
 
 __all__ = ["measured_size", "plan_from", "settle"]
 
+# How many times as much a plan for a size is to lose with constants bit for bit as with rounded
+# ones, so that they are rounded. A bit more or less for all weights is a factor of four.
+_WORTH = 4.0
+
 
 def _size(prepared: Prepared, settings: Settings, name: str, choices: Sequence[Choice]) -> int:
     return planned_size(prepared.model, prepared.sites, choices, settings, name=name)
@@ -75,6 +79,11 @@ def plan_from(
     if timing is not None and settings.max_slowdown is not None:
         limit = (settings.max_slowdown - 1.0) * timing.dense_seconds
     picks, total = choose(sets, budget, settings, size_of, limit)
+    loose = [own.rounded or own for own in sets]
+    if budget.bytes is not None and any(own.rounded for own in sets):
+        others, other_total = choose(loose, budget, settings, size_of, limit)
+        if _pays(loose, (picks, total), (others, other_total), budget.bytes):
+            sets, picks, total = loose, others, other_total
     entries: list[Entry] = []
     if referee is not None and budget.bytes is not None:
         first = Entry("expected best", picks, total)
@@ -105,6 +114,22 @@ def plan_from(
         slowdown=None if timing is None else max(0.0, 1.0 + added / timing.dense_seconds),
         pruned=prepared.pruned,
     )
+
+
+def _pays(
+    sets: Sequence[CandidateSet],
+    exact: tuple[Sequence[Candidate], int],
+    rounded: tuple[Sequence[Candidate], int],
+    target: int,
+) -> bool:
+    """Whether constants are rounded: without it the target is missed, or weights lose too much."""
+    if exact[1] > target:
+        return rounded[1] < exact[1]
+    lost, other = (
+        math.fsum(own.noise(pick) for own, pick in zip(sets, picks, strict=True))
+        for picks in (exact[0], rounded[0])
+    )
+    return lost > _WORTH * other
 
 
 def _standard_error(told: OutputDifference) -> float | None:

@@ -79,6 +79,8 @@ class CandidateSet:
         price: What a second counts in the objective.
         fastest: Seconds from which time is counted, so that costs are not negative.
         policy: What is asked of the weight.
+        rounded: The set that a constant has where it may be rounded, too; None where it may not,
+            and for weights.
     """
 
     site: WeightSite
@@ -92,6 +94,7 @@ class CandidateSet:
     price: float = 0.0
     fastest: float = 0.0
     policy: Policy = dataclasses.field(default_factory=lambda: Policy(()))
+    rounded: CandidateSet | None = None
 
     def with_options(self, options: Iterable[Candidate]) -> CandidateSet:
         """The set with other candidates."""

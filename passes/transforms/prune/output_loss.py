@@ -29,9 +29,10 @@ class OutputLoss:
     Args:
         model: The model; only read.
         names: Initializers that may be given other values.
-        feeds: Calibration data. Those inputs are used that fits set aside, where there are any.
-        most: How many of them, at most.
+        feeds: Calibration data.
+        most: How many inputs are used, at most.
         folder: Where the model is written for ONNX Runtime; has to stay.
+        apart: Whether those inputs alone are used that fits set aside, where there are any.
 
     Raises:
         ModelError: The model does not run.
@@ -44,6 +45,8 @@ class OutputLoss:
         feeds: Sequence[Feed],
         most: int,
         folder: Path,
+        *,
+        apart: bool = True,
     ) -> None:
         from onnxcomp.runtime.session import open_session
 
@@ -54,7 +57,7 @@ class OutputLoss:
         self._feeds: list[Feed] = []
         self._exact: list[Mapping[str, Array]] = []
         size = 0
-        for feed in _probes(feeds, most):
+        for feed in _probes(feeds, most) if apart else spread(feeds, most):
             found = self._outputs(feed, self._dense)
             size += sum(array.nbytes for array in found.values())
             if self._exact and size > _BYTES:

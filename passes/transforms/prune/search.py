@@ -2,9 +2,10 @@
 
 The knapsack adds up losses, each measured while one layer lost channels and all others had theirs.
 What layers lose together is another number, and fits make up for more of it in some than in others.
-So the division is changed, one layer at a time: its losses count twice or half of what they did,
-and the knapsack gives the difference to the others. The model is fitted to what comes out and runs
-on inputs that fits set aside; where it loses less, the search goes on from there. Týr-the-Pruner
+So the division is changed, one layer at a time: its losses count twice or half of what they did, or
+as many times as it takes until something else goes, and the knapsack gives the difference to the
+others. The model is fitted to what comes out and runs
+on the calibration inputs; where it loses less, the search goes on from there. Týr-the-Pruner
 (arXiv 2503.09657) moves sparsity between layers in such a way.
 """
 
@@ -25,6 +26,9 @@ TrialT = TypeVar("TrialT")
 
 # What the losses of a layer are multiplied by or divided by; less where that gains nothing.
 _FACTORS = (2.0, 2.0**0.5)
+
+# How often a layer's losses are multiplied by that, at most, until the knapsack takes another one.
+_LONGEST = 8
 
 # Share of the loss that a change has to save: less of it is chance on few inputs.
 _GAIN = 0.01
@@ -97,15 +101,20 @@ class _Search(Generic[TrialT]):
         if self.tried >= self._most:
             return False
         scales = list(self._scales)
-        scales[number] *= factor
-        decision = self._division.decision(scales)
-        if decision.classes in self._seen:
+        for _ in range(_LONGEST):
+            scales[number] *= factor
+            decision = self._division.decision(scales)
+            if decision.classes not in self._seen:
+                break
+        else:
             return False
         self._seen.add(decision.classes)
         self.tried += 1
         trial, loss = self._attempt(decision)
         if loss > (1 - _GAIN) * self.loss:
             return False
-        log.info("losses of layer %d times %.3g: %.4g -> %.4g", number, factor, self.loss, loss)
+        log.info(
+            "losses of layer %d times %.3g: %.4g -> %.4g", number, scales[number], self.loss, loss
+        )
         self.trial, self.loss, self._scales = trial, loss, scales
         return True

@@ -66,7 +66,8 @@ def best_trial(
         consumers: Its products.
         decisions: Ways to choose what goes; one alone is not compared.
         options: How it is pruned.
-        feeds: Calibration data. Outputs are compared on inputs that fits set aside.
+        feeds: Calibration data. Outputs are compared on all of it: those inputs that fits set aside
+            are too few, and all trials are fitted to the others.
         folder: Where pieces of the model are written.
 
     Returns:
@@ -124,7 +125,7 @@ def _losses(
     changed = [_weights(analysis, trial) for trial in trials]
     names = {name for weights in changed for name in weights}
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        loss = OutputLoss(analysis.model, sorted(names), feeds, _INPUTS, Path(place))
+        loss = OutputLoss(analysis.model, sorted(names), feeds, _INPUTS, Path(place), apart=False)
         found = {trial: loss(own) for trial, own in zip(trials, changed, strict=True)}
     log.info("losses of outputs by the ways to choose: %s", list(found.values()))
     return found

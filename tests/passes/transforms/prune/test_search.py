@@ -97,8 +97,8 @@ def test_layers_that_lose_more_together_than_alone_are_found_out() -> None:
     }
     before, after, report, runs = found(division(expected), real, 40)
     possible = {d: loss for d, loss in real.items() if sum(d) == 6}
-    assert before == real[3, 3, 0] and before > 30.0
-    assert after == min(possible.values())
+    assert before > 20.0
+    assert after == min(possible.values()) < 10.0
     assert report == SearchReport(before, after, runs) and runs <= 40
 
 
@@ -123,22 +123,24 @@ def test_what_is_right_stays() -> None:
 
 
 def twins() -> onnx.ModelProto:
-    """The larger one of two branches that are the same, and a third that matters less."""
+    """The larger one of two branches that are nearly the same, and a third that matters less."""
     d = Draft(seed=3)
-    first, second = np.abs(d.rng.standard_normal((2, 32, 16))).astype(np.float32) * 0.2
+    # Each neuron reads an input of its own, for which the others cannot make up.
+    first = np.diag(d.rng.uniform(1, 2, 32)) + 0.02 * d.rng.standard_normal((32, 32))
+    second = d.rng.uniform(0.1, 0.3, (32, 16))
     ends = []
-    for _ in range(2):
-        a = d.add("Relu", d.add("MatMul", "x", d.constant(first.reshape(16, 32))))
-        ends.append(d.add("MatMul", a, d.constant(second)))
-    a = d.add("Relu", d.add("MatMul", "x", d.weight(16, 32)))
-    other = d.add("Mul", d.add("MatMul", a, d.weight(32, 16)), d.constant(np.float32(0.5)))
+    for scale in (1.0, 1.01):
+        a = d.add("Relu", d.add("MatMul", "x", d.constant((scale * first).astype(np.float32))))
+        ends.append(d.add("MatMul", a, d.constant((scale * second).astype(np.float32))))
+    a = d.add("Relu", d.add("MatMul", "x", d.weight(32, 32)))
+    other = d.add("Mul", d.add("MatMul", a, d.weight(32, 16)), d.constant(np.float32(0.2)))
     y = d.add("Add", d.add("Max", *ends), other)
-    return d.model({"x": ["n", 16]}, {y: ["n", 16]})
+    return d.model({"x": ["n", 32]}, {y: ["n", 16]})
 
 
 def inputs(seed: int, count: int = 20) -> list[dict[str, Any]]:
     rng = np.random.default_rng(seed)
-    return [{"x": rng.standard_normal((64, 16)).astype(np.float32)} for _ in range(count)]
+    return [{"x": rng.standard_normal((64, 32)).astype(np.float32)} for _ in range(count)]
 
 
 def lost(search: int, folder: Path) -> tuple[float, PruneReport]:
