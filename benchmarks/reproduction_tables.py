@@ -182,16 +182,20 @@ def decoding() -> str:
     cells = []
     for share in (0.2, 0.5):
         row = rows[f"decode {share:g}"]
-        tokens, cache = row["tokens_per_second"], row["cache_bytes"]
+        tokens, cache, memory = (
+            row[key] for key in ("tokens_per_second", "cache_bytes", "rss_bytes")
+        )
         cells.append(
             (
                 f"{share:.0%}",
                 f"{tokens[1] / tokens[0]:.2f}x",
                 f"{cache[1] / cache[0]:.2f}x",
                 f"{row['flops']:.2f}x",
+                f"{memory[1] / memory[0]:.2f}x",
             )
         )
-    return markdown(("fewer", "tokens a second", "cache of a token", "operations"), cells)
+    columns = ("fewer", "tokens a second", "cache of a token", "operations", "resident memory")
+    return markdown(columns, cells)
 
 
 def factors() -> str:

@@ -27,9 +27,10 @@ from onnxcomp.passes.planning.solver import (
 
 __all__ = ["measured_size", "plan_from", "settle"]
 
-# How many times as much a plan for a size is to lose with constants bit for bit as with rounded
-# ones, so that they are rounded. A bit more or less for all weights is a factor of four.
-_WORTH = 4.0
+# How many times as much a plan for a size is expected to lose with constants bit for bit as with
+# rounded ones, so that they are rounded: where sensitivities were measured, and where not. A bit
+# more or less for all weights is a factor of four.
+_WORTH, _UNSURE = 4.0, 16.0
 
 
 def _size(prepared: Prepared, settings: Settings, name: str, choices: Sequence[Choice]) -> int:
@@ -129,7 +130,8 @@ def _pays(
         math.fsum(own.noise(pick) for own, pick in zip(sets, picks, strict=True))
         for picks in (exact[0], rounded[0])
     )
-    return lost > _WORTH * other
+    measured = all(own.sensitivity is not None for own in sets)
+    return lost > (_WORTH if measured else _UNSURE) * other
 
 
 def _standard_error(told: OutputDifference) -> float | None:
