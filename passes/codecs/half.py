@@ -19,7 +19,7 @@ from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.weight import Array, Kind, Stats, WeightSite
 
-__all__ = ["HalfCodec", "HalfParams"]
+__all__ = ["HALF_ERROR", "HalfCodec", "HalfParams"]
 
 V = TypeVar("V")
 
@@ -27,7 +27,7 @@ _HALF = np.dtype(np.float16)
 _LARGEST = float(np.finfo(np.float16).max)
 
 # Relative error of normal data rounded to half precision; measured on twenty million values.
-_NORMAL_ERROR = 2.076e-4
+HALF_ERROR = 2.076e-4
 
 # Relative error above which too many values are below the smallest normal number of float16: the
 # weight is not one that half precision can hold.
@@ -75,7 +75,7 @@ class HalfCodec(Codec):
 
     def predict(self, site: WeightSite, params: Params) -> float:
         """The error of normal data."""
-        return _NORMAL_ERROR
+        return HALF_ERROR
 
     def measure(
         self,

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from onnxcomp.errors import ModelError, UsageError
+from onnxcomp.passes.codecs.half import HALF_ERROR
 from onnxcomp.passes.codecs.params import Params
 from onnxcomp.passes.codecs.protocol import Builder, Codec, LoadMemory, Payload, TensorLayout
 from onnxcomp.passes.codecs.sparse import format as sparse_format
@@ -62,22 +63,39 @@ class SparseParams(Params):
         kept: Elements that are not zero, as many as the weight has; found when it is read.
         high: Rows of a block that is kept as a whole or not at all; found as well.
         wide: Columns of such a block.
+        value_bits: 16 to round elements of float32 weights to half precision; 0 to keep every bit.
     """
 
     kept: int = 0
     high: int = 1
     wide: int = 1
+    value_bits: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Parameters by name; without blocks where there are none, as in older files."""
+        """Parameters by name; without those that older files lack, where they say nothing."""
         found = dataclasses.asdict(self)
         if (self.high, self.wide) == (1, 1):
             del found["high"], found["wide"]
+        if not self.value_bits:
+            del found["value_bits"]
         return found
+
+    def stored(self, site: WeightSite) -> np.dtype[Any]:
+        """The type that elements are stored in."""
+        own = DTYPES[site.dtype]
+        return np.dtype(np.float16) if self.value_bits and own.itemsize > 2 else own
 
 
 def _form(site: WeightSite, params: SparseParams) -> MaskForm:
     return MaskForm(site.rows, site.length, block=(params.high, params.wide))
+
+
+def _rounded(values: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):
+        found = values.astype(dtype, copy=False)
+    if not np.array_equal(np.isfinite(found), np.isfinite(values)):
+        raise ModelError("some values do not fit in float16")
+    return found
 
 
 class SparseCodec(Codec):
@@ -105,6 +123,10 @@ class SparseCodec(Codec):
                 f"sparse: blocks of {sparse.high} x {sparse.wide}",
                 hint=f"sides are {', '.join(map(str, BLOCK_SIDES))}",
             )
+        if sparse.value_bits not in (0, 16):
+            raise UsageError(
+                f"sparse: value_bits={sparse.value_bits}", hint="16, or 0 to keep every bit"
+            )
 
     def candidates(self, site: WeightSite) -> Sequence[SparseParams]:
         """The weight as it is, without its zeros."""
@@ -118,7 +140,7 @@ class SparseCodec(Codec):
         sparse = SparseParams.of(params)
         return {
             "mask": TensorLayout(_form(site, sparse).shape, np.dtype(np.uint8)),
-            "values": TensorLayout((1 + sparse.kept,), DTYPES[site.dtype]),
+            "values": TensorLayout((1 + sparse.kept,), sparse.stored(site)),
         }
 
     def shared(self, site: WeightSite, params: Params) -> Mapping[str, Array]:
@@ -133,30 +155,32 @@ class SparseCodec(Codec):
         return {} if block == (1, 1) else {"block": block}
 
     def predict(self, site: WeightSite, params: Params) -> float:
-        """Zero."""
-        return 0.0
+        """Zero, or the error of normal data in half precision."""
+        return 0.0 if SparseParams.of(params).stored(site) == DTYPES[site.dtype] else HALF_ERROR
 
     def encode(
         self, site: WeightSite, weight: Array, params: Params, *, threads: int = 1
     ) -> Payload:
-        """Store ``(rows, length)`` without changing a bit.
+        """Store ``(rows, length)``; without changing a bit unless settings say otherwise.
 
         Raises:
-            ModelError: The weight has other elements that are not zero than were planned.
+            ModelError: The weight has other elements that are not zero than were planned, or some
+                that half precision cannot hold.
         """
         sparse = SparseParams.of(params)
         tensors = sparse_format.pack(np.asarray(weight, DTYPES[site.dtype]))
         found = len(tensors["values"]) - 1
         if found != sparse.kept:
             raise ModelError(f"{found} elements are not zero, {sparse.kept} were planned")
-        stored = _form(site, sparse).pack_bits(tensors["mask"])
-        tensors["mask"] = stored
+        tensors["mask"] = _form(site, sparse).pack_bits(tensors["mask"])
+        tensors["values"] = _rounded(tensors["values"], sparse.stored(site))
         return Payload(tensors, self.shared(site, params), self.attributes(site, params))
 
     def decode(self, site: WeightSite, payload: Payload) -> Array:
         """The weight in float32, ``(rows, length)``."""
         bits = stored_form(site, payload).bits(payload.tensors["mask"])
         tensors = {"mask": bits, "values": payload.tensors["values"]}
+        tensors["values"] = tensors["values"].astype(DTYPES[site.dtype], copy=False)
         restored = sparse_format.decode(tensors, (site.rows, site.length))
         return restored.astype(np.float32, copy=False)
 
@@ -169,7 +193,10 @@ class SparseCodec(Codec):
         if kind not in ("weight", "decode"):
             raise UsageError(f"the codec sparse has no {kind}")
         mask = bodies.bits_of(builder, stored_form(site, payload), builder.tensor("mask"))
-        return bodies.place(builder, site, mask, builder.tensor("values"), kind)
+        values = builder.tensor("values")
+        if payload.tensors["values"].dtype != DTYPES[site.dtype]:
+            values = builder.node("Cast", [values], {"to": int(onnx.TensorProto.FLOAT)})
+        return bodies.place(builder, site, mask, values, kind)
 
     def load_memory(self, site: WeightSite, params: Params, kind: Kind) -> LoadMemory:
         """What folding the portable body takes."""

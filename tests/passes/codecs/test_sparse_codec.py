@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +61,34 @@ def test_every_bit_comes_back_in_the_bytes_that_were_planned(
     decoded = CODEC.decode(site, payload)
     assert decoded.dtype == np.float32
     assert decoded.tobytes() == weight.astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_values_in_half_precision_are_rounded_and_no_zero_is(make_site: Any, dtype: str) -> None:
+    weight = pruned((40, 130), 0.6).astype(DTYPES[dtype]).astype(np.float32)
+    site, params = make_site(40, 130, dtype=dtype), SparseParams(np.count_nonzero(weight))
+    half = dataclasses.replace(params, value_bits=16)
+    CODEC.check(half)
+    payload = CODEC.encode(site, weight, half)
+    assert payload.nbytes == CODEC.size(site, half)
+    saved = 2 * (1 + params.kept) if dtype == "float32" else 0
+    assert payload.nbytes == CODEC.encode(site, weight, params).nbytes - saved
+    decoded = CODEC.decode(site, payload)
+    np.testing.assert_array_equal(decoded, weight.astype(np.float16).astype(np.float32))
+    error = np.linalg.norm(decoded - weight) / np.linalg.norm(weight)
+    assert error == pytest.approx(CODEC.predict(site, half), rel=0.2)
+    assert SparseParams.of(half).to_json() == {"kept": params.kept, "value_bits": 16}
+    assert "value_bits" not in params.to_json()
+
+
+def test_half_precision_that_cannot_be_is_refused(make_site: Any) -> None:
+    weight = pruned((40, 130), 0.6)
+    weight[np.unravel_index(np.argmax(weight), weight.shape)] = 1e5
+    params = SparseParams(np.count_nonzero(weight), value_bits=16)
+    with pytest.raises(ModelError, match="float16"):
+        CODEC.encode(make_site(40, 130), weight, params)
+    with pytest.raises(UsageError, match="value_bits"):
+        CODEC.check(SparseParams(5, value_bits=8))
 
 
 def test_pieces_of_large_weights_are_put_together(make_site: Any) -> None:
@@ -181,6 +210,26 @@ def test_a_convolution_is_restored_bit_for_bit(tmp_path: Path) -> None:
     onnxcomp.expand(tmp_path / "o.onnx", tmp_path / "d.onnx")
     dense = numpy_helper.to_array(onnx.load(tmp_path / "d.onnx").graph.initializer[0])
     assert dense.tobytes() == weight.tobytes()
+
+
+def test_a_run_stores_values_in_half_precision_where_a_rule_says_so(tmp_path: Path) -> None:
+    weight = pruned((256, 192), 0.6)
+    exact = onnxcomp.optimize(product(weight), tmp_path / "e.onnx", method="sparse")
+    half = onnxcomp.optimize(
+        product(weight), tmp_path / "h.onnx", method="sparse", set_=["w:value_bits=16"]
+    )
+    # The node that converts them takes some bytes.
+    saved = exact.report.output.bytes - half.report.output.bytes
+    assert 0 < 2 * (1 + np.count_nonzero(weight)) - saved < 300
+    assert half.verify is not None and half.verify.passed
+    onnxcomp.expand(tmp_path / "h.onnx", tmp_path / "d.onnx")
+    dense = numpy_helper.to_array(onnx.load(tmp_path / "d.onnx").graph.initializer[0])
+    rounded = weight.astype(np.float16).astype(np.float32)
+    assert dense.tobytes() == rounded.tobytes()
+    x = np.random.default_rng(1).standard_normal((4, 256)).astype(np.float32)
+    for session in (onnxruntime.InferenceSession, onnxcomp.InferenceSession):
+        (found,) = session(tmp_path / "h.onnx").run(None, {"x": x})
+        np.testing.assert_allclose(found, x @ rounded, rtol=1e-4, atol=1e-4)
 
 
 GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("sparse_*.npz"))
