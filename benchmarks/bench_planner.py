@@ -3,8 +3,7 @@
     python benchmarks/bench_planner.py FOLDER MINILM [--only NAME ...] [--ranks | --losses]
 
 FOLDER holds models/*.onnx, lm/*.onnx and eval/; MINILM is all-MiniLM-L6-v2 as ONNX. Plans are made
-with one half of some real inputs and judged by the other half; of models with few inputs also the
-other way round, and rows are means. For each model:
+with one half of some real inputs and judged by the other half. For each model:
 
 * ratios 4, 6, 8 and 10: bytes of the output under the target, or the best that was reached;
 * for 2 to 5 bits for all weights: measured error of the outputs (relative L2, the worst output) and
@@ -47,9 +46,6 @@ COLUMNS = (*PLANS, *(f"{name}_loss" for name in PLANS), *ERRORS)
 
 # What is ranked.
 KINDS = ("error", "time")
-
-# Of these there are few pictures: both halves are planned on, and judged by, in turns.
-IN_TURNS = ("squeezenet_fp16", "mobilenetv2_224_tf2ptq_fp32")
 
 # Models whose weights are compared one by one: of errors, and of times of products.
 ERROR_RANKS = ("resnet20_cifar10", "silero_vad", "squeezenet_fp16")
@@ -131,22 +127,6 @@ def at_equal_bytes(model: Path, folder: Path, plan: Path, judge: Path) -> list[d
     return rows
 
 
-def in_turns(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of two runs as one: means, and standard errors of these."""
-    found = []
-    for pair in zip(first, second, strict=True):
-        row = {}
-        for key in pair[0]:
-            one, other = (own[key] for own in pair)
-            if key == "bits" or key.endswith("bytes"):
-                row[key] = max(one, other)
-            else:
-                error = key.endswith("_error")
-                row[key] = math.hypot(one, other) / 2 if error else (one + other) / 2
-        found.append(row)
-    return found
-
-
 def measure(model: Path, data: Path, known: dict[str, Any] | None) -> dict[str, Any]:
     """Everything about one model.
 
@@ -158,14 +138,11 @@ def measure(model: Path, data: Path, known: dict[str, Any] | None) -> dict[str, 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         plan, judge = write_halves(model, data, folder)
-        rows = at_equal_bytes(model, folder, plan, judge)
-        if model.stem in IN_TURNS:
-            rows = in_turns(rows, at_equal_bytes(model, folder, judge, plan))
         return {
             "name": model.stem,
             "bytes": model.stat().st_size,
             "ratios": at_ratios(model, folder, plan) if known is None else known["ratios"],
-            "equal_bytes": rows,
+            "equal_bytes": at_equal_bytes(model, folder, plan, judge),
         }
 
 

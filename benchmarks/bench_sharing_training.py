@@ -229,15 +229,10 @@ def measure(network: str, plan: Plan, method: str, ratio: int, options: Any) -> 
         "accuracy": round(accuracy(model, split), 4),
         "seconds": round(time.process_time() - start, 1),
     }
-    if method in (*METHODS, "lottery") and not _normalised(model):
+    if method in (*METHODS, "lottery"):
         row["stored"] = stored(model, split.images[:1])
     print(row, flush=True)
     return row
-
-
-def _normalised(model: nn.Module) -> bool:
-    """Whether an exporter changes weights: batch norms go into the convolutions before them."""
-    return any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
 
 
 def stored(model: nn.Module, image: torch.Tensor) -> dict[str, int]:
@@ -248,7 +243,11 @@ def stored(model: nn.Module, image: torch.Tensor) -> dict[str, int]:
     names = set(large(model))
     with tempfile.TemporaryDirectory() as folder:
         dense, small = Path(folder) / "dense.onnx", Path(folder) / "small.onnx"
-        torch.onnx.export(model.cpu(), (image.cpu(),), dense, dynamo=False)
+        # Batch norms stay apart: weights are those that were trained, and have their names.
+        kept_apart = torch.onnx.TrainingMode.PRESERVE
+        torch.onnx.export(
+            model.cpu().eval(), (image.cpu(),), dense, dynamo=False, training=kept_apart
+        )
         result = onnxcomp.optimize(dense, small, method="sparse", min_size=0)
         sites = [site for site in result.report.sites if site.name in names]
         # What holds nothing but zeros is a constant.

@@ -275,9 +275,8 @@ def planner() -> Iterator[str]:
         "and with them. The loss is the divergence in nats of outputs that are distributions or\n"
         "logits of some, and the squared relative error of the others. `expected` is the loss\n"
         "that the plan with inputs expected. Standard errors tell how much is chance among the\n"
-        "inputs: of those of a classifier, few make up most of the loss. Rows of SqueezeNet and\n"
-        "MobileNetV2, which have few pictures, are means over both halves in turns. Codes are not\n"
-        "calibrated (`benchmarks/bench_planner.py`)."
+        "inputs: of those of a classifier, few make up most of the loss. Codes are not calibrated\n"
+        "(`benchmarks/bench_planner.py`)."
         f"\n{_near(results)}\n"
     )
     rows = [

@@ -131,16 +131,18 @@ def transformers() -> str:
 def stored() -> str:
     """Files of networks that were pruned before training, by the codec `sparse`."""
     rows = [row for row in read("sharing_training")["rows"] if "stored" in row]
-    groups: dict[int, list[dict[str, int]]] = defaultdict(list)
+    groups: dict[tuple[str, int], list[dict[str, int]]] = defaultdict(list)
     for row in rows:
-        groups[row["ratio"]].append(row["stored"])
+        groups[row["network"], row["ratio"]].append(row["stored"])
     cells = []
-    for ratio, found in groups.items():
+    for (network, ratio), found in sorted(groups.items()):
         asked = [-(-one["weights"] // ratio) for one in found]
         off = max(abs(o["elements"] - a) / a for o, a in zip(found, asked, strict=True))
         size = statistics.mean(one["bytes"] for one in found)
         smaller = statistics.mean(one["dense_bytes"] / one["bytes"] for one in found)
-        cells.append((f"{ratio}x", f"{off:.1%}", f"{size / 1e3:.1f} KB", f"{smaller:.1f}x"))
+        cells.append(
+            (f"{network}, {ratio}x", f"{off:.1%}", f"{size / 1e3:.1f} KB", f"{smaller:.1f}x")
+        )
     return markdown(("pruned", "elements off, at most", "file", "smaller"), cells)
 
 

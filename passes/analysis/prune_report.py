@@ -60,12 +60,15 @@ class FitReport:
         after: The same with what it has become.
         used: "fit", "anchored", "bias" or "mask" (left as it is) for products; "statistics",
             "means" or "stored" (left as they are) for normalisations.
+        few: Whether a product has seen fewer input vectors than its second moments need: a fit to
+            them says little about others.
     """
 
     name: str
     before: float
     after: float
     used: str
+    few: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class SearchReport:
     """What other divisions of the budget between layers were worth.
 
     Attributes:
-        before: Loss of the outputs on the calibration inputs, by the first division.
+        before: Loss of the outputs on calibration inputs, by the first division.
         after: The same by the best one; equal where none was better.
         tried: How many others the model was fitted to.
     """

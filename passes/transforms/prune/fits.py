@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.passes.analysis.prune_report import FitReport
+from onnxcomp.passes.codecs.moments import ENOUGH
 from onnxcomp.passes.transforms.prune.axes import Analysis
 from onnxcomp.passes.transforms.prune.compensate import best_fit
 from onnxcomp.passes.transforms.prune.consumers import Consumer
@@ -125,7 +126,8 @@ def _fit(
     new[consumer.weight] = consumer.stored(new[consumer.weight], fit.weight)
     if fit.bias is not None and consumer.bias is not None:
         new[consumer.bias] = consumer.stored_offsets(new[consumer.bias], fit.bias)
-    return FitReport(consumer.name, fit.before, fit.after, fit.used)
+    few = seen.count + held.count < ENOUGH * weight.shape[1]
+    return FitReport(consumer.name, fit.before, fit.after, fit.used, few)
 
 
 def _refit(item: Depthwise, walk: Collector, new: _Initializers) -> FitReport:

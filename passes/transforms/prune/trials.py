@@ -66,8 +66,8 @@ def best_trial(
         consumers: Its products.
         decisions: Ways to choose what goes; one alone is not compared.
         options: How it is pruned.
-        feeds: Calibration data. Outputs are compared on all of it: those inputs that fits set aside
-            are too few, and all trials are fitted to the others.
+        feeds: Calibration data. Outputs are compared on all of it, as those inputs that fits set
+            aside are few; where some fit has few vectors to go by, on these alone.
         folder: Where pieces of the model are written.
 
     Returns:
@@ -79,14 +79,15 @@ def best_trial(
     trials = [_trial(analysis, consumers, own, options, feeds, folder) for own in decisions]
     if len(trials) == 1 and not options.search:
         return trials[0], None
-    losses = _losses(analysis, trials, feeds, folder)
+    apart = any(fit.few for trial in trials for fit in trial.reports[0])
+    losses = _losses(analysis, trials, feeds, folder, apart=apart)
     best = min(trials, key=losses.__getitem__)
     if not options.search:
         return best, None
 
     def attempt(decision: Decision) -> tuple[Trial, float]:
         own = _trial(analysis, consumers, decision, options, feeds, folder)
-        return own, _losses(analysis, [own], feeds, folder)[own]
+        return own, _losses(analysis, [own], feeds, folder, apart=apart)[own]
 
     return search(best.decision, best, losses[best], attempt, options.search)
 
@@ -119,7 +120,12 @@ def _trial(
 
 
 def _losses(
-    analysis: Analysis, trials: Sequence[Trial], feeds: Sequence[Feed], folder: Path | None
+    analysis: Analysis,
+    trials: Sequence[Trial],
+    feeds: Sequence[Feed],
+    folder: Path | None,
+    *,
+    apart: bool,
 ) -> dict[Trial, float]:
     """What the outputs lose in each trial."""
     changed = [_weights(analysis, trial) for trial in trials]
